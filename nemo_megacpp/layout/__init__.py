@@ -1,0 +1,21 @@
+"""Parallel layouts: the degrees, who is where, and every reason why a layout is illegal."""
+
+from nemo_megacpp.layout.legality import (
+    Violation,
+    check_layout,
+    padded_vocab_size,
+    refuse_illegal,
+)
+from nemo_megacpp.layout.parallel import AXES, ParallelLayout, RankCoordinates
+from nemo_megacpp.layout.shape import ModelShape
+
+__all__ = [
+    "AXES",
+    "ModelShape",
+    "ParallelLayout",
+    "RankCoordinates",
+    "Violation",
+    "check_layout",
+    "padded_vocab_size",
+    "refuse_illegal",
+]

@@ -1,0 +1,46 @@
+"""What a layout needs to know of a model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from nemo_megacpp.pattern import HybridPattern
+
+
+class ModelShape(Protocol):
+    """The sizes of a model and its batch that a layout must divide, as read from a config.
+
+    Sizes of a family are read only if the pattern holds the family; ``None`` is then a violation,
+    except ``num_query_groups`` (None: one per head, as in Megatron) and the shared expert's size
+    (None or 0: no shared expert). ``make_vocab_size_divisible_by`` of None or 0 turns padding off.
+    A sequence length or batch size of None is not decided yet, and not checked.
+    """
+
+    @property
+    def pattern(self) -> HybridPattern: ...
+    @property
+    def num_attention_heads(self) -> int | None: ...
+    @property
+    def num_query_groups(self) -> int | None: ...
+    @property
+    def mamba_num_heads(self) -> int | None: ...
+    @property
+    def mamba_num_groups(self) -> int | None: ...
+    @property
+    def m2rnn_num_heads(self) -> int | None: ...
+    @property
+    def num_moe_experts(self) -> int | None: ...
+    @property
+    def moe_ffn_hidden_size(self) -> int | None: ...
+    @property
+    def moe_shared_expert_intermediate_size(self) -> int | None: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def make_vocab_size_divisible_by(self) -> int | None: ...
+    @property
+    def seq_length(self) -> int | None: ...
+    @property
+    def micro_batch_size(self) -> int | None: ...
+    @property
+    def global_batch_size(self) -> int | None: ...

@@ -1,0 +1,218 @@
+"""The A/M/E/R language: what it reads, what it refuses, and that it never loses a layer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.pattern import Family, HybridPattern
+
+A, M, E, R = Family.ATTENTION, Family.MAMBA, Family.EXPERT, Family.RECURRENT
+UNIT = "AEMEAEMEAEMR"
+
+
+def test_families_have_letters_long_names_and_megatron_symbols() -> None:
+    assert [(f.value, f.long_name, f.megatron_symbol) for f in Family] == [
+        ("A", "ablock", "*"),
+        ("M", "mblock", "M"),
+        ("E", "eblock", "E"),
+        ("R", "rblock", "R"),
+    ]
+
+
+def test_megatron_symbols_are_those_of_megatron_core() -> None:
+    allocation = pytest.importorskip("megatron.core.ssm.mamba_hybrid_layer_allocation")
+    assert A.megatron_symbol == allocation.Symbols.ATTENTION
+    assert M.megatron_symbol == allocation.Symbols.MAMBA
+    assert E.megatron_symbol == allocation.Symbols.MOE
+    assert R.megatron_symbol not in allocation.Symbols.VALID
+
+
+def test_nam56r_has_its_published_counts() -> None:
+    pattern = HybridPattern.parse(UNIT, depth=52)
+    assert pattern.counts() == {A: 13, E: 22, M: 13, R: 4}
+    assert len(pattern) == 52
+    assert pattern.letters == UNIT * 4 + "AEME"
+    stages = pattern.chunks(4)
+    assert [len(stage) for stage in stages] == [13, 13, 13, 13]
+    assert [sum(pattern.families[i] is R for i in stage) for stage in stages] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("aemeaemeaemr", UNIT),
+        ("AEME AEME\n AEMR", UNIT),
+        ("A|eM", "A|EM"),
+        (" a | e m ", "A|EM"),
+        ("*EM|R", "AEM|R"),
+        ("ablock, eblock, mblock", "AEM"),
+        ("ABlock eblock | mblock rblock", "AE|MR"),
+        ("A,E,M,", "AEM"),
+        ("M", "M"),
+    ],
+)
+def test_accepted_spellings(text: str, canonical: str) -> None:
+    pattern = HybridPattern.parse(text)
+    assert str(pattern) == canonical
+    assert HybridPattern.parse(str(pattern)) == pattern
+    assert pattern.letters == canonical.replace("|", "")
+
+
+@pytest.mark.parametrize(
+    ("unit", "depth", "expected"),
+    [
+        ("AEM", 7, "AEMAEMA"),
+        ("AEM", 3, "AEM"),
+        ("AE|M", 7, "AE|MAE|MA"),
+        ("AEM|", 7, "AEM|AEM|A"),
+        ("AEM|", 6, "AEM|AEM"),  # the last cut falls on the stack's end
+        ("AEM|", 3, "AEM"),
+        ("A|E|M|", 4, "A|E|M|A"),
+        ("A|E|M|", 5, "A|E|M|A|E"),
+    ],
+)
+def test_tiling_repeats_cuts_and_truncates(unit: str, depth: int, expected: str) -> None:
+    assert str(HybridPattern.parse(unit, depth=depth)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "caret_at", "words"),
+    [
+        ("AEXME", 2, "'X' is not a letter"),
+        ("  AEM-", 5, "MLP"),
+        ("A\nE\tQ", 4, "'Q' is not a letter"),
+        ("aemblock", 3, "'b' is not a letter"),
+        ("ablock, xblock", 8, "'x' is not a letter"),
+        ("|AEM", 0, "first pipeline chunk is empty"),
+        ("AE||M", 3, "chunk is empty"),
+        ("AE| |M", 4, "chunk is empty"),
+        ("AEM|", 3, "last pipeline chunk is empty"),
+        ("A,,M", 2, "layer is missing"),
+        (",A", 0, "layer is missing"),
+    ],
+)
+def test_refusals_put_a_caret_under_the_fault(text: str, caret_at: int, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        HybridPattern.parse(text)
+    message = str(caught.value)
+    assert words in message
+    _, shown, caret = message.splitlines()[:3]
+    assert shown.rstrip() == "  " + text.replace("\n", " ").replace("\t", " ").rstrip()
+    assert caret == "  " + " " * caret_at + "^"
+
+
+def test_an_unknown_letter_names_the_legal_ones() -> None:
+    with pytest.raises(UserError, match=r"A \(ablock\), M \(mblock\), E \(eblock\), R \(rblock\)"):
+        HybridPattern.parse("AEZ")
+    with pytest.raises(UserError, match=r"\* \(ablock\).*writes attention as '\*'"):
+        HybridPattern.from_megatron("AEM")
+
+
+@pytest.mark.parametrize("text", ["|AE", "A||E"])
+def test_empty_chunks_are_refused_in_a_unit_too(text: str) -> None:
+    with pytest.raises(UserError, match="chunk is empty"):
+        HybridPattern.parse(text, depth=8)
+
+
+@pytest.mark.parametrize("text", ["", "  \n"])
+def test_empty_patterns_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="empty"):
+        HybridPattern.parse(text)
+
+
+@pytest.mark.parametrize("text", [None, 7, ["A"], b"AE"])
+def test_what_is_no_string_is_refused(text: object) -> None:
+    with pytest.raises(UserError, match="is a string"):
+        HybridPattern.parse(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("depth", [0, -1, True, 2.0, "52"])
+def test_depths_that_are_no_depth_are_refused(depth: object) -> None:
+    with pytest.raises(UserError, match="positive number of layers"):
+        HybridPattern.parse("AE", depth=depth)  # type: ignore[arg-type]
+
+
+def test_a_depth_that_would_drop_a_family_is_refused() -> None:
+    with pytest.raises(UserError, match=r"depth of 11 .* 12 layers"):
+        HybridPattern.parse(UNIT, depth=11)
+
+
+@pytest.mark.parametrize("cuts", [(0,), (3,), (2, 1), (1, 1), (-1,)])
+def test_the_constructor_refuses_bad_cuts(cuts: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match="strictly increasing, between 1 and 2 for 3 layers"):
+        HybridPattern((A, E, M), cuts)
+    with pytest.raises(UserError, match="at least one layer"):
+        HybridPattern(())
+
+
+@pytest.mark.parametrize("text", ["AEMR", "AE|M|R", "M", "R|A"])
+def test_megatron_round_trip(text: str) -> None:
+    pattern = HybridPattern.parse(text)
+    assert pattern.to_megatron(cuts=True) == text.replace("A", "*")
+    assert pattern.to_megatron() == text.replace("A", "*").replace("|", "")
+    assert HybridPattern.from_megatron(pattern.to_megatron(cuts=True)) == pattern
+    assert HybridPattern.from_megatron(pattern.to_megatron()).families == pattern.families
+
+
+@pytest.mark.parametrize("text", ["AE", "m*", "*,M", "ablock"])
+def test_from_megatron_reads_only_megatron(text: str) -> None:
+    with pytest.raises(UserError):
+        HybridPattern.from_megatron(text)
+
+
+@pytest.mark.parametrize("depth", [1, 12, 52, 60])
+def test_equal_chunks_cover_every_layer_once(depth: int) -> None:
+    pattern = HybridPattern((A,) * depth)
+    for n in range(1, depth + 4):
+        if depth % n:
+            with pytest.raises(UserError, match=f"{depth} layers cannot be divided into {n} "):
+                pattern.chunks(n)
+            continue
+        chunks = pattern.chunks(n)
+        assert [layer for chunk in chunks for layer in chunk] == list(range(depth))
+        assert {len(chunk) for chunk in chunks} == {depth // n}
+
+
+def test_a_refused_division_names_legal_sizes_and_cuts_that_work() -> None:
+    pattern = HybridPattern.parse(UNIT, depth=52)
+    with pytest.raises(UserError) as caught:
+        pattern.chunks(8)
+    message = str(caught.value)
+    assert "Legal numbers of chunks: 1, 2, 4, 13, 26, 52;" in message
+    assert "(6+6+7+7+7+7+6+6 layers)" in message  # the ends also hold embedding, head and loss
+    offered = HybridPattern.parse(message.split("'")[1])
+    assert offered.families == pattern.families
+    assert [len(chunk) for chunk in offered.chunks(8)] == [6, 6, 7, 7, 7, 7, 6, 6]
+
+
+def test_more_chunks_than_layers_has_no_example() -> None:
+    with pytest.raises(UserError, match=r"Legal numbers of chunks: 1, 2\.$"):
+        HybridPattern.parse("AE").chunks(3)
+
+
+def test_explicit_cuts_make_exactly_their_own_chunks() -> None:
+    pattern = HybridPattern.parse("AEM|E|AR")
+    assert pattern.chunks(3) == (range(0, 3), range(3, 4), range(4, 6))
+    assert pattern.chunks(1) == (range(0, 6),)  # a cut model still loads on one rank
+    for n in (2, 4, 6):
+        with pytest.raises(UserError, match=rf"cut into 3 .*\(3\+1\+2 layers\), but {n} are"):
+            pattern.chunks(n)
+
+
+@pytest.mark.parametrize("n", [0, -2, True, 2.0])
+def test_chunk_numbers_that_are_none_are_refused(n: object) -> None:
+    with pytest.raises(UserError, match="positive integer"):
+        HybridPattern.parse("AE").chunks(n)  # type: ignore[arg-type]
+
+
+def test_pattern_and_layout_import_neither_torch_nor_megatron() -> None:
+    code = (
+        "import sys, nemo_megacpp.pattern, nemo_megacpp.layout;"
+        "print([m for m in ('torch', 'megatron', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
