@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_naive, m2rnn_scan
+
+DTYPE = torch.float64
+
+
+def make(batch=2, length=37, heads=3, key=4, value=3, per_head=False, dtype=DTYPE, seed=0):
+    torch.manual_seed(seed)
+    head_axis = (heads,) if per_head else ()
+    return {
+        "q": torch.randn(batch, length, *head_axis, key, dtype=dtype),
+        "k": torch.randn(batch, length, *head_axis, key, dtype=dtype),
+        "v": torch.randn(batch, length, heads, value, dtype=dtype),
+        "forget": torch.rand(batch, length, heads, dtype=dtype),
+        "W": torch.eye(value, dtype=dtype) + 0.3 * torch.randn(heads, value, value, dtype=dtype),
+        "initial_state": torch.randn(batch, heads, key, value, dtype=dtype),
+    }
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_form_matches_reference(hold_to, length, per_head):
+    hold_to(m2rnn_naive, m2rnn_scan, make(length=length, per_head=per_head), 1e-10)
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 5, 37, 100])
+def test_checkpoints_change_nothing(hold_to, packed, checkpoint_every):
+    options = {"seq_idx": packed([[12, 25], [37]])}
+    form_options = {"checkpoint_every": checkpoint_every}
+    hold_to(m2rnn_naive, m2rnn_scan, make(), 1e-10, options, form_options)
+
+
+@pytest.mark.parametrize("rows", [[[32, 5], [37]], [[1, 1, 35], [1] * 37]])
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_packed_documents(hold_to, packed, rows, clip):
+    options = {"seq_idx": packed(rows), "state_gradient_clip": clip}
+    hold_to(m2rnn_naive, m2rnn_scan, make(), 1e-10, options)
+
+
+@pytest.mark.parametrize("clip_order", ["before_output", "after_output"])
+@pytest.mark.parametrize("clip", [0.2, 1.0])
+def test_clipped_state_gradient(hold_to, clip_order, clip):
+    options = {"state_gradient_clip": clip, "clip_order": clip_order}
+    hold_to(m2rnn_naive, m2rnn_scan, make(), 1e-10, options)
+    hold_to(m2rnn_naive, m2rnn_scan, make(), 1e-10, options, {"checkpoint_every": 7})
+
+
+def test_float32(hold_to, packed):
+    tensors = make(length=65, heads=4, key=16, value=8, dtype=torch.float32)
+    # A contracting W: with a larger one the recurrence is chaotic, and any rounding grows.
+    tensors["W"] = 0.3 * tensors["W"]
+    options = {"seq_idx": packed([[20, 45], [65]]), "state_gradient_clip": 1.0}
+    hold_to(m2rnn_naive, m2rnn_scan, tensors, 1e-5, options, reference_dtype=torch.float64)
+
+
+def test_gradients_are_finite_differences(packed):
+    """Without the reference: the hand-written backward against the function itself."""
+    tensors = make(batch=2, length=5, heads=2, key=2, value=2)
+    seq_idx = packed([[2, 3], [5]])
+    leaves = [t.requires_grad_() for t in tensors.values()]
+
+    def function(q, k, v, forget, W, initial_state):
+        return m2rnn_scan(q, k, v, forget, W, initial_state=initial_state, seq_idx=seq_idx)
+
+    assert torch.autograd.gradcheck(function, leaves, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("function", [m2rnn_naive, m2rnn_scan])
+def test_two_steps_by_hand(function):
+    """One head with K = V = 1 is a scalar recurrence."""
+    q, k, v, f, w, h = 0.7, 0.5, -1.2, 0.25, 1.1, 0.4
+    scalar = [torch.tensor([[[value]] * 2], dtype=DTYPE) for value in (q, k)]
+    y, final = function(
+        *scalar,
+        torch.full((1, 2, 1, 1), v, dtype=DTYPE),
+        torch.full((1, 2, 1), f, dtype=DTYPE),
+        torch.full((1, 1, 1), w, dtype=DTYPE),
+        initial_state=torch.full((1, 1, 1, 1), h, dtype=DTYPE),
+    )
+    tanh = torch.tanh
+    first = f * h + (1 - f) * tanh(torch.tensor(h * w + k * v, dtype=DTYPE))
+    second = f * first + (1 - f) * tanh(first * w + k * v)
+    torch.testing.assert_close(y.flatten(), q * torch.stack([first, second]), rtol=1e-13, atol=0)
+    torch.testing.assert_close(final.flatten(), second[None], rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("function", [m2rnn_naive, m2rnn_scan])
+@pytest.mark.parametrize("clip_order", ["before_output", "after_output"])
+def test_where_the_clip_acts(function, clip_order):
+    """W = 0 and f = 1/2 halve the state, so the carried gradient is known."""
+    length, clip = 3, 0.1
+    t = {
+        "q": torch.ones(1, length, 1, dtype=DTYPE),
+        "k": torch.zeros(1, length, 1, dtype=DTYPE),
+        "v": torch.zeros(1, length, 1, 1, dtype=DTYPE),
+        "forget": torch.full((1, length, 1), 0.5, dtype=DTYPE),
+        "W": torch.zeros(1, 1, 1, dtype=DTYPE),
+    }
+    h = torch.ones(1, 1, 1, 1, dtype=DTYPE, requires_grad=True)
+    y, _ = function(**t, initial_state=h, state_gradient_clip=clip, clip_order=clip_order)
+    (grad,) = torch.autograd.grad(y.sum(), h)
+    # Clipped before q·dy = 1 is added: 1, then 0.1 + 1, then 0.1 + 1; after: always 0.1.
+    expected = 0.5 * (clip + 1) if clip_order == "before_output" else 0.5 * clip
+    assert grad.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_row_cut_in_two_has_the_same_values_and_gradients():
+    t = {k: v.requires_grad_() for k, v in make().items()}
+    options = {"state_gradient_clip": 0.3}
+    y, final = m2rnn_scan(**t, **options)
+    parts, state = [], t["initial_state"]
+    for window in (slice(0, 20), slice(20, 37)):
+        sliced = [t[n][:, window] for n in ("q", "k", "v", "forget")]
+        out, state = m2rnn_scan(*sliced, t["W"], initial_state=state, **options)
+        parts.append(out)
+    joined = torch.cat(parts, dim=1)
+    torch.testing.assert_close(joined, y, rtol=1e-12, atol=1e-13)
+    whole = torch.autograd.grad(y.square().sum() + final.sum(), list(t.values()))
+    halves = torch.autograd.grad(joined.square().sum() + state.sum(), list(t.values()))
+    for actual, expected in zip(halves, whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_slice_of_heads_is_bit_identical(dtype):
+    t = make(heads=6, key=16, value=4, dtype=dtype)
+    part = {
+        "q": t["q"],
+        "k": t["k"],
+        "v": t["v"][:, :, 2:5],
+        "forget": t["forget"][:, :, 2:5],
+        "W": t["W"][2:5],
+        "initial_state": t["initial_state"][:, 2:5],
+    }
+    y, final = m2rnn_scan(**t)
+    part_y, part_final = m2rnn_scan(**part)
+    assert torch.equal(y[:, :, 2:5], part_y)
+    assert torch.equal(final[:, 2:5], part_final)
+
+
+def test_bfloat16_accumulates_in_float32():
+    t = make(dtype=torch.bfloat16)
+    y, final = m2rnn_scan(**t)
+    exact, exact_final = m2rnn_naive(**{k: v.float() for k, v in t.items()})
+    assert y.dtype == torch.bfloat16 and final.dtype == torch.float32
+    torch.testing.assert_close(y.float(), exact, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(final, exact_final, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"W": torch.randn(3, 3, 4)}, "W must"),
+        ({"k": torch.randn(2, 36, 4)}, "k must"),
+        ({"forget": torch.rand(2, 37)}, "forget"),
+        ({"initial_state": torch.randn(2, 3, 3, 4)}, "initial_state"),
+        ({"state_gradient_clip": 0.0}, "state_gradient_clip"),
+        ({"clip_order": "never"}, "clip_order"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+    ],
+)
+def test_refusals_name_the_argument(change, word):
+    with pytest.raises(UserError, match=word):
+        m2rnn_scan(**(make() | change))
