@@ -1,0 +1,136 @@
+"""`nemo-megacpp data prepare` and `data inspect`. Building the parser loads no heavy library."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from nemo_megacpp.data.prepared import PreparedData
+
+_BAR_WIDTH = 40
+_SAMPLE_TOKENS = 80
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register ``data`` and its commands; each sets ``run``, a function of the parsed arguments."""
+    data = subparsers.add_parser("data", help="prepare and inspect training data")
+    commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser(
+        "prepare",
+        help="text or JSONL to Megatron .bin/.idx, with a tokenizer",
+        description="Split documents into train and held-out, train a byte-level BPE (or take one) "
+        "and write Megatron .bin/.idx. A text file is a document; so is each line of a .jsonl "
+        "file. Folders are searched recursively, hidden files left out; .gz is decompressed.",
+    )
+    prepare.add_argument("paths", nargs="+", metavar="PATH", help="file or folder of text or JSONL")
+    prepare.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    prepare.add_argument(
+        "--vocab-size", type=int, metavar="N", help="tokens of the BPE to train (default 8192)"
+    )
+    prepare.add_argument(
+        "--tokenizer", metavar="DIR", help="use this Hugging Face tokenizer instead of training one"
+    )
+    prepare.add_argument(
+        "--held-out",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="share of documents (default 0.05)",
+    )
+    prepare.add_argument(
+        "--text-key", default="text", metavar="K", help="JSONL field with the text (default text)"
+    )
+    prepare.add_argument("--max-bytes", type=int, metavar="N", help="use no more text than this")
+    prepare.add_argument("--overwrite", action="store_true", help="replace prepared data in DIR")
+    prepare.set_defaults(run=_run_prepare)
+
+    inspect = commands.add_parser(
+        "inspect", help="check prepared data; show counts, document lengths and samples"
+    )
+    inspect.add_argument("folder", metavar="DIR", help="folder made by data prepare")
+    inspect.add_argument(
+        "--samples", type=int, default=3, metavar="N", help="documents to show (default 3)"
+    )
+    inspect.set_defaults(run=_run_inspect)
+
+
+def _run_prepare(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from nemo_megacpp.data.prepare import prepare
+
+    data = prepare(
+        args.paths,
+        args.out,
+        vocab_size=args.vocab_size,
+        tokenizer=args.tokenizer,
+        held_out=args.held_out,
+        text_key=args.text_key,
+        max_bytes=args.max_bytes,
+        overwrite=args.overwrite,
+    )
+    _print_counts(Console(), data)
+    return 0
+
+
+def _run_inspect(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    from nemo_megacpp.data.indexed import IndexedTokens
+    from nemo_megacpp.data.prepared import PreparedData
+    from nemo_megacpp.data.tokenizer import load_tokenizer
+
+    console = Console()
+    data = PreparedData.open(args.folder)
+    _print_counts(console, data)
+    train = IndexedTokens.open(data.train_prefix)
+    _print_lengths(console, train.lengths)
+    tokenizer = load_tokenizer(data.tokenizer_dir).tokenizer
+    count = min(max(args.samples, 0), len(train.lengths))
+    for sample in range(count):
+        number = sample * len(train.lengths) // count
+        ids = train.document(number, _SAMPLE_TOKENS)
+        console.rule(f"train document {number}, {train.lengths[number]:,} tokens", align="left")
+        console.print(Text(tokenizer.decode(ids.tolist(), skip_special_tokens=False)))
+    return 0
+
+
+def _print_counts(console: Console, data: PreparedData) -> None:
+    from rich.table import Table
+
+    table = Table(
+        "split", title=f"{data.root}  (vocabulary {data.vocab_size:,})", title_justify="left"
+    )
+    for heading in ("documents", "tokens", "bytes", "bytes/token"):
+        table.add_column(heading, justify="right")
+    for name, split in data.splits.items():
+        ratio = split.bytes / split.tokens
+        table.add_row(
+            name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", f"{ratio:.2f}"
+        )
+    console.print(table)
+    left_out = {"empty": "empty", "binary": "binary", "bad_utf8": "repaired UTF-8"}
+    noted = [f"{data.skipped[key]:,} {word}" for key, word in left_out.items() if data.skipped[key]]
+    if noted:
+        console.print("Left out or repaired: " + ", ".join(noted) + ".")
+
+
+def _print_lengths(console: Console, lengths: np.ndarray) -> None:
+    """Draw a histogram of document lengths in buckets of powers of two."""
+    import numpy as np
+    from rich.table import Table
+
+    counts = np.bincount(np.floor(np.log2(lengths)).astype(int))
+    table = Table("tokens", title="train document lengths", title_justify="left")
+    table.add_column("documents", justify="right")
+    table.add_column("")
+    for power in range(int(np.flatnonzero(counts)[0]), len(counts)):
+        bar = "█" * round(_BAR_WIDTH * counts[power] / counts.max())
+        table.add_row(f"{2**power:,} – {2 ** (power + 1) - 1:,}", f"{counts[power]:,}", bar)
+    console.print(table)

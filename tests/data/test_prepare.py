@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets import indexed_dataset
+
+from nemo_megacpp.data import prepare as prepare_module
+from nemo_megacpp.data.prepare import prepare
+from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.data.tokenizer import load_tokenizer, train_tokenizer
+from nemo_megacpp.errors import UserError
+
+
+def decoded(data: PreparedData, prefix: str) -> list[str]:
+    """Read documents through Megatron's own reader and check how each ends."""
+    dataset = indexed_dataset.IndexedDataset(prefix)
+    assert dataset.index.dtype is np.uint16
+    assert len(dataset.document_indices) == len(dataset) + 1
+    tokenizer = load_tokenizer(data.tokenizer_dir).tokenizer
+    texts = []
+    for i in range(len(dataset)):
+        ids = dataset[i].tolist()
+        assert ids[-1] == data.eos_id
+        assert data.eos_id not in ids[:-1]
+        texts.append(tokenizer.decode(ids[:-1], skip_special_tokens=False))
+    return texts
+
+
+def run(corpus: Path, out: Path, **options) -> PreparedData:
+    return prepare(
+        [corpus], out, **{"vocab_size": 300, "held_out": 0.3, "progress": False} | options
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def test_tokens_round_trip_through_megatron(prepared: PreparedData, texts: dict[str, str]) -> None:
+    train = decoded(prepared, prepared.train_prefix)
+    held = decoded(prepared, prepared.heldout_prefix)
+    assert sorted(train + held) == sorted(texts.values())
+    assert (prepared.splits["train"].documents, prepared.splits["heldout"].documents) == (
+        len(train),
+        len(held),
+    )
+    assert min(len(train), len(held)) >= 1
+    assert prepared.skipped == {"empty": 2, "binary": 1, "bad_utf8": 1}
+    assert prepared.splits["heldout"].bytes == sum(len(text.encode()) for text in held)
+    assert prepared.vocab_size == 300
+    assert (
+        prepared.tokens
+        == indexed_dataset.IndexedDataset(prepared.train_prefix).sequence_lengths.sum()
+    )
+
+
+def test_same_request_gives_the_same_files(
+    corpus: Path, prepared: PreparedData, tmp_path: Path
+) -> None:
+    run(corpus, tmp_path / "again")
+    assert files(tmp_path / "again") == files(prepared.root)
+
+
+def test_reuse_refusal_and_overwrite(
+    corpus: Path, texts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(corpus, source)
+    first = run(source, out)
+    before = (out / "train.bin").stat().st_mtime_ns
+    assert run(source, out) == first
+    assert capsys.readouterr().out.startswith(f"Reusing {out}: {first.tokens} tokens")
+    assert (out / "train.bin").stat().st_mtime_ns == before
+
+    with pytest.raises(UserError, match=r"vocab_size 300 \(now 290\)\. Name another folder"):
+        run(source, out, vocab_size=290)
+    (source / "new.txt").write_text("a new document of words")
+    with pytest.raises(UserError, match="different: the source files"):
+        run(source, out)
+    second = run(source, out, overwrite=True)
+    documents = sum(split.documents for split in second.splits.values())
+    assert documents == len(texts) + 1
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_left_alone(
+    corpus: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not prepared data, so it is left alone"):
+        run(corpus, tmp_path, overwrite=overwrite)
+    (tmp_path / "data.json").write_text('{"format": "another"}')
+    with pytest.raises(UserError, match="is not prepared data, so it is left alone"):
+        run(corpus, tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_output_inside_the_input(corpus: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(corpus, source)
+    (source / "out").mkdir()  # an empty folder may be filled
+    first = run(source, source / "out")
+    assert run(source, source / "out") == first
+
+
+def test_existing_tokenizer(corpus: Path, prepared: PreparedData, tmp_path: Path) -> None:
+    folder = prepared.tokenizer_dir
+    data = run(corpus, tmp_path / "out", tokenizer=folder, vocab_size=None, held_out=0.5)
+    assert data.tokenizer_fingerprint == prepared.tokenizer_fingerprint
+    assert data.vocab_size == 300
+    with pytest.raises(UserError, match="has 300 tokens, not 512"):
+        run(corpus, tmp_path / "other", tokenizer=folder, vocab_size=512)
+
+
+def test_vocabulary_that_the_text_cannot_fill(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"A vocabulary of 5000 asks .* give \d+ tokens"):
+        run(corpus, tmp_path / "out", vocab_size=5000)
+    data = run(corpus, tmp_path / "out", vocab_size=None)
+    assert 258 < data.vocab_size < 5000
+    assert f"Vocabulary: {data.vocab_size} tokens" in capsys.readouterr().out
+
+
+def test_size_cap(corpus: Path, tmp_path: Path) -> None:
+    data = run(corpus, tmp_path / "out", max_bytes=200)
+    assert 100 < sum(split.bytes for split in data.splits.values()) <= 200
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("broken"), KeyboardInterrupt(), OSError(28, "full")]
+)
+def test_failure_midway_leaves_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    added = []
+
+    def add_item(self, tensor) -> None:
+        added.append(tensor)
+        if len(added) == 3:
+            raise error
+
+    monkeypatch.setattr(indexed_dataset.IndexedDatasetBuilder, "add_item", add_item)
+    expected = UserError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected):
+        run(corpus, tmp_path / "deep" / "er" / "out")
+    assert len(added) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_overwrite_keeps_the_old_data(
+    corpus: Path, prepared: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(prepared.root, out)
+    before = files(out)
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_module, "_encode", fail)
+    with pytest.raises(UserError, match=r"Cannot write .*out': No space left on device"):
+        run(corpus, out, overwrite=True, vocab_size=290)
+    assert files(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"held_out": 0.0}, "held-out share is 0.0"),
+        ({"held_out": 1.0}, "held-out share is 1.0"),
+        ({"max_bytes": 0}, "size cap is 0"),
+        ({"vocab_size": 10}, "vocabulary of 10 is too small"),
+    ],
+)
+def test_bad_arguments(corpus: Path, tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(corpus, tmp_path / "out", **options)
+
+
+def test_tokenizer_is_trained_on_part_of_a_large_corpus(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(prepare_module, "TOKENIZER_BYTES", 100)
+    data = run(corpus, tmp_path / "out", vocab_size=260)
+    assert f"of {data.splits['train'].bytes:,} bytes" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "data.json").read_text())["vocab_size"] == 260
+
+
+def test_tokenizer_never_sees_held_out_text(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def spy(texts, vocab_size):
+        seen.extend(texts)
+        return train_tokenizer(seen, vocab_size)
+
+    monkeypatch.setattr(prepare_module, "train_tokenizer", spy)
+    data = run(corpus, tmp_path / "out")
+    assert sorted(seen) == sorted(decoded(data, data.train_prefix))
+
+
+def test_overwrite_through_a_link_keeps_the_link(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    run(corpus, tmp_path / "out")
+    second = run(corpus, tmp_path / "out", vocab_size=290, overwrite=True)
+    assert (tmp_path / "out").is_symlink()
+    assert PreparedData.open(tmp_path / "disk").splits == second.splits
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "out"}
