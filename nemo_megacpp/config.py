@@ -1,0 +1,152 @@
+"""The model configuration: Megatron's ``TransformerConfig`` plus the hybrid fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from megatron.core.transformer import TransformerConfig
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.pattern import Family, HybridPattern
+
+Mode = Literal["nemo_native"]
+ClipOrder = Literal["before_output", "after_output"]
+
+
+@dataclass(frozen=True)
+class M2RNNDimensions:
+    """Sizes and settings of the R mixer (arXiv 2603.14360; defaults are the authors').
+
+    Attributes:
+        num_heads: ``N``.
+        key_head_dim: ``K``, rows of a head's state.
+        value_head_dim: ``V``, columns of a head's state.
+        conv_kernel: taps of the causal convolution over q, k and v.
+        state_gradient_clip: elementwise bound on the carried gradient ``dH``; None for no bound.
+        clip_order: clip the carried ``dH`` before or after ``q_t dy_tᵀ`` is added to it.
+        a_init_range: range of ``A`` at initialisation.
+        dt_init_range: range of ``softplus(dt_bias)`` at initialisation (log-uniform).
+    """
+
+    num_heads: int
+    key_head_dim: int = 64
+    value_head_dim: int = 16
+    conv_kernel: int = 4
+    state_gradient_clip: float | None = 1.0
+    clip_order: ClipOrder = "before_output"
+    a_init_range: tuple[float, float] = (0.0, 16.0)
+    dt_init_range: tuple[float, float] = (1e-3, 0.1)
+
+
+@dataclass
+class HybridConfig(TransformerConfig):
+    """``TransformerConfig`` of a hybrid A/M/E/R model.
+
+    ``num_layers`` is the depth to which ``hybrid_pattern`` is tiled; left at 0 it is the pattern's
+    own length. Fields without a comment below are Megatron's and keep Megatron's meaning.
+
+    Raises:
+        UserError: for a pattern that cannot be read, or a field that no backend supports.
+    """
+
+    hybrid_pattern: str = ""
+    """The A/M/E/R pattern, with ``|`` for explicit pipeline cuts (:mod:`nemo_megacpp.pattern`)."""
+    mode: Mode = "nemo_native"
+    """Which mixer an M block gets: ``nemo_native`` is Megatron's own ``MambaMixer`` (Mamba-2)."""
+
+    vocab_size: int = 0
+    """Tokens of the tokenizer, before padding."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this times the tensor-parallel size."""
+    seq_length: int = 4096
+    """Tokens per sample, ``s``."""
+    position_embedding_type: Literal["rope", "none"] = "rope"
+    rotary_base: int = 10000
+    rotary_percent: float = 1.0
+    share_embeddings_and_output_weights: bool = False
+    parallel_output: bool = True
+    fp16_lm_cross_entropy: bool = False
+
+    m2rnn_num_heads: int | None = None
+    """``N``; left at None, as many heads as make ``N·V`` the hidden size."""
+    m2rnn_key_head_dim: int = 64
+    m2rnn_value_head_dim: int = 16
+    m2rnn_conv_kernel: int = 4
+    m2rnn_state_gradient_clip: float | None = 1.0
+    m2rnn_clip_order: ClipOrder = "before_output"
+
+    normalization: str = "RMSNorm"
+    add_bias_linear: bool = False
+    gated_linear_unit: bool = True
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    bias_dropout_fusion: bool = False
+    masked_softmax_fusion: bool = False
+    gradient_accumulation_fusion: bool = False
+    persist_layer_norm: bool = False
+    apply_rope_fusion: bool = False
+    is_hybrid_model: bool = True
+
+    def __post_init__(self) -> None:
+        self.finalize()
+        super().__post_init__()
+
+    def finalize(self) -> None:
+        """Derive what follows from the hybrid fields, and refuse what cannot be built."""
+        depth: int = self.num_layers
+        pattern = HybridPattern.parse(self.hybrid_pattern, depth=depth or None)
+        self.num_layers: int = len(pattern)
+        if self.mode not in get_args(Mode):
+            raise UserError(f"mode={self.mode!r}: the modes are {', '.join(get_args(Mode))}.")
+        if self.recompute_granularity == "full":
+            raise UserError(
+                "recompute_granularity='full' is not supported by the hybrid stack; "
+                "'selective' (core_attn, moe, shared_experts, …) and None are."
+            )
+        if Family.EXPERT not in pattern.families:
+            self.num_moe_experts = None
+            self.moe_shared_expert_intermediate_size = None
+        elif not self.num_moe_experts:
+            raise UserError(
+                f"The pattern {pattern} has E blocks, and num_moe_experts is "
+                f"{self.num_moe_experts}."
+            )
+        if self.m2rnn_num_heads is None:
+            self.m2rnn_num_heads = _heads_that_fill(self.hidden_size, self.m2rnn_value_head_dim)
+
+    @property
+    def pattern(self) -> HybridPattern:
+        """The parsed pattern, one family per layer."""
+        return HybridPattern.parse(self.hybrid_pattern, depth=self.num_layers)
+
+    @property
+    def num_expert_blocks(self) -> int:
+        """E blocks in the whole model: what an auxiliary loss is averaged over."""
+        return self.pattern.counts()[Family.EXPERT]
+
+
+def _heads_that_fill(hidden_size: int, value_head_dim: int) -> int:
+    if hidden_size % value_head_dim:
+        raise UserError(
+            f"hidden_size={hidden_size} is not a multiple of the R block's value head dim "
+            f"{value_head_dim}, so its number of heads must be given (m2rnn_num_heads)."
+        )
+    return hidden_size // value_head_dim
+
+
+def m2rnn_dimensions(config: TransformerConfig) -> M2RNNDimensions:
+    """Return the R mixer's sizes: from a :class:`HybridConfig`, or the authors' defaults for the
+    plain configuration that Megatron's own scripts build."""
+    if not isinstance(config, HybridConfig):
+        v_dim = M2RNNDimensions.value_head_dim
+        return M2RNNDimensions(_heads_that_fill(config.hidden_size, v_dim))
+    assert config.m2rnn_num_heads is not None
+    return M2RNNDimensions(
+        num_heads=config.m2rnn_num_heads,
+        key_head_dim=config.m2rnn_key_head_dim,
+        value_head_dim=config.m2rnn_value_head_dim,
+        conv_kernel=config.m2rnn_conv_kernel,
+        state_gradient_clip=config.m2rnn_state_gradient_clip,
+        clip_order=config.m2rnn_clip_order,
+    )

@@ -1,0 +1,46 @@
+"""RMS normalisation of the torch backend."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from nemo_megacpp.errors import UserError
+
+
+def require_rms_norm(config: TransformerConfig) -> None:
+    """Refuse what the torch backend's norms do not do.
+
+    Raises:
+        UserError: for a normalisation other than plain RMSNorm.
+    """
+    if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
+        raise UserError(
+            f"The torch backend has normalization='RMSNorm' with a gain around one; asked for "
+            f"{config.normalization!r}, layernorm_zero_centered_gamma="
+            f"{config.layernorm_zero_centered_gamma}. Install Transformer Engine or change these."
+        )
+
+
+class TorchRMSNorm(torch.nn.RMSNorm):
+    """``torch.nn.RMSNorm`` with the constructor and the parameter tags that Megatron expects.
+
+    Input and output ``[s, b, h]``; under SP, ``s`` is this rank's share. ``weight``: replicated on
+    tp with SP (its gradient is partial; Megatron sums it over tp at the end of the step because of
+    the ``sequence_parallel`` tag), invariant on tp without SP. Megatron's own ``WrappedTorchNorm``
+    refuses SP.
+
+    Args:
+        config: Megatron's model configuration.
+        hidden_size: ``h``.
+        eps: added to the mean square; ``config.layernorm_epsilon`` if not given.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float | None = None):
+        require_rms_norm(config)
+        super().__init__(
+            hidden_size,
+            eps=config.layernorm_epsilon if eps is None else eps,
+            dtype=config.params_dtype,
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,0 +1,5 @@
+"""Process start: the no-GPU host, distributed initialisation, launching ranks. No model knowledge.
+
+This is the only room that replaces attributes of installed packages, and it does so only on a
+machine without a GPU (see :mod:`nemo_megacpp.runtime.host`).
+"""

@@ -1,0 +1,59 @@
+"""Process groups: start and end, for one layout after another in the same process."""
+
+from __future__ import annotations
+
+import gc
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.runtime.host import ensure_host
+
+_TIMEOUT = timedelta(minutes=5)
+
+
+def start_process_group(rank: int, world_size: int, rendezvous: str) -> None:
+    """Join the default process group.
+
+    Args:
+        rank: of this process.
+        world_size: number of processes.
+        rendezvous: an init method, such as ``file:///…`` or ``tcp://host:port``.
+    """
+    host = ensure_host()
+    torch.distributed.init_process_group(
+        host.backend,
+        init_method=rendezvous,
+        rank=rank,
+        world_size=world_size,
+        timeout=_TIMEOUT,
+    )
+
+
+def start_model_parallel(layout: ParallelLayout, seed: int = 1234) -> None:
+    """Create Megatron's process groups for ``layout`` and seed its random-state tracker.
+
+    As in Megatron, the default generator is seeded alike on all ranks of a stage.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        create_gloo_process_groups=ensure_host().backend != "gloo",
+    )
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def end_process_groups() -> None:
+    """Leave Megatron's groups and the default group; another layout may start afterwards."""
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    gc.collect()

@@ -1,0 +1,132 @@
+"""Start the ranks of a run on this machine, through torch's elastic launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_megacpp.errors import UserError
+
+_TAIL = 12
+
+
+@dataclass(frozen=True)
+class Launched:
+    """The place of this process in a job that torchrun, or another launcher, has started."""
+
+    rank: int
+    local_world_size: int
+    world_size: int
+
+
+def launched() -> Launched | None:
+    """Return this process's place if a launcher has started it, else None."""
+    try:
+        return Launched(
+            rank=int(os.environ["RANK"]),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+    except KeyError:
+        return None
+
+
+def devices_here() -> int:
+    """Return how many ranks this machine can hold: its GPUs, or any number without GPUs."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else sys.maxsize
+
+
+class RankFailed(RuntimeError):
+    """A rank ended with an error; ``user_error`` says whether it was one for the user."""
+
+    def __init__(self, message: str, user_error: bool):
+        super().__init__(message)
+        self.user_error = user_error
+
+
+def launch(arguments: Sequence[str], ranks: int, log_dir: Path) -> None:
+    """Run ``python arguments…`` on ``ranks`` local ranks and wait for all of them.
+
+    Rank 0 writes to this terminal; the other ranks' output, and rank 0's errors, are kept under
+    ``log_dir``. If a rank fails, the others are ended.
+
+    Raises:
+        RankFailed: with the end of the failing rank's log.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # What failed is reported below, in one place.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    logs = Path(tempfile.mkdtemp(prefix="attempt-", dir=log_dir))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id="local",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+        logs_specs=DefaultLogsSpecs(
+            log_dir=str(logs),
+            redirects=dict.fromkeys(range(1, ranks), Std.ALL),
+            tee={0: Std.ERR},
+        ),
+        log_line_prefix_template=" ",
+    )
+    previous = {name: os.environ.get(name) for name in _worker_environment(ranks)}
+    os.environ.update(_worker_environment(ranks))
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise RankFailed(_report(logs, rank, failure.exitcode), failure.exitcode == 2) from None
+    finally:
+        for name, value in previous.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _worker_environment(ranks: int) -> dict[str, str]:
+    """Return settings of the process, not of the model: threads, and Megatron's stream order."""
+    return {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _report(logs: Path, rank: int, exit_code: int) -> str:
+    files = sorted(logs.glob(f"**/{rank}/stderr.log"))
+    lines = files[-1].read_text(errors="replace").splitlines() if files else []
+    if exit_code == 2 and lines:
+        return lines[-1]
+    tail = "\n".join(f"  {line}" for line in lines[-_TAIL:])
+    return f"Rank {rank} ended with exit code {exit_code}. The end of {logs}:\n{tail}"
+
+
+def refuse_too_few_devices(world_size: int) -> None:
+    """Refuse to start more ranks here than there are GPUs.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    here = devices_here()
+    if world_size > here:
+        raise UserError(
+            f"The layout needs {world_size} ranks and this machine has {here} GPUs. Start it on "
+            f"several nodes with torchrun, or choose a layout of at most {here} ranks."
+        )

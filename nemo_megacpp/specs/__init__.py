@@ -1,0 +1,28 @@
+"""Layer specs, and the named objects for Megatron's ``--spec nemo_megacpp.specs NAME``.
+
+``hybrid_stack_spec``: the A/M/E/R stack in mode ``nemo_native``.
+
+The objects are built when first named: which backend they hold depends on the installation, and
+importing this package must cost nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    hybrid_stack_spec: ModuleSpec
+
+__all__ = ["hybrid_stack_spec"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "hybrid_stack_spec":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nemo_megacpp.specs.stack import build_hybrid_stack_spec
+
+    # Megatron's import_module looks the name up in vars(module), so it must stay there.
+    globals()[name] = build_hybrid_stack_spec()
+    return globals()[name]

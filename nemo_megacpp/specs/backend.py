@@ -1,0 +1,67 @@
+"""The backend: Transformer Engine where it is installed, plain torch elsewhere.
+
+This is the only file that asks whether Transformer Engine is there.
+"""
+
+from __future__ import annotations
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+
+from nemo_megacpp.mixers.core_attention import TorchCoreAttention
+from nemo_megacpp.mixers.experts import with_expert_tags
+from nemo_megacpp.mixers.linear import NormColumnParallelLinear
+from nemo_megacpp.mixers.norm import TorchRMSNorm
+
+
+class TorchBackend(BackendSpecProvider):
+    """Plain torch modules, under Transformer Engine's parameter names."""
+
+    def column_parallel_linear(self) -> type:
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        return RowParallelLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return True
+
+    def column_parallel_layer_norm_linear(self) -> type:
+        return NormColumnParallelLinear
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return TorchRMSNorm
+
+    def core_attention(self) -> type:
+        return TorchCoreAttention
+
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
+    ) -> tuple[type, MLPSubmodules]:
+        return with_expert_tags(SequentialMLP), MLPSubmodules(
+            linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+        )
+
+    def activation_func(self) -> type | None:  # type: ignore[override]
+        return None
+
+
+class TransformerEngineBackend(TESpecProvider):
+    """Megatron's Transformer Engine modules, with expert weights tagged for their own groups."""
+
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
+    ) -> tuple[type, MLPSubmodules | None]:
+        experts, submodules = super().grouped_mlp_modules(
+            moe_use_grouped_gemm, moe_use_legacy_grouped_gemm
+        )
+        return with_expert_tags(experts), submodules
+
+
+def default_backend() -> BackendSpecProvider:
+    """Return the backend of this installation."""
+    return TransformerEngineBackend() if HAVE_TE else TorchBackend()

@@ -1,0 +1,242 @@
+"""The stack: the layers of one pipeline chunk of a hybrid model.
+
+Megatron's ``MambaStack`` has fixed symbols, a hard-coded Transformer Engine norm, no virtual
+stages, and ``num_layers // pp`` layers per stage: 52 layers at PP=8 become 48 without a word. This
+stack takes the A/M/E/R pattern, honours explicit cuts, and builds every layer or refuses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    get_transformer_layer_offset,
+)
+from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.utils import WrappedTensor, make_viewless_tensor
+
+from nemo_megacpp.pattern import Family, HybridPattern
+from nemo_megacpp.specs.attention import attention_layer_spec
+from nemo_megacpp.specs.backend import default_backend
+from nemo_megacpp.specs.expert import expert_layer_spec
+from nemo_megacpp.specs.mamba import mamba_layer_spec
+from nemo_megacpp.specs.recurrent import recurrent_layer_spec
+
+
+@dataclass
+class HybridStackSubmodules:
+    """One layer spec per family, and the final norm."""
+
+    attention_layer: ModuleSpec | type = IdentityOp
+    mamba_layer: ModuleSpec | type = IdentityOp
+    expert_layer: ModuleSpec | type = IdentityOp
+    recurrent_layer: ModuleSpec | type = IdentityOp
+    final_norm: ModuleSpec | type = IdentityOp
+
+    def of(self, family: Family) -> ModuleSpec | type:
+        """Return the layer spec of ``family``."""
+        return {
+            Family.ATTENTION: self.attention_layer,
+            Family.MAMBA: self.mamba_layer,
+            Family.EXPERT: self.expert_layer,
+            Family.RECURRENT: self.recurrent_layer,
+        }[family]
+
+
+class HybridStack(MegatronModule):
+    """The layers of this rank's pipeline chunk, and on the last one the final norm.
+
+    Takes the place of ``MambaStack`` in Megatron's ``MambaModel`` and has its constructor.
+
+    Args:
+        config: the model configuration; ``num_layers`` is the depth of the whole model.
+        submodules: layer specs by family.
+        hybrid_override_pattern: the pattern, in A/M/E/R letters or in Megatron's symbols.
+        pre_process, post_process: whether this chunk owns the embedding, and the head.
+        vp_stage: virtual stage of this chunk, None without virtual stages.
+
+    Raises:
+        UserError: when the pattern cannot be cut into PP x virtual stages without losing layers.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: HybridStackSubmodules,
+        residual_in_fp32: bool = False,
+        pre_process: bool = True,
+        hybrid_attention_ratio: float = 0.0,
+        hybrid_mlp_ratio: float = 0.0,
+        hybrid_override_pattern: str | None = None,
+        post_layer_norm: bool = True,
+        post_process: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+    ):
+        super().__init__(config=config)
+        self.vp_stage = vp_stage
+        assert pg_collection is not None, "pg_collection must be provided for HybridStack"
+        self.pre_process, self.post_process = pre_process, post_process
+        self.pp_group, self.tp_group = pg_collection.pp, pg_collection.tp
+        self.input_tensor: torch.Tensor | None = None  # set by the pipeline schedules
+
+        pattern = HybridPattern.parse(hybrid_override_pattern or "", depth=config.num_layers)
+        stages = self.pp_group.size()
+        chunks = pattern.chunks(stages * (config.virtual_pipeline_model_parallel_size or 1))
+        self.layer_range = chunks[(vp_stage or 0) * stages + self.pp_group.rank()]
+        self.families = tuple(pattern.families[i] for i in self.layer_range)
+        self.layers = torch.nn.ModuleList()
+        for index, family in zip(self.layer_range, self.families, strict=True):
+            with get_fp8_context(config, index, is_init=True):
+                self.layers.append(
+                    self._build_layer(
+                        submodules, family, index + 1, residual_in_fp32, pg_collection
+                    )
+                )
+        self.num_layers_per_pipeline_rank = len(self.layers)
+        if post_process and post_layer_norm:
+            self.final_norm = build_module(
+                submodules.final_norm,
+                config=config,
+                hidden_size=config.hidden_size,
+                eps=config.layernorm_epsilon,
+            )
+
+    def _build_layer(
+        self,
+        submodules: HybridStackSubmodules,
+        family: Family,
+        layer_number: int,
+        residual_in_fp32: bool,
+        pg_collection: ProcessGroupCollection,
+    ) -> torch.nn.Module:
+        spec = submodules.of(family)
+        if family in (Family.MAMBA, Family.RECURRENT):
+            return build_module(
+                spec,
+                config=self.config,
+                residual_in_fp32=residual_in_fp32,
+                layer_number=layer_number,
+                pp_layer_offset=self.layer_range.start,
+                pg_collection=pg_collection,
+            )
+        # TransformerLayer adds an offset that assumes equal stages; take it off again, so that the
+        # sum is the global number whatever the cuts are.
+        offset = get_transformer_layer_offset(self.config, self.vp_stage, self.pp_group.rank())
+        return build_module(
+            spec,
+            config=self.config,
+            layer_number=layer_number - offset,
+            pg_collection=pg_collection,
+            vp_stage=self.vp_stage,
+        )
+
+    def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
+        """Set the activations that came from the previous pipeline stage."""
+        self.input_tensor = input_tensor
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor | WrappedTensor,
+        attention_mask: torch.Tensor | None = None,
+        inference_context: Any = None,
+        rotary_pos_emb: torch.Tensor | None = None,
+        *,
+        inference_params: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the chunk on ``[s, b, h]`` (the rank's share of ``s`` under SP and CP)."""
+        assert inference_context is None and inference_params is None, "the hybrid stack trains"
+        if not self.pre_process:
+            assert self.input_tensor is not None
+            hidden_states = self.input_tensor
+        if isinstance(hidden_states, WrappedTensor):
+            hidden_states = hidden_states.unwrap()
+        with get_fp8_context(self.config):
+            for layer in self.layers:
+                if isinstance(layer, TransformerLayer):
+                    hidden_states, _ = layer(
+                        hidden_states=hidden_states,
+                        attention_mask=attention_mask,
+                        rotary_pos_emb=rotary_pos_emb,
+                        packed_seq_params=packed_seq_params,
+                        padding_mask=padding_mask,
+                    )
+                else:
+                    hidden_states = layer(
+                        hidden_states=hidden_states,
+                        attention_mask=attention_mask,
+                        packed_seq_params=packed_seq_params,
+                    )
+        if hasattr(self, "final_norm"):
+            hidden_states = self.final_norm(hidden_states)
+        # The pipeline frees what it sent by its storage, which a view would keep alive.
+        return make_viewless_tensor(
+            inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
+        )
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple | None = None,
+        metadata: dict | None = None,
+    ) -> dict:
+        """Key layers by their global index, so that a checkpoint does not know the stages."""
+        sharded: dict[str, Any] = {}
+        for local, layer in enumerate(self.layers):
+            local_prefix = f"{prefix}layers.{local}."
+            layer_dict = layer.sharded_state_dict(local_prefix, (), metadata)
+            replace_prefix_for_sharding(
+                layer_dict, local_prefix, f"{prefix}layers.{self.layer_range[local]}."
+            )
+            sharded.update(layer_dict)
+        for name, module in self.named_children():
+            if module is not self.layers:
+                sharded.update(
+                    sharded_state_dict_default(
+                        module,
+                        f"{prefix}{name}.",
+                        sharded_offsets or (),
+                        metadata,
+                        tp_group=self.tp_group,
+                    )
+                )
+        return sharded
+
+
+def build_hybrid_stack_spec(
+    backend: BackendSpecProvider | None = None, vp_stage: int | None = None
+) -> ModuleSpec:
+    """Return the spec of a stack for mode ``nemo_native``.
+
+    Args:
+        backend: where the modules come from; this installation's default if not given.
+        vp_stage: virtual pipeline stage of the chunk to be built.
+    """
+    backend = backend or default_backend()
+    return ModuleSpec(
+        module=HybridStack,
+        params={"vp_stage": vp_stage},
+        submodules=HybridStackSubmodules(
+            attention_layer=attention_layer_spec(backend),
+            mamba_layer=mamba_layer_spec(backend),
+            expert_layer=expert_layer_spec(backend),
+            recurrent_layer=recurrent_layer_spec(backend),
+            final_norm=backend.layer_norm(rms_norm=True),
+        ),
+    )
