@@ -1,0 +1,1 @@
+"""Megatron distributed checkpointing (DCP): save, load, reshard, verify."""

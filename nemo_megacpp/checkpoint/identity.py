@@ -1,0 +1,103 @@
+"""What a checkpoint is a checkpoint of: written beside its weights, read before they are loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_megacpp.errors import UserError
+
+FILE = "nemo_megacpp.json"
+
+# What decides the shape or the meaning of a saved tensor. Everything else of a model (coefficients,
+# clips, sequence length) may change between two runs from one checkpoint.
+_STRUCTURE = (
+    "mode",
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "mamba_state_dim",
+    "mamba_num_groups",
+    "m2rnn_num_heads",
+    "m2rnn_key_head_dim",
+    "m2rnn_value_head_dim",
+)
+
+
+def write_identity(directory: Path, identity: Mapping[str, Any], step: int) -> None:
+    """Write ``identity`` and the step into a checkpoint's folder, atomically."""
+    text = json.dumps({**identity, "step": step}, indent=1, sort_keys=True)
+    partial = directory / f"{FILE}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(directory / FILE)
+
+
+def read_identity(directory: Path) -> dict[str, Any] | None:
+    """Return what :func:`write_identity` wrote, or None for a checkpoint from elsewhere."""
+    path = directory / FILE
+    if not path.exists():
+        return None
+    try:
+        identity = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    return identity
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint with the largest step among the complete ones in ``folder``."""
+    found = [
+        (identity["step"], path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_dir() and (identity := read_identity(path)) is not None
+    ]
+    return max(found)[1] if found else None
+
+
+def refuse_another_model(
+    directory: Path, model: Mapping[str, Any], letters: str, tokenizer: str | None
+) -> None:
+    """Refuse to load a checkpoint whose tensors mean something else.
+
+    Args:
+        directory: the checkpoint.
+        model: fields of the model that will load it.
+        letters: its families, one letter per layer, without cuts.
+        tokenizer: fingerprint of the tokenizer of its data; None if that is not known yet.
+
+    Raises:
+        UserError: listing every difference.
+    """
+    from nemo_megacpp.pattern import HybridPattern
+
+    identity = read_identity(directory)
+    if identity is None:
+        return
+    saved = identity["model"]
+    saved_letters = HybridPattern.parse(saved["hybrid_pattern"], depth=saved["num_layers"]).letters
+    differences = [
+        f"{name} is {saved.get(name)} there and {model.get(name)} here"
+        for name in _STRUCTURE
+        if saved.get(name) != model.get(name)
+    ]
+    if saved_letters != letters:
+        differences.append(f"the pattern is {saved_letters} there and {letters} here")
+    if tokenizer is not None and identity["tokenizer"] != tokenizer:
+        differences.append(
+            f"its data was made with another tokenizer ({identity['tokenizer'][:12]} there, "
+            f"{tokenizer[:12]} here)"
+        )
+    if differences:
+        raise UserError(
+            f"{directory} is a checkpoint of another model: " + "; ".join(differences) + "."
+        )

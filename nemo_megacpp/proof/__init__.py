@@ -1,0 +1,1 @@
+"""The same weights in two layouts: loss, gradients and step compared."""

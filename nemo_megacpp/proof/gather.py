@@ -1,0 +1,89 @@
+"""Reassemble per-parameter values of a sharded model to their global shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+)
+
+from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict
+
+
+@dataclass
+class GlobalValues:
+    """Values by checkpoint key, in global shape.
+
+    Attributes:
+        values: the reassembled arrays.
+        replica_spread: for keys that several ranks hold, the largest difference between replicas,
+            relative to the largest value. A correct layout keeps replicas equal.
+    """
+
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    replica_spread: dict[str, float] = field(default_factory=dict)
+
+
+def gather_values(
+    chunks: Sequence[torch.nn.Module],
+    value_of: Callable[[torch.Tensor], torch.Tensor | None] = lambda parameter: parameter,
+) -> GlobalValues | None:
+    """Gather ``value_of(parameter)`` for every saved tensor to rank 0.
+
+    The model's own ``sharded_state_dict`` says where each piece belongs, so what is compared is
+    what is saved.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        value_of: maps a parameter or buffer to the tensor to gather (same shape), None to skip.
+
+    Returns:
+        The values on rank 0, None elsewhere.
+    """
+    state = model_sharded_state_dict(chunks)
+
+    def replace(item: Any) -> Any:
+        if isinstance(item, ShardedTensor | ShardedTensorFactory) and item.data is not None:
+            item.data = value_of(item.data)
+        return item
+
+    dict_list_map_inplace(replace, state)
+    skipped = [k for k, v in state.items() if getattr(v, "data", v) is None]
+    for key in skipped:
+        del state[key]
+    apply_factories(state)
+    pieces = [
+        (item.key, item.global_shape, item.global_slice(), item.data.detach().cpu().numpy())
+        for item in nested_values(state)
+        if isinstance(item, ShardedTensor)
+    ]
+    everyone: list[Any] | None = (
+        [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
+    )
+    torch.distributed.gather_object(pieces, everyone)
+    return None if everyone is None else _assemble([p for rank in everyone for p in rank])
+
+
+def _assemble(pieces: Sequence[tuple[str, tuple, tuple, np.ndarray]]) -> GlobalValues:
+    gathered = GlobalValues()
+    for key, shape, place, data in pieces:
+        whole = gathered.values.setdefault(key, np.full(shape, np.nan, dtype=data.dtype))
+        target = whole[place]
+        data = data.reshape(target.shape)
+        if np.isnan(target).all():
+            whole[place] = data
+            continue
+        scale = max(float(np.abs(data).max(initial=0.0)), np.finfo(data.dtype).tiny)
+        spread = float(np.abs(target - data).max(initial=0.0)) / scale
+        gathered.replica_spread[key] = max(gathered.replica_spread.get(key, 0.0), spread)
+    for key, whole in gathered.values.items():
+        assert not np.isnan(whole).any(), f"{key}: not every element is owned by some rank"
+    return gathered

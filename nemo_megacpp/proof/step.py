@@ -1,0 +1,254 @@
+"""One training step of a model in a layout, with Megatron's own schedule and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+from nemo_megacpp.checkpoint.dcp import load_model, save_model
+from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.layout import ParallelLayout, padded_vocab_size
+from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
+from nemo_megacpp.proof.gather import GlobalValues, gather_values
+from nemo_megacpp.runtime.distributed import start_model_parallel
+from nemo_megacpp.specs.model import build_hybrid_model
+
+Objective = Literal["loss", "logits"]
+
+# Adam's first step is the sign of the gradient wherever that is large against eps: with the usual
+# 1e-8, the rounding of a gradient that ought to be zero would become a whole step.
+_ADAM_EPS = 1e-2
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """What one step computes, apart from the layout.
+
+    Attributes:
+        model: fields of :class:`HybridConfig`, without the layout's.
+        micro_batch_size, global_batch_size: rows per microbatch and per step.
+        objective: ``loss`` is Megatron's cross entropy (which computes in float32); ``logits`` is a
+            fixed random linear form of the logits, exact in the model's own dtype.
+        dtype: parameter dtype, ``float64`` or ``float32``.
+        seed: of tokens, initial weights and the linear form.
+        learning_rate: of the one Adam step.
+    """
+
+    model: dict[str, Any]
+    micro_batch_size: int = 2
+    global_batch_size: int = 4
+    objective: Objective = "loss"
+    dtype: Literal["float64", "float32"] = "float32"
+    seed: int = 7
+    learning_rate: float = 1e-2
+
+
+@dataclass
+class StepResult:
+    """What a step gave, on rank 0, in global shapes.
+
+    Attributes:
+        objective: the loss or the linear form, averaged over the global batch.
+        aux_losses: auxiliary losses by name, averaged over E blocks and microbatches.
+        grad_norm: Megatron's gradient norm.
+        gradients: gradient of every parameter.
+        parameters: every saved tensor after the step.
+    """
+
+    objective: float
+    aux_losses: dict[str, float]
+    grad_norm: float
+    gradients: GlobalValues = field(default_factory=GlobalValues)
+    parameters: GlobalValues = field(default_factory=GlobalValues)
+
+
+def make_config(spec: StepSpec, layout: ParallelLayout) -> HybridConfig:
+    """Return the model configuration of ``spec`` in ``layout``."""
+    dtype = getattr(torch, spec.dtype)
+    return HybridConfig(
+        **spec.model,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sp,
+        context_parallel_size=layout.cp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=True,
+        moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
+    )
+
+
+def build_chunks(config: HybridConfig, layout: ParallelLayout) -> list[torch.nn.Module]:
+    """Build this rank's pipeline chunks, one per virtual stage."""
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    if layout.vpp is None:
+        return [build_hybrid_model(config, pre_process=first, post_process=last)]
+    return [
+        build_hybrid_model(
+            config,
+            pre_process=first and stage == 0,
+            post_process=last and stage == layout.vpp - 1,
+            vp_stage=stage,
+        )
+        for stage in range(layout.vpp)
+    ]
+
+
+def save_initial_weights(spec: StepSpec, layout: ParallelLayout, directory: str) -> None:
+    """Build the model of ``spec`` in ``layout`` (on every rank of it) and save its weights.
+
+    Gains, decays and skips start at ones or constants, which would hide a permutation of heads;
+    every parameter is therefore moved off its start by a little noise.
+    """
+    start_model_parallel(layout, spec.seed)
+    chunks = build_chunks(make_config(spec, layout), layout)
+    generator = torch.Generator().manual_seed(spec.seed)
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(0.05 * noise.to(parameter.dtype))
+    save_model(chunks, directory)
+
+
+def run_step(spec: StepSpec, layout: ParallelLayout, weights: str) -> StepResult | None:
+    """Load ``weights`` in ``layout``, run one training step; return what it gave on rank 0."""
+    start_model_parallel(layout, spec.seed)
+    config = make_config(spec, layout)
+    chunks = build_chunks(config, layout)
+    load_model(chunks, weights)
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=False)
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = [chunk.no_sync for chunk in wrapped]
+    if len(wrapped) == 1:
+        config.no_sync_func = config.no_sync_func[0]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=spec.learning_rate,
+            weight_decay=0.01,
+            adam_eps=_ADAM_EPS,
+            clip_grad=1.0,
+            params_dtype=config.params_dtype,
+        ),
+        wrapped,
+        use_gloo_process_groups=False,
+    )
+    clear_aux_losses_tracker()
+    optimizer.zero_grad()
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
+    microbatches = spec.global_batch_size // (spec.micro_batch_size * layout.data_parallel_size)
+    outputs = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, spec),
+        data_iterator=[_microbatches(spec, config) for _ in wrapped],
+        model=wrapped,
+        num_microbatches=microbatches,
+        seq_length=config.seq_length,
+        micro_batch_size=spec.micro_batch_size,
+        forward_only=False,
+    )
+    objective = _global_mean(outputs)
+    aux_losses = reduced_aux_losses(config, scale=1.0 / microbatches)
+    main_grads = {id(p): p.main_grad for chunk in chunks for p in chunk.parameters()}
+    gradients = gather_values(chunks, lambda tensor: main_grads.get(id(tensor)))
+    _, grad_norm, _ = optimizer.step()
+    parameters = gather_values(chunks)
+    if gradients is None or parameters is None:
+        return None
+    return StepResult(objective, aux_losses, float(grad_norm), gradients, parameters)
+
+
+def _microbatches(spec: StepSpec, config: HybridConfig) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield this data-parallel rank's microbatches, sliced for its context-parallel rank."""
+    generator = torch.Generator().manual_seed(spec.seed)
+    rows = torch.randint(
+        config.vocab_size, (spec.global_batch_size, config.seq_length + 1), generator=generator
+    )
+    dp = parallel_state.get_data_parallel_world_size()
+    rank = parallel_state.get_data_parallel_rank()
+    step = spec.micro_batch_size
+    for start in range(rank * step, spec.global_batch_size, dp * step):
+        part = rows[start : start + step]
+        batch = {
+            "tokens": part[:, :-1].contiguous(),
+            "labels": part[:, 1:].contiguous(),
+            "row": torch.arange(start, start + step)[:, None].expand(-1, config.seq_length),
+            "position_ids": torch.arange(config.seq_length).expand(step, -1),
+        }
+        yield get_batch_on_this_cp_rank(batch)
+
+
+def _forward_step(
+    spec: StepSpec, data: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module
+) -> tuple[torch.Tensor, Any]:
+    batch = next(data)
+    labels = batch["labels"] if spec.objective == "loss" else None
+    output = model(batch["tokens"], batch["position_ids"], None, labels=labels)
+    if spec.objective == "loss":
+        return output, partial(_mean_loss, batch)
+    return output, partial(_linear_form, spec, model, batch)
+
+
+def _mean_loss(batch: dict[str, torch.Tensor], losses: torch.Tensor) -> tuple:
+    total, tokens = losses.sum(), torch.tensor(losses.numel(), dtype=torch.int)
+    return total, tokens, (total.detach().double(), int(tokens))
+
+
+def _linear_form(
+    spec: StepSpec, model: torch.nn.Module, batch: dict[str, torch.Tensor], logits: torch.Tensor
+) -> tuple:
+    """Return ``Σ c·logits`` over this rank's rows, positions and vocabulary slice ``[b, s, v/tp]``.
+
+    The coefficients depend on the global row, position and vocabulary index only.
+    """
+    config = model.config  # type: ignore[attr-defined]
+    vocab = padded_vocab_size(
+        config.vocab_size,
+        config.make_vocab_size_divisible_by,  # type: ignore[arg-type]
+        config.tensor_model_parallel_size,  # type: ignore[arg-type]
+    )
+    generator = torch.Generator().manual_seed(spec.seed + 1)
+    shape = (spec.global_batch_size, config.seq_length, vocab)  # type: ignore[arg-type]
+    coefficients = torch.randn(shape, generator=generator, dtype=torch.float64)
+    rank, width = parallel_state.get_tensor_model_parallel_rank(), logits.size(-1)
+    mine = coefficients[batch["row"], batch["position_ids"], rank * width : (rank + 1) * width]
+    total = (mine.to(logits.dtype) * logits).sum()
+    tokens = torch.tensor(batch["row"].numel(), dtype=torch.int)
+    whole = total.detach().double().clone()
+    torch.distributed.all_reduce(whole, group=parallel_state.get_tensor_model_parallel_group())
+    return total, tokens, (whole, int(tokens))
+
+
+def _global_mean(outputs: Sequence[tuple[torch.Tensor, int]]) -> float:
+    """Average over all tokens of the global batch, known on every rank."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for total, tokens in outputs:
+        sums += torch.tensor([float(total), float(tokens)], dtype=torch.float64)
+    torch.distributed.all_reduce(
+        sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    return float(sums[0] / sums[1])
