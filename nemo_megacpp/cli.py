@@ -1,0 +1,90 @@
+"""The command line. Thin: parses arguments, calls a room, turns a UserError into exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+
+from nemo_megacpp import __version__
+from nemo_megacpp.data.commands import add_parser as add_data_parser
+from nemo_megacpp.errors import UserError
+
+
+def _train(args: argparse.Namespace) -> int:
+    from nemo_megacpp.recipes.train import RankFailed, train
+
+    try:
+        train(args.recipe, args.overrides)
+    except RankFailed as failure:
+        print(failure, file=sys.stderr)
+        return 2 if failure.user_error else 1
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from nemo_megacpp.recipes.demo import demo
+    from nemo_megacpp.recipes.train import RankFailed
+
+    try:
+        return demo(args.out)
+    except RankFailed as failure:
+        print(failure, file=sys.stderr)
+        return 1
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from nemo_megacpp.recipes.catalog import CATALOG
+
+    for name, recipe in CATALOG.items():
+        print(f"{name:<14} {recipe.summary}")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``nemo-megacpp``; building it loads neither torch nor NeMo."""
+    parser = argparse.ArgumentParser(
+        prog="nemo-megacpp",
+        description="Hybrid A/M/E/R language models for Megatron-Core and NeMo.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", help="train a recipe or a YAML file", description="Train a recipe."
+    )
+    train.add_argument("recipe", help="a recipe's name (see 'recipes') or a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    train.set_defaults(run=_train)
+
+    demo = commands.add_parser(
+        "demo",
+        help="the main job: train, stop, go on from the checkpoint in another layout",
+        description="Train nam56r_tiny at TP=2, stop, and resume its checkpoint at PP=2.",
+    )
+    demo.add_argument("--out", default="runs/demo", help="folder to write (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+
+    recipes = commands.add_parser("recipes", help="list the recipes")
+    recipes.set_defaults(run=_recipes)
+
+    add_data_parser(commands)
+    return parser
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    args = build_parser().parse_args()
+    warnings.simplefilter("ignore")  # the libraries' remarks on what is not installed
+    try:
+        code = args.run(args)
+    except UserError as error:
+        print(f"nemo-megacpp: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Everything that can be refused before a rank is started or a file written."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_megacpp.checkpoint.identity import newest_checkpoint, refuse_another_model
+from nemo_megacpp.data.builtin import builtin_folder
+from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout import refuse_illegal
+from nemo_megacpp.pattern import HybridPattern
+from nemo_megacpp.recipes.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RecipeShape:
+    """A recipe's sizes as the layout rules read them (:class:`nemo_megacpp.layout.ModelShape`)."""
+
+    pattern: HybridPattern
+    num_attention_heads: int | None
+    num_query_groups: int | None
+    mamba_num_heads: int | None
+    mamba_num_groups: int | None
+    m2rnn_num_heads: int | None
+    num_moe_experts: int | None
+    moe_ffn_hidden_size: int | None
+    moe_shared_expert_intermediate_size: int | None
+    vocab_size: int
+    make_vocab_size_divisible_by: int | None
+    seq_length: int | None
+    micro_batch_size: int | None
+    global_batch_size: int | None
+
+
+def shape_of(recipe: Recipe) -> RecipeShape:
+    """Return what the layout rules want to know about ``recipe``."""
+    from nemo_megacpp.config import HybridConfig
+
+    defaults = {f.name: f.default for f in dataclasses.fields(HybridConfig)}
+    names = [f.name for f in dataclasses.fields(RecipeShape) if f.name in defaults]
+    sizes: dict[str, Any] = {name: recipe.model.get(name, defaults[name]) for name in names}
+    return RecipeShape(
+        pattern=recipe.pattern,
+        micro_batch_size=recipe.training.micro_batch_size,
+        global_batch_size=recipe.training.global_batch_size,
+        **sizes,
+    )
+
+
+def check_layout_of(recipe: Recipe) -> None:
+    """Refuse an illegal layout, every violation at once.
+
+    Raises:
+        UserError: numbered violations, each with its numbers and the nearest legal choices.
+    """
+    refuse_illegal(recipe.layout, shape_of(recipe))
+
+
+def open_data(recipe: Recipe) -> tuple[Recipe, PreparedData | None]:
+    """Open the recipe's data; the model takes its vocabulary unless the user gave another.
+
+    Returns:
+        The recipe with the vocabulary settled, and the data; None for a built-in corpus that is
+        yet to be prepared.
+
+    Raises:
+        UserError: data that is missing, unreadable, damaged, too short or of another vocabulary.
+    """
+    if recipe.data is None:
+        folder = builtin_folder(recipe.model["vocab_size"])
+        return recipe, PreparedData.open(folder) if (folder / "data.json").exists() else None
+    data = PreparedData.open(recipe.data)
+    if data.vocab_size != recipe.model["vocab_size"]:
+        if "vocab_size" in recipe.given:
+            raise UserError(
+                f"{recipe.data} was made with a vocabulary of {data.vocab_size}, and vocab_size="
+                f"{recipe.model['vocab_size']} was asked for. Leave vocab_size out, or prepare the "
+                f"data with --vocab-size {recipe.model['vocab_size']}."
+            )
+        model = {**recipe.model, "vocab_size": data.vocab_size}
+        chosen = (*recipe.defaults, f"vocab_size: {data.vocab_size} (the data's)")
+        recipe = dataclasses.replace(recipe, model=model, defaults=chosen)
+    for split, counts in data.splits.items():
+        if counts.tokens <= recipe.model["seq_length"]:
+            raise UserError(
+                f"The {split} split of {recipe.data} has {counts.tokens} tokens; one sample of "
+                f"seq_length={recipe.model['seq_length']} needs one more than that."
+            )
+    return recipe, data
+
+
+def find_resume(recipe: Recipe, data: PreparedData | None) -> Recipe:
+    """Return the recipe with ``resume`` turned into the path of a checkpoint that fits.
+
+    Raises:
+        UserError: no such checkpoint, or one of another model or tokenizer.
+    """
+    if recipe.resume is None:
+        return recipe
+    if recipe.resume == "auto":
+        if recipe.run_dir is None:
+            raise UserError("resume=auto looks in run_dir; give run_dir=FOLDER as well.")
+        found = newest_checkpoint(Path(recipe.run_dir) / "checkpoints")
+        if found is None:
+            return dataclasses.replace(recipe, resume=None)
+    else:
+        found = _checkpoint_at(Path(recipe.resume))
+    refuse_another_model(
+        found,
+        recipe.model,
+        recipe.pattern.letters,
+        data.tokenizer_fingerprint if data is not None else None,
+    )
+    return dataclasses.replace(recipe, resume=str(found.absolute()))
+
+
+def _checkpoint_at(path: Path) -> Path:
+    """Accept a checkpoint, or a run folder, whose newest checkpoint is meant."""
+    if (path / "weights").is_dir():
+        return path
+    for folder in (path / "checkpoints", path):
+        if (found := newest_checkpoint(folder)) is not None:
+            return found
+    raise UserError(
+        f"There is no checkpoint at {path}: it is neither a checkpoint folder (with weights/ in "
+        f"it) nor a run folder (with checkpoints/ in it)."
+    )

@@ -1,0 +1,79 @@
+"""Read what runs recorded, and draw it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The metrics of one run.
+
+    Attributes:
+        steps: one record per training step, by step.
+        heldout: held-out loss by step.
+    """
+
+    steps: dict[int, dict[str, Any]]
+    heldout: dict[int, float]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Training loss by step."""
+        return {step: record["loss"] for step, record in self.steps.items()}
+
+
+def read_curve(run_dir: Path) -> Curve:
+    """Read ``metrics.jsonl`` of a run; a step recorded twice counts as last written."""
+    steps: dict[int, dict[str, Any]] = {}
+    heldout: dict[int, float] = {}
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "heldout_loss" in record:
+            heldout[record["step"]] = record["heldout_loss"]
+        else:
+            steps[record["step"]] = record
+    return Curve(steps, heldout)
+
+
+def draw_phases(phases: list[tuple[str, Curve]], resumed_at: int, path: Path) -> None:
+    """Draw training and held-out loss of runs that follow each other, as PNG.
+
+    Args:
+        phases: label and curve of each run.
+        resumed_at: step of the checkpoint that the second run resumed.
+        path: of the PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (label, curve) in enumerate(phases):
+        color = f"C{index}"
+        losses, heldout = curve.losses, curve.heldout
+        axes.plot(list(losses), list(losses.values()), color=color, lw=1, label=f"{label}, train")
+        axes.plot(
+            list(heldout),
+            list(heldout.values()),
+            "o--",
+            color=color,
+            ms=4,
+            label=f"{label}, held-out",
+        )
+    axes.axvline(resumed_at, color="0.4", ls=":")
+    axes.annotate(
+        f" resumed from the checkpoint of step {resumed_at}",
+        (resumed_at, 1.0),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        color="0.3",
+    )
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

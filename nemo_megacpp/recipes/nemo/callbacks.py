@@ -1,0 +1,139 @@
+"""What a run writes and shows: metrics, checkpoints that know their model, an early stop."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from nemo.lightning.io import IOMixin
+from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
+
+from nemo_megacpp.checkpoint.dcp import require_psutil
+from nemo_megacpp.checkpoint.identity import write_identity
+from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+class RunRecorder(pl.Callback, IOMixin):
+    """Append every step's metrics to a JSON-lines file, log auxiliary losses, show progress.
+
+    Args:
+        path: the file; only global rank 0 writes it.
+        tokens_per_step: tokens of a global batch.
+        log_interval: steps between progress lines.
+    """
+
+    def __init__(self, path: str, tokens_per_step: int, log_interval: int = 10):
+        self.path = Path(path)
+        self.tokens_per_step = tokens_per_step
+        self.log_interval = log_interval
+        self._started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.perf_counter()
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+        aux = reduced_aux_losses(pl_module.config, scale=1.0 / get_num_microbatches())
+        now = time.perf_counter()
+        seconds, self._started = now - self._started, now
+        for name, value in aux.items():
+            pl_module.log(name, torch.tensor(value), batch_size=1, rank_zero_only=True)
+        if not trainer.is_global_zero:
+            return
+        metrics = trainer.callback_metrics
+        record = {
+            "step": trainer.global_step,
+            "loss": _number(metrics.get("reduced_train_loss")),
+            "grad_norm": _number(metrics.get("grad_norm")),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "seconds": seconds,
+            "tokens_per_second": self.tokens_per_step / seconds,
+            "aux": aux,
+        }
+        self._append(record)
+        if trainer.global_step % self.log_interval == 0 or trainer.global_step == 1:
+            shown = " ".join(f"{name} {value:.3f}" for name, value in aux.items())
+            print(
+                f"step {trainer.global_step:>5}/{trainer.max_steps}  loss {record['loss']:.4f}  "
+                f"{shown}  grad norm {record['grad_norm'] or 0.0:.3f}  "
+                f"{record['tokens_per_second']:,.0f} tokens/s",
+                flush=True,
+            )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.perf_counter()
+        loss = _number(trainer.callback_metrics.get("val_loss"))
+        if trainer.is_global_zero and loss is not None:
+            self._append({"step": trainer.global_step, "heldout_loss": loss})
+            print(f"step {trainer.global_step:>5}  held-out loss {loss:.4f}", flush=True)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class StopAfter(pl.Callback, IOMixin):
+    """Stop after a step before the end of the schedule, as a job with a time limit would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step >= self.step:
+            trainer.should_stop = True
+
+
+class HybridCheckpoint(ModelCheckpoint):
+    """NeMo's ``ModelCheckpoint``; each checkpoint also says which model, layout and data it is of.
+
+    Args:
+        identity: written into each checkpoint's folder once its weights are there.
+    """
+
+    def __init__(self, identity: dict[str, Any], **kwargs: Any):
+        require_psutil()
+        super().__init__(**kwargs)
+        self.identity = identity
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the state that the run ends with, wherever in the interval that is."""
+        if self._last_global_step_saved != trainer.global_step:
+            name = self.format_checkpoint_name(self._monitor_candidates(trainer))
+            self._save_checkpoint(trainer, name)
+
+    def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
+        # NeMo logs the number of the step before; a checkpoint is named by the steps it holds.
+        return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            tokenizer = trainer.datamodule.tokenizer_fingerprint  # type: ignore[attr-defined]
+            identity = {**self.identity, "tokenizer": tokenizer}
+            write_identity(ckpt_to_dir(filepath), identity, trainer.global_step)

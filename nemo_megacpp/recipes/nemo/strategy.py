@@ -1,0 +1,22 @@
+"""NeMo's Megatron strategy on whatever host there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo.lightning import MegatronStrategy
+
+from nemo_megacpp.runtime.host import ensure_host
+
+
+class HybridStrategy(MegatronStrategy):
+    """``MegatronStrategy`` that prepares its process first.
+
+    However the run was started (our launcher, torchrun, NeMo's command line, a NeMo-Run executor),
+    every rank builds its strategy before it touches a device, so this is where the no-GPU host is
+    put in place when there is no GPU.
+    """
+
+    def __init__(self, **kwargs: Any):
+        ensure_host(nemo=True)
+        super().__init__(**kwargs)

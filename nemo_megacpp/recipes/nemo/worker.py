@@ -1,0 +1,67 @@
+"""One rank of a run: builds NeMo's configuration from a resolved recipe and runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.recipes.recipe import Recipe, resolve
+
+
+def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
+    """Train ``recipe`` as the rank that the launcher made this process.
+
+    Args:
+        recipe: resolved and checked.
+        run_dir: where the run writes.
+        devices: ranks on this node.
+    """
+    _import_quietly()
+    from nemo_megacpp.runtime.host import ensure_host
+
+    ensure_host(nemo=True)
+    import fiddle
+
+    from nemo_megacpp.recipes.nemo.build import to_pretrain
+
+    nodes = recipe.layout.world // devices
+    fiddle.build(to_pretrain(recipe, run_dir, devices=devices, num_nodes=nodes))()
+
+
+def _import_quietly() -> None:
+    """Import NeMo, keeping the terminal for the run: its remarks go to the run's log file."""
+    warnings.simplefilter("ignore")
+    remarks = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(remarks):
+            from nemo.collections import llm  # noqa: F401
+            from nemo.utils import logging as nemo_logging
+    except ImportError:
+        print(remarks.getvalue(), file=sys.stderr)
+        raise
+    # After the import: Lightning sets its own levels when it is imported.
+    for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    nemo_logging.setLevel(nemo_logging.ERROR)
+
+
+def main() -> None:
+    """Entry point of a rank: ``worker RECIPE.yaml RUN_DIR``."""
+    from nemo_megacpp.runtime.launch import launched
+
+    place = launched()
+    assert place is not None, "a rank is started by a launcher"
+    try:
+        run_recipe(resolve(sys.argv[1]), Path(sys.argv[2]), place.local_world_size)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""``nemo-megacpp train``: check everything, then start the ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.recipes.check import check_layout_of, find_resume, open_data
+from nemo_megacpp.recipes.recipe import Recipe, resolve
+from nemo_megacpp.runtime.launch import (
+    RankFailed,
+    launch,
+    launched,
+    refuse_too_few_devices,
+)
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def train(source: str, overrides: Iterable[str] = ()) -> Path:
+    """Train the recipe that ``source`` names, on this machine or under torchrun.
+
+    Args:
+        source: a recipe's name or a YAML file.
+        overrides: ``key=value`` strings.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: for anything that can be refused before the ranks start; nothing is written.
+        RankFailed: if a rank fails later.
+    """
+    return train_recipe(resolve(source, overrides))
+
+
+def train_recipe(recipe: Recipe) -> Path:
+    """Train a resolved recipe; see :func:`train`."""
+    here = launched()
+    speaks = here is None or here.rank == 0
+    recipe, run_dir = settle(recipe, announce=speaks)
+    if here is not None:
+        if here.world_size != recipe.layout.world:
+            recipe = _in_world(recipe, here.world_size)
+        from nemo_megacpp.recipes.nemo.worker import run_recipe
+
+        run_recipe(recipe, run_dir, devices=here.local_world_size)
+        return run_dir
+    refuse_too_few_devices(recipe.layout.world)
+    if recipe.data is None:
+        vocab_size = recipe.model["vocab_size"]
+        ensure_builtin(builtin_folder(vocab_size), vocab_size)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = run_dir / RECIPE_FILE
+    file.write_text(yaml.safe_dump(recipe.to_mapping(), sort_keys=False), encoding="utf-8")
+    launch(
+        ["-m", "nemo_megacpp.recipes.nemo.worker", str(file), str(run_dir)],
+        recipe.layout.world,
+        run_dir / "logs",
+    )
+    return run_dir
+
+
+def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
+    """Check ``recipe`` and settle what it leaves open, without writing anything.
+
+    Returns:
+        The recipe with vocabulary and checkpoint settled, and the folder the run will write.
+    """
+    check_layout_of(recipe)
+    recipe, data = open_data(recipe)
+    recipe = find_resume(recipe, data)
+    run_dir = Path(recipe.run_dir or _new_run_dir(recipe))
+    if recipe.resume is None and (run_dir / "checkpoints").exists():
+        raise UserError(
+            f"{run_dir} already holds a run. Go on from it with resume=auto, or choose another "
+            f"run_dir."
+        )
+    if announce:
+        if recipe.defaults:
+            print(f"defaults taken: {'; '.join(recipe.defaults)}")
+        print(f"{recipe.name}: {recipe.pattern}")
+        print(f"layout: {recipe.layout.describe()}; run folder: {run_dir}")
+        if recipe.resume:
+            print(f"resuming {recipe.resume}")
+        sys.stdout.flush()
+    return recipe, run_dir
+
+
+def _new_run_dir(recipe: Recipe) -> str:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return f"runs/{recipe.name}-{stamp}"
+
+
+def _in_world(recipe: Recipe, world_size: int) -> Recipe:
+    """The launcher has decided the number of ranks: more of them are data-parallel."""
+    layout = dataclasses.replace(recipe.layout, world_size=world_size)
+    recipe = dataclasses.replace(recipe, layout=layout)
+    check_layout_of(recipe)
+    return recipe
+
+
+__all__ = ["RECIPE_FILE", "RankFailed", "settle", "train", "train_recipe"]
