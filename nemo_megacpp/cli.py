@@ -54,7 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
         "train", help="train a recipe or a YAML file", description="Train a recipe."
     )
     train.add_argument("recipe", help="a recipe's name (see 'recipes') or a YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    train.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings to change"
+    )
     train.set_defaults(run=_train)
 
     demo = commands.add_parser(

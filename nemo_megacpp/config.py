@@ -12,6 +12,7 @@ from nemo_megacpp.pattern import Family, HybridPattern
 
 Mode = Literal["nemo_native"]
 ClipOrder = Literal["before_output", "after_output"]
+SequenceExchange = Literal["auto", "all_to_all", "serial"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,12 @@ class M2RNNDimensions:
         key_head_dim: ``K``, rows of a head's state.
         value_head_dim: ``V``, columns of a head's state.
         conv_kernel: taps of the causal convolution over q, k and v.
-        state_gradient_clip: elementwise bound on the carried gradient ``dH``; None for no bound.
+        state_gradient_clip: elementwise bound on the carried gradient ``dH`` of the mean loss of
+            the global batch, so that it binds alike in every layout; None for no bound.
         clip_order: clip the carried ``dH`` before or after ``q_t dy_tᵀ`` is added to it.
+        context_parallel: how CP splits the recurrence. ``all_to_all`` spreads heads over cp,
+            ``serial`` hands the state from segment to segment; ``auto`` is ``all_to_all`` where
+            the heads of a tensor-parallel rank divide by cp, else ``serial``.
         a_init_range: range of ``A`` at initialisation.
         dt_init_range: range of ``softplus(dt_bias)`` at initialisation (log-uniform).
     """
@@ -35,6 +40,7 @@ class M2RNNDimensions:
     conv_kernel: int = 4
     state_gradient_clip: float | None = 1.0
     clip_order: ClipOrder = "before_output"
+    context_parallel: SequenceExchange = "auto"
     a_init_range: tuple[float, float] = (0.0, 16.0)
     dt_init_range: tuple[float, float] = (1e-3, 0.1)
 
@@ -75,6 +81,7 @@ class HybridConfig(TransformerConfig):
     m2rnn_conv_kernel: int = 4
     m2rnn_state_gradient_clip: float | None = 1.0
     m2rnn_clip_order: ClipOrder = "before_output"
+    m2rnn_context_parallel: SequenceExchange = "auto"
 
     normalization: str = "RMSNorm"
     add_bias_linear: bool = False
@@ -97,15 +104,31 @@ class HybridConfig(TransformerConfig):
         depth: int = self.num_layers
         pattern = HybridPattern.parse(self.hybrid_pattern, depth=depth or None)
         self.num_layers: int = len(pattern)
-        if self.mode not in get_args(Mode):
-            raise UserError(f"mode={self.mode!r}: the modes are {', '.join(get_args(Mode))}.")
+        choices = {
+            "mode": Mode,
+            "m2rnn_clip_order": ClipOrder,
+            "m2rnn_context_parallel": SequenceExchange,
+        }
+        for name, choice in choices.items():
+            if getattr(self, name) not in get_args(choice):
+                known = ", ".join(get_args(choice))
+                raise UserError(f"{name}={getattr(self, name)!r}: the choices are {known}.")
         if self.recompute_granularity == "full":
             raise UserError(
                 "recompute_granularity='full' is not supported by the hybrid stack; "
                 "'selective' (core_attn, moe, shared_experts, …) and None are."
             )
+        if Family.RECURRENT in pattern.families and self.m2rnn_state_gradient_clip is not None:
+            for name in ("fp16", "calculate_per_token_loss"):
+                if getattr(self, name):
+                    raise UserError(
+                        f"{name}=True scales gradients during the backward pass, where the R block "
+                        f"bounds them. Turn it off, or set m2rnn_state_gradient_clip to null."
+                    )
         if Family.EXPERT not in pattern.families:
+            # Megatron refuses sizes of experts that are not there.
             self.num_moe_experts = None
+            self.moe_ffn_hidden_size = None
             self.moe_shared_expert_intermediate_size = None
         elif not self.num_moe_experts:
             raise UserError(
@@ -149,4 +172,5 @@ def m2rnn_dimensions(config: TransformerConfig) -> M2RNNDimensions:
         conv_kernel=config.m2rnn_conv_kernel,
         state_gradient_clip=config.m2rnn_state_gradient_clip,
         clip_order=config.m2rnn_clip_order,
+        context_parallel=config.m2rnn_context_parallel,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,15 @@ _STRUCTURE = (
     "m2rnn_num_heads",
     "m2rnn_key_head_dim",
     "m2rnn_value_head_dim",
+    "m2rnn_conv_kernel",
+    "normalization",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "gated_linear_unit",
+    "moe_router_enable_expert_bias",
+    "moe_shared_expert_gate",
+    "share_embeddings_and_output_weights",
 )
 
 
@@ -43,7 +53,11 @@ def write_identity(directory: Path, identity: Mapping[str, Any], step: int) -> N
 
 
 def read_identity(directory: Path) -> dict[str, Any] | None:
-    """Return what :func:`write_identity` wrote, or None for a checkpoint from elsewhere."""
+    """Return what :func:`write_identity` wrote, or None for a checkpoint from elsewhere.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
     path = directory / FILE
     if not path.exists():
         return None
@@ -51,6 +65,8 @@ def read_identity(directory: Path) -> dict[str, Any] | None:
         identity = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(identity, dict) or not {"model", "tokenizer", "step"} <= identity.keys():
+        raise UserError(f"{path} is damaged: it does not say model, tokenizer and step.")
     return identity
 
 
@@ -78,12 +94,15 @@ def refuse_another_model(
     Raises:
         UserError: listing every difference.
     """
+    from nemo_megacpp.config import HybridConfig
     from nemo_megacpp.pattern import HybridPattern
 
     identity = read_identity(directory)
     if identity is None:
         return
-    saved = identity["model"]
+    # A field that one side leaves out and the other spells out is no difference.
+    defaults = {field.name: field.default for field in dataclasses.fields(HybridConfig)}
+    saved, model = {**defaults, **identity["model"]}, {**defaults, **model}
     saved_letters = HybridPattern.parse(saved["hybrid_pattern"], depth=saved["num_layers"]).letters
     differences = [
         f"{name} is {saved.get(name)} there and {model.get(name)} here"

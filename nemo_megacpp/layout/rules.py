@@ -196,17 +196,21 @@ def _experts_exist(case: Case) -> Iterator[Broken]:
         )
 
 
-def _mamba_groups_divide_heads(case: Case) -> Iterator[Broken]:
-    heads, groups = case.shape.mamba_num_heads, case.shape.mamba_num_groups
-    if case.has(Family.MAMBA) and heads and groups and heads % groups:
-        divisors = [value for value in range(1, heads + 1) if heads % value == 0]
-        close = sorted(divisors, key=lambda value: abs(value - groups))[:4]
-        yield Broken(
-            "MODEL",
-            "mamba-heads-per-group",
-            f"mamba_num_heads = {heads} is not divisible by mamba_num_groups = {groups}.",
-            legal=tuple(f"mamba_num_groups={value}" for value in sorted(close)),
-        )
+def _groups_divide_heads(case: Case) -> Iterator[Broken]:
+    for family, rule, heads_name, groups_name in (
+        (Family.ATTENTION, "attention-heads-per-group", "num_attention_heads", "num_query_groups"),
+        (Family.MAMBA, "mamba-heads-per-group", "mamba_num_heads", "mamba_num_groups"),
+    ):
+        heads, groups = getattr(case.shape, heads_name), getattr(case.shape, groups_name)
+        if case.has(family) and heads and groups and heads % groups:
+            divisors = [value for value in range(1, heads + 1) if heads % value == 0]
+            close = sorted(divisors, key=lambda value: abs(value - groups))[:4]
+            yield Broken(
+                "MODEL",
+                rule,
+                f"{heads_name} = {heads} is not divisible by {groups_name} = {groups}.",
+                legal=tuple(f"{groups_name}={value}" for value in sorted(close)),
+            )
 
 
 def _mamba_context_parallel(case: Case) -> Iterator[Broken]:
@@ -353,7 +357,7 @@ RULES: tuple[Rule, ...] = (
     _sizes_given,
     _world,
     *_DIVISIONS,
-    _mamba_groups_divide_heads,
+    _groups_divide_heads,
     _mamba_context_parallel,
     _sequence_parallel,
     _experts_exist,

@@ -13,6 +13,10 @@ SiLU over q, k and v::
 Tensor parallelism splits heads. What stays whole: the q and k rows and their convolution
 (replicated; gradients summed over tp) and the norm, which spans all ``N·V`` channels of a token
 whatever the layout (one all-reduce of a number per token).
+
+Context parallelism has two exact forms (``m2rnn_context_parallel``): an all-to-all that spreads a
+rank's heads over cp and gives each the whole sequence, or, where heads do not divide, a serial
+hand-over of ``H`` from one segment of the sequence to the next.
 """
 
 from __future__ import annotations
@@ -37,10 +41,19 @@ from megatron.core.transformer.utils import (
 from torch.nn import functional as F
 
 from nemo_megacpp.config import m2rnn_dimensions
-from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixers.handover import receive_state, send_state
+from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d, causal_conv1d_state
 from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_scan
 from nemo_megacpp.mixers.replicated import mark_replicated, replicated, sum_over_tp
-from nemo_megacpp.mixers.sequence_layout import document_ids
+from nemo_megacpp.mixers.sequence_layout import (
+    document_ids,
+    gather_sequence,
+    heads_to_sequence,
+    segments_to_zigzag,
+    sequence_to_heads,
+    zigzag_to_segments,
+)
 
 
 @dataclass
@@ -60,7 +73,10 @@ class M2RNNMixer(MegatronModule):
         submodules: input and output projection.
         d_model: hidden size ``h``.
         layer_number: global number of the layer, from 1.
-        pg_collection: process groups; ``tp`` is used.
+        pg_collection: process groups; ``tp``, ``cp`` and ``dp_cp`` are used.
+
+    Raises:
+        UserError: ``m2rnn_context_parallel="all_to_all"`` with heads that do not divide by cp.
 
     Parameters, with their type on tp (``n = N/tp`` heads per rank): ``in_proj.weight``
     ``[n·(2V+1), h]`` rows ``(v, f̃, g)`` per head, V; ``in_proj.shared_weight`` ``[2K, h]`` rows q
@@ -81,13 +97,18 @@ class M2RNNMixer(MegatronModule):
         super().__init__(config)
         assert pg_collection is not None, "pg_collection must be provided for M2RNNMixer"
         self.layer_number = layer_number
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.dims = m2rnn_dimensions(config)
         tp = self.tp_group.size()
         assert self.dims.num_heads % tp == 0, "layout.py refuses this before a model is built"
         self.heads = self.dims.num_heads // tp
         self.k_dim, self.v_dim = self.dims.key_head_dim, self.dims.value_head_dim
         self.norm_eps = config.layernorm_epsilon
+        self.serial = self._cp_is_serial()
+        # A rank's backward pass runs on the mean loss of its own tokens, and DDP averages over dp
+        # and cp afterwards: what flows here is that many times the gradient of the global loss.
+        clip = self.dims.state_gradient_clip
+        self.clip = None if clip is None else clip * pg_collection.dp_cp.size()
 
         self.in_proj = build_module(
             submodules.in_proj,
@@ -162,43 +183,116 @@ class M2RNNMixer(MegatronModule):
         """Map ``[s, b, h]`` (``[s/tp, b, h]`` under SP) to the same shape, and a bias (None)."""
         assert inference_context is None, "the R mixer trains; it has no inference state"
         shared, split = self.in_proj(hidden_states)
+        documents = None
+        if packed_seq_params is not None:
+            length = shared.size(0) * self.cp_group.size()
+            documents = document_ids(packed_seq_params, length)
+        if self.serial:
+            shared, split = (zigzag_to_segments(t, self.cp_group) for t in (shared, split))
+            y = segments_to_zigzag(self._mix(shared, split, documents), self.cp_group)
+        else:
+            shared = gather_sequence(shared, self.cp_group)
+            split = sequence_to_heads(split, self.cp_group)
+            y = heads_to_sequence(self._mix(shared, split, documents), self.cp_group)
+        return self.out_proj(self._norm(y))
+
+    def _cp_is_serial(self) -> bool:
+        cp, asked = self.cp_group.size(), self.dims.context_parallel
+        if cp == 1:
+            return False
+        if asked == "all_to_all" and self.heads % cp:
+            raise UserError(
+                f"m2rnn_context_parallel='all_to_all' needs the heads of a tensor-parallel rank to "
+                f"divide by CP: {self.dims.num_heads} heads / TP={self.tp_group.size()} = "
+                f"{self.heads}, CP={cp}. Choose 'serial' or 'auto'."
+            )
+        return asked == "serial" or self.heads % cp != 0
+
+    def _mine(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return the part of a tensor-parallel parameter that this cp rank's heads use.
+
+        With heads spread over cp, each rank uses its slice of a parameter that all hold; the
+        gradients of the slices meet in the sum over the data- and context-parallel group.
+        """
+        cp = 1 if self.serial else self.cp_group.size()
+        return parameter.chunk(cp)[self.cp_group.rank()] if cp > 1 else parameter
+
+    def _mix(
+        self, shared: torch.Tensor, split: torch.Tensor, documents: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Convolve, recur and gate: ``[s, b, 2K]`` and ``[s, b, n·(2V+1)]`` to ``[s, b, n·V]``.
+
+        Tokens are in order: the whole sequence, or this rank's segment of it.
+        """
         shared, split = (t.transpose(0, 1) for t in (shared, split))  # [b, s, ·]
-        v, f, g = split.unflatten(-1, (self.heads, 2 * self.v_dim + 1)).split(
+        v, f, g = split.unflatten(-1, (-1, 2 * self.v_dim + 1)).split(
             [self.v_dim, 1, self.v_dim], dim=-1
         )
-        packs = None
-        if packed_seq_params is not None:
-            packs = document_ids(packed_seq_params, shared.size(1)).unsqueeze(0)
-        conv_weight = torch.cat(
-            [replicated(self.shared_conv_weight, self.config, self.tp_group), self.conv_weight]
+        packs, continues = self._documents_here(documents, shared.size(1))
+        shared_conv = replicated(self.shared_conv_weight, self.config, self.tp_group)
+        q, k, v = self._convolve(
+            torch.cat([shared, v.flatten(-2)], dim=-1),
+            torch.cat([shared_conv, self._mine(self.conv_weight)]),
+            packs,
+            continues,
         )
-        qkv = causal_conv1d(
-            torch.cat([shared, v.flatten(-2)], dim=-1), conv_weight, None, "silu", seq_idx=packs
-        )
-        q, k, v = qkv.split([self.k_dim, self.k_dim, self.heads * self.v_dim], dim=-1)
-        v = v.unflatten(-1, (self.heads, self.v_dim))
-        y, _ = m2rnn_scan(
+        wide = torch.promote_types(v.dtype, torch.float32)
+        state = None
+        if self.serial:
+            zeros = v.new_zeros(
+                v.size(0), v.size(2), self.k_dim, self.v_dim, dtype=wide, requires_grad=True
+            )
+            state = receive_state(zeros, self.cp_group) * continues
+        y, last = m2rnn_scan(
             q,
             k,
             v,
             self._forget(f.squeeze(-1)).to(v.dtype),
-            self.state_weight,
+            self._mine(self.state_weight),
+            initial_state=state,
             seq_idx=packs,
-            state_gradient_clip=self.dims.state_gradient_clip,
+            state_gradient_clip=self.clip,
             clip_order=self.dims.clip_order,
         )
-        y = y.flatten(-2) + self.D * v.flatten(-2)
-        y = self._norm(y * F.silu(g.flatten(-2)))
-        return self.out_proj(y.transpose(0, 1).contiguous())
+        if self.serial:
+            y = send_state(last, y, self.cp_group)
+        y = y.flatten(-2) + self._mine(self.D) * v.flatten(-2)
+        return (y * F.silu(g.flatten(-2))).transpose(0, 1)
+
+    def _documents_here(
+        self, documents: torch.Tensor | None, length: int
+    ) -> tuple[torch.Tensor | None, float]:
+        """Return the documents ``[1, s]`` of the tokens at hand, and whether (1.0 or 0.0) the first
+        of them goes on with the document that the previous segment ended in."""
+        if documents is None:
+            return None, 1.0
+        start = self.cp_group.rank() * length if self.serial else 0
+        continues = start == 0 or bool(documents[start] == documents[start - 1])
+        return documents[start : start + length].unsqueeze(0), float(continues)
+
+    def _convolve(
+        self, x: torch.Tensor, weight: torch.Tensor, packs: torch.Tensor | None, continues: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return q ``[b, s, K]``, k ``[b, s, K]`` and v ``[b, s, n, V]``, convolved."""
+        packs = None if packs is None else packs.expand(x.size(0), -1)
+        window = None
+        if self.serial:
+            taps = weight.size(1)
+            zeros = x.new_zeros(x.size(0), x.size(2), taps - 1, requires_grad=True)
+            window = receive_state(zeros, self.cp_group) * continues
+            x = send_state(causal_conv1d_state(x, taps, packs, window), x, self.cp_group)
+        qkv = causal_conv1d(x, weight, None, "silu", seq_idx=packs, initial_state=window)
+        q, k, v = qkv.split([self.k_dim, self.k_dim, qkv.size(-1) - 2 * self.k_dim], dim=-1)
+        return q, k, v.unflatten(-1, (-1, self.v_dim))
 
     def _forget(self, f: torch.Tensor) -> torch.Tensor:
         """Return the forget gate ``f_t ∈ (0, 1)``, ``[b, s, n]``."""
         wide = torch.promote_types(f.dtype, torch.float32)
-        rate = F.softplus(f.to(wide) + self.dt_bias.to(wide))
-        return torch.exp(-torch.exp(self.A_log.to(wide)) * rate)
+        rate = F.softplus(f.to(wide) + self._mine(self.dt_bias).to(wide))
+        return torch.exp(-torch.exp(self._mine(self.A_log).to(wide)) * rate)
 
     def _norm(self, y: torch.Tensor) -> torch.Tensor:
-        """RMS norm over all heads' channels: the mean square is summed over tp."""
+        """RMS norm of ``[s, b, n·V]`` over all heads' channels: mean squares are summed over tp."""
         wide = y.to(torch.promote_types(y.dtype, torch.float32))
         total = sum_over_tp(wide.square().sum(-1, keepdim=True), self.tp_group)
         mean = total / (self.dims.num_heads * self.v_dim)

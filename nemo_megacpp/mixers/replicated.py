@@ -8,12 +8,41 @@ pass, by the operator that copies into the tensor-parallel region.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from megatron.core.transformer import TransformerConfig
+
+
+class _SumGradient(torch.autograd.Function):
+    """Identity forward, all-reduce of the gradient backward.
+
+    Megatron's ``copy_to_tensor_model_parallel_region`` does the same, but reduces
+    ``grad.contiguous()`` in place and returns ``grad``: for a gradient that is not contiguous (a
+    transposed convolution weight, say) the sum is made on a copy and lost.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _SumBoth(_SumGradient):
+    """All-reduce forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total
 
 
 def mark_replicated(parameter: torch.nn.Parameter, config: TransformerConfig) -> None:
@@ -33,7 +62,7 @@ def replicated(
     """
     if config.sequence_parallel or tp_group.size() == 1:
         return parameter
-    return copy_to_tensor_model_parallel_region(parameter, group=tp_group)
+    return _SumGradient.apply(parameter, tp_group)
 
 
 def sum_over_tp(x: torch.Tensor, tp_group: torch.distributed.ProcessGroup) -> torch.Tensor:
@@ -41,6 +70,4 @@ def sum_over_tp(x: torch.Tensor, tp_group: torch.distributed.ProcessGroup) -> to
     rank goes on to use the sum for its own heads)."""
     if tp_group.size() == 1:
         return x
-    return copy_to_tensor_model_parallel_region(
-        reduce_from_tensor_model_parallel_region(x, group=tp_group), group=tp_group
-    )
+    return _SumBoth.apply(x, tp_group)

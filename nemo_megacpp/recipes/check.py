@@ -9,10 +9,11 @@ from typing import Any
 
 from nemo_megacpp.checkpoint.identity import newest_checkpoint, refuse_another_model
 from nemo_megacpp.data.builtin import builtin_folder
-from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.data.prepared import MANIFEST, PreparedData
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import refuse_illegal
-from nemo_megacpp.pattern import HybridPattern
+from nemo_megacpp.pattern import Family, HybridPattern
+from nemo_megacpp.recipes.catalog import NAM56R_MODEL
 from nemo_megacpp.recipes.recipe import Recipe
 
 
@@ -60,6 +61,37 @@ def check_layout_of(recipe: Recipe) -> None:
     refuse_illegal(recipe.layout, shape_of(recipe))
 
 
+def check_model_of(recipe: Recipe) -> None:
+    """Refuse a model that cannot be configured, by Megatron's own checks where there are some.
+
+    Raises:
+        UserError: sizes below 1, more experts per token than there are, or Megatron's reason.
+    """
+    import torch
+
+    from nemo_megacpp.config import HybridConfig
+
+    model = recipe.model
+    for name, value in model.items():
+        if type(NAM56R_MODEL.get(name)) is int and value is not None and value < 1:
+            raise UserError(f"{name}: {value} must be at least 1.")
+    chosen, experts = model["moe_router_topk"], model["num_moe_experts"]
+    if Family.EXPERT in recipe.pattern.families and chosen > (experts or 0):
+        raise UserError(
+            f"moe_router_topk={chosen} experts per token are more than num_moe_experts={experts}."
+        )
+    degrees = dataclasses.asdict(recipe.layout)
+    del degrees["world_size"]
+    bf16 = recipe.training.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    try:
+        HybridConfig(**model, **degrees, bf16=bf16, params_dtype=dtype, pipeline_dtype=dtype)
+    except UserError:
+        raise
+    except (AssertionError, ImportError, ValueError) as error:
+        raise UserError(f"Megatron refuses this model: {error}") from None
+
+
 def open_data(recipe: Recipe) -> tuple[Recipe, PreparedData | None]:
     """Open the recipe's data; the model takes its vocabulary unless the user gave another.
 
@@ -70,14 +102,15 @@ def open_data(recipe: Recipe) -> tuple[Recipe, PreparedData | None]:
     Raises:
         UserError: data that is missing, unreadable, damaged, too short or of another vocabulary.
     """
-    if recipe.data is None:
-        folder = builtin_folder(recipe.model["vocab_size"])
-        return recipe, PreparedData.open(folder) if (folder / "data.json").exists() else None
-    data = PreparedData.open(recipe.data)
+    built_in = recipe.data is None
+    folder = Path(recipe.data or builtin_folder(recipe.model["vocab_size"]))
+    if built_in and not (folder / MANIFEST).exists():
+        return recipe, None
+    data = PreparedData.open(folder)
     if data.vocab_size != recipe.model["vocab_size"]:
-        if "vocab_size" in recipe.given:
+        if built_in or "vocab_size" in recipe.given:
             raise UserError(
-                f"{recipe.data} was made with a vocabulary of {data.vocab_size}, and vocab_size="
+                f"{folder} was made with a vocabulary of {data.vocab_size}, and vocab_size="
                 f"{recipe.model['vocab_size']} was asked for. Leave vocab_size out, or prepare the "
                 f"data with --vocab-size {recipe.model['vocab_size']}."
             )
@@ -87,7 +120,7 @@ def open_data(recipe: Recipe) -> tuple[Recipe, PreparedData | None]:
     for split, counts in data.splits.items():
         if counts.tokens <= recipe.model["seq_length"]:
             raise UserError(
-                f"The {split} split of {recipe.data} has {counts.tokens} tokens; one sample of "
+                f"The {split} split of {folder} has {counts.tokens} tokens; one sample of "
                 f"seq_length={recipe.model['seq_length']} needs one more than that."
             )
     return recipe, data
@@ -121,11 +154,16 @@ def find_resume(recipe: Recipe, data: PreparedData | None) -> Recipe:
 def _checkpoint_at(path: Path) -> Path:
     """Accept a checkpoint, or a run folder, whose newest checkpoint is meant."""
     if (path / "weights").is_dir():
+        if not (path / "weights" / ".metadata").exists():
+            raise UserError(
+                f"The checkpoint {path} is incomplete: its run ended while it was being saved "
+                f"(weights/.metadata is missing)."
+            )
         return path
     for folder in (path / "checkpoints", path):
         if (found := newest_checkpoint(folder)) is not None:
             return found
     raise UserError(
         f"There is no checkpoint at {path}: it is neither a checkpoint folder (with weights/ in "
-        f"it) nor a run folder (with checkpoints/ in it)."
+        f"it) nor a run folder (with a complete one under checkpoints/)."
     )

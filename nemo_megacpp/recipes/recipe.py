@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +13,9 @@ import yaml
 from nemo_megacpp.errors import UserError, nearest
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.parallel import FIELD_OF
-from nemo_megacpp.pattern import HybridPattern
+from nemo_megacpp.pattern import CUT, HybridPattern
 from nemo_megacpp.recipes.catalog import CATALOG, Training
+from nemo_megacpp.recipes.values import read_value
 
 DEFAULT_BASE = "nam56r_tiny"
 """The base of a YAML file that names none."""
@@ -30,6 +28,18 @@ _TRAINING_ALIASES = {
     "train_iters": "max_steps",
     "eval_interval": "val_check_interval",
     "eval_iters": "limit_val_batches",
+}
+_DERIVED = {
+    **dict.fromkeys(
+        ("bf16", "fp16", "params_dtype", "pipeline_dtype"), "it follows from precision (fp32, bf16)"
+    ),
+    **dict.fromkeys(
+        ("dp", "data_parallel", "data_parallel_size"),
+        "it follows from the other degrees (world / (tp x cp x pp)), and the world from the ranks "
+        "that are started, or from world_size",
+    ),
+    "moe_router_dtype": "routers always compute in fp32",
+    "use_cpu_initialization": "it follows from the machine",
 }
 
 
@@ -66,11 +76,7 @@ class Recipe:
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the recipe as a flat mapping that resolves to it again."""
-        layout = {
-            f.name: getattr(self.layout, f.name)
-            for f in dataclasses.fields(self.layout)
-            if getattr(self.layout, f.name) is not None
-        }
+        layout = dataclasses.asdict(self.layout)  # with its Nones: the base may have a degree there
         training = {k: v for k, v in dataclasses.asdict(self.training).items() if v is not None}
         run = {k: getattr(self, k) for k in _RUN_KEYS[1:] if getattr(self, k) is not None}
         return {"recipe": self.name, **self.model, **layout, **training, **run}
@@ -109,34 +115,38 @@ def resolve(source: str, overrides: Iterable[str] = ()) -> Recipe:
 
 def from_mapping(settings: Mapping[str, Any]) -> Recipe:
     """Resolve a flat mapping of settings over its base recipe; see :func:`resolve`."""
+    from nemo_megacpp.config import HybridConfig
+
     given = _canonical_keys(settings)
     base_name = given.pop("recipe", None)
     defaults = []
     if base_name is None:
         base_name = DEFAULT_BASE
         defaults.append(f"recipe: {base_name}")
-    if base_name not in CATALOG:
+    if str(base_name) not in CATALOG:
         raise UserError(
             f"There is no recipe {base_name!r} to build on.{nearest(str(base_name), CATALOG)} The "
             f"recipes are {', '.join(CATALOG)}."
         )
     base = CATALOG[base_name]
-    fields = _field_owners()
+    owners = _field_owners()
     model, layout, training, run = dict(base.model), {}, {}, {}
     for key, value in given.items():
-        owner = fields[key]
+        owner = owners[key]
         if owner == "layout":
             layout[key] = value
         elif owner == "training":
-            training[key] = _typed(Training, key, value)
+            training[key] = read_value(Training, key, value)
         elif owner == "run":
             run[key] = None if value is None else str(value)
         else:
-            model[key] = value
+            model[key] = read_value(HybridConfig, key, value)
     if "hybrid_pattern" in given and "num_layers" not in given:
-        unit = HybridPattern.parse(str(given["hybrid_pattern"]))
+        # The text is a unit here, and a unit may end with a cut.
+        unit = HybridPattern.parse(given["hybrid_pattern"].rstrip().removesuffix(CUT))
         model["num_layers"] = max(len(unit), base.model["num_layers"])
-        defaults.append(f"num_layers: {model['num_layers']} (depth of the recipe)")
+        whose = "the pattern" if len(unit) > base.model["num_layers"] else "the recipe"
+        defaults.append(f"num_layers: {model['num_layers']} (depth of {whose})")
     if not layout:
         defaults.append(f"layout: {base.layout.short()}")
     resolved_layout = _over_base(layout, base.layout)
@@ -144,7 +154,7 @@ def from_mapping(settings: Mapping[str, Any]) -> Recipe:
     for key in ("max_steps", "global_batch_size", "lr", "precision"):
         if key not in training:
             defaults.append(f"{key}: {getattr(settled, key)}")
-    if "data" not in run:
+    if run.get("data") is None:
         defaults.append("data: torch's C++ headers")
     _check_training(settled)
     return Recipe(
@@ -168,13 +178,20 @@ def _over_base(given: Mapping[str, Any], base: ParallelLayout) -> ParallelLayout
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold key: value lines; it holds {type(settings).__name__}.")
+        found = "nothing" if settings is None else f"a {type(settings).__name__}"
+        raise UserError(f"{path} must hold key: value lines; it holds {found}.")
+    # YAML's loader keeps the last of two equal keys and says nothing.
+    keys = [key.value for key, _ in yaml.compose(text, Loader=yaml.SafeLoader).value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"{path} gives {key} twice.")
     return _canonical_keys(settings)
 
 
@@ -191,11 +208,13 @@ def _canonical_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _canonical(key: str) -> str:
     """Return the full field name for a key or one of its short names."""
     key = _MODEL_ALIASES.get(key, _TRAINING_ALIASES.get(key, key))
+    if key.lower() in _DERIVED:
+        raise UserError(f"{key} is no setting of a recipe: {_DERIVED[key.lower()]}.")
     if key.lower() in FIELD_OF:
         return FIELD_OF[key.lower()]
     owners = _field_owners()
     if key not in owners:
-        known = [*owners, *_MODEL_ALIASES, *_TRAINING_ALIASES, "tensor_parallel"]
+        known = [*owners, *_MODEL_ALIASES, *_TRAINING_ALIASES, *FIELD_OF]
         raise UserError(f"There is no setting {key!r}.{nearest(key, known)}")
     return key
 
@@ -211,36 +230,35 @@ def _field_owners() -> dict[str, str]:
     return owners
 
 
-def _typed(owner: type, key: str, value: Any) -> Any:
-    """Return ``value`` as the field's type, or refuse it."""
-    hint = typing.get_type_hints(owner)[key]
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    wanted = next(option for option in options if option is not type(None))
-    accepted = (int, float) if wanted is float else (wanted,)
-    if isinstance(value, str) and wanted is float:  # YAML 1.1 reads 4e-3 as a string
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
-        raise UserError(f"{key}: {value!r} is not a {wanted.__name__}.")
-    return wanted(value)
-
-
 def _check_training(training: Training) -> None:
-    positive = (
-        "max_steps",
-        "micro_batch_size",
-        "global_batch_size",
-        "val_check_interval",
-        "limit_val_batches",
-        "save_interval",
-        "log_interval",
-    )
-    for name in positive:
-        if getattr(training, name) <= 0:
-            raise UserError(f"{name}: {getattr(training, name)} must be at least 1.")
+    at_least: dict[str, int] = {
+        **dict.fromkeys(
+            (
+                "max_steps",
+                "stop_after",
+                "micro_batch_size",
+                "global_batch_size",
+                "val_check_interval",
+                "limit_val_batches",
+                "save_interval",
+                "log_interval",
+            ),
+            1,
+        ),
+        **dict.fromkeys(("warmup_steps", "weight_decay", "clip_grad", "min_lr", "seed"), 0),
+    }
+    for name, least in at_least.items():
+        value = getattr(training, name)
+        if value is not None and value < least:
+            raise UserError(f"{name}: {value} must be at least {least}.")
     if training.precision not in ("fp32", "bf16"):
         raise UserError(f"precision: {training.precision!r} is neither 'fp32' nor 'bf16'.")
     if training.lr <= 0:
         raise UserError(f"lr: {training.lr} must be positive.")
+    if training.min_lr > training.lr:
+        raise UserError(
+            f"min_lr: {training.min_lr} is above lr={training.lr}, from which the learning rate "
+            f"falls to it. Give both."
+        )
+    if not 0 <= training.adam_beta2 < 1:
+        raise UserError(f"adam_beta2: {training.adam_beta2} must be at least 0 and below 1.")

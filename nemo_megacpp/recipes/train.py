@@ -12,7 +12,7 @@ import yaml
 
 from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.recipes.check import check_layout_of, find_resume, open_data
+from nemo_megacpp.recipes.check import check_layout_of, check_model_of, find_resume, open_data
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.runtime.launch import (
     RankFailed,
@@ -75,10 +75,15 @@ def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
         The recipe with vocabulary and checkpoint settled, and the folder the run will write.
     """
     check_layout_of(recipe)
+    check_model_of(recipe)
     recipe, data = open_data(recipe)
+    goes_on = recipe.resume is not None  # even if resume=auto finds that nothing was saved yet
     recipe = find_resume(recipe, data)
     run_dir = Path(recipe.run_dir or _new_run_dir(recipe))
-    if recipe.resume is None and (run_dir / "checkpoints").exists():
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"run_dir={run_dir} cannot be made: {existing} is not a folder.")
+    if not goes_on and (run_dir / "checkpoints").exists():
         raise UserError(
             f"{run_dir} already holds a run. Go on from it with resume=auto, or choose another "
             f"run_dir."

@@ -10,15 +10,24 @@ from __future__ import annotations
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import multiprocessing as mp
 
+_GRACE = 10.0
+"""Seconds that the other ranks get to end by themselves once one has failed."""
+
 
 class WorkerError(RuntimeError):
     """A task raised on a worker; carries the first failing rank's traceback."""
+
+
+class _Worker(NamedTuple):
+    pipe: Any
+    process: Any
 
 
 class WorkerPool:
@@ -32,23 +41,23 @@ class WorkerPool:
     """
 
     def __init__(self, size: int, threads: int = 1):
-        context = mp.get_context("spawn")
-        self._pipes = []
-        self._processes = []
+        self._threads = threads
         self._rendezvous = tempfile.TemporaryDirectory(prefix="nemo-megacpp-ranks-")
         self._tasks = 0
-        for rank in range(size):
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there, rank, threads))
-            process.start()
-            there.close()
-            self._pipes.append(here)
-            self._processes.append(process)
+        self._workers = [self._start(rank) for rank in range(size)]
+
+    def _start(self, rank: int) -> _Worker:
+        context = mp.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(there, rank, self._threads))
+        process.start()
+        there.close()
+        return _Worker(here, process)
 
     @property
     def size(self) -> int:
         """Most ranks that a task can ask for."""
-        return len(self._processes)
+        return len(self._workers)
 
     def run(self, world_size: int, task: Callable[..., Any], *args: Any) -> list[Any]:
         """Run ``task(*args)`` on ranks 0 … ``world_size - 1`` inside a default process group.
@@ -64,29 +73,51 @@ class WorkerPool:
         assert 0 < world_size <= self.size, (world_size, self.size)
         self._tasks += 1
         store = Path(self._rendezvous.name) / f"task{self._tasks}"
-        for pipe in self._pipes[:world_size]:
-            pipe.send((world_size, f"file://{store}", task, args))
-        results, failures = [], []
-        for rank, pipe in enumerate(self._pipes[:world_size]):
-            try:
-                ok, value = pipe.recv()
-            except EOFError:
-                ok, value = False, "the process died"
-            if not ok:
-                failures.append(f"rank {rank}: {value}")
-            results.append(value)
+        workers = self._workers[:world_size]
+        for worker in workers:
+            worker.pipe.send((world_size, f"file://{store}", task, args))
+        results: dict[int, Any] = {}
+        failures: list[str] = []
+        while len(results) < world_size:
+            waiting = [w.pipe for rank, w in enumerate(workers) if rank not in results]
+            ready = wait(waiting, timeout=_GRACE if failures else None)
+            if not ready:
+                # A rank failed and the others wait for it in a collective: replace them.
+                for rank in range(world_size):
+                    if rank not in results:
+                        self._replace(rank)
+                break
+            for rank, worker in enumerate(workers):
+                if worker.pipe in ready and rank not in results:
+                    ok, results[rank] = self._receive(rank)
+                    if not ok:
+                        failures.append(f"rank {rank}: {results[rank]}")
         if failures:
             raise WorkerError("\n".join(failures))
-        return results
+        return [results[rank] for rank in range(world_size)]
+
+    def _receive(self, rank: int) -> tuple[bool, Any]:
+        try:
+            return self._workers[rank].pipe.recv()
+        except EOFError:
+            self._replace(rank)
+            return False, "the process died"
+
+    def _replace(self, rank: int) -> None:
+        worker = self._workers[rank]
+        worker.pipe.close()
+        worker.process.kill()
+        worker.process.join()
+        self._workers[rank] = self._start(rank)
 
     def close(self) -> None:
         """End the workers."""
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join(timeout=20)
-            if process.is_alive():
-                process.kill()
+        for worker in self._workers:
+            worker.pipe.close()
+        for worker in self._workers:
+            worker.process.join(timeout=20)
+            if worker.process.is_alive():
+                worker.process.kill()
         self._rendezvous.cleanup()
 
     def __enter__(self) -> WorkerPool:
@@ -110,6 +141,6 @@ def _work(pipe: Any, rank: int, threads: int) -> None:
             value = (True, task(*args))
         except BaseException:
             value = (False, traceback.format_exc())
-        finally:
-            end_process_groups()
         pipe.send(value)
+        # After the answer: leaving a group may wait for a rank that has failed.
+        end_process_groups()

@@ -185,7 +185,6 @@ def _logger(recipe: Recipe, run_dir: Path) -> run.Config:
     training = recipe.training
     return run.Config(
         nl.NeMoLogger,
-        name=recipe.name,
         explicit_log_dir=str(run_dir),
         use_datetime_version=False,
         log_global_rank_0_only=True,

@@ -1,6 +1,6 @@
 """What a run writes and shows: metrics, checkpoints that know their model, an early stop."""
 
-from __future__ import annotations
+# NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
 import json
 import time

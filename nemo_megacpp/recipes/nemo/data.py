@@ -1,6 +1,6 @@
 """NeMo's pre-training data module over a folder of ``nemo-megacpp data prepare``."""
 
-from __future__ import annotations
+# NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
 from pathlib import Path
 from typing import Any

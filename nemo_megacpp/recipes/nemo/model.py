@@ -1,6 +1,6 @@
 """The model as NeMo trains it: our configuration inside NeMo's ``GPTModel``."""
 
-from __future__ import annotations
+# NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """NeMo's Megatron optimizer module on Megatron-Core 0.16."""
 
-from __future__ import annotations
+# NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
 from typing import Any
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import faulthandler
 import logging
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -36,14 +37,18 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
 def _import_quietly() -> None:
     """Import NeMo, keeping the terminal for the run: its remarks go to the run's log file."""
     warnings.simplefilter("ignore")
-    remarks = io.StringIO()
+    # A real file: Megatron's import turns on faulthandler, which needs a descriptor. It stays open:
+    # the libraries' log handlers keep it.
+    remarks = tempfile.TemporaryFile("w+")  # noqa: SIM115
     try:
         with contextlib.redirect_stderr(remarks):
             from nemo.collections import llm  # noqa: F401
             from nemo.utils import logging as nemo_logging
     except ImportError:
-        print(remarks.getvalue(), file=sys.stderr)
+        remarks.seek(0)
+        print(remarks.read(), file=sys.stderr)
         raise
+    faulthandler.enable()  # again, on the real stderr
     # After the import: Lightning sets its own levels when it is imported.
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,35 @@
+"""Which NeMo and Megatron-Core the NeMo front end is written for."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+_WANTED = {"nemo-toolkit": "2.7", "megatron-core": "0.16", "nemo_run": None}
+"""Distribution and series; None: any."""
+
+
+def describe_mismatch() -> str | None:
+    """Return what is missing or of another series, as one phrase; None if all is there."""
+    wrong = []
+    for name, series in _WANTED.items():
+        found = _installed(name)
+        if found is None:
+            wrong.append(f"{name} is not installed")
+        elif series is not None and ".".join(found.split(".")[:2]) != series:
+            wrong.append(f"{name} is {found}")
+    return " and ".join(wrong) or None
+
+
+def requirement() -> str:
+    """Return what is needed, for an error message."""
+    return (
+        "nemo_megacpp's NeMo recipes need nemo-toolkit 2.7 with megatron-core 0.16 "
+        "(pip install 'nemo_megacpp[nemo]', or a container that has them)"
+    )
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,200 @@
+"""A checkpoint knows its model, its tokenizer and its step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_megacpp.checkpoint.identity import (
+    FILE,
+    newest_checkpoint,
+    read_identity,
+    refuse_another_model,
+    write_identity,
+)
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.pattern import HybridPattern
+from nemo_megacpp.recipes.catalog import NAM56R_TINY_MODEL
+
+TOKENIZER, OTHER_TOKENIZER = "a" * 64, "b" * 64
+
+
+def saved(folder: Path, step: int = 20, **model: Any) -> Path:
+    folder.mkdir(parents=True)
+    identity = {"model": {**NAM56R_TINY_MODEL, **model}, "layout": "tp=2", "tokenizer": TOKENIZER}
+    write_identity(folder, identity, step)
+    return folder
+
+
+def load(folder: Path, tokenizer: str | None = TOKENIZER, **changes: Any) -> None:
+    model = {**NAM56R_TINY_MODEL, **changes}
+    pattern = HybridPattern.parse(model["hybrid_pattern"], depth=model["num_layers"])
+    refuse_another_model(folder, model, pattern.letters, tokenizer)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "step=20", step=20)
+    assert read_identity(folder) == {
+        "model": NAM56R_TINY_MODEL,
+        "layout": "tp=2",
+        "tokenizer": TOKENIZER,
+        "step": 20,
+    }
+    assert [path.name for path in folder.iterdir()] == [FILE]  # no partial file stays
+    write_identity(folder, {"model": {}, "tokenizer": TOKENIZER}, 40)
+    assert (read_identity(folder) or {})["step"] == 40
+
+
+def test_a_checkpoint_from_elsewhere_has_none(tmp_path: Path) -> None:
+    assert read_identity(tmp_path) is None
+    load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"step": 3}', "\xff"])
+def test_a_damaged_identity_is_refused(text: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "step=20")
+    (folder / FILE).write_bytes(text.encode("latin-1"))
+    for read in (read_identity, load):
+        with pytest.raises(UserError, match=f"{FILE} (cannot be read|is damaged): "):
+            read(folder)
+    with pytest.raises(UserError, match=FILE):
+        newest_checkpoint(tmp_path)
+
+
+# --- the newest
+
+
+def test_the_newest_is_the_one_with_most_steps(tmp_path: Path) -> None:
+    for step in (100, 20, 80):
+        saved(tmp_path / f"step={step}", step)
+    assert newest_checkpoint(tmp_path) == tmp_path / "step=100"
+
+
+def test_folders_without_identity_are_not_complete(tmp_path: Path) -> None:
+    saved(tmp_path / "step=20", 20)
+    (tmp_path / "step=40" / "weights").mkdir(parents=True)
+    saved(tmp_path / "step=60", 60)
+    (tmp_path / "step=60" / FILE).rename(tmp_path / "step=60" / f"{FILE}.partial")
+    (tmp_path / "step=80-unfinished").touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "step=20"
+
+
+def test_there_may_be_none(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+
+
+# --- another model
+
+
+def test_the_same_model_is_loaded(tmp_path: Path) -> None:
+    load(saved(tmp_path / "c"))
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        ({"mode": "nemo_native"}, {}),
+        ({}, {"mode": "nemo_native"}),
+        ({"qk_layernorm": False}, {}),
+        ({}, {"m2rnn_conv_kernel": 4, "normalization": "RMSNorm"}),
+    ],
+)
+def test_a_default_that_is_spelt_out_is_no_difference(
+    there: dict[str, Any], here: dict[str, Any], tmp_path: Path
+) -> None:
+    load(saved(tmp_path / "c", **there), **here)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seq_length": 512},
+        {"moe_aux_loss_coeff": 0.0},
+        {"m2rnn_state_gradient_clip": None},
+        {"rotary_base": 500000},
+        {"moe_token_dispatcher_type": "allgather"},
+        {"hybrid_pattern": "AEMEAE|MEAEMR"},
+        {"hybrid_pattern": "aeme aeme aemr"},
+    ],
+)
+def test_what_may_change_between_runs(changes: dict[str, Any], tmp_path: Path) -> None:
+    load(saved(tmp_path / "c"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "here"),
+    [
+        ("hidden_size", 448),
+        ("num_attention_heads", 56),
+        ("num_query_groups", 2),
+        ("kv_channels", 16),
+        ("vocab_size", 300),
+        ("num_moe_experts", 8),
+        ("moe_ffn_hidden_size", 112),
+        ("moe_shared_expert_intermediate_size", None),
+        ("mamba_num_heads", 56),
+        ("mamba_head_dim", 16),
+        ("mamba_state_dim", 64),
+        ("mamba_num_groups", 2),
+        ("m2rnn_num_heads", 14),
+        ("m2rnn_key_head_dim", 64),
+        ("m2rnn_value_head_dim", 16),
+        ("moe_router_enable_expert_bias", False),
+    ],
+)
+def test_what_decides_a_tensor_may_not(name: str, here: object, tmp_path: Path) -> None:
+    there = NAM56R_TINY_MODEL[name]
+    with pytest.raises(UserError) as refusal:
+        load(saved(tmp_path / "c"), **{name: here})
+    assert str(refusal.value) == (
+        f"{tmp_path / 'c'} is a checkpoint of another model: "
+        f"{name} is {there} there and {here} here."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "here"),
+    [
+        ("m2rnn_conv_kernel", 4, 3),
+        ("normalization", "RMSNorm", "LayerNorm"),
+        ("add_bias_linear", False, True),
+        ("add_qkv_bias", False, True),
+        ("qk_layernorm", False, True),
+        ("gated_linear_unit", True, False),
+        ("share_embeddings_and_output_weights", False, True),
+    ],
+)
+def test_nor_may_what_the_recipes_leave_at_its_default(
+    name: str, default: object, here: object, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"{name} is {default} there and {here} here"):
+        load(saved(tmp_path / "c"), **{name: here})
+
+
+def test_every_difference_is_listed(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "c")
+    with pytest.raises(UserError) as refusal:
+        load(folder, OTHER_TOKENIZER, hidden_size=448, num_layers=13, hybrid_pattern="AEMR")
+    assert str(refusal.value) == (
+        f"{folder} is a checkpoint of another model: num_layers is 12 there and 13 here; "
+        f"hidden_size is 224 there and 448 here; "
+        f"the pattern is AEMEAEMEAEMR there and AEMRAEMRAEMRA here; "
+        f"its data was made with another tokenizer (aaaaaaaaaaaa there, bbbbbbbbbbbb here)."
+    )
+
+
+def test_a_tokenizer_that_is_not_known_yet_is_not_compared(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "c")
+    load(folder, tokenizer=None)
+    with pytest.raises(UserError, match="another tokenizer"):
+        load(folder, tokenizer=OTHER_TOKENIZER)
+
+
+def test_the_file_is_json_that_a_person_can_read(tmp_path: Path) -> None:
+    text = (saved(tmp_path / "c") / FILE).read_text()
+    assert json.loads(text)["model"]["hybrid_pattern"] == "AEMEAEMEAEMR"
+    assert len(text.splitlines()) > 20
