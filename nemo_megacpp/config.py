@@ -10,9 +10,12 @@ from megatron.core.transformer import TransformerConfig
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.pattern import Family, HybridPattern
 
-Mode = Literal["nemo_native"]
+Mode = Literal["nemo_native", "mamba3"]
 ClipOrder = Literal["before_output", "after_output"]
 SequenceExchange = Literal["auto", "all_to_all", "serial"]
+AActivation = Literal["softplus", "heavy_tail"]
+Pairs = Literal["interleaved", "halves"]
+Mamba3Kernel = Literal["auto", "torch", "triton"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,72 @@ class M2RNNDimensions:
     dt_init_range: tuple[float, float] = (1e-3, 0.1)
 
 
+@dataclass(frozen=True)
+class Mamba3Dimensions:
+    """Sizes and settings of the M mixer in mode ``mamba3`` (defaults are mamba_ssm 2.3.2's).
+
+    Attributes:
+        num_heads: ``H``.
+        head_dim: ``P``, rows of a head's state.
+        state_dim: ``N``, columns of a head's state; even.
+        num_groups: ``G``; the ``H/G`` heads of a group share B and C.
+        mimo_rank: ``R``, inputs and outputs per head and token; 1 is SISO.
+        rope_fraction: share of the state that rotates, in (0, 1].
+        A_activation: ``a`` in ``A = min(-a(dd_A), -A_floor)``.
+        A_floor: slowest decay rate, above 0.
+        pairs: which state channels rotate together, ``(2i, 2i+1)`` or ``(i, i + N/2)``.
+        output_norm: RMS norm of each head's ``P`` outputs before the gate.
+        kernel: ``torch``, ``triton`` (mamba_ssm's SISO kernel; refused where it cannot run), or
+            ``auto``: ``triton`` where it can run.
+        dt_init_range: range of ``softplus(dt_bias)`` at initialisation (log-uniform).
+
+    Raises:
+        UserError: a size or setting is illegal.
+    """
+
+    num_heads: int
+    head_dim: int
+    state_dim: int
+    num_groups: int
+    mimo_rank: int = 1
+    rope_fraction: float = 0.5
+    A_activation: AActivation = "softplus"
+    A_floor: float = 1e-4
+    pairs: Pairs = "interleaved"
+    output_norm: bool = False
+    kernel: Mamba3Kernel = "auto"
+    dt_init_range: tuple[float, float] = (1e-3, 0.1)
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "head_dim", "state_dim", "num_groups"):
+            if getattr(self, name) < 1:
+                raise UserError(f"mamba_{name}={getattr(self, name)} must be at least 1.")
+        if self.num_heads % self.num_groups:
+            raise UserError(
+                f"mamba_num_heads={self.num_heads} is not a multiple of "
+                f"mamba_num_groups={self.num_groups}."
+            )
+        if self.mimo_rank < 1:
+            raise UserError(
+                f"mamba3_mimo_rank={self.mimo_rank} must be at least 1; 1 is SISO."
+            )
+        if not self.A_floor > 0:
+            raise UserError(f"mamba3_A_floor={self.A_floor} must be above 0.")
+        if self.state_dim % 2:
+            raise UserError(f"mamba_state_dim={self.state_dim} must be even: channels turn in pairs.")
+        if not 0 < self.rope_fraction <= 1 or self.num_angles < 1:
+            raise UserError(
+                f"mamba3_rope_fraction={self.rope_fraction} turns {max(self.num_angles, 0)} pairs of "
+                f"mamba_state_dim={self.state_dim} channels. It must lie in (0, 1] and turn at least "
+                f"one pair: {2 / self.state_dim} or more."
+            )
+
+    @property
+    def num_angles(self) -> int:
+        """``S``, the channel pairs that rotate."""
+        return int(self.state_dim * self.rope_fraction) // 2
+
+
 @dataclass
 class HybridConfig(TransformerConfig):
     """``TransformerConfig`` of a hybrid A/M/E/R model.
@@ -59,7 +128,8 @@ class HybridConfig(TransformerConfig):
     hybrid_pattern: str = ""
     """The A/M/E/R pattern, with ``|`` for explicit pipeline cuts (:mod:`nemo_megacpp.pattern`)."""
     mode: Mode = "nemo_native"
-    """Which mixer an M block gets: ``nemo_native`` is Megatron's own ``MambaMixer`` (Mamba-2)."""
+    """Which mixer an M block gets: ``nemo_native`` is Megatron's own ``MambaMixer`` (Mamba-2),
+    ``mamba3`` is ours (:mod:`nemo_megacpp.mixers.mamba3`); both read Megatron's ``mamba_*`` sizes."""
 
     vocab_size: int = 0
     """Tokens of the tokenizer, before padding."""
@@ -82,6 +152,15 @@ class HybridConfig(TransformerConfig):
     m2rnn_state_gradient_clip: float | None = 1.0
     m2rnn_clip_order: ClipOrder = "before_output"
     m2rnn_context_parallel: SequenceExchange = "auto"
+
+    mamba3_mimo_rank: int = 1
+    mamba3_rope_fraction: float = 0.5
+    mamba3_A_activation: AActivation = "softplus"
+    mamba3_A_floor: float = 1e-4
+    mamba3_pairs: Pairs | None = None
+    """None: ``interleaved`` for SISO and ``halves`` for MIMO, as mamba_ssm's kernels have it."""
+    mamba3_output_norm: bool = False
+    mamba3_kernel: Mamba3Kernel = "auto"
 
     normalization: str = "RMSNorm"
     add_bias_linear: bool = False
@@ -108,8 +187,13 @@ class HybridConfig(TransformerConfig):
             "mode": Mode,
             "m2rnn_clip_order": ClipOrder,
             "m2rnn_context_parallel": SequenceExchange,
+            "mamba3_A_activation": AActivation,
+            "mamba3_pairs": Pairs,
+            "mamba3_kernel": Mamba3Kernel,
         }
         for name, choice in choices.items():
+            if name == "mamba3_pairs" and self.mamba3_pairs is None:
+                continue
             if getattr(self, name) not in get_args(choice):
                 known = ", ".join(get_args(choice))
                 raise UserError(f"{name}={getattr(self, name)!r}: the choices are {known}.")
@@ -125,6 +209,8 @@ class HybridConfig(TransformerConfig):
                         f"{name}=True scales gradients during the backward pass, where the R block "
                         f"bounds them. Turn it off, or set m2rnn_state_gradient_clip to null."
                     )
+        if Family.MAMBA in pattern.families and self.mode == "mamba3":
+            mamba3_dimensions(self)
         if Family.EXPERT not in pattern.families:
             # Megatron refuses sizes of experts that are not there.
             self.num_moe_experts = None
@@ -173,4 +259,32 @@ def m2rnn_dimensions(config: TransformerConfig) -> M2RNNDimensions:
         state_gradient_clip=config.m2rnn_state_gradient_clip,
         clip_order=config.m2rnn_clip_order,
         context_parallel=config.m2rnn_context_parallel,
+    )
+
+
+def mamba3_dimensions(config: TransformerConfig) -> Mamba3Dimensions:
+    """Return the sizes of a Mamba-3 mixer: Megatron's ``mamba_*`` fields, and the ``mamba3_*``
+    fields of a :class:`HybridConfig` or their defaults for a plain configuration.
+
+    Without ``mamba_num_heads`` the heads are twice the hidden size wide, as in Megatron's
+    ``MambaMixer``.
+
+    Raises:
+        UserError: a size or setting is illegal.
+    """
+    heads = config.mamba_num_heads
+    if heads is None:
+        heads = 2 * config.hidden_size // config.mamba_head_dim
+    sizes = (heads, config.mamba_head_dim, config.mamba_state_dim, config.mamba_num_groups)
+    if not isinstance(config, HybridConfig):
+        return Mamba3Dimensions(*sizes)
+    return Mamba3Dimensions(
+        *sizes,
+        mimo_rank=config.mamba3_mimo_rank,
+        rope_fraction=config.mamba3_rope_fraction,
+        A_activation=config.mamba3_A_activation,
+        A_floor=config.mamba3_A_floor,
+        pairs=config.mamba3_pairs or ("interleaved" if config.mamba3_mimo_rank == 1 else "halves"),
+        output_norm=config.mamba3_output_norm,
+        kernel=config.mamba3_kernel,
     )

@@ -29,18 +29,15 @@ def sharding_metadata() -> dict[str, Any]:
 
 
 def model_sharded_state_dict(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """Return one sharded state dict for all pipeline chunks of this rank.
+    """Return one sharded state dict for all pipeline chunks of this rank, nested by chunk.
 
-    Layers are keyed by their global index, so chunks never collide and the checkpoint does not
-    know how the depth was cut.
+    The nesting stays here: in the checkpoint, layers are keyed by their global index, so it does
+    not know how the depth was cut.
     """
-    merged: dict[str, Any] = {}
-    for chunk in chunks:
-        part = chunk.sharded_state_dict(prefix="", metadata=sharding_metadata())  # type: ignore[operator]
-        clash = merged.keys() & {k for k, v in part.items() if v is not None}
-        assert not clash, f"two pipeline chunks save {sorted(clash)[:3]}"
-        merged.update(part)
-    return merged
+    return {
+        f"chunk{index}": chunk.sharded_state_dict(prefix="", metadata=sharding_metadata())  # type: ignore[operator]
+        for index, chunk in enumerate(chunks)
+    }
 
 
 def save_model(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None:
@@ -56,6 +53,7 @@ def save_model(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None
 def load_model(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None:
     """Load model weights saved in any layout into this one, strictly."""
     state = dist_checkpointing.load(model_sharded_state_dict(chunks), str(directory))
-    own = [set(chunk.state_dict().keys()) for chunk in chunks]
-    for chunk, names in zip(chunks, own, strict=True):
-        chunk.load_state_dict({name: state.get(name) for name in names}, strict=True)
+    for index, chunk in enumerate(chunks):
+        loaded = state[f"chunk{index}"]
+        own = {name: loaded.get(name) for name in chunk.state_dict()}
+        chunk.load_state_dict(own, strict=True)

@@ -56,9 +56,9 @@ def gather_values(
         return item
 
     dict_list_map_inplace(replace, state)
-    skipped = [k for k, v in state.items() if getattr(v, "data", v) is None]
-    for key in skipped:
-        del state[key]
+    for part in state.values():
+        for key in [k for k, v in part.items() if getattr(v, "data", v) is None]:
+            del part[key]
     apply_factories(state)
     pieces = [
         (item.key, item.global_shape, item.global_slice(), item.data.detach().cpu().numpy())

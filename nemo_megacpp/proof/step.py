@@ -16,7 +16,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from nemo_megacpp.checkpoint.dcp import load_model, save_model
@@ -46,15 +46,23 @@ class StepSpec:
         dtype: parameter dtype, ``float64`` or ``float32``.
         seed: of tokens, initial weights and the linear form.
         learning_rate: of the one Adam step.
+        starved_experts: experts whose routing bias is set so low that no token reaches them.
     """
 
     model: dict[str, Any]
-    micro_batch_size: int = 2
+    micro_batch_size: int = 1
     global_batch_size: int = 4
     objective: Objective = "loss"
     dtype: Literal["float64", "float32"] = "float32"
     seed: int = 7
     learning_rate: float = 1e-2
+    starved_experts: tuple[int, ...] = ()
+
+    @property
+    def clip_grad(self) -> float:
+        """Megatron computes the gradient norm in float32, so clipping by it would bring float32
+        rounding into a float64 step: there the bound is out of reach."""
+        return 1.0 if self.objective == "loss" else 1e9
 
 
 @dataclass
@@ -126,6 +134,9 @@ def save_initial_weights(spec: StepSpec, layout: ParallelLayout, directory: str)
             for parameter in chunk.parameters():
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(0.05 * noise.to(parameter.dtype))
+            for name, buffer in chunk.named_buffers():
+                if name.endswith("expert_bias"):
+                    buffer[list(spec.starved_experts)] = -1e3
     save_model(chunks, directory)
 
 
@@ -150,13 +161,14 @@ def run_step(spec: StepSpec, layout: ParallelLayout, weights: str) -> StepResult
             lr=spec.learning_rate,
             weight_decay=0.01,
             adam_eps=_ADAM_EPS,
-            clip_grad=1.0,
+            clip_grad=spec.clip_grad,
             params_dtype=config.params_dtype,
         ),
         wrapped,
         use_gloo_process_groups=False,
     )
-    clear_aux_losses_tracker()
+    # The process may have run another model before: its tracker has another number of layers.
+    get_moe_layer_wise_logging_tracker().clear()
     optimizer.zero_grad()
     for chunk in wrapped:
         chunk.zero_grad_buffer()

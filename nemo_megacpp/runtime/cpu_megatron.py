@@ -7,6 +7,7 @@ and says why the stock form cannot run there. The classes themselves stay untouc
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,46 @@ def _clip_grad_by_total_norm(
     coefficient = max_norm / (total_norm + 1.0e-6)
     if grads and coefficient < 1.0:
         torch._foreach_mul_(grads, coefficient)
+
+
+def _gather_uneven(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Gloo gathers equal sizes only; ranks whose experts got different token counts differ."""
+
+    def gather(
+        input_: torch.Tensor,
+        group: Any,
+        output_split_sizes: Any = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return stock(input_, group, output_split_sizes, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        longest = max(sizes)
+        padded = input_.new_zeros((longest, *input_.shape[1:]))
+        padded[: input_.size(0)] = input_
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(gathered, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+    return gather
+
+
+def _reduce_scatter_uneven(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """As :func:`_gather_uneven`, the other way."""
+
+    def reduce_scatter(
+        input_: torch.Tensor,
+        group: Any,
+        input_split_sizes: Any = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return stock(input_, group, input_split_sizes, use_global_buffer)
+        total = input_.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split([int(size) for size in input_split_sizes])[group.rank()].contiguous()
+
+    return reduce_scatter
 
 
 class _QuietAboutOneGenerator(logging.Filter):
@@ -93,13 +134,18 @@ def _install_mamba_kernels() -> None:
 def install() -> None:
     """Install the replacements. Called once, by :func:`nemo_megacpp.runtime.host.ensure_host`."""
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     modules: list[Any] = [clip_grads, distrib_optimizer, optimizer]
     for module in modules:
         if hasattr(module, "clip_grad_by_total_norm_fp32"):
             module.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
+    regions: Any = mappings
+    regions._gather_along_first_dim = _gather_uneven(regions._gather_along_first_dim)
+    regions._reduce_scatter_along_first_dim = _reduce_scatter_uneven(
+        regions._reduce_scatter_along_first_dim
+    )
     rng: Any = random
     rng._get_cuda_rng_state = _rng_state
     rng._set_cuda_rng_state = _set_rng_state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.mamba import MambaModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -9,6 +11,27 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import padded_vocab_size
 from nemo_megacpp.specs.stack import build_hybrid_stack_spec
+
+
+class HybridModel(MambaModel):
+    """Megatron's ``MambaModel``, which in 0.16.1 cannot be told its virtual stage.
+
+    Which chunk shares the embedding's weight is decided while the model is built, so the stage is
+    set before anything else, and kept when ``LanguageModule`` sets it to None.
+    """
+
+    def __init__(self, *args: Any, vp_stage: int | None = None, **kwargs: Any):
+        self._virtual_stage = vp_stage
+        super().__init__(*args, **kwargs)
+
+    @property
+    def vp_stage(self) -> int | None:
+        """Virtual pipeline stage of this chunk, None without virtual stages."""
+        return self._virtual_stage
+
+    @vp_stage.setter
+    def vp_stage(self, value: int | None) -> None:
+        assert value in (None, self._virtual_stage), (value, self._virtual_stage)
 
 
 def build_hybrid_model(
@@ -19,7 +42,7 @@ def build_hybrid_model(
     vp_stage: int | None = None,
     backend: BackendSpecProvider | None = None,
     pg_collection: ProcessGroupCollection | None = None,
-) -> MambaModel:
+) -> HybridModel:
     """Build this rank's chunk of the model that ``config`` describes.
 
     Process groups must be initialised (``parallel_state``), or given.
@@ -32,7 +55,7 @@ def build_hybrid_model(
         backend: where modules come from; this installation's default if not given.
         pg_collection: process groups; Megatron's global ones if not given.
     """
-    return MambaModel(
+    return HybridModel(
         config,
         mamba_stack_spec=build_hybrid_stack_spec(backend, vp_stage),
         vocab_size=padded_vocab_size(
@@ -51,4 +74,5 @@ def build_hybrid_model(
         share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
         fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
         pg_collection=pg_collection,
+        vp_stage=vp_stage,
     )

@@ -1,0 +1,110 @@
+"""The parity suite as data: which models are run in which layouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Small, with every size different enough that a transposed or permuted axis cannot pass unseen.
+_SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "kv_channels": 6,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 6,
+    "mamba_state_dim": 10,
+    "mamba_num_groups": 4,
+    "m2rnn_num_heads": 12,
+    "m2rnn_key_head_dim": 5,
+    "m2rnn_value_head_dim": 4,
+    "num_moe_experts": 8,
+    "moe_ffn_hidden_size": 20,
+    "moe_shared_expert_intermediate_size": 12,
+    "moe_router_topk": 2,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_load_balancing_type": "seq_aux_loss",
+    "moe_aux_loss_coeff": 0.01,
+    "moe_token_dispatcher_type": "alltoall",
+    "vocab_size": 118,
+    "make_vocab_size_divisible_by": 32,
+    "seq_length": 16,
+}
+
+
+def tiny_model(pattern: str, **changes: Any) -> dict[str, Any]:
+    """Return fields of a small ``HybridConfig`` with ``pattern``."""
+    return {**_SIZES, "hybrid_pattern": pattern, **changes}
+
+
+_TP = ("tp=2", "tp=2,sp=false", "tp=4")
+_CP = ("cp=2", "cp=4", "tp=2,cp=2")
+_EP = ("ep=2", "ep=4", "tp=2,etp=1", "tp=1,etp=2", "tp=2,ep=2,etp=1", "tp=2,ep=2,etp=2")
+# Without SP, Megatron's MoE layer refuses TP.
+_TP_WITH_SP = ("tp=2", "tp=4")
+
+FAMILIES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("A", tiny_model("A"), _TP + _CP),
+    ("M", tiny_model("M"), _TP + _CP),
+    ("E", tiny_model("E"), (*_TP_WITH_SP, *_EP, "cp=2", "cp=2,ep=2")),
+    (
+        "E-allgather",
+        tiny_model("E", moe_token_dispatcher_type="allgather"),
+        ("tp=2", "ep=2", "tp=2,etp=1", "tp=1,etp=2", "tp=2,ep=2,etp=1"),
+    ),
+    ("R", tiny_model("R"), (*_TP, *_CP)),
+    ("R-serial", tiny_model("R", m2rnn_context_parallel="serial"), _CP),
+    ("R-odd-heads", tiny_model("R", m2rnn_num_heads=6), ("tp=2", "cp=2", "cp=4", "tp=2,cp=2")),
+)
+"""Families alone: label, model, layouts."""
+
+MIXED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    (
+        "AEMR",
+        tiny_model("AEMR"),
+        (
+            "tp=2,etp=1",
+            "tp=4,etp=1",
+            "tp=4,etp=2",
+            "cp=2",
+            "cp=4",
+            "ep=2",
+            "ep=4",
+            "tp=1,etp=2",
+            "tp=1,ep=2,etp=2",
+            "pp=2",
+            "pp=4",
+            "world=2",
+            "world=4",
+            "tp=2,cp=2,etp=1",
+            "tp=2,ep=2,etp=1",
+            "tp=2,ep=2,etp=2",
+            "tp=2,pp=2,etp=1",
+            "cp=2,ep=2",
+            "cp=2,ep=4",
+            "cp=2,pp=2",
+            "ep=2,pp=2",
+            "tp=2,cp=2,ep=2,etp=1",
+            "tp=2,cp=2,ep=4,etp=1",
+        ),
+    ),
+    (
+        "AEMEAEMEAEMR",
+        tiny_model("AEMEAEMEAEMR"),
+        (
+            "tp=2,etp=1",
+            "pp=2",
+            "pp=4",
+            "pp=2,vpp=2",
+            "pp=2,vpp=3",
+            "pp=4,vpp=3",
+            "tp=2,pp=2,vpp=2,etp=1",
+            "pp=2,vpp=2,ep=2",
+            "pp=2,vpp=2,cp=2",
+        ),
+    ),
+    ("cuts", tiny_model("AE|MEAEM|E|AEMR"), ("pp=4", "pp=2,vpp=2", "tp=2,etp=1")),
+    ("no-E-stage", tiny_model("ARM|EA"), ("pp=2", "tp=2,pp=2,etp=1", "pp=2,ep=2")),
+)
+"""Families together: label, model, layouts."""

@@ -1,0 +1,227 @@
+"""NeMo recipe factories: ``nemo llm pretrain --factory nam56r``.
+
+The entry point group ``nemo_run.cli`` leads NeMo's command line here. A factory resolves a recipe
+of the catalogue, checks it as ``nemo-megacpp train`` does, and returns its NeMo-Run configuration.
+"""
+
+# NeMo-Run reads a command-line value by its parameter's annotation at run time, and knows
+# Optional[int], but neither "int | None" nor postponed annotations.
+# ruff: noqa: UP045
+
+import dataclasses
+import datetime
+import itertools
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
+import psutil
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout import refuse_illegal
+from nemo_megacpp.recipes.check import shape_of
+from nemo_megacpp.recipes.nemo.versions import describe_mismatch, requirement
+from nemo_megacpp.recipes.recipe import Recipe, from_mapping
+from nemo_megacpp.recipes.train import settle
+from nemo_megacpp.runtime.launch import launched
+
+if mismatch := describe_mismatch():
+    raise ImportError(f"{requirement()}, but {mismatch}.")
+try:
+    import nemo_run as run
+    from nemo.collections import llm
+    from nemo.utils.get_rank import is_global_rank_zero
+
+    from nemo_megacpp.recipes.nemo.build import to_pretrain
+except Exception as error:
+    raise ImportError(f"{requirement()}. They are installed but do not load: {error}") from error
+
+_calls = itertools.count(1)
+
+
+@run.cli.factory(target=llm.pretrain, name="nam56r")
+def nam56r(
+    *,
+    tensor_model_parallel_size: Optional[int] = None,
+    sequence_parallel: Optional[bool] = None,
+    context_parallel_size: Optional[int] = None,
+    pipeline_model_parallel_size: Optional[int] = None,
+    virtual_pipeline_model_parallel_size: Optional[int] = None,
+    expert_model_parallel_size: Optional[int] = None,
+    expert_tensor_parallel_size: Optional[int] = None,
+    num_nodes: Optional[int] = None,
+    devices: Optional[int] = None,
+    max_steps: Optional[int] = None,
+    stop_after: Optional[int] = None,
+    micro_batch_size: Optional[int] = None,
+    global_batch_size: Optional[int] = None,
+    seq_length: Optional[int] = None,
+    lr: Optional[float] = None,
+    min_lr: Optional[float] = None,
+    warmup_steps: Optional[int] = None,
+    precision: Optional[str] = None,
+    val_check_interval: Optional[int] = None,
+    save_interval: Optional[int] = None,
+    seed: Optional[int] = None,
+    data: Optional[str] = None,
+    run_dir: Optional[str] = None,
+    resume: Optional[str] = None,
+) -> run.Partial:
+    """Pre-train NAM56R at full size: 52 layers of AEMEAEMEAEMR, hidden 3584, TP=2 with SP, bf16.
+
+    ``nemo llm pretrain --factory "nam56r(data=prepared, devices=8, num_nodes=4)"``
+
+    Args:
+        tensor_model_parallel_size: TP. None, here and below: the recipe's own value.
+        sequence_parallel: TP's activation layout. None: on where TP is given and above 1.
+        context_parallel_size: CP.
+        pipeline_model_parallel_size: PP.
+        virtual_pipeline_model_parallel_size: chunks of the model per pipeline stage.
+        expert_model_parallel_size: EP.
+        expert_tensor_parallel_size: ETP, TP of each expert.
+        num_nodes: nodes. None: the launcher's; 1 without a launcher.
+        devices: ranks per node. None: the launcher's; what the layout needs without one.
+        max_steps: optimizer steps, and the length of the learning-rate schedule.
+        stop_after: save and stop after this step, leaving the rest to a resume.
+        micro_batch_size: rows of ``seq_length`` tokens per forward pass.
+        global_batch_size: rows per optimizer step.
+        seq_length: tokens per row.
+        lr: peak learning rate.
+        min_lr: final learning rate.
+        warmup_steps: steps of linear warm-up.
+        precision: ``fp32`` or ``bf16``.
+        val_check_interval: steps between evaluations on held-out data.
+        save_interval: steps between checkpoints.
+        seed: of weights and data order.
+        data: folder of ``nemo-megacpp data prepare``. None: the built-in corpus.
+        run_dir: where the run writes. None: a new folder under ``runs/``.
+        resume: checkpoint or run folder to go on from, or ``auto`` for the newest in ``run_dir``.
+
+    Returns:
+        Configuration of ``llm.pretrain``.
+
+    Raises:
+        UserError: for an illegal layout, data or checkpoint; on NeMo's command line, exit code 2.
+    """
+    return _pretrain("nam56r", **locals())
+
+
+@run.cli.factory(target=llm.pretrain, name="nam56r_tiny")
+def nam56r_tiny(
+    *,
+    tensor_model_parallel_size: Optional[int] = None,
+    sequence_parallel: Optional[bool] = None,
+    context_parallel_size: Optional[int] = None,
+    pipeline_model_parallel_size: Optional[int] = None,
+    virtual_pipeline_model_parallel_size: Optional[int] = None,
+    expert_model_parallel_size: Optional[int] = None,
+    expert_tensor_parallel_size: Optional[int] = None,
+    num_nodes: Optional[int] = None,
+    devices: Optional[int] = None,
+    max_steps: Optional[int] = None,
+    stop_after: Optional[int] = None,
+    micro_batch_size: Optional[int] = None,
+    global_batch_size: Optional[int] = None,
+    seq_length: Optional[int] = None,
+    lr: Optional[float] = None,
+    min_lr: Optional[float] = None,
+    warmup_steps: Optional[int] = None,
+    precision: Optional[str] = None,
+    val_check_interval: Optional[int] = None,
+    save_interval: Optional[int] = None,
+    seed: Optional[int] = None,
+    data: Optional[str] = None,
+    run_dir: Optional[str] = None,
+    resume: Optional[str] = None,
+) -> run.Partial:
+    """Pre-train one AEMEAEMEAEMR of NAM56R's proportions, hidden 224, on two CPU ranks, float32.
+
+    ``nemo llm pretrain --factory "nam56r_tiny(tensor_model_parallel_size=1, max_steps=20)"``
+
+    Arguments, result and errors are those of :func:`nam56r`.
+    """
+    return _pretrain("nam56r_tiny", **locals())
+
+
+def _pretrain(
+    name: str, *, devices: Optional[int], num_nodes: Optional[int], **settings: Any
+) -> run.Partial:
+    """Return the configuration of recipe ``name`` with the settings that are not None."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    try:
+        recipe = from_mapping({"recipe": name, **given})
+        recipe, devices, num_nodes = _place(recipe, devices, num_nodes)
+        if recipe.run_dir is None and recipe.resume != "auto":
+            recipe = dataclasses.replace(recipe, run_dir=_new_run_dir(name))
+        recipe, folder = settle(recipe, announce=is_global_rank_zero())
+    except UserError as error:
+        if not _on_nemo_command_line():
+            raise
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    return to_pretrain(recipe, folder, devices=devices, num_nodes=num_nodes)
+
+
+def _place(
+    recipe: Recipe, devices: Optional[int], num_nodes: Optional[int]
+) -> tuple[Recipe, int, int]:
+    """Lay the ranks out on nodes: the launcher's way if there is one, else as asked.
+
+    Returns:
+        The recipe with its world settled, ranks per node, nodes.
+    """
+    if (here := launched()) is not None:
+        nodes = here.world_size // here.local_world_size
+        _refuse_other("devices", devices, here.local_world_size)
+        _refuse_other("num_nodes", num_nodes, nodes)
+        if nodes > 1 and recipe.run_dir is None:
+            raise UserError(
+                f"A run on {nodes} nodes needs run_dir=FOLDER, a folder that all nodes see: each "
+                f"node would choose one of its own."
+            )
+        devices, num_nodes = here.local_world_size, nodes
+    num_nodes = 1 if num_nodes is None else num_nodes
+    ranks = recipe.layout.world
+    if devices is None and num_nodes > 0 and ranks % num_nodes == 0:
+        devices = ranks // num_nodes
+    if devices is None or min(devices, num_nodes) < 1:
+        raise UserError(
+            f"num_nodes={num_nodes}, devices={devices}: the layout needs a multiple of {ranks} "
+            f"ranks; give num_nodes and devices (ranks per node) whose product is one."
+        )
+    if devices * num_nodes != ranks:
+        layout = dataclasses.replace(recipe.layout, world_size=devices * num_nodes)
+        recipe = dataclasses.replace(recipe, layout=layout)
+    if num_nodes > 1:
+        refuse_illegal(recipe.layout, shape_of(recipe), gpus_per_node=devices)
+    return recipe, devices, num_nodes
+
+
+def _refuse_other(name: str, asked: Optional[int], found: int) -> None:
+    if asked not in (None, found):
+        raise UserError(
+            f"{name}={asked} was asked for, and the launcher has started {found}. Leave {name} "
+            f"out, or start the job otherwise."
+        )
+
+
+def _new_run_dir(name: str) -> str:
+    """Return a new folder's name, the same in every rank of a job on this machine.
+
+    Each rank resolves the recipe for itself. What they have in common is the process that started
+    them: the launcher or, where Lightning starts the other ranks, rank 0.
+    """
+    process = psutil.Process()
+    if launched() is not None or not is_global_rank_zero():
+        process = process.parent() or process
+    stamp = datetime.datetime.fromtimestamp(process.create_time()).strftime("%Y%m%d-%H%M%S")
+    call = next(_calls)
+    return str(Path("runs") / f"{name}-{stamp}{'' if call == 1 else f'-{call}'}")
+
+
+def _on_nemo_command_line() -> bool:
+    """Say whether this is the program ``nemo``, the only one that imports this module of NeMo-Run.
+
+    It makes exit code 1 of any exception; a script that calls a factory wants the exception.
+    """
+    return "nemo_run.__main__" in sys.modules

@@ -1,0 +1,43 @@
+"""The same weights in every layout give the same loss, gradients, gradient norm and step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.cases import FAMILIES, MIXED
+from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Tolerances, compare
+from nemo_megacpp.proof.step import StepSpec, run_step
+
+from .conftest import Reference
+
+
+def _cases(*groups: Any) -> list[Any]:
+    return [
+        pytest.param(model, layout, id=f"{label}-{layout}")
+        for group in groups
+        for label, model, layouts in group
+        for layout in layouts
+    ]
+
+
+def _hold(ranks: Any, reference: Reference, spec: StepSpec, text: str, within: Tolerances) -> None:
+    layout = ParallelLayout.parse(text)
+    weights, expected = reference(spec)
+    result = ranks.run(layout.world, run_step, spec, layout, weights)[0]
+    broken = [rung for rung in compare(expected, result, within) if not rung.holds]
+    assert not broken, broken
+
+
+@pytest.mark.parametrize(("model", "layout"), _cases(FAMILIES, MIXED))
+def test_float64(ranks: Any, reference: Reference, model: dict[str, Any], layout: str) -> None:
+    """Through a linear form of the logits, exact in float64: 1e-9 of each tensor's largest."""
+    _hold(ranks, reference, StepSpec(model, objective="logits", dtype="float64"), layout, FLOAT64)
+
+
+@pytest.mark.parametrize(("model", "layout"), _cases(MIXED))
+def test_float32_loss(ranks: Any, reference: Reference, model: dict[str, Any], layout: str) -> None:
+    """Through Megatron's cross entropy and gradient clipping, in float32: 1e-5."""
+    _hold(ranks, reference, StepSpec(model, objective="loss", dtype="float32"), layout, FLOAT32)
