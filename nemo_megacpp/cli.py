@@ -30,7 +30,7 @@ def _demo(args: argparse.Namespace) -> int:
         return demo(args.out)
     except RankFailed as failure:
         print(failure, file=sys.stderr)
-        return 1
+        return 2 if failure.user_error else 1
 
 
 def _recipes(args: argparse.Namespace) -> int:

@@ -1,9 +1,11 @@
 """The model configuration: Megatron's ``TransformerConfig`` plus the hybrid fields."""
 
-from __future__ import annotations
+# NeMo-Run reads a command-line value by its field's annotation at run time, and knows
+# Optional[int], but neither "int | None" nor postponed annotations.
+# ruff: noqa: UP045
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Optional, get_args
 
 from megatron.core.transformer import TransformerConfig
 
@@ -16,6 +18,7 @@ SequenceExchange = Literal["auto", "all_to_all", "serial"]
 AActivation = Literal["softplus", "heavy_tail"]
 Pairs = Literal["interleaved", "halves"]
 Mamba3Kernel = Literal["auto", "torch", "triton"]
+LoadBalancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"]
 
 
 @dataclass(frozen=True)
@@ -94,18 +97,18 @@ class Mamba3Dimensions:
                 f"mamba_num_groups={self.num_groups}."
             )
         if self.mimo_rank < 1:
-            raise UserError(
-                f"mamba3_mimo_rank={self.mimo_rank} must be at least 1; 1 is SISO."
-            )
+            raise UserError(f"mamba3_mimo_rank={self.mimo_rank} must be at least 1; 1 is SISO.")
         if not self.A_floor > 0:
             raise UserError(f"mamba3_A_floor={self.A_floor} must be above 0.")
         if self.state_dim % 2:
-            raise UserError(f"mamba_state_dim={self.state_dim} must be even: channels turn in pairs.")
+            raise UserError(
+                f"mamba_state_dim={self.state_dim} must be even: channels turn in pairs."
+            )
         if not 0 < self.rope_fraction <= 1 or self.num_angles < 1:
             raise UserError(
-                f"mamba3_rope_fraction={self.rope_fraction} turns {max(self.num_angles, 0)} pairs of "
-                f"mamba_state_dim={self.state_dim} channels. It must lie in (0, 1] and turn at least "
-                f"one pair: {2 / self.state_dim} or more."
+                f"mamba3_rope_fraction={self.rope_fraction} must lie in "
+                f"[{2 / self.state_dim:g}, 1]: at least one pair of the "
+                f"mamba_state_dim={self.state_dim} channels turns."
             )
 
     @property
@@ -129,7 +132,8 @@ class HybridConfig(TransformerConfig):
     """The A/M/E/R pattern, with ``|`` for explicit pipeline cuts (:mod:`nemo_megacpp.pattern`)."""
     mode: Mode = "nemo_native"
     """Which mixer an M block gets: ``nemo_native`` is Megatron's own ``MambaMixer`` (Mamba-2),
-    ``mamba3`` is ours (:mod:`nemo_megacpp.mixers.mamba3`); both read Megatron's ``mamba_*`` sizes."""
+    ``mamba3`` is ours (:mod:`nemo_megacpp.mixers.mamba3`). Both take Megatron's ``mamba_*``
+    sizes."""
 
     vocab_size: int = 0
     """Tokens of the tokenizer, before padding."""
@@ -144,12 +148,12 @@ class HybridConfig(TransformerConfig):
     parallel_output: bool = True
     fp16_lm_cross_entropy: bool = False
 
-    m2rnn_num_heads: int | None = None
+    m2rnn_num_heads: Optional[int] = None
     """``N``; left at None, as many heads as make ``N·V`` the hidden size."""
     m2rnn_key_head_dim: int = 64
     m2rnn_value_head_dim: int = 16
     m2rnn_conv_kernel: int = 4
-    m2rnn_state_gradient_clip: float | None = 1.0
+    m2rnn_state_gradient_clip: Optional[float] = 1.0
     m2rnn_clip_order: ClipOrder = "before_output"
     m2rnn_context_parallel: SequenceExchange = "auto"
 
@@ -157,7 +161,7 @@ class HybridConfig(TransformerConfig):
     mamba3_rope_fraction: float = 0.5
     mamba3_A_activation: AActivation = "softplus"
     mamba3_A_floor: float = 1e-4
-    mamba3_pairs: Pairs | None = None
+    mamba3_pairs: Optional[Pairs] = None
     """None: ``interleaved`` for SISO and ``halves`` for MIMO, as mamba_ssm's kernels have it."""
     mamba3_output_norm: bool = False
     mamba3_kernel: Mamba3Kernel = "auto"
@@ -197,6 +201,20 @@ class HybridConfig(TransformerConfig):
             if getattr(self, name) not in get_args(choice):
                 known = ", ".join(get_args(choice))
                 raise UserError(f"{name}={getattr(self, name)!r}: the choices are {known}.")
+        balancing = self.moe_router_load_balancing_type
+        for kind in balancing if isinstance(balancing, list) else [balancing]:
+            if kind not in get_args(LoadBalancing):
+                known = ", ".join(get_args(LoadBalancing))
+                raise UserError(f"moe_router_load_balancing_type={kind!r}: it is one of {known}.")
+        if (
+            self.virtual_pipeline_model_parallel_size is not None
+            and self.pipeline_model_parallel_size == 2
+        ):
+            # Two stages are each other's next and previous one. In one batch of sends and receives
+            # Megatron matches them by order, and a stage takes the wrong one without a word; sent
+            # one by one, they travel over two groups.
+            self.overlap_p2p_comm = True
+            self.batch_p2p_comm = False
         if self.recompute_granularity == "full":
             raise UserError(
                 "recompute_granularity='full' is not supported by the hybrid stack; "

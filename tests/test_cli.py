@@ -20,7 +20,7 @@ from nemo_megacpp.checkpoint.identity import write_identity
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes import train
-from nemo_megacpp.recipes.catalog import NAM56R_TINY_MODEL
+from nemo_megacpp.recipes.catalog import CATALOG, NAM56R_TINY_MODEL
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.runtime.launch import RankFailed
 
@@ -172,7 +172,8 @@ def test_version(run: Run) -> None:
 def test_recipes_are_listed(run: Run) -> None:
     code, out, err = run("recipes")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == ["nam56r", "nam56r_tiny"]
+    assert [line.split()[0] for line in out.splitlines()] == list(CATALOG)
+    assert {"nam56r", "nam56r_tiny", "nam56r_mamba3", "nam56r_tiny_mamba3"} <= set(CATALOG)
     assert "52 layers" in out
 
 
@@ -212,8 +213,8 @@ def test_the_articles_yaml_starts_the_tiny_run(run: Run, started: list[Any]) -> 
     ]
     ((arguments, ranks, logs),) = started
     assert (ranks, logs) == (2, Path("out/logs"))
-    assert arguments == ["-m", "nemo_megacpp.recipes.nemo.worker", "out/recipe.yaml", "out"]
-    ranks_read = resolve("out/recipe.yaml")
+    assert arguments == ["-m", "nemo_megacpp.recipes.nemo.worker", "out/record/recipe.yaml", "out"]
+    ranks_read = resolve("out/record/recipe.yaml")
     assert ranks_read == resolve("my.yaml", ["run_dir=out"])
 
 
@@ -224,11 +225,11 @@ def test_what_the_ranks_read_is_what_was_asked(
         "train", "nam56r_tiny", f"data={small_data}", "run_dir=out", "tp=2", "etp=none", "lr=1e-3"
     )
     assert code == 0
-    recipe = resolve("out/recipe.yaml")
+    recipe = resolve("out/record/recipe.yaml")
     assert recipe.layout.etp == 2
     assert recipe.model["vocab_size"] == 300
     assert recipe.training.lr == 1e-3
-    assert yaml.safe_load(Path("out/recipe.yaml").read_text())["data"] == str(small_data)
+    assert yaml.safe_load(Path("out/record/recipe.yaml").read_text())["data"] == str(small_data)
 
 
 @pytest.mark.parametrize(("user_error", "code"), [(True, 2), (False, 1)])

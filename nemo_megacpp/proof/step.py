@@ -16,7 +16,6 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from nemo_megacpp.checkpoint.dcp import load_model, save_model
@@ -104,20 +103,27 @@ def make_config(spec: StepSpec, layout: ParallelLayout) -> HybridConfig:
 
 
 def build_chunks(config: HybridConfig, layout: ParallelLayout) -> list[torch.nn.Module]:
-    """Build this rank's pipeline chunks, one per virtual stage."""
+    """Build this rank's pipeline chunks, one per virtual stage, in one dtype.
+
+    Megatron keeps a few parameters of its Mamba mixer in float32; in a float64 model they become
+    float64 here, so that their gradients are accumulated and reduced exactly as well.
+    """
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    if layout.vpp is None:
-        return [build_hybrid_model(config, pre_process=first, post_process=last)]
-    return [
+    stages = layout.vpp or 1
+    chunks = [
         build_hybrid_model(
             config,
             pre_process=first and stage == 0,
-            post_process=last and stage == layout.vpp - 1,
-            vp_stage=stage,
+            post_process=last and stage == stages - 1,
+            vp_stage=None if layout.vpp is None else stage,
         )
-        for stage in range(layout.vpp)
+        for stage in range(stages)
     ]
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data = parameter.data.to(config.params_dtype)
+    return chunks
 
 
 def save_initial_weights(spec: StepSpec, layout: ParallelLayout, directory: str) -> None:
@@ -167,8 +173,6 @@ def run_step(spec: StepSpec, layout: ParallelLayout, weights: str) -> StepResult
         wrapped,
         use_gloo_process_groups=False,
     )
-    # The process may have run another model before: its tracker has another number of layers.
-    get_moe_layer_wise_logging_tracker().clear()
     optimizer.zero_grad()
     for chunk in wrapped:
         chunk.zero_grad_buffer()

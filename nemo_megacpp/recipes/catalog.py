@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_megacpp.layout import ParallelLayout
@@ -146,3 +146,15 @@ CATALOG: dict[str, NamedRecipe] = {
         ),
     ),
 }
+
+# Mamba-3's heads are together twice as wide as the hidden size (mamba_ssm's expand=2).
+CATALOG["nam56r_mamba3"] = replace(
+    CATALOG["nam56r"],
+    summary="NAM56R with Mamba-3 in its M blocks: 112 heads; TP=2 with SP, bf16",
+    model={**NAM56R_MODEL, "mode": "mamba3", "mamba_num_heads": 112},
+)
+CATALOG["nam56r_tiny_mamba3"] = replace(
+    CATALOG["nam56r_tiny"],
+    summary="nam56r_tiny with Mamba-3 in its M blocks: 56 heads; two CPU ranks, float32",
+    model={**NAM56R_TINY_MODEL, "mode": "mamba3", "mamba_num_heads": 56},
+)

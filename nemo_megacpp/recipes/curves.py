@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_megacpp.recipes.run_folder import METRICS_FILE
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -27,10 +29,10 @@ class Curve:
 
 
 def read_curve(run_dir: Path) -> Curve:
-    """Read ``metrics.jsonl`` of a run; a step recorded twice counts as last written."""
+    """Read the metrics of a run; a step recorded twice counts as last written."""
     steps: dict[int, dict[str, Any]] = {}
     heldout: dict[int, float] = {}
-    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if "heldout_loss" in record:
             heldout[record["step"]] = record["heldout_loss"]

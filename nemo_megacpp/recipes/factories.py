@@ -9,19 +9,15 @@ of the catalogue, checks it as ``nemo-megacpp train`` does, and returns its NeMo
 # ruff: noqa: UP045
 
 import dataclasses
-import datetime
-import itertools
 import sys
-from pathlib import Path
 from typing import Any, Optional
-
-import psutil
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import refuse_illegal
 from nemo_megacpp.recipes.check import shape_of
 from nemo_megacpp.recipes.nemo.versions import describe_mismatch, requirement
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping
+from nemo_megacpp.recipes.run_folder import new_run_dir
 from nemo_megacpp.recipes.train import settle
 from nemo_megacpp.runtime.launch import launched
 
@@ -35,8 +31,6 @@ try:
     from nemo_megacpp.recipes.nemo.build import to_pretrain
 except Exception as error:
     raise ImportError(f"{requirement()}. They are installed but do not load: {error}") from error
-
-_calls = itertools.count(1)
 
 
 @run.cli.factory(target=llm.pretrain, name="nam56r")
@@ -152,7 +146,8 @@ def _pretrain(
         recipe = from_mapping({"recipe": name, **given})
         recipe, devices, num_nodes = _place(recipe, devices, num_nodes)
         if recipe.run_dir is None and recipe.resume != "auto":
-            recipe = dataclasses.replace(recipe, run_dir=_new_run_dir(name))
+            by_parent = launched() is not None or not is_global_rank_zero()
+            recipe = dataclasses.replace(recipe, run_dir=new_run_dir(name, by_parent))
         recipe, folder = settle(recipe, announce=is_global_rank_zero())
     except UserError as error:
         if not _on_nemo_command_line():
@@ -203,20 +198,6 @@ def _refuse_other(name: str, asked: Optional[int], found: int) -> None:
             f"{name}={asked} was asked for, and the launcher has started {found}. Leave {name} "
             f"out, or start the job otherwise."
         )
-
-
-def _new_run_dir(name: str) -> str:
-    """Return a new folder's name, the same in every rank of a job on this machine.
-
-    Each rank resolves the recipe for itself. What they have in common is the process that started
-    them: the launcher or, where Lightning starts the other ranks, rank 0.
-    """
-    process = psutil.Process()
-    if launched() is not None or not is_global_rank_zero():
-        process = process.parent() or process
-    stamp = datetime.datetime.fromtimestamp(process.create_time()).strftime("%Y%m%d-%H%M%S")
-    call = next(_calls)
-    return str(Path("runs") / f"{name}-{stamp}{'' if call == 1 else f'-{call}'}")
 
 
 def _on_nemo_command_line() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,14 +13,13 @@ from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.check import check_layout_of, check_model_of, find_resume, open_data
 from nemo_megacpp.recipes.recipe import Recipe, resolve
+from nemo_megacpp.recipes.run_folder import RECIPE_FILE, new_run_dir
 from nemo_megacpp.runtime.launch import (
     RankFailed,
     launch,
     launched,
     refuse_too_few_devices,
 )
-
-RECIPE_FILE = "recipe.yaml"
 
 
 def train(source: str, overrides: Iterable[str] = ()) -> Path:
@@ -47,8 +45,7 @@ def train_recipe(recipe: Recipe) -> Path:
     speaks = here is None or here.rank == 0
     recipe, run_dir = settle(recipe, announce=speaks)
     if here is not None:
-        if here.world_size != recipe.layout.world:
-            recipe = _in_world(recipe, here.world_size)
+        recipe = _in_world(recipe, here.world_size)
         from nemo_megacpp.recipes.nemo.worker import run_recipe
 
         run_recipe(recipe, run_dir, devices=here.local_world_size)
@@ -57,8 +54,8 @@ def train_recipe(recipe: Recipe) -> Path:
     if recipe.data is None:
         vocab_size = recipe.model["vocab_size"]
         ensure_builtin(builtin_folder(vocab_size), vocab_size)
-    run_dir.mkdir(parents=True, exist_ok=True)
     file = run_dir / RECIPE_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(recipe.to_mapping(), sort_keys=False), encoding="utf-8")
     launch(
         ["-m", "nemo_megacpp.recipes.nemo.worker", str(file), str(run_dir)],
@@ -79,7 +76,7 @@ def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
     recipe, data = open_data(recipe)
     goes_on = recipe.resume is not None  # even if resume=auto finds that nothing was saved yet
     recipe = find_resume(recipe, data)
-    run_dir = Path(recipe.run_dir or _new_run_dir(recipe))
+    run_dir = Path(recipe.run_dir or new_run_dir(recipe.name, launched() is not None))
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"run_dir={run_dir} cannot be made: {existing} is not a folder.")
@@ -99,17 +96,17 @@ def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
     return recipe, run_dir
 
 
-def _new_run_dir(recipe: Recipe) -> str:
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"runs/{recipe.name}-{stamp}"
-
-
 def _in_world(recipe: Recipe, world_size: int) -> Recipe:
     """The launcher has decided the number of ranks: more of them are data-parallel."""
+    if recipe.layout.world_size not in (None, world_size):
+        raise UserError(
+            f"world_size={recipe.layout.world_size} was asked for, and the launcher has started "
+            f"{world_size} ranks. Leave world_size out, or start the job otherwise."
+        )
     layout = dataclasses.replace(recipe.layout, world_size=world_size)
     recipe = dataclasses.replace(recipe, layout=layout)
     check_layout_of(recipe)
     return recipe
 
 
-__all__ = ["RECIPE_FILE", "RankFailed", "settle", "train", "train_recipe"]
+__all__ = ["RankFailed", "settle", "train", "train_recipe"]

@@ -85,6 +85,17 @@ def _reduce_scatter_uneven(stock: Callable[..., torch.Tensor]) -> Callable[..., 
     return reduce_scatter
 
 
+def _type_as_on_cuda(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's mixed-precision optimizers sort parameters by ``tensor.type()``, and know only the
+    names of CUDA tensors."""
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = stock(self, *args, **kwargs)
+        return name.replace("torch.", "torch.cuda.", 1) if isinstance(name, str) else name
+
+    return type_name
+
+
 class _QuietAboutOneGenerator(logging.Filter):
     """Drop Megatron's warning that the CPU generator moved inside a CUDA fork: here it is one."""
 
@@ -141,6 +152,8 @@ def install() -> None:
     for module in modules:
         if hasattr(module, "clip_grad_by_total_norm_fp32"):
             module.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
+    tensor: Any = torch.Tensor
+    tensor.type = _type_as_on_cuda(tensor.type)
     regions: Any = mappings
     regions._gather_along_first_dim = _gather_uneven(regions._gather_along_first_dim)
     regions._reduce_scatter_along_first_dim = _reduce_scatter_uneven(

@@ -1,8 +1,7 @@
-"""Process groups: start and end, for one layout after another in the same process."""
+"""Process groups: join the job, then take a place in a layout."""
 
 from __future__ import annotations
 
-import gc
 from datetime import timedelta
 
 import torch
@@ -49,11 +48,3 @@ def start_model_parallel(layout: ParallelLayout, seed: int = 1234) -> None:
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-
-
-def end_process_groups() -> None:
-    """Leave Megatron's groups and the default group; another layout may start afterwards."""
-    parallel_state.destroy_model_parallel()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    gc.collect()

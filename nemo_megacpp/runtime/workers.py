@@ -1,12 +1,16 @@
 """A pool of worker processes that run one distributed task after another.
 
 Starting a process and importing Megatron costs seconds; a parity run wants dozens of layouts. The
-pool starts its ranks once. Each task names how many of them it needs; those join a process group
-of their own, run, and leave it.
+pool starts its ranks once, and a rank forks for every task: the child joins a process group, runs
+the task and ends. Nothing of a task outlives it, neither Megatron's global state nor the sockets
+and threads of its process groups, which references in autograd graphs would otherwise keep alive.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -106,7 +110,8 @@ class WorkerPool:
     def _replace(self, rank: int) -> None:
         worker = self._workers[rank]
         worker.pipe.close()
-        worker.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.process.pid, signal.SIGKILL)
         worker.process.join()
         self._workers[rank] = self._start(rank)
 
@@ -117,7 +122,7 @@ class WorkerPool:
         for worker in self._workers:
             worker.process.join(timeout=20)
             if worker.process.is_alive():
-                worker.process.kill()
+                os.killpg(worker.process.pid, signal.SIGKILL)
         self._rendezvous.cleanup()
 
     def __enter__(self) -> WorkerPool:
@@ -128,19 +133,33 @@ class WorkerPool:
 
 
 def _work(pipe: Any, rank: int, threads: int) -> None:
+    """Wait for tasks; a task is run by a fork of this process, which itself starts no threads."""
+    os.setpgrp()  # so that a hanging task can be ended together with what it has started
     torch.set_num_threads(threads)
-    from nemo_megacpp.runtime.distributed import end_process_groups, start_process_group
-
     while True:
         try:
-            world_size, rendezvous, task, args = pipe.recv()
+            world_size, rendezvous, task, args = pipe.recv()  # imports what the task needs
         except EOFError:
             return
-        try:
-            start_process_group(rank, world_size, rendezvous)
-            value = (True, task(*args))
-        except BaseException:
-            value = (False, traceback.format_exc())
-        pipe.send(value)
-        # After the answer: leaving a group may wait for a rank that has failed.
-        end_process_groups()
+        child = os.fork()
+        if child == 0:
+            pipe.send(_run_task(rank, world_size, rendezvous, task, args))
+            for started in mp.active_children():  # Megatron's saving leaves a manager behind
+                started.terminate()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status != 0:
+            code = os.waitstatus_to_exitcode(status)
+            pipe.send((False, f"the process died (exit code {code})"))
+
+
+def _run_task(
+    rank: int, world_size: int, rendezvous: str, task: Callable[..., Any], args: Any
+) -> tuple[bool, Any]:
+    from nemo_megacpp.runtime.distributed import start_process_group
+
+    try:
+        start_process_group(rank, world_size, rendezvous)
+        return True, task(*args)
+    except BaseException:
+        return False, traceback.format_exc()

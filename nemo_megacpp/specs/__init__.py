@@ -1,6 +1,7 @@
 """Layer specs, and the named objects for Megatron's ``--spec nemo_megacpp.specs NAME``.
 
 ``hybrid_stack_spec``: the A/M/E/R stack in mode ``nemo_native``.
+``hybrid_mamba3_stack_spec``: the same in mode ``mamba3``.
 
 The objects are built when first named: which backend they hold depends on the installation, and
 importing this package must cost nothing.
@@ -13,16 +14,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    hybrid_stack_spec: ModuleSpec
+    from nemo_megacpp.config import Mode
 
-__all__ = ["hybrid_stack_spec"]
+    hybrid_stack_spec: ModuleSpec
+    hybrid_mamba3_stack_spec: ModuleSpec
+
+__all__ = ["hybrid_mamba3_stack_spec", "hybrid_stack_spec"]
+
+_MODES: dict[str, Mode] = {
+    "hybrid_stack_spec": "nemo_native",
+    "hybrid_mamba3_stack_spec": "mamba3",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name != "hybrid_stack_spec":
+    if name not in _MODES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from nemo_megacpp.specs.stack import build_hybrid_stack_spec
 
     # Megatron's import_module looks the name up in vars(module), so it must stay there.
-    globals()[name] = build_hybrid_stack_spec()
+    globals()[name] = build_hybrid_stack_spec(mode=_MODES[name])
     return globals()[name]

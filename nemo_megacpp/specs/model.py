@@ -57,7 +57,7 @@ def build_hybrid_model(
     """
     return HybridModel(
         config,
-        mamba_stack_spec=build_hybrid_stack_spec(backend, vp_stage),
+        mamba_stack_spec=build_hybrid_stack_spec(backend, vp_stage, config.mode),
         vocab_size=padded_vocab_size(
             config.vocab_size,
             config.make_vocab_size_divisible_by,

@@ -27,11 +27,13 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import WrappedTensor, make_viewless_tensor
 
+from nemo_megacpp.config import Mode
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.specs.attention import attention_layer_spec
 from nemo_megacpp.specs.backend import default_backend
 from nemo_megacpp.specs.expert import expert_layer_spec
 from nemo_megacpp.specs.mamba import mamba_layer_spec
+from nemo_megacpp.specs.mamba3 import mamba3_layer_spec
 from nemo_megacpp.specs.recurrent import recurrent_layer_spec
 
 
@@ -220,21 +222,25 @@ class HybridStack(MegatronModule):
 
 
 def build_hybrid_stack_spec(
-    backend: BackendSpecProvider | None = None, vp_stage: int | None = None
+    backend: BackendSpecProvider | None = None,
+    vp_stage: int | None = None,
+    mode: Mode = "nemo_native",
 ) -> ModuleSpec:
-    """Return the spec of a stack for mode ``nemo_native``.
+    """Return the spec of a stack.
 
     Args:
         backend: where the modules come from; this installation's default if not given.
         vp_stage: virtual pipeline stage of the chunk to be built.
+        mode: which mixer an M block gets.
     """
     backend = backend or default_backend()
+    mamba_spec_of = {"nemo_native": mamba_layer_spec, "mamba3": mamba3_layer_spec}[mode]
     return ModuleSpec(
         module=HybridStack,
         params={"vp_stage": vp_stage},
         submodules=HybridStackSubmodules(
             attention_layer=attention_layer_spec(backend),
-            mamba_layer=mamba_layer_spec(backend),
+            mamba_layer=mamba_spec_of(backend),
             expert_layer=expert_layer_spec(backend),
             recurrent_layer=recurrent_layer_spec(backend),
             final_norm=backend.layer_norm(rms_norm=True),

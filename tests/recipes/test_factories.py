@@ -279,7 +279,9 @@ def test_the_program_trains_on_two_ranks(tmp_path: Path, small_data: PreparedDat
     assert done.stdout.count("run folder: ") == 1, "only rank 0 announces the run"
     assert "step     2/2" in done.stdout
     (run,) = (tmp_path / "runs").iterdir()
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (run / "record" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [record["step"] for record in records] == [1, 2]
     uniform = math.log(padded_vocab_size(small_data.vocab_size, divisible_by=128, tp=2))
     first, second = (record["loss"] for record in records)

@@ -21,6 +21,7 @@ from nemo_megacpp.recipes.nemo.model import HybridModel, HybridModelConfig
 from nemo_megacpp.recipes.nemo.optimizer import HybridOptimizer
 from nemo_megacpp.recipes.nemo.strategy import HybridStrategy
 from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.recipes.run_folder import METRICS_FILE
 from nemo_megacpp.runtime.host import current_host
 
 
@@ -107,6 +108,7 @@ def _data_module(recipe: Recipe) -> run.Config:
 def _strategy(layout: ParallelLayout, training: Training, dtype: torch.dtype) -> run.Config:
     return run.Config(
         HybridStrategy,
+        seed=training.seed,
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.sp,
         context_parallel_size=layout.cp,
@@ -171,7 +173,7 @@ def _callbacks(recipe: Recipe, run_dir: Path) -> list[run.Config]:
     callbacks = [
         run.Config(
             RunRecorder,
-            path=str(run_dir / "metrics.jsonl"),
+            path=str(run_dir / METRICS_FILE),
             tokens_per_step=training.global_batch_size * recipe.model["seq_length"],
             log_interval=training.log_interval,
         )

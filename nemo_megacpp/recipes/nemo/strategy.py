@@ -4,7 +4,7 @@
 
 from typing import Any
 
-from nemo.lightning import MegatronStrategy
+from nemo.lightning import MegatronStrategy, megatron_init
 
 from nemo_megacpp.runtime.host import ensure_host
 
@@ -15,8 +15,18 @@ class HybridStrategy(MegatronStrategy):
     However the run was started (our launcher, torchrun, NeMo's command line, a NeMo-Run executor),
     every rank builds its strategy before it touches a device, so this is where the no-GPU host is
     put in place when there is no GPU.
+
+    Args:
+        seed: of the weights and of dropout; NeMo's own is fixed.
+        kwargs: of ``MegatronStrategy``.
     """
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, seed: int = 1234, **kwargs: Any):
         ensure_host(nemo=True)
         super().__init__(**kwargs)
+        self.seed = seed
+
+    def setup_distributed(self) -> None:
+        """Start the process groups, then seed this rank."""
+        super().setup_distributed()
+        megatron_init._set_random_seed(self.seed)

@@ -1,0 +1,118 @@
+"""mamba_ssm's Triton kernel for Mamba-3 SISO behind the signature of our own scan.
+
+Written against mamba_ssm 2.3.2.post1 (``ops/triton/mamba3/mamba3_siso_combined.py``). **Not
+measured**: no GPU was at hand. Known from its source: Q, K, V, trap and the accumulated angle are
+held in bf16 (an angle near 2π to about 0.02 rad), and sigmoid, tanh, sin and cos are hardware
+approximations, so it agrees with :func:`mamba3_chunked` in bf16 only.
+
+The MIMO kernel of that release is TileLang's; it is not called from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from nemo_megacpp.mixers.kernels.rotary import Pairs
+
+_CHUNK_SIZE = 64
+_SMALLEST_TILE = 16
+
+
+def mamba3_gpu_reason(
+    *,
+    rank: int,
+    head_dim: int,
+    state_dim: int,
+    num_angles: int,
+    pairs: Pairs,
+    dtype: torch.dtype,
+    packed: bool = False,
+    device: torch.device | None = None,
+) -> str | None:
+    """Say why the Triton kernel cannot be used; None if it can.
+
+    Args:
+        rank: ``r``.
+        head_dim, state_dim, num_angles: ``p``, ``n`` and ``s``.
+        pairs: which state channels turn together.
+        dtype: of the activations.
+        packed: whether rows hold several documents.
+        device: where the activations are; None if that is not known yet.
+    """
+    if device is not None and device.type != "cuda":
+        return f"it needs a CUDA device, and the activations are on {device.type}"
+    if rank != 1:
+        return f"it is single-input, and mamba3_mimo_rank is {rank}"
+    if pairs != "interleaved":
+        return f"it turns interleaved pairs of channels, and mamba3_pairs is {pairs!r}"
+    for name, size in (("mamba_head_dim", head_dim), ("mamba_state_dim", state_dim)):
+        if size < _SMALLEST_TILE or size & (size - 1):
+            return f"it wants powers of two from {_SMALLEST_TILE} on, and {name} is {size}"
+    if num_angles % 2:
+        return f"it wants an even number of angles, and there are {num_angles}"
+    if dtype != torch.bfloat16:
+        return f"it computes in bfloat16, and the activations are {str(dtype).split('.')[-1]}"
+    if packed:
+        return "packed sequences have not been tried with it"
+    kernel = _siso_kernel()
+    return kernel if isinstance(kernel, str) else None
+
+
+def mamba3_gpu(
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    B_bias: Tensor,
+    C_bias: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    trap: Tensor,
+    theta: Tensor,
+    D: Tensor,
+) -> Tensor:
+    """Scan with the Triton kernel, where :func:`mamba3_gpu_reason` is None; not measured.
+
+    Args:
+        x: ``[b, l, h, p]``.
+        B, C: ``[b, l, 1, g, n]`` after their norms.
+        B_bias, C_bias: ``[h, 1, n]``.
+        dt, A: ``[b, l, h]``, Δ and A.
+        trap: ``[b, l, h]`` before its sigmoid, which the kernel takes.
+        theta: ``[b, l, s]`` before its tanh, likewise.
+        D: ``[h]``.
+
+    Returns:
+        ``o [b, l, h, 1, p]``, not gated.
+    """
+    kernel = _siso_kernel()
+    assert not isinstance(kernel, str), "mamba3_gpu_reason says so first"
+    dt, A = dt.float(), A.float()
+    o = kernel(
+        Q=C.squeeze(2),
+        K=B.squeeze(2),
+        V=x,
+        ADT=(A * dt).transpose(1, 2),
+        DT=dt.transpose(1, 2),
+        Trap=trap.transpose(1, 2),
+        Q_bias=C_bias.squeeze(1).float(),
+        K_bias=B_bias.squeeze(1).float(),
+        Angles=theta.float().unsqueeze(2).expand(-1, -1, x.shape[2], -1),
+        D=D.float(),
+        Z=None,
+        chunk_size=_CHUNK_SIZE,
+    )
+    return o.unsqueeze(3)
+
+
+@cache
+def _siso_kernel() -> Callable[..., Tensor] | str:
+    """Return the kernel, or why it cannot be loaded."""
+    try:
+        from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
+    except Exception as error:  # importing it also starts Triton, which fails in its own ways
+        return f"mamba_ssm's Mamba-3 kernel does not load ({error})"
+    return mamba3_siso_combined

@@ -1,0 +1,31 @@
+"""M in mode ``mamba3``: the Mamba-3 mixer inside Megatron's own ``MambaLayer``."""
+
+from __future__ import annotations
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from nemo_megacpp.mixers.linear import SharedColumnParallelLinear
+from nemo_megacpp.mixers.mamba3 import Mamba3Mixer, Mamba3MixerSubmodules
+
+
+def mamba3_layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
+    """Return a ``MambaLayer`` around :class:`nemo_megacpp.mixers.mamba3.Mamba3Mixer`.
+
+    The norm is a module of its own here: its output feeds split and shared rows alike.
+    """
+    return ModuleSpec(
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(
+            norm=backend.layer_norm(rms_norm=True),
+            mixer=ModuleSpec(
+                module=Mamba3Mixer,
+                submodules=Mamba3MixerSubmodules(
+                    in_proj=SharedColumnParallelLinear, out_proj=backend.row_parallel_linear()
+                ),
+            ),
+            mamba_bda=get_bias_dropout_add,
+        ),
+    )

@@ -1,0 +1,96 @@
+"""The adapter to mamba_ssm's Triton kernel: when it may be used, and what it is handed."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_megacpp.mixers.kernels import mamba3_gpu as adapter
+from nemo_megacpp.mixers.kernels.mamba3 import mamba3_chunked, mamba3_naive
+
+RUNS: dict[str, Any] = {
+    "rank": 1,
+    "head_dim": 64,
+    "state_dim": 128,
+    "num_angles": 32,
+    "pairs": "interleaved",
+    "dtype": torch.bfloat16,
+    "device": torch.device("cuda"),
+}
+
+
+def _kernel(Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z, chunk_size) -> Tensor:
+    """mamba_ssm's contract (shapes it asserts; sigmoid and tanh are its own), in torch."""
+    batch, length, heads, _ = V.shape
+    assert Q.shape == K.shape and heads % Q.shape[2] == 0
+    assert ADT.shape == DT.shape == Trap.shape == (batch, heads, length)
+    assert Q_bias.shape == K_bias.shape == (heads, Q.shape[-1])
+    assert Angles.shape[:3] == (batch, length, heads)
+    assert all(t.dtype == torch.float32 for t in (ADT, DT, Q_bias, K_bias, D))
+    assert Z is None and chunk_size == 64
+    o, _ = mamba3_naive(
+        V,
+        K.unsqueeze(2),
+        Q.unsqueeze(2),
+        K_bias.unsqueeze(1),
+        Q_bias.unsqueeze(1),
+        DT.transpose(1, 2),
+        (ADT / DT).transpose(1, 2),
+        torch.sigmoid(Trap).transpose(1, 2),
+        math.pi * torch.tanh(Angles[:, :, 0]),
+        D,
+    )
+    return o.squeeze(3)
+
+
+def test_the_kernel_is_handed_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_siso_kernel", lambda: _kernel)
+    torch.manual_seed(0)
+    batch, length, heads, p, g, n, s = 2, 9, 4, 3, 2, 8, 2
+    x, trap = torch.randn(batch, length, heads, p), torch.randn(batch, length, heads)
+    B, C = torch.randn(2, batch, length, 1, g, n)
+    B_bias, C_bias = torch.randn(2, heads, 1, n)
+    dt, A = torch.rand(batch, length, heads) + 0.1, -torch.rand(batch, length, heads)
+    theta, D = torch.randn(batch, length, s), torch.randn(heads)
+    found = adapter.mamba3_gpu(x, B, C, B_bias, C_bias, dt, A, trap, theta, D)
+    expected, _ = mamba3_chunked(
+        x, B, C, B_bias, C_bias, dt, A, trap.sigmoid(), math.pi * theta.tanh(), D
+    )
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_no_reason_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_siso_kernel", lambda: _kernel)
+    assert adapter.mamba3_gpu_reason(**RUNS) is None
+    assert adapter.mamba3_gpu_reason(**{**RUNS, "device": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": torch.device("cpu")}, "it needs a CUDA device, and the activations are on cpu"),
+        ({"rank": 4}, "mamba3_mimo_rank is 4"),
+        ({"pairs": "halves"}, "mamba3_pairs is 'halves'"),
+        ({"head_dim": 48}, "powers of two from 16 on, and mamba_head_dim is 48"),
+        ({"state_dim": 8}, "powers of two from 16 on, and mamba_state_dim is 8"),
+        ({"num_angles": 31}, "an even number of angles, and there are 31"),
+        ({"dtype": torch.float32}, "bfloat16, and the activations are float32"),
+        ({"packed": True}, "packed sequences"),
+    ],
+)
+def test_reasons(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str) -> None:
+    monkeypatch.setattr(adapter, "_siso_kernel", lambda: _kernel)
+    assert reason in str(adapter.mamba3_gpu_reason(**{**RUNS, **changes}))
+
+
+def test_a_kernel_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    adapter._siso_kernel.cache_clear()
+    assert "does not load" in str(adapter.mamba3_gpu_reason(**RUNS))
+    adapter._siso_kernel.cache_clear()
