@@ -33,6 +33,12 @@ def _demo(args: argparse.Namespace) -> int:
         return 2 if failure.user_error else 1
 
 
+def _verify(args: argparse.Namespace) -> int:
+    from nemo_megacpp.recipes.verify import verify_recipe
+
+    return verify_recipe(args.recipe, args.layout, args.overrides, args.json)
+
+
 def _recipes(args: argparse.Namespace) -> int:
     from nemo_megacpp.recipes.catalog import CATALOG
 
@@ -66,6 +72,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", default="runs/demo", help="folder to write (default: %(default)s)")
     demo.set_defaults(run=_demo)
+
+    verify = commands.add_parser(
+        "verify",
+        help="prove that a layout does not change a recipe's numbers",
+        description="Compare a layout with one rank, on a small model of the recipe's proportions: "
+        "loss, gradients, step and checkpoint, axis by axis and family by family.",
+    )
+    verify.add_argument("recipe", help="a recipe's name or a YAML file")
+    verify.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    verify.add_argument("--layout", metavar="tp=2,cp=2,…", help="in place of the recipe's own")
+    verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    verify.set_defaults(run=_verify)
 
     recipes = commands.add_parser("recipes", help="list the recipes")
     recipes.set_defaults(run=_recipes)

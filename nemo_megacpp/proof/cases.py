@@ -47,6 +47,12 @@ _TP_WITH_SP = ("tp=2", "tp=4")
 FAMILIES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("A", tiny_model("A"), _TP + _CP),
     ("M", tiny_model("M"), _TP + _CP),
+    ("M3", tiny_model("M", mode="mamba3"), _TP + _CP),
+    (
+        "M3-mimo",
+        tiny_model("M", mode="mamba3", mamba3_mimo_rank=2, mamba_num_groups=2),
+        ("tp=2", "tp=2,sp=false", "cp=2", "cp=4", "tp=2,cp=2"),
+    ),
     ("E", tiny_model("E"), (*_TP_WITH_SP, *_EP, "cp=2", "cp=2,ep=2")),
     (
         "E-allgather",
@@ -103,6 +109,11 @@ MIXED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
             "pp=2,vpp=2,ep=2",
             "pp=2,vpp=2,cp=2",
         ),
+    ),
+    (
+        "AEMR-mamba3",
+        tiny_model("AEMR", mode="mamba3"),
+        ("tp=2,etp=1", "pp=2", "tp=2,cp=2,ep=2,etp=1", "tp=2,pp=2,etp=1"),
     ),
     ("cuts", tiny_model("AE|MEAEM|E|AEMR"), ("pp=4", "pp=2,vpp=2", "tp=2,etp=1")),
     ("no-E-stage", tiny_model("ARM|EA"), ("pp=2", "tp=2,pp=2,etp=1", "pp=2,ep=2")),

@@ -10,7 +10,9 @@ import numpy as np
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.step import StepResult
 
-RungName = Literal["forward", "aux loss", "gradients", "replicas", "gradient norm", "step"]
+RungName = Literal[
+    "forward", "aux loss", "gradients", "replicas", "gradient norm", "step", "checkpoint"
+]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -144,6 +145,21 @@ def save_initial_weights(spec: StepSpec, layout: ParallelLayout, directory: str)
                 if name.endswith("expert_bias"):
                     buffer[list(spec.starved_experts)] = -1e3
     save_model(chunks, directory)
+
+
+def round_trip(
+    spec: StepSpec, layout: ParallelLayout, weights: str, save_to: str | None
+) -> dict[str, str]:
+    """Load ``weights`` in ``layout``, save them to ``save_to`` if it is given, and return (on rank
+    0) a digest of every tensor in global shape."""
+    start_model_parallel(layout, spec.seed)
+    chunks = build_chunks(make_config(spec, layout), layout)
+    load_model(chunks, weights)
+    if save_to is not None:
+        save_model(chunks, save_to)
+    gathered = gather_values(chunks)
+    values = {} if gathered is None else gathered.values
+    return {key: hashlib.sha256(value.tobytes()).hexdigest() for key, value in values.items()}
 
 
 def run_step(spec: StepSpec, layout: ParallelLayout, weights: str) -> StepResult | None:

@@ -13,6 +13,7 @@ import os
 import signal
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -136,6 +137,7 @@ def _work(pipe: Any, rank: int, threads: int) -> None:
     """Wait for tasks; a task is run by a fork of this process, which itself starts no threads."""
     os.setpgrp()  # so that a hanging task can be ended together with what it has started
     torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")  # the libraries' remarks, once per task and rank
     while True:
         try:
             world_size, rendezvous, task, args = pipe.recv()  # imports what the task needs

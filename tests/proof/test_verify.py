@@ -1,0 +1,108 @@
+"""What `verify` tries, and that it says so when a layout changes a number."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout import ParallelLayout, check_layout
+from nemo_megacpp.proof.canary import canary, one_family
+from nemo_megacpp.proof.cases import tiny_model
+from nemo_megacpp.proof.compare import FLOAT64, Rung, tensor_difference
+from nemo_megacpp.proof.verify import Trial, axes_alone, verify
+from nemo_megacpp.recipes.catalog import CATALOG
+from nemo_megacpp.recipes.check import shape_of
+from nemo_megacpp.recipes.recipe import resolve
+from nemo_megacpp.recipes.verify import verify_recipe
+
+COUNTS = (
+    "num_attention_heads",
+    "num_query_groups",
+    "mamba_num_heads",
+    "mamba_num_groups",
+    "m2rnn_num_heads",
+    "num_moe_experts",
+    "moe_router_topk",
+)
+
+
+@pytest.mark.parametrize("name", CATALOG)
+@pytest.mark.parametrize("text", ["tp=2,etp=1", "tp=4,cp=2", "pp=2,ep=2", "tp=8", "tp=4,cp=4"])
+def test_canary_is_legal_where_the_recipe_is(name: str, text: str) -> None:
+    recipe = resolve(name)
+    layout = ParallelLayout.parse(text)
+    small = canary(recipe.model, layout)
+    assert {key: small[key] for key in COUNTS} == {key: recipe.model[key] for key in COUNTS}
+    assert small["hidden_size"] <= 64
+
+    def axes(model: Any) -> set[str]:
+        sized = dataclasses.replace(recipe, model=model)
+        return {violation.rule for violation in check_layout(layout, shape_of(sized))}
+
+    batch = {"batch"}  # the recipes' batches are not the canary's
+    assert axes(small) - batch == axes(recipe.model) - batch
+
+
+def test_axes_alone() -> None:
+    layout = ParallelLayout.parse("tp=2,cp=2,etp=1,ep=2,pp=2,vpp=3")
+    assert [(axis, place.short()) for axis, place in axes_alone(layout)] == [
+        ("TP", ParallelLayout.parse("tp=2,etp=2").short()),
+        ("ETP", ParallelLayout.parse("tp=2,etp=1").short()),
+        ("CP", ParallelLayout(context_parallel_size=2).short()),
+        ("EP", ParallelLayout(expert_model_parallel_size=2).short()),
+        ("PP", ParallelLayout(pipeline_model_parallel_size=2).short()),
+        (
+            "VPP",
+            ParallelLayout(
+                pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3
+            ).short(),
+        ),
+    ]
+
+
+def test_one_family_fills_every_chunk() -> None:
+    layout = ParallelLayout.parse("pp=2,vpp=2")
+    fields = one_family(tiny_model("AEMR"), "R", layout)
+    assert (fields["hybrid_pattern"], fields["num_layers"]) == ("R", 4)
+
+
+def test_too_many_ranks() -> None:
+    layout = ParallelLayout.parse("tp=8,pp=4")
+    with pytest.raises(UserError, match="32 ranks"):
+        next(verify(tiny_model("AEMR"), layout, lambda model: None))
+
+
+def test_a_trial_that_could_not_run_does_not_hold() -> None:
+    good = Rung("forward", 0.0, 1e-9)
+    assert Trial("all", "TP", "tp=2", "float64", (good,)).holds
+    assert not Trial("all", "TP", "tp=2", "float64", (), "it failed").holds
+    assert not Rung("forward", float("nan"), 1e-9).holds
+
+
+def test_tensor_difference() -> None:
+    np = pytest.importorskip("numpy")
+    one, zero = np.ones(3), np.zeros(3)
+    assert tensor_difference(one, one * (1 + FLOAT64.gradients)) <= 2 * FLOAT64.gradients
+    assert tensor_difference(zero, zero) == 0.0
+    assert tensor_difference(zero, one) == np.inf
+    assert tensor_difference(one, np.ones(4)) == np.inf
+
+
+def test_a_recipe_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    """End to end: two ranks, every rung of every trial, as JSON."""
+    overrides = ["pattern=AR", "num_layers=2"]
+    assert verify_recipe("nam56r_tiny", "tp=2", overrides, as_json=True) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["holds"]
+    assert [(t["model"], t["axis"], t["dtype"]) for t in answer["trials"]] == [
+        ("all", "TP", "float64"),
+        ("A", "together", "float64"),
+        ("R", "together", "float64"),
+        ("all", "together", "float64"),
+        ("all", "together", "float32"),
+    ]
+    assert all(len(trial["rungs"]) == 7 for trial in answer["trials"])
