@@ -18,7 +18,9 @@ SequenceExchange = Literal["auto", "all_to_all", "serial"]
 AActivation = Literal["softplus", "heavy_tail"]
 Pairs = Literal["interleaved", "halves"]
 Mamba3Kernel = Literal["auto", "torch", "triton"]
-LoadBalancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"]
+# Not Megatron's "sinkhorn": it normalises over the tokens that a rank happens to hold, so that
+# every layout would route differently.
+LoadBalancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"]
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,14 @@ class HybridConfig(TransformerConfig):
             if getattr(self, name) not in get_args(choice):
                 known = ", ".join(get_args(choice))
                 raise UserError(f"{name}={getattr(self, name)!r}: the choices are {known}.")
+        if self.moe_expert_capacity_factor is not None and (
+            self.moe_pad_expert_input_to_capacity or self.moe_token_drop_policy != "probs"
+        ):
+            raise UserError(
+                "moe_expert_capacity_factor drops the least probable tokens of a microbatch: "
+                "moe_token_drop_policy must be 'probs' and moe_pad_expert_input_to_capacity false. "
+                "The other forms depend on which rank holds a token."
+            )
         balancing = self.moe_router_load_balancing_type
         for kind in balancing if isinstance(balancing, list) else [balancing]:
             if kind not in get_args(LoadBalancing):

@@ -4,6 +4,9 @@ A non-linear recurrence has no associative scan: when its heads cannot be spread
 segments of a sequence run one after another. Rank ``r`` waits for the state that rank ``r - 1``
 ends with, runs its segment, and hands its own final state on; in the backward pass the gradients
 of these states travel the other way. Exact, and serial in cp.
+
+The gradient is sent by the backward pass of what was received: differentiate with ``backward()``.
+``autograd.grad`` of a few chosen inputs would skip it, and the previous rank would wait for ever.
 """
 
 from __future__ import annotations

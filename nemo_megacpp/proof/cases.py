@@ -59,6 +59,16 @@ FAMILIES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
         tiny_model("E", moe_token_dispatcher_type="allgather"),
         ("tp=2", "ep=2", "tp=2,etp=1", "tp=1,etp=2", "tp=2,ep=2,etp=1"),
     ),
+    (
+        "E-capacity",
+        tiny_model("E", moe_expert_capacity_factor=0.75),
+        ("tp=2", "tp=2,etp=1", "ep=2", "cp=2", "tp=2,ep=2,etp=2", "tp=2,cp=2,ep=2,etp=1"),
+    ),
+    (
+        "E-global-aux",
+        tiny_model("E", moe_router_load_balancing_type="global_aux_loss", moe_z_loss_coeff=1e-3),
+        ("tp=2,etp=1", "cp=2", "tp=2,cp=2,ep=2,etp=1"),
+    ),
     ("R", tiny_model("R"), (*_TP, *_CP)),
     ("R-serial", tiny_model("R", m2rnn_context_parallel="serial"), _CP),
     ("R-odd-heads", tiny_model("R", m2rnn_num_heads=6), ("tp=2", "cp=2", "cp=4", "tp=2,cp=2")),

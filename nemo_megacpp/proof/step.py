@@ -16,6 +16,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 
@@ -46,6 +47,7 @@ class StepSpec:
         dtype: parameter dtype, ``float64`` or ``float32``.
         seed: of tokens, initial weights and the linear form.
         learning_rate: of the one Adam step.
+        documents: lengths of the documents that each row packs; empty for rows of one document.
         starved_experts: experts whose routing bias is set so low that no token reaches them.
     """
 
@@ -56,6 +58,7 @@ class StepSpec:
     dtype: Literal["float64", "float32"] = "float32"
     seed: int = 7
     learning_rate: float = 1e-2
+    documents: tuple[int, ...] = ()
     starved_experts: tuple[int, ...] = ()
 
     @property
@@ -238,10 +241,29 @@ def _forward_step(
 ) -> tuple[torch.Tensor, Any]:
     batch = next(data)
     labels = batch["labels"] if spec.objective == "loss" else None
-    output = model(batch["tokens"], batch["position_ids"], None, labels=labels)
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=labels,
+        packed_seq_params=_packs(spec.documents),
+    )
     if spec.objective == "loss":
         return output, partial(_mean_loss, batch)
     return output, partial(_linear_form, spec, model, batch)
+
+
+def _packs(documents: Sequence[int]) -> PackedSeqParams | None:
+    if not documents:
+        return None
+    ends = torch.tensor([0, *documents], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=max(documents),
+        max_seqlen_kv=max(documents),
+    )
 
 
 def _mean_loss(batch: dict[str, torch.Tensor], losses: torch.Tensor) -> tuple:

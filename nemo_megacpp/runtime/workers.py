@@ -149,10 +149,20 @@ def _work(pipe: Any, rank: int, threads: int) -> None:
             for started in mp.active_children():  # Megatron's saving leaves a manager behind
                 started.terminate()
             os._exit(0)
-        _, status = os.waitpid(child, 0)
+        status = _wait_for(child, pipe)
         if status != 0:
             code = os.waitstatus_to_exitcode(status)
             pipe.send((False, f"the process died (exit code {code})"))
+
+
+def _wait_for(child: int, pipe: Any) -> int:
+    """Return the exit status of ``child``; if the pool's owner is gone, end everything here."""
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        if pipe.poll(0.02):  # nothing is sent while a task runs, so this is the end of the pipe
+            os.killpg(0, signal.SIGKILL)
 
 
 def _run_task(

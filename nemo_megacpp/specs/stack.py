@@ -28,6 +28,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import WrappedTensor, make_viewless_tensor
 
 from nemo_megacpp.config import Mode
+from nemo_megacpp.errors import UserError
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.specs.attention import attention_layer_spec
 from nemo_megacpp.specs.backend import default_backend
@@ -94,6 +95,7 @@ class HybridStack(MegatronModule):
         assert pg_collection is not None, "pg_collection must be provided for HybridStack"
         self.pre_process, self.post_process = pre_process, post_process
         self.pp_group, self.tp_group = pg_collection.pp, pg_collection.tp
+        self.cp_group = pg_collection.cp
         self.input_tensor: torch.Tensor | None = None  # set by the pipeline schedules
 
         pattern = HybridPattern.parse(hybrid_override_pattern or "", depth=config.num_layers)
@@ -164,6 +166,11 @@ class HybridStack(MegatronModule):
     ) -> torch.Tensor:
         """Run the chunk on ``[s, b, h]`` (the rank's share of ``s`` under SP and CP)."""
         assert inference_context is None and inference_params is None, "the hybrid stack trains"
+        if packed_seq_params is not None and self.cp_group.size() > 1:
+            raise UserError(
+                f"Packed sequences with CP={self.cp_group.size()}: Megatron's rotary embedding "
+                f"shards every document over CP, a scan shards the pack. Use CP=1, or do not pack."
+            )
         if not self.pre_process:
             assert self.input_tensor is not None
             hidden_states = self.input_tensor

@@ -70,7 +70,8 @@ class RunRecorder(pl.Callback, IOMixin):
             "aux": aux,
         }
         self._append(record)
-        if trainer.global_step % self.log_interval == 0 or trainer.global_step == 1:
+        shown_steps = (1, trainer.max_steps)
+        if trainer.global_step % self.log_interval == 0 or trainer.global_step in shown_steps:
             shown = " ".join(f"{name} {value:.3f}" for name, value in aux.items())
             print(
                 f"step {trainer.global_step:>5}/{trainer.max_steps}  loss {record['loss']:.4f}  "

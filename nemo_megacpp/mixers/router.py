@@ -1,0 +1,64 @@
+"""A router whose expert capacity does not depend on the layout."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
+from megatron.core.transformer.moe.router import TopKRouter
+
+from nemo_megacpp.mixers.sequence_layout import positions_of_rank
+
+
+class CapacityRouter(TopKRouter):
+    """Megatron's ``TopKRouter``, with tokens dropped over the whole microbatch.
+
+    Stock Megatron-Core drops over the tokens that a rank happens to hold: with SP or CP the
+    capacity is a smaller number and other tokens are dropped. Here the routing probabilities of a
+    microbatch are gathered over tp and cp, and the stock rule is applied to all of them.
+    Without ``moe_expert_capacity_factor`` this is ``TopKRouter``.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None
+    ):
+        undropped = copy.copy(config)
+        undropped.moe_expert_capacity_factor = None
+        super().__init__(config=undropped, pg_collection=pg_collection)
+        self.capacity_factor = config.moe_expert_capacity_factor
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route ``[s, b, experts]``; return probabilities and map, ``[tokens, experts]``."""
+        probs, routing_map = super().routing(logits, padding_mask)
+        if self.capacity_factor is None:
+            return probs, routing_map
+        kept = self._within_capacity(probs.detach(), batch=logits.size(1)) & routing_map
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            # The stock router counts a token for the balance of experts only if it is kept.
+            self.local_tokens_per_expert += kept.sum(0) - routing_map.sum(0)
+        return probs * kept, kept
+
+    def _within_capacity(self, probs: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return which of this rank's choices ``[tokens, experts]`` the experts have room for."""
+        group, cp = self.tp_cp_group, self.cp_group.size()
+        everyone = [torch.empty_like(probs) for _ in range(group.size())]
+        torch.distributed.all_gather(everyone, probs.contiguous(), group=group)
+        # In the order of the sequence, so that equal probabilities are dropped alike everywhere.
+        length = probs.size(0) // batch * group.size()
+        held = torch.cat([positions_of_rank(length, cp, rank) for rank in range(cp)])
+        held = held.to(probs.device)
+        gathered = torch.cat(everyone).view(length, batch, -1)
+        ordered = torch.empty_like(gathered)
+        ordered[held] = gathered
+        ordered = ordered.view(length * batch, -1)
+        # A chosen expert's probability is positive, so the map need not travel.
+        _, kept = apply_router_token_dropping(
+            ordered, ordered > 0, self.topk, self.capacity_factor, drop_policy="probs"
+        )
+        mine = held.chunk(group.size())[group.rank()]
+        return kept.view(length, batch, -1)[mine].flatten(0, 1)

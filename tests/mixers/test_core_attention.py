@@ -1,0 +1,144 @@
+"""The torch core attention against a softmax written out, on packs, and under CP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+
+from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.mixers.core_attention import TorchCoreAttention
+from nemo_megacpp.mixers.sequence_layout import positions_of_rank
+from nemo_megacpp.proof.cases import tiny_model
+from nemo_megacpp.proof.step import StepSpec, make_config
+from nemo_megacpp.runtime.distributed import start_model_parallel
+from nemo_megacpp.runtime.workers import WorkerPool
+
+HEADS, GROUPS, DIM = 8, 4, 6
+TOLERANCE = 1e-13
+"""Of the largest value, in float64."""
+
+Ends = list[int] | None
+
+
+def _random(seed: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _inputs(length: int, ends: Ends, batch: int) -> list[torch.Tensor]:
+    """Return query, key, value and the form of the output; packs are ``[t, n, d]``."""
+    middle = () if ends is not None else (batch,)
+    query = _random(0, length, *middle, HEADS, DIM)
+    key, value = (_random(seed, length, *middle, GROUPS, DIM) for seed in (1, 2))
+    return [query, key, value, _random(3, length, *middle, HEADS * DIM)]
+
+
+def _naive(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, ends: Ends
+) -> torch.Tensor:
+    """Row by row, head by head: each token looks at its document up to itself."""
+    length = query.size(0)
+    starts = torch.tensor([0] * length)
+    for start in ends or []:
+        starts[start:] = start
+    heads = []
+    for head in range(HEADS):
+        group = head // (HEADS // GROUPS)
+        rows = []
+        for t in range(length):
+            seen = slice(int(starts[t]), t + 1)
+            scores = (query[t, ..., head, :] * key[seen, ..., group, :]).sum(-1) * scale
+            weights = torch.softmax(scores, dim=0)
+            rows.append((weights[..., None] * value[seen, ..., group, :]).sum(0))
+        heads.append(torch.stack(rows))
+    return torch.cat(heads, dim=-1)
+
+
+def _values(
+    output: torch.Tensor, inputs: list[torch.Tensor], form: torch.Tensor
+) -> list[np.ndarray]:
+    gradients = torch.autograd.grad((output * form).sum(), inputs)
+    return [value.numpy() for value in (output.detach(), *gradients)]
+
+
+def _by_hand(length: int, ends: Ends, batch: int, scale: float | None) -> list[np.ndarray]:
+    *inputs, form = _inputs(length, ends, batch)
+    inputs = [t.requires_grad_() for t in inputs]
+    query, key, value = inputs
+    return _values(_naive(query, key, value, scale or DIM**-0.5, ends), inputs, form)
+
+
+def _attend(cp: int, length: int, ends: Ends, batch: int, scale: float | None) -> list[np.ndarray]:
+    """On a rank: the module on this rank's share; output and gradients of q, k and v."""
+    layout = ParallelLayout.parse(f"cp={cp}")
+    start_model_parallel(layout)
+    config = make_config(StepSpec(tiny_model("A"), dtype="float64"), layout)
+    attention = TorchCoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=scale)
+    mine = positions_of_rank(length, cp, attention.cp_group.rank())
+    *inputs, form = (t[mine] for t in _inputs(length, ends, batch))
+    inputs = [t.requires_grad_() for t in inputs]
+    packed = None
+    if ends is not None:
+        boundaries = torch.tensor(ends, dtype=torch.int32)
+        packed = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries
+        )
+    query, key, value = inputs
+    output = attention(query, key, value, None, packed_seq_params=packed)
+    return _values(output, inputs, form)
+
+
+@pytest.mark.parametrize("cp", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("ends", "batch", "scale"),
+    [
+        (None, 2, None),
+        (None, 1, 0.7),
+        ([0, 16], 1, None),
+        ([0, 5, 12, 16], 1, 0.7),
+        ([0, 4, 8, 12, 16], 1, None),
+        ([0, 1, 2, 15], 1, None),
+    ],
+)
+def test_against_softmax(
+    ranks: WorkerPool, cp: int, ends: Ends, batch: int, scale: float | None
+) -> None:
+    """Output and the gradients of query, key and value; ranks hold zigzag slices of them."""
+    length = 16
+    shares = ranks.run(cp, _attend, cp, length, ends, batch, scale)
+    expected = _by_hand(length, ends, batch, scale)
+    for name, value, *parts in zip(
+        ("output", "query", "key", "value"), expected, *shares, strict=True
+    ):
+        for rank, part in enumerate(parts):
+            mine = value[positions_of_rank(length, cp, rank).numpy()]
+            assert part.shape == mine.shape, name
+            assert abs(part - mine).max() <= TOLERANCE * abs(value).max(), (name, rank)
+
+
+def test_documents_do_not_see_each_other(ranks: WorkerPool) -> None:
+    """The two masks differ where they must: this fails if a pack is taken for one document."""
+    whole = ranks.run(1, _attend, 1, 16, [0, 16], 1, None)[0][0]
+    packs = ranks.run(1, _attend, 1, 16, [0, 5, 16], 1, None)[0][0]
+    assert abs(whole[:5] - packs[:5]).max() <= TOLERANCE
+    assert abs(whole[5:] - packs[5:]).max(axis=1).min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "mask", "message"),
+    [
+        ({}, AttnMaskType.padding, "is causal; the spec asks for padding"),
+        ({"window_size": (4, 0)}, AttnMaskType.causal, r"window_size=\(4, 0\)"),
+        ({"softmax_type": "off-by-one"}, AttnMaskType.causal, "softmax_type='off-by-one'"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], mask: AttnMaskType, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TorchCoreAttention(HybridConfig(**tiny_model("A"), **changes), 1, mask, "self")

@@ -1,0 +1,228 @@
+"""The R mixer by hand on one rank, on packs, and under context parallelism in both forms."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch.nn import functional as F
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d_naive
+from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_naive
+from nemo_megacpp.mixers.m2rnn import M2RNNMixer
+from nemo_megacpp.mixers.sequence_layout import document_ids, positions_of_rank
+from nemo_megacpp.proof.cases import tiny_model
+from nemo_megacpp.proof.step import StepSpec, build_chunks, make_config
+from nemo_megacpp.runtime.distributed import start_model_parallel
+from nemo_megacpp.runtime.workers import WorkerPool
+
+# Without a bound on the state's gradient, gradients are linear: those of ranks can be added up.
+MODEL = tiny_model("R", m2rnn_state_gradient_clip=None)
+TOLERANCE = 1e-12
+"""Of the largest value, in float64: sums of a few hundred terms in another order."""
+
+
+def _mixer(cp: int, **changes: Any) -> M2RNNMixer:
+    """Build the mixer; parameters are random, and the same in every layout of cp."""
+    layout = ParallelLayout.parse(f"cp={cp}")
+    start_model_parallel(layout)
+    config = make_config(StepSpec({**MODEL, **changes}, dtype="float64"), layout)
+    (chunk,) = build_chunks(config, layout)
+    mixer = chunk.decoder.layers[0].mixer  # type: ignore[union-attr, index]
+    assert isinstance(mixer, M2RNNMixer)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(0.4 * noise)
+    return mixer
+
+
+def _random(seed: int, length: int, batch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (length, batch, MODEL["hidden_size"])
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _pack(ends: list[int] | None) -> PackedSeqParams | None:
+    if ends is None:
+        return None
+    boundaries = torch.tensor(ends, dtype=torch.int32)
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
+
+
+def _by_hand(
+    mixer: M2RNNMixer, hidden: torch.Tensor, packed: PackedSeqParams | None
+) -> torch.Tensor:
+    """The equations of the module's docstring on ``[s, b, h]``, from the naive kernels."""
+    heads, K, V = mixer.dims.num_heads, mixer.dims.key_head_dim, mixer.dims.value_head_dim
+    x = hidden.transpose(0, 1)
+    batch, length, _ = x.shape
+    split = (x @ mixer.in_proj.weight.T).view(batch, length, heads, 2 * V + 1)
+    v, f, g = split[..., :V], split[..., V], split[..., V + 1 :]
+    documents = None
+    if packed is not None:
+        documents = document_ids(packed, length).expand(batch, -1)
+    qkv = causal_conv1d_naive(
+        torch.cat([x @ mixer.in_proj.shared_weight.T, v.flatten(2)], dim=-1),
+        torch.cat([mixer.shared_conv_weight, mixer.conv_weight]),
+        activation="silu",
+        seq_idx=documents,
+    )
+    q, k, v = qkv[..., :K], qkv[..., K : 2 * K], qkv[..., 2 * K :].unflatten(-1, (heads, V))
+    forget = torch.exp(-torch.exp(mixer.A_log) * F.softplus(f + mixer.dt_bias))
+    y, _ = m2rnn_naive(q, k, v, forget, mixer.state_weight, seq_idx=documents)
+    y = (y + mixer.D.view(heads, V) * v) * F.silu(g)
+    y = y.flatten(2)
+    y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + mixer.norm_eps) * mixer.norm_weight
+    return (y @ mixer.out_proj.weight.T).transpose(0, 1)
+
+
+def _with_gradients(
+    mixer: M2RNNMixer, output: torch.Tensor, hidden: torch.Tensor, form: torch.Tensor
+) -> dict[str, np.ndarray]:
+    # Not autograd.grad: it would skip the node that sends the state's gradient to the last segment.
+    (output * form).sum().backward()
+    gradients = {"hidden": hidden, **dict(mixer.named_parameters())}
+    values = {name: t.grad for name, t in gradients.items()}
+    hidden.grad = None
+    mixer.zero_grad()
+    return {name: t.numpy() for name, t in (("output", output.detach()), *values.items())}  # type: ignore[union-attr]
+
+
+def _one_rank(ends: list[int] | None, batch: int) -> tuple[dict, dict]:
+    mixer, packed = _mixer(1), _pack(ends)
+    hidden, form = _random(5, 16, batch).requires_grad_(), _random(6, 16, batch)
+    return (
+        _with_gradients(mixer, mixer(hidden, packed_seq_params=packed)[0], hidden, form),
+        _with_gradients(mixer, _by_hand(mixer, hidden, packed), hidden, form),
+    )
+
+
+def _documents_alone(ends: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    mixer, hidden = _mixer(1), _random(5, ends[-1], 1)
+    with torch.no_grad():
+        pack = mixer(hidden, packed_seq_params=_pack(ends))[0]
+        alone = [mixer(hidden[a:b])[0] for a, b in pairwise(ends)]
+    return pack.numpy(), torch.cat(alone).numpy()
+
+
+def _shared_sequence(
+    cp: int, form_of_cp: str, length: int, ends: list[int] | None, batch: int
+) -> tuple[bool, dict[str, np.ndarray]]:
+    mixer = _mixer(cp, m2rnn_context_parallel=form_of_cp)
+    mine = positions_of_rank(length, cp, mixer.cp_group.rank())
+    hidden = _random(5, length, batch)[mine].requires_grad_()
+    output = mixer(hidden, packed_seq_params=_pack(ends))[0]
+    form = _random(6, length, batch)[mine]
+    return mixer.serial, _with_gradients(mixer, output, hidden, form)
+
+
+def _refusal(cp: int, heads: int) -> str:
+    try:
+        _mixer(cp, m2rnn_num_heads=heads, m2rnn_context_parallel="all_to_all")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _assert_equal(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        scale = abs(value).max()
+        assert scale > 1e-6, name
+        assert abs(found[name] - value).max() <= TOLERANCE * scale, name
+
+
+@pytest.mark.parametrize(("ends", "batch"), [(None, 2), ([0, 5, 12], 1)])
+def test_by_hand(ranks: WorkerPool, ends: list[int] | None, batch: int) -> None:
+    """Output, input gradient and the gradient of every parameter."""
+    found, expected = ranks.run(1, _one_rank, ends, batch)[0]
+    assert len(expected) == 2 + 10
+    _assert_equal(expected, found)
+
+
+def test_norm_spans_all_heads(ranks: WorkerPool) -> None:
+    """A norm per head would pass a test by shape: here one head's gate scales all the others."""
+    assert ranks.run(1, _one_head_louder)[0]
+
+
+def _one_head_louder() -> bool:
+    mixer, hidden = _mixer(1), _random(5, 4, 1)
+    V = mixer.v_dim
+    y = _random(7, 4, 1)[..., : mixer.dims.num_heads * V]
+    louder = torch.cat([10 * y[..., :V], y[..., V:]], dim=-1)
+    with torch.no_grad():
+        quiet, loud = mixer._norm(y), mixer._norm(louder)
+    assert hidden.shape == y.shape
+    return bool((loud[..., V:].abs() < quiet[..., V:].abs()).all())
+
+
+@pytest.mark.parametrize("ends", [[0, 5, 12, 16], [0, 1, 2, 16], [0, 15, 16]])
+def test_pack_equals_documents_alone(ranks: WorkerPool, ends: list[int]) -> None:
+    pack, alone = ranks.run(1, _documents_alone, ends)[0]
+    assert abs(pack - alone).max() <= TOLERANCE * abs(alone).max()
+
+
+# Of 16 tokens, the second half starts at 8 and its convolution looks back on 5, 6 and 7.
+PACKS = {
+    "one document": None,
+    "a boundary between the segments": [0, 5, 8, 16],
+    "a boundary in the window, before": [0, 3, 7, 16],
+    "a boundary in the window, after": [0, 6, 9, 16],
+    "documents of one token": [0, 6, 7, 8, 9, 10, 16],
+    "tokens after the last boundary": [0, 4, 11],
+}
+
+
+@pytest.mark.parametrize("form_of_cp", ["all_to_all", "serial"])
+@pytest.mark.parametrize("cp", [2, 4])
+@pytest.mark.parametrize("name", PACKS)
+def test_context_parallel(ranks: WorkerPool, cp: int, form_of_cp: str, name: str) -> None:
+    """Output and input gradient are slices of one rank's; parameters' gradients add up."""
+    _hold_under_cp(ranks, cp, form_of_cp, 16, PACKS[name], 1)
+
+
+@pytest.mark.parametrize(
+    ("form_of_cp", "length", "ends", "batch"),
+    [
+        ("all_to_all", 16, None, 2),
+        ("serial", 16, None, 2),
+        # Segments of two tokens are shorter than the window of three.
+        ("serial", 8, None, 1),
+        ("serial", 8, [0, 3, 8], 1),
+    ],
+)
+def test_batches_and_short_segments(
+    ranks: WorkerPool, form_of_cp: str, length: int, ends: list[int] | None, batch: int
+) -> None:
+    _hold_under_cp(ranks, 4, form_of_cp, length, ends, batch)
+
+
+def _hold_under_cp(
+    ranks: WorkerPool, cp: int, form_of_cp: str, length: int, ends: list[int] | None, batch: int
+) -> None:
+    _, expected = ranks.run(1, _shared_sequence, 1, form_of_cp, length, ends, batch)[0]
+    results = ranks.run(cp, _shared_sequence, cp, form_of_cp, length, ends, batch)
+    assert {serial for serial, _ in results} == {form_of_cp == "serial"}
+    found = {name: sum(part[name] for _, part in results) for name in expected}
+    for name in ("output", "hidden"):
+        found[name] = np.full_like(expected[name], np.nan)
+        for rank, (_, part) in enumerate(results):
+            found[name][positions_of_rank(length, cp, rank).numpy()] = part[name]
+    _assert_equal(expected, found)
+
+
+def test_heads_that_do_not_divide_are_refused(ranks: WorkerPool) -> None:
+    messages = set(ranks.run(4, _refusal, 4, 6))
+    assert len(messages) == 1
+    (message,) = messages
+    for part in ("'all_to_all'", "6 heads / TP=1 = 6", "CP=4", "'serial' or 'auto'"):
+        assert part in message, message
+    assert ranks.run(2, _refusal, 2, 6) == ["", ""]

@@ -1,0 +1,85 @@
+"""The pool: results by rank, failures that are told, and a pool that works on afterwards."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from nemo_megacpp.runtime import workers
+from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[WorkerPool]:
+    """A pool of its own: here ranks are made to fail."""
+    with WorkerPool(2) as pool:
+        pool.run(2, _sum, 1)  # what starting costs is not measured below
+        yield pool
+
+
+def _sum(value: int) -> int:
+    total = torch.tensor(value * (torch.distributed.get_rank() + 1))
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def _raise_on_one_rank() -> None:
+    if torch.distributed.get_rank() == 0:
+        raise ValueError("on purpose")
+    torch.distributed.barrier()
+
+
+def _die() -> None:
+    if torch.distributed.get_rank() == 1:
+        os._exit(7)
+    torch.distributed.barrier()
+
+
+def _hang_on_one_rank() -> None:
+    if torch.distributed.get_rank() == 0:
+        raise ValueError("on purpose")
+    time.sleep(600)
+
+
+def _identity() -> tuple[int, int, int]:
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), os.getpid()
+
+
+def test_results_by_rank(pool: WorkerPool) -> None:
+    assert pool.size == 2
+    assert pool.run(2, _sum, 5) == [15, 15]
+    assert pool.run(1, _sum, 5) == [5]
+    first, second = pool.run(2, _identity), pool.run(2, _identity)
+    assert [(rank, world) for rank, world, _ in first] == [(0, 2), (1, 2)]
+    assert not {pid for *_, pid in first} & {pid for *_, pid in second}, "a process per task"
+
+
+def test_one_rank_raises_while_the_other_waits(pool: WorkerPool) -> None:
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match=r"rank 0: (.|\n)*ValueError: on purpose"):
+        pool.run(2, _raise_on_one_rank)
+    # Far below the five minutes after which a collective gives up by itself.
+    assert time.monotonic() - start < 30
+    assert pool.run(2, _sum, 2) == [6, 6]
+
+
+def test_one_rank_dies(pool: WorkerPool) -> None:
+    with pytest.raises(WorkerError, match=r"rank 1: the process died \(exit code 7\)"):
+        pool.run(2, _die)
+    assert pool.run(2, _sum, 3) == [9, 9]
+
+
+def test_one_rank_hangs_outside_collectives(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is ended and replaced after the grace period."""
+    monkeypatch.setattr(workers, "_GRACE", 0.5)
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match=r"rank 0: (.|\n)*ValueError: on purpose"):
+        pool.run(2, _hang_on_one_rank)
+    assert time.monotonic() - start < 60
+    assert pool.run(2, _sum, 4) == [12, 12]
