@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from torch import multiprocessing as mp
 
 _GRACE = 10.0
 """Seconds that the other ranks get to end by themselves once one has failed."""
+_POLL = 0.005
+"""Seconds between two looks at a running task."""
 
 
 class WorkerError(RuntimeError):
@@ -136,6 +139,7 @@ class WorkerPool:
 def _work(pipe: Any, rank: int, threads: int) -> None:
     """Wait for tasks; a task is run by a fork of this process, which itself starts no threads."""
     os.setpgrp()  # so that a hanging task can be ended together with what it has started
+    owner = os.getppid()
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")  # the libraries' remarks, once per task and rank
     while True:
@@ -149,20 +153,21 @@ def _work(pipe: Any, rank: int, threads: int) -> None:
             for started in mp.active_children():  # Megatron's saving leaves a manager behind
                 started.terminate()
             os._exit(0)
-        status = _wait_for(child, pipe)
+        status = _wait_for(child, owner)
         if status != 0:
             code = os.waitstatus_to_exitcode(status)
             pipe.send((False, f"the process died (exit code {code})"))
 
 
-def _wait_for(child: int, pipe: Any) -> int:
+def _wait_for(child: int, owner: int) -> int:
     """Return the exit status of ``child``; if the pool's owner is gone, end everything here."""
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status
-        if pipe.poll(0.02):  # nothing is sent while a task runs, so this is the end of the pipe
+        if os.getppid() != owner:
             os.killpg(0, signal.SIGKILL)
+        time.sleep(_POLL)
 
 
 def _run_task(
