@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from nemo_megacpp.errors import UserError, nearest
 
@@ -225,6 +226,18 @@ class ParallelLayout:
             key = tuple(getattr(place, other) for other in others if other != axis)
             groups.setdefault(key, []).append(rank)
         return list(groups.values())
+
+    def megatron_fields(self) -> dict[str, Any]:
+        """Return the degrees as Megatron's configurations and NeMo's strategy name them."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "sequence_parallel": self.sp,
+            "context_parallel_size": self.cp,
+            "pipeline_model_parallel_size": self.pp,
+            "virtual_pipeline_model_parallel_size": self.vpp,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
+        }
 
     def describe(self) -> str:
         """For people: ``TP=2 SP CP=1 EP=1 ETP=1 PP=1 (2 ranks: DP=1, expert DP=2)``."""

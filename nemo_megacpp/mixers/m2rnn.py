@@ -33,15 +33,11 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
-)
 from torch.nn import functional as F
 
 from nemo_megacpp.config import m2rnn_dimensions
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.handover import receive_state, send_state
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d, causal_conv1d_state
 from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_scan
@@ -54,6 +50,7 @@ from nemo_megacpp.mixers.sequence_layout import (
     sequence_to_heads,
     zigzag_to_segments,
 )
+from nemo_megacpp.mixers.sharding import sharded_by_head
 
 
 @dataclass
@@ -206,7 +203,10 @@ class M2RNNMixer(MegatronModule):
                 f"divide by CP: {self.dims.num_heads} heads / TP={self.tp_group.size()} = "
                 f"{self.heads}, CP={cp}. Choose 'serial' or 'auto'."
             )
-        return asked == "serial" or self.heads % cp != 0
+        serial = asked == "serial" or self.heads % cp != 0
+        form = "hands its state from segment to segment" if serial else "spreads its heads"
+        say_once(f"R {form} over CP={cp} ({self.heads} heads a rank, asked for {asked!r})")
+        return serial
 
     def _mine(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return the part of a tensor-parallel parameter that this cp rank's heads use.
@@ -302,22 +302,5 @@ class M2RNNMixer(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
         """Every split parameter is split by head along its first axis, so any tp can load it."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        own: dict[str, Any] = {}
-        self._save_to_state_dict(own, "", keep_vars=True)
-        split = ("conv_weight", "A_log", "dt_bias", "D", "state_weight", "norm_weight")
-        sharded = make_sharded_tensors_for_checkpoint(
-            own,
-            prefix,
-            dict.fromkeys(split, 0),
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        for name, module in self.named_children():
-            sharded.update(
-                sharded_state_dict_default(
-                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
-                )
-            )
-        return sharded
+        whole = ("shared_conv_weight",)
+        return sharded_by_head(self, whole, self.tp_group, prefix, sharded_offsets, metadata)

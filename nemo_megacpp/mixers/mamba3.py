@@ -21,10 +21,8 @@ Context parallelism is an all-to-all from tokens to heads and back; see
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -35,15 +33,11 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
-)
 from torch.nn import functional as F
 
 from nemo_megacpp.config import mamba3_dimensions
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.kernels.mamba3 import mamba3_chunked
 from nemo_megacpp.mixers.kernels.mamba3_gpu import mamba3_gpu, mamba3_gpu_reason
 from nemo_megacpp.mixers.kernels.mamba3_state import negative_decay_rate
@@ -62,6 +56,7 @@ from nemo_megacpp.mixers.sequence_layout import (
     heads_to_sequence,
     sequence_to_heads,
 )
+from nemo_megacpp.mixers.sharding import sharded_by_head
 
 
 @dataclass
@@ -305,7 +300,7 @@ class Mamba3Mixer(MegatronModule):
             raise UserError(
                 f"mamba3_kernel='triton' cannot be used: {reason}. Choose 'torch' or 'auto'."
             )
-        _say_once(
+        say_once(
             "Mamba-3 scans with mamba_ssm's Triton kernel."
             if reason is None
             else f"Mamba-3 scans in plain torch; mamba_ssm's Triton kernel is out: {reason}."
@@ -317,26 +312,5 @@ class Mamba3Mixer(MegatronModule):
     ) -> dict:
         """Every split parameter is split by group and head along its first axis, so any tp can
         load it."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        own: dict[str, Any] = {}
-        self._save_to_state_dict(own, "", keep_vars=True)
-        sharded = make_sharded_tensors_for_checkpoint(
-            own,
-            prefix,
-            {name: 0 for name in own if name not in ("B_norm_weight", "C_norm_weight")},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        for name, module in self.named_children():
-            sharded.update(
-                sharded_state_dict_default(
-                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
-                )
-            )
-        return sharded
-
-
-@cache
-def _say_once(message: str) -> None:
-    logging.getLogger("nemo_megacpp").info(message)
+        whole = ("B_norm_weight", "C_norm_weight")
+        return sharded_by_head(self, whole, self.tp_group, prefix, sharded_offsets, metadata)

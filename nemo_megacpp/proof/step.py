@@ -92,13 +92,7 @@ def make_config(spec: StepSpec, layout: ParallelLayout) -> HybridConfig:
     dtype = getattr(torch, spec.dtype)
     return HybridConfig(
         **spec.model,
-        tensor_model_parallel_size=layout.tp,
-        sequence_parallel=layout.sp,
-        context_parallel_size=layout.cp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
+        **layout.megatron_fields(),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         use_cpu_initialization=True,

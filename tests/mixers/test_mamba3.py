@@ -18,6 +18,7 @@ from nemo_megacpp.config import HybridConfig, Mamba3Dimensions, mamba3_dimension
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers import mamba3
+from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.kernels.mamba3 import mamba3_naive
 from nemo_megacpp.mixers.kernels.mamba3_state import negative_decay_rate
 from nemo_megacpp.mixers.mamba3_rows import rank_share, rows_in_mamba_ssm_order, split_rows
@@ -114,7 +115,7 @@ def _by_hand(mixer: Any, hidden: Tensor, documents: Tensor | None) -> Tensor:
 
 def _one_rank(model: dict[str, Any]) -> dict[str, Any]:
     """On a rank: build, read the initial values, and run the mixer and its form by hand."""
-    mamba3._say_once.cache_clear()
+    say_once.cache_clear()
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

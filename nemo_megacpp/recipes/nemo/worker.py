@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe, resolve
+from nemo_megacpp.runtime.launch import launched
 
 
 def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
@@ -53,12 +54,16 @@ def _import_quietly() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)
     nemo_logging.setLevel(nemo_logging.ERROR)
+    place = launched()
+    if place is None or place.rank == 0:
+        ours = logging.getLogger("nemo_megacpp")
+        ours.setLevel(logging.INFO)
+        ours.addHandler(logging.StreamHandler(sys.stdout))
+        ours.propagate = False
 
 
 def main() -> None:
     """Entry point of a rank: ``worker RECIPE.yaml RUN_DIR``."""
-    from nemo_megacpp.runtime.launch import launched
-
     place = launched()
     assert place is not None, "a rank is started by a launcher"
     try:
