@@ -95,7 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Entry point of the console script."""
     args = build_parser().parse_args()
-    warnings.simplefilter("ignore")  # the libraries' remarks on what is not installed
+    warnings.simplefilter("ignore")  # the libraries' remarks on what is not installed,
+    sys.warnoptions.append("ignore")  # here and in the processes started from here
     try:
         code = args.run(args)
     except UserError as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, refuse_illegal
-from nemo_megacpp.pattern import HybridPattern
+from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.proof.canary import canary, one_family
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Rung, compare
 from nemo_megacpp.proof.step import StepSpec, round_trip, run_step, save_initial_weights
@@ -73,7 +73,8 @@ def verify(
     refuse_illegal(layout, shape_of(small))
     letters = "".join(dict.fromkeys(HybridPattern.parse(small["hybrid_pattern"]).letters))
     cases = [("all", axis, single, "float64") for axis, single in axes_alone(layout)]
-    cases += [(letter, "together", layout, "float64") for letter in letters if len(letters) > 1]
+    for letter in letters if len(letters) > 1 else "":
+        cases.append((letter, "together", _axes_of(letter, layout), "float64"))
     cases += [("all", "together", layout, dtype) for dtype in ("float64", "float32")]
     with WorkerPool(layout.world) as pool, tempfile.TemporaryDirectory() as folder:
         bench = _Bench(pool, Path(folder), small)
@@ -104,6 +105,19 @@ def axes_alone(layout: ParallelLayout) -> list[tuple[str, ParallelLayout]]:
         found.append(("VPP", {**pp, "virtual_pipeline_model_parallel_size": layout.vpp}))
     alone = [(axis, ParallelLayout(**degrees)) for axis, degrees in found]
     return [(axis, place) for axis, place in alone if place.world <= layout.world]
+
+
+def _axes_of(letter: str, layout: ParallelLayout) -> ParallelLayout:
+    """Return ``layout`` for one family: the expert axes are E's alone, and data-parallel ranks
+    take their place elsewhere."""
+    if letter == Family.EXPERT.value:
+        return layout
+    return dataclasses.replace(
+        layout,
+        expert_model_parallel_size=1,
+        expert_tensor_parallel_size=None,
+        world_size=layout.world,
+    )
 
 
 class _Bench:

@@ -16,6 +16,8 @@ from nemo_megacpp.proof.verify import Trial, verify
 from nemo_megacpp.recipes.check import check_model_of, shape_of
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 
+_WIDTH = 130
+"""Columns of the table; a narrower terminal wraps its lines rather than lose numbers."""
 _HEADINGS = {
     "forward": "forward",
     "aux loss": "aux",
@@ -55,7 +57,8 @@ def verify_recipe(source: str, layout: str | None, overrides: Iterable[str], as_
         training = dataclasses.replace(recipe.training, micro_batch_size=1, global_batch_size=rows)
         return shape_of(_with(recipe, dict(small), training))
 
-    console = Console(stderr=as_json, soft_wrap=True)
+    console = Console(stderr=as_json)
+    console.width = max(console.width, _WIDTH)
     console.print(f"{recipe.name}: {recipe.layout.describe()}, on a canary of its proportions")
     trials = []
     for trial in verify(model, recipe.layout, shape, lambda line: console.print(f"  {line}")):
