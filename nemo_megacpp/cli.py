@@ -42,8 +42,16 @@ def _verify(args: argparse.Namespace) -> int:
 def _recipes(args: argparse.Namespace) -> int:
     from nemo_megacpp.recipes.catalog import CATALOG
 
+    if args.name is not None:
+        import yaml
+
+        from nemo_megacpp.recipes.recipe import resolve
+
+        print(yaml.safe_dump(resolve(args.name).to_mapping(), sort_keys=False), end="")
+        return 0
+    width = max(map(len, CATALOG))
     for name, recipe in CATALOG.items():
-        print(f"{name:<14} {recipe.summary}")
+        print(f"{name:<{width}}  {recipe.summary}")
     return 0
 
 
@@ -85,7 +93,12 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
     verify.set_defaults(run=_verify)
 
-    recipes = commands.add_parser("recipes", help="list the recipes")
+    recipes = commands.add_parser(
+        "recipes",
+        help="list the recipes, or print one as YAML",
+        description="List the recipes, or print one as a YAML file to change.",
+    )
+    recipes.add_argument("name", nargs="?", help="the recipe to print")
     recipes.set_defaults(run=_recipes)
 
     add_data_parser(commands)

@@ -177,7 +177,18 @@ def test_recipes_are_listed(run: Run) -> None:
     assert "52 layers" in out
 
 
-@pytest.mark.parametrize("arguments", [(), ("fly",), ("train",), ("data",), ("recipes", "extra")])
+def test_a_recipe_printed_is_that_recipe(run: Run, tmp_path: Path) -> None:
+    for name in CATALOG:
+        code, out, err = run("recipes", name)
+        assert (code, err) == (0, "")
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(out)
+        assert resolve(str(file)) == resolve(name)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("fly",), ("train",), ("data",), ("recipes", "nam56r", "extra")]
+)
 def test_usage_errors(arguments: tuple[str, ...], run: Run) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
