@@ -22,6 +22,15 @@ Mamba3Kernel = Literal["auto", "torch", "triton"]
 # every layout would route differently.
 LoadBalancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"]
 
+# Megatron's other ways to place layers on stages; a pattern carries its own cuts.
+_OTHER_CUTS = (
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
 
 @dataclass(frozen=True)
 class M2RNNDimensions:
@@ -225,6 +234,12 @@ class HybridConfig(TransformerConfig):
             # one by one, they travel over two groups.
             self.overlap_p2p_comm = True
             self.batch_p2p_comm = False
+        for name in _OTHER_CUTS:
+            if getattr(self, name):
+                raise UserError(
+                    f"{name} is not read by the hybrid stack. Write the pipeline cuts into the "
+                    f"pattern, as in 'AEME|AEMEAEMR'."
+                )
         if self.recompute_granularity == "full":
             raise UserError(
                 "recompute_granularity='full' is not supported by the hybrid stack; "
