@@ -15,8 +15,8 @@ test: lint
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check nemo_megacpp tests
-	$(BIN)/ruff format --check nemo_megacpp tests
+	$(BIN)/ruff check nemo_megacpp tests examples
+	$(BIN)/ruff format --check nemo_megacpp tests examples
 	$(BIN)/mypy
 
 install: $(INSTALLED)

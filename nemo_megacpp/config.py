@@ -10,6 +10,7 @@ from typing import Literal, Optional, get_args
 from megatron.core.transformer import TransformerConfig
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.families import load_families
 from nemo_megacpp.pattern import Family, HybridPattern
 
 Mode = Literal["nemo_native", "mamba3"]
@@ -146,6 +147,9 @@ class HybridConfig(TransformerConfig):
     ``mamba3`` is ours (:mod:`nemo_megacpp.mixers.mamba3`). Both take Megatron's ``mamba_*``
     sizes."""
 
+    family_modules: Optional[list[str]] = None
+    """Modules, or paths of Python files, that add block families (:mod:`nemo_megacpp.families`)."""
+
     vocab_size: int = 0
     """Tokens of the tokenizer, before padding."""
     make_vocab_size_divisible_by: int = 128
@@ -195,6 +199,7 @@ class HybridConfig(TransformerConfig):
 
     def finalize(self) -> None:
         """Derive what follows from the hybrid fields, and refuse what cannot be built."""
+        load_families(self.family_modules)
         depth: int = self.num_layers
         pattern = HybridPattern.parse(self.hybrid_pattern, depth=depth or None)
         self.num_layers: int = len(pattern)

@@ -1,29 +1,36 @@
 """The A/M/E/R language: a hybrid model's layers written as a string.
 
 ``AEMEAEMEAEMR`` is a unit of twelve layers; tiled to 52 it is NAM56R. ``|`` marks a place where the
-pipeline may be cut. Position ``i`` of a pattern is global layer ``i``, counted from 0.
+pipeline may be cut. Position ``i`` of a pattern is global layer ``i``, counted from 0. A family
+that a user adds (:mod:`nemo_megacpp.families`) brings a letter of its own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from itertools import pairwise
+from typing import ClassVar
 
 from nemo_megacpp.errors import UserError
 
 CUT = "|"
 
 
-class Family(str, Enum):
-    """A block family. The value is its letter in a pattern."""
+@dataclass(frozen=True)
+class Family:
+    """A block family.
 
-    ATTENTION = "A"
-    MAMBA = "M"
-    EXPERT = "E"
-    RECURRENT = "R"
+    Attributes:
+        value: its letter in a pattern.
+    """
+
+    value: str
+
+    ATTENTION: ClassVar[Family]
+    MAMBA: ClassVar[Family]
+    EXPERT: ClassVar[Family]
+    RECURRENT: ClassVar[Family]
 
     @property
     def long_name(self) -> str:
@@ -36,18 +43,54 @@ class Family(str, Enum):
 
         ``*``, ``M`` and ``E`` are those of Megatron-Core 0.16.1
         (``megatron/core/ssm/mamba_hybrid_layer_allocation.py``). Megatron has no recurrent layer:
-        ``R`` is added by this package's stack, and stock ``MambaStack`` refuses it.
+        ``R`` is added by this package's stack, as are the letters of added families, and stock
+        ``MambaStack`` refuses them.
         """
-        return "*" if self is Family.ATTENTION else self.value
+        return "*" if self == Family.ATTENTION else self.value
 
 
-_LETTERS: dict[str, Family] = {
-    **{family.value: family for family in Family},
-    **{family.value.lower(): family for family in Family},
-    Family.ATTENTION.megatron_symbol: Family.ATTENTION,
-}
-_SYMBOLS: dict[str, Family] = {family.megatron_symbol: family for family in Family}
-_LONG_NAME = re.compile(r"(?<![a-z])([amer])block(?![a-z])", re.IGNORECASE)
+Family.ATTENTION, Family.MAMBA = Family("A"), Family("M")
+Family.EXPERT, Family.RECURRENT = Family("E"), Family("R")
+
+BUILT_IN = (Family.ATTENTION, Family.MAMBA, Family.EXPERT, Family.RECURRENT)
+_families: dict[str, Family] = {family.value: family for family in BUILT_IN}
+
+
+def known_families() -> tuple[Family, ...]:
+    """Return the four families, and after them those that were added."""
+    return tuple(_families.values())
+
+
+def add_family(letter: str) -> Family:
+    """Make ``letter`` a family's letter in every pattern that this process reads from now on.
+
+    Raises:
+        UserError: it is no upper-case ASCII letter, or one of the four families'.
+    """
+    if not (len(letter) == 1 and letter.isascii() and letter.isupper()):
+        raise UserError(f"A block family's letter is one of A to Z; got {letter!r}.")
+    if any(family.value == letter for family in BUILT_IN):
+        taken = ", ".join(family.value for family in BUILT_IN)
+        raise UserError(f"The letters {taken} are taken; choose another one than {letter!r}.")
+    return _families.setdefault(letter, Family(letter))
+
+
+def _letters() -> dict[str, Family]:
+    families = known_families()
+    return {
+        **{family.value: family for family in families},
+        **{family.value.lower(): family for family in families},
+        Family.ATTENTION.megatron_symbol: Family.ATTENTION,
+    }
+
+
+def _symbols() -> dict[str, Family]:
+    return {family.megatron_symbol: family for family in known_families()}
+
+
+def _long_names() -> re.Pattern[str]:
+    letters = "".join(_families)
+    return re.compile(rf"(?<![a-z])([{letters}])block(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -92,7 +135,7 @@ class HybridPattern:
             UserError: an unknown letter, a cut that separates nothing, no layers, or a depth below
                 the unit's length (a family of the unit could vanish).
         """
-        unit, cuts = _scan(text, _LETTERS, tiled=depth is not None)
+        unit, cuts = _scan(text, tiled=depth is not None)
         if depth is None:
             return cls(unit, cuts)
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
@@ -122,7 +165,7 @@ class HybridPattern:
         Raises:
             UserError: as `parse`, for any other symbol.
         """
-        return cls(*_scan(text, _SYMBOLS, tiled=False))
+        return cls(*_scan(text, megatron=True))
 
     def to_megatron(self, *, cuts: bool = False) -> str:
         """Megatron's ``hybrid_override_pattern``: one symbol per layer.
@@ -147,8 +190,8 @@ class HybridPattern:
         return len(self.families)
 
     def counts(self) -> dict[Family, int]:
-        """The number of layers of each of the four families, zeros included."""
-        return {family: self.families.count(family) for family in Family}
+        """The number of layers of every known family, zeros included."""
+        return {family: self.families.count(family) for family in known_families()}
 
     def chunks(self, n: int) -> tuple[range, ...]:
         """The global layer indices of each of ``n`` pipeline chunks, in depth order.
@@ -198,22 +241,24 @@ class HybridPattern:
 
 
 def _scan(
-    text: str, alphabet: Mapping[str, Family], *, tiled: bool
+    text: str, *, megatron: bool = False, tiled: bool = False
 ) -> tuple[tuple[Family, ...], tuple[int, ...]]:
     """Return the families of ``text`` and its cuts. A unit to be tiled may end with a cut."""
     if not isinstance(text, str):
         raise UserError(f"A pattern is a string such as 'AEME'; got {type(text).__name__}.")
+    alphabet = _symbols() if megatron else _letters()
+    long_names = _long_names()
     families: list[Family] = []
     cuts: list[int] = []
     position, last, last_at = 0, "", 0
     while position < len(text):
         char = text[position]
-        long_name = _LONG_NAME.match(text, position) if alphabet is _LETTERS else None
+        long_name = None if megatron else long_names.match(text, position)
         if char.isspace():
             position += 1
             continue
         if long_name:
-            families.append(Family(long_name[1].upper()))
+            families.append(alphabet[long_name[1]])
         elif char in alphabet:
             families.append(alphabet[char])
         elif char == CUT:
@@ -222,11 +267,11 @@ def _scan(
             if last == CUT:
                 raise _error(text, position, "A pipeline chunk is empty")
             cuts.append(len(families))
-        elif char == "," and alphabet is _LETTERS:
+        elif char == "," and not megatron:
             if last in ("", ","):
                 raise _error(text, position, "A layer is missing before this comma")
         else:
-            raise _error(text, position, *_unknown(char, alphabet))
+            raise _error(text, position, *_unknown(char, megatron))
         last, last_at = char, position
         position += len(long_name[0]) if long_name else 1
     if not families:
@@ -236,18 +281,15 @@ def _scan(
     return tuple(families), tuple(cuts)
 
 
-def _unknown(char: str, alphabet: Mapping[str, Family]) -> tuple[str, str]:
+def _unknown(char: str, megatron: bool) -> tuple[str, str]:
     letters = ", ".join(
         f"{symbol} ({family.long_name})"
-        for family in Family
-        for symbol in [family.value if alphabet is _LETTERS else family.megatron_symbol]
+        for family in known_families()
+        for symbol in [family.megatron_symbol if megatron else family.value]
     )
     legal = f"Legal letters: {letters}, and {CUT!r} for a pipeline cut."
     if char == "-":
-        legal += (
-            " Megatron's '-' is an MLP layer, which is not one of the four families: "
-            "use an expert layer E."
-        )
+        legal += " Megatron's '-' is an MLP layer, which is no block family: use an expert layer E."
     elif char == "A":
         legal += " Megatron writes attention as '*'."
     return f"{char!r} is not a letter of the pattern", legal

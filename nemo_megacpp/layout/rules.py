@@ -48,8 +48,16 @@ Rule = Callable[[Case], Iterator[Broken]]
 
 
 @dataclass(frozen=True)
-class _Divides:
-    """The rule that a degree divides a size of the model."""
+class Divides:
+    """The rule that a degree divides a size of the model.
+
+    Attributes:
+        rule: a short, stable identifier.
+        family: the rule holds for models with blocks of this family.
+        size: field of :class:`nemo_megacpp.layout.ModelShape`.
+        degree: short name of the layout's degree.
+        why: what is split, for the message.
+    """
 
     rule: str
     family: Family
@@ -70,8 +78,8 @@ class _Divides:
             )
 
 
-_DIVISIONS: tuple[_Divides, ...] = (
-    _Divides(
+_DIVISIONS: tuple[Divides, ...] = (
+    Divides(
         "attention-heads",
         Family.ATTENTION,
         "num_attention_heads",
@@ -80,49 +88,49 @@ _DIVISIONS: tuple[_Divides, ...] = (
     ),
     # Stricter than Megatron, which for fewer groups than ranks gathers the whole QKV activation
     # over TP in each layer: the same numbers, but not a split, and one more gather boundary.
-    _Divides(
+    Divides(
         "query-groups",
         Family.ATTENTION,
         "num_query_groups",
         "tp",
         "each rank of an A block holds whole KV heads, with their query heads",
     ),
-    _Divides(
+    Divides(
         "mamba-heads",
         Family.MAMBA,
         "mamba_num_heads",
         "tp",
         "each rank of an M block holds whole heads",
     ),
-    _Divides(
+    Divides(
         "mamba-groups",
         Family.MAMBA,
         "mamba_num_groups",
         "tp",
         "each rank of an M block holds whole B/C groups, with their heads",
     ),
-    _Divides(
+    Divides(
         "recurrent-heads",
         Family.RECURRENT,
         "m2rnn_num_heads",
         "tp",
         "each rank of an R block holds whole heads",
     ),
-    _Divides(
+    Divides(
         "experts",
         Family.EXPERT,
         "num_moe_experts",
         "ep",
         "each rank of an E block holds the same number of experts",
     ),
-    _Divides(
+    Divides(
         "expert-ffn",
         Family.EXPERT,
         "moe_ffn_hidden_size",
         "etp",
         "each expert's matrices are split along their FFN dimension",
     ),
-    _Divides(
+    Divides(
         "shared-expert-ffn",
         Family.EXPERT,
         "moe_shared_expert_intermediate_size",
@@ -353,7 +361,7 @@ def _nvlink_domain(case: Case) -> Iterator[Broken]:
             )
 
 
-RULES: tuple[Rule, ...] = (
+RULES: list[Rule] = [
     _sizes_given,
     _world,
     *_DIVISIONS,
@@ -367,7 +375,8 @@ RULES: tuple[Rule, ...] = (
     _virtual_stages,
     _batch,
     _nvlink_domain,
-)
+]
+"""All rules; :func:`nemo_megacpp.families.register` adds those of further families."""
 
 
 def _multiples(name: str, value: int, unit: int) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ class RecipeShape:
     """A recipe's sizes as the layout rules read them (:class:`nemo_megacpp.layout.ModelShape`)."""
 
     pattern: HybridPattern
+    hidden_size: int
     num_attention_heads: int | None
     num_query_groups: int | None
     mamba_num_heads: int | None

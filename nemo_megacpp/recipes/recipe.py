@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from nemo_megacpp.errors import UserError, nearest
+from nemo_megacpp.families import load_families
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.parallel import FIELD_OF
 from nemo_megacpp.pattern import CUT, HybridPattern
@@ -141,6 +142,7 @@ def from_mapping(settings: Mapping[str, Any]) -> Recipe:
             run[key] = None if value is None else str(value)
         else:
             model[key] = read_value(HybridConfig, key, value)
+    load_families(model.get("family_modules"))
     if "hybrid_pattern" in given and "num_layers" not in given:
         # The text is a unit here, and a unit may end with a cut.
         unit = HybridPattern.parse(given["hybrid_pattern"].rstrip().removesuffix(CUT))

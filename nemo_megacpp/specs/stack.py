@@ -7,7 +7,7 @@ stack takes the A/M/E/R pattern, honours explicit cuts, and builds every layer o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
@@ -29,6 +30,7 @@ from megatron.core.utils import WrappedTensor, make_viewless_tensor
 
 from nemo_megacpp.config import Mode
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.families import registered
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.specs.attention import attention_layer_spec
 from nemo_megacpp.specs.backend import default_backend
@@ -40,22 +42,27 @@ from nemo_megacpp.specs.recurrent import recurrent_layer_spec
 
 @dataclass
 class HybridStackSubmodules:
-    """One layer spec per family, and the final norm."""
+    """One layer spec per family, and the final norm.
+
+    ``added_layers`` are those of families beside the four, by letter.
+    """
 
     attention_layer: ModuleSpec | type = IdentityOp
     mamba_layer: ModuleSpec | type = IdentityOp
     expert_layer: ModuleSpec | type = IdentityOp
     recurrent_layer: ModuleSpec | type = IdentityOp
     final_norm: ModuleSpec | type = IdentityOp
+    added_layers: dict[str, ModuleSpec] = field(default_factory=dict)
 
     def of(self, family: Family) -> ModuleSpec | type:
         """Return the layer spec of ``family``."""
-        return {
+        built_in = {
             Family.ATTENTION: self.attention_layer,
             Family.MAMBA: self.mamba_layer,
             Family.EXPERT: self.expert_layer,
             Family.RECURRENT: self.recurrent_layer,
-        }[family]
+        }
+        return built_in[family] if family in built_in else self.added_layers[family.value]
 
 
 class HybridStack(MegatronModule):
@@ -129,7 +136,8 @@ class HybridStack(MegatronModule):
         pg_collection: ProcessGroupCollection,
     ) -> torch.nn.Module:
         spec = submodules.of(family)
-        if family in (Family.MAMBA, Family.RECURRENT):
+        module = spec.module if isinstance(spec, ModuleSpec) else spec
+        if isinstance(module, type) and issubclass(module, MambaLayer):
             return build_module(
                 spec,
                 config=self.config,
@@ -251,5 +259,6 @@ def build_hybrid_stack_spec(
             expert_layer=expert_layer_spec(backend),
             recurrent_layer=recurrent_layer_spec(backend),
             final_norm=backend.layer_norm(rms_norm=True),
+            added_layers={block.letter: block.layer_spec(backend) for block in registered()},
         ),
     )
