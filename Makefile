@@ -4,14 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+ORACLES := $(VENV)/oracles/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: train test lint install clean
+.PHONY: train test lint install oracles clean
 
 train: $(INSTALLED)
 	$(BIN)/nemo-megacpp demo --out runs/demo
 
-test: lint
+test: lint $(ORACLES)
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -21,6 +22,8 @@ lint: $(INSTALLED)
 
 install: $(INSTALLED)
 
+oracles: $(ORACLES)
+
 $(INSTALLED): pyproject.toml requirements-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "The pinned requirements are for Python 3.11; $(PYTHON) is another. Use make PYTHON=/path/to/python3.11."; exit 1; }
@@ -28,6 +31,15 @@ $(INSTALLED): pyproject.toml requirements-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# The references of mamba-ssm and causal-conv1d, without their CUDA kernels.
+$(ORACLES): requirements-oracles.txt | $(INSTALLED)
+	rm -rf $(@D)
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+	  CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --no-build-isolation --target $(@D) -r requirements-oracles.txt
 	touch $@
 
 clean:
