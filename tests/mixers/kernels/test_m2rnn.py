@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -68,6 +71,83 @@ def test_gradients_are_finite_differences(packed):
         return m2rnn_scan(q, k, v, forget, W, initial_state=initial_state, seq_idx=seq_idx)
 
     assert torch.autograd.gradcheck(function, leaves, rtol=1e-5, atol=1e-8)
+
+
+def published_step(H, q, k, v, f, W):
+    """arXiv 2603.14360 for one head and one token: ``H [k, v]`` to the next ``H`` and ``y [v]``."""
+    H = f * H + (1 - f) * torch.tanh(H @ W + torch.outer(k, v))
+    return H, H.T @ q
+
+
+class Published(torch.autograd.Function):
+    """Head by head and token by token, and back: each token's own vector-Jacobian product, with
+    the carried gradient bounded in plain sight. Shares no code with the package."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, forget, W, initial_state, starts, clip, clip_order):
+        ctx.save_for_backward(q, k, v, forget, W, initial_state)
+        ctx.options = starts, clip, clip_order
+        y, final, ctx.states = torch.empty_like(v), torch.empty_like(initial_state), {}
+        for b, n in itertools.product(range(v.shape[0]), range(v.shape[2])):
+            H = initial_state[b, n]
+            for t in range(v.shape[1]):
+                H = torch.zeros_like(H) if (b, t) in starts else H
+                ctx.states[b, n, t] = H
+                H, y[b, t, n] = published_step(
+                    H, q[b, t], k[b, t], v[b, t, n], forget[b, t, n], W[n]
+                )
+            final[b, n] = H
+        return y, final
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_final):
+        q, k, v, forget, W, _ = ctx.saved_tensors
+        starts, clip, clip_order = ctx.options
+        bound = math.inf if clip is None else clip
+        grads = [torch.zeros_like(x) for x in ctx.saved_tensors]
+        for b, n in itertools.product(range(v.shape[0]), range(v.shape[2])):
+            carried = grad_final[b, n]
+            for t in reversed(range(v.shape[1])):
+                here = (ctx.states[b, n, t], q[b, t], k[b, t], v[b, t, n], forget[b, t, n], W[n])
+                leaves = [x.detach().requires_grad_() for x in here]
+                with torch.enable_grad():
+                    H, y = published_step(*leaves)
+                own = torch.outer(q[b, t], grad_y[b, t, n])
+                if clip_order == "before_output":
+                    total = carried.clamp(-bound, bound) + own
+                else:
+                    total = (carried + own).clamp(-bound, bound)
+                (grad_q,) = torch.autograd.grad(y, leaves[1], grad_y[b, t, n], retain_graph=True)
+                others = [leaves[0], *leaves[2:]]
+                carried, grad_k, grad_v, grad_f, grad_W = torch.autograd.grad(H, others, total)
+                grads[0][b, t] += grad_q
+                grads[1][b, t] += grad_k
+                grads[2][b, t, n] = grad_v
+                grads[3][b, t, n] = grad_f
+                grads[4][n] += grad_W
+                carried = torch.zeros_like(carried) if (b, t) in starts else carried
+            grads[5][b, n] = carried
+        return *grads, None, None, None
+
+
+@pytest.mark.parametrize("function", [m2rnn_naive, m2rnn_scan])
+@pytest.mark.parametrize("rows", [None, [[3, 8], [1, 1, 9]]])
+@pytest.mark.parametrize("clip_order", ["before_output", "after_output"])
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_published_equations(hold_to, packed, function, rows, clip_order, clip):
+    starts = set()
+    if rows is not None:
+        for b, lengths in enumerate(rows):
+            starts |= {(b, first) for first in itertools.accumulate(lengths[:-1])}
+    options = {"state_gradient_clip": clip, "clip_order": clip_order}
+    if rows is not None:
+        options["seq_idx"] = packed(rows)
+
+    def reference(**t):
+        return Published.apply(*t.values(), starts, clip, clip_order)
+
+    tensors = make(length=11, heads=2)
+    hold_to(reference, lambda **t: function(**t, **options), tensors, 1e-10)
 
 
 @pytest.mark.parametrize("function", [m2rnn_naive, m2rnn_scan])
