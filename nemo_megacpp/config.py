@@ -18,7 +18,7 @@ ClipOrder = Literal["before_output", "after_output"]
 SequenceExchange = Literal["auto", "all_to_all", "serial"]
 AActivation = Literal["softplus", "heavy_tail"]
 Pairs = Literal["interleaved", "halves"]
-Mamba3Kernel = Literal["auto", "torch", "triton"]
+Kernel = Literal["auto", "torch", "triton"]
 # Not Megatron's "sinkhorn": it normalises over the tokens that a rank happens to hold, so that
 # every layout would route differently.
 LoadBalancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"]
@@ -48,6 +48,8 @@ class M2RNNDimensions:
         context_parallel: how CP splits the recurrence. ``all_to_all`` spreads heads over cp,
             ``serial`` hands the state from segment to segment; ``auto`` is ``all_to_all`` where
             the heads of a tensor-parallel rank divide by cp, else ``serial``.
+        kernel: ``torch``, ``triton`` (our Triton kernels; refused where they cannot run), or
+            ``auto``: ``triton`` where it can run.
         a_init_range: range of ``A`` at initialisation.
         dt_init_range: range of ``softplus(dt_bias)`` at initialisation (log-uniform).
     """
@@ -59,6 +61,7 @@ class M2RNNDimensions:
     state_gradient_clip: float | None = 1.0
     clip_order: ClipOrder = "before_output"
     context_parallel: SequenceExchange = "auto"
+    kernel: Kernel = "auto"
     a_init_range: tuple[float, float] = (0.0, 16.0)
     dt_init_range: tuple[float, float] = (1e-3, 0.1)
 
@@ -96,7 +99,7 @@ class Mamba3Dimensions:
     A_floor: float = 1e-4
     pairs: Pairs = "interleaved"
     output_norm: bool = False
-    kernel: Mamba3Kernel = "auto"
+    kernel: Kernel = "auto"
     dt_init_range: tuple[float, float] = (1e-3, 0.1)
 
     def __post_init__(self) -> None:
@@ -171,6 +174,7 @@ class HybridConfig(TransformerConfig):
     m2rnn_state_gradient_clip: Optional[float] = 1.0
     m2rnn_clip_order: ClipOrder = "before_output"
     m2rnn_context_parallel: SequenceExchange = "auto"
+    m2rnn_kernel: Kernel = "auto"
 
     mamba3_mimo_rank: int = 1
     mamba3_rope_fraction: float = 0.5
@@ -179,7 +183,7 @@ class HybridConfig(TransformerConfig):
     mamba3_pairs: Optional[Pairs] = None
     """None: ``interleaved`` for SISO and ``halves`` for MIMO, as mamba_ssm's kernels have it."""
     mamba3_output_norm: bool = False
-    mamba3_kernel: Mamba3Kernel = "auto"
+    mamba3_kernel: Kernel = "auto"
 
     normalization: str = "RMSNorm"
     add_bias_linear: bool = False
@@ -209,7 +213,7 @@ class HybridConfig(TransformerConfig):
             "m2rnn_context_parallel": SequenceExchange,
             "mamba3_A_activation": AActivation,
             "mamba3_pairs": Pairs,
-            "mamba3_kernel": Mamba3Kernel,
+            "mamba3_kernel": Kernel,
         }
         for name, choice in choices.items():
             if name == "mamba3_pairs" and self.mamba3_pairs is None:
@@ -307,6 +311,7 @@ def m2rnn_dimensions(config: TransformerConfig) -> M2RNNDimensions:
         state_gradient_clip=config.m2rnn_state_gradient_clip,
         clip_order=config.m2rnn_clip_order,
         context_parallel=config.m2rnn_context_parallel,
+        kernel=config.m2rnn_kernel,
     )
 
 

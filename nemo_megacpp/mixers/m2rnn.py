@@ -41,6 +41,7 @@ from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.handover import receive_state, send_state
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d, causal_conv1d_state
 from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_scan
+from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
 from nemo_megacpp.mixers.replicated import mark_replicated, replicated, sum_over_tp
 from nemo_megacpp.mixers.sequence_layout import (
     document_ids,
@@ -73,7 +74,9 @@ class M2RNNMixer(MegatronModule):
         pg_collection: process groups; ``tp``, ``cp`` and ``dp_cp`` are used.
 
     Raises:
-        UserError: ``m2rnn_context_parallel="all_to_all"`` with heads that do not divide by cp.
+        UserError: ``m2rnn_context_parallel="all_to_all"`` with heads that do not divide by cp; or
+            ``m2rnn_kernel="triton"`` where those kernels cannot run (here, or in the first forward
+            pass if only that can tell).
 
     Parameters, with their type on tp (``n = N/tp`` heads per rank): ``in_proj.weight``
     ``[n·(2V+1), h]`` rows ``(v, f̃, g)`` per head, V; ``in_proj.shared_weight`` ``[2K, h]`` rows q
@@ -102,6 +105,8 @@ class M2RNNMixer(MegatronModule):
         self.k_dim, self.v_dim = self.dims.key_head_dim, self.dims.value_head_dim
         self.norm_eps = config.layernorm_epsilon
         self.serial = self._cp_is_serial()
+        if self.dims.kernel == "triton":
+            self._triton_runs(config.params_dtype)
         # A rank's backward pass runs on the mean loss of its own tokens, and DDP averages over dp
         # and cp afterwards: what flows here is that many times the gradient of the global loss.
         clip = self.dims.state_gradient_clip
@@ -243,7 +248,8 @@ class M2RNNMixer(MegatronModule):
                 v.size(0), v.size(2), self.k_dim, self.v_dim, dtype=wide, requires_grad=True
             )
             state = receive_state(zeros, self.cp_group) * continues
-        y, last = m2rnn_scan(
+        recurrence = m2rnn_triton if self._triton_runs(v.dtype, v.device) else m2rnn_scan
+        y, last = recurrence(
             q,
             k,
             v,
@@ -258,6 +264,26 @@ class M2RNNMixer(MegatronModule):
             y = send_state(last, y, self.cp_group)
         y = y.flatten(-2) + self._mine(self.D) * v.flatten(-2)
         return (y * F.silu(g.flatten(-2))).transpose(0, 1)
+
+    def _triton_runs(self, dtype: torch.dtype, device: torch.device | None = None) -> bool:
+        """Say whether the recurrence runs in our Triton kernels.
+
+        Raises:
+            UserError: they were asked for and cannot run.
+        """
+        if self.dims.kernel == "torch":
+            return False
+        reason = m2rnn_triton_reason(value_dim=self.v_dim, dtype=dtype, device=device)
+        if reason is not None and self.dims.kernel == "triton":
+            raise UserError(
+                f"m2rnn_kernel='triton' cannot be used: {reason}. Choose 'torch' or 'auto'."
+            )
+        say_once(
+            "R recurs in Triton kernels."
+            if reason is None
+            else f"R recurs in plain torch; the Triton form is out: {reason}."
+        )
+        return reason is None
 
     def _documents_here(
         self, documents: torch.Tensor | None, length: int

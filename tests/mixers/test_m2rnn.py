@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.mixers import m2rnn as module
+from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d_naive
 from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_naive
 from nemo_megacpp.mixers.m2rnn import M2RNNMixer
@@ -132,6 +135,32 @@ def _refusal(cp: int, heads: int) -> str:
     return ""
 
 
+def _kernel(kernel: str, triton_runs: bool) -> tuple[str, int]:
+    """Run the mixer; return what it logs or refuses, and how often it called the Triton form."""
+    calls: list[dict[str, Any]] = []
+
+    def recorded(*tensors: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(options)
+        return m2rnn_naive(*tensors, **options)
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("nemo_megacpp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "m2rnn_triton", recorded)
+        if triton_runs:
+            patch.setattr(module, "m2rnn_triton_reason", lambda **_: None)
+        patch.setattr(logger, "level", logging.INFO)
+        patch.setattr(logger, "handlers", [handler])
+        say_once.cache_clear()
+        try:
+            _mixer(1, m2rnn_kernel=kernel)(_random(5, 8, 1))
+        except UserError as error:
+            lines.append(str(error))
+    return "".join(lines), len(calls)
+
+
 def _assert_equal(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -226,3 +255,21 @@ def test_heads_that_do_not_divide_are_refused(ranks: WorkerPool) -> None:
     for part in ("'all_to_all'", "6 heads / TP=1 = 6", "CP=4", "'serial' or 'auto'"):
         assert part in message, message
     assert ranks.run(2, _refusal, 2, 6) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "triton_runs", "said", "calls"),
+    [
+        ("auto", False, "R recurs in plain torch; the Triton form is out: it needs a CUDA", 0),
+        ("auto", True, "R recurs in Triton kernels.", 1),
+        ("triton", True, "R recurs in Triton kernels.", 1),
+        ("torch", True, "", 0),
+        ("triton", False, "m2rnn_kernel='triton' cannot be used: it computes in float32, and", 0),
+    ],
+)
+def test_which_kernel_runs(
+    ranks: WorkerPool, kernel: str, triton_runs: bool, said: str, calls: int
+) -> None:
+    lines, found = ranks.run(1, _kernel, kernel, triton_runs)[0]
+    assert lines.startswith(said) if said else not lines
+    assert found == calls

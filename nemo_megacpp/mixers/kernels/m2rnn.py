@@ -22,7 +22,7 @@ ClipOrder = Literal["before_output", "after_output"]
 _CLIP_ORDERS = ("before_output", "after_output")
 
 
-def _check(
+def check_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -67,7 +67,7 @@ def m2rnn_naive(
     clip_order: ClipOrder = "before_output",
 ) -> tuple[Tensor, Tensor]:
     """Reference for :func:`m2rnn_scan`: the recurrence, token by token, gradients by autograd."""
-    _check(q, k, v, forget, W, initial_state, state_gradient_clip, clip_order)
+    check_inputs(q, k, v, forget, W, initial_state, state_gradient_clip, clip_order)
     acc = accumulation_dtype(v)
     batch, length, heads, value_dim = v.shape
     q_acc = (q if q.dim() == 4 else q[:, :, None]).to(acc)
@@ -144,7 +144,7 @@ def m2rnn_scan(
     Raises:
         UserError: a shape or an option is wrong.
     """
-    _check(q, k, v, forget, W, initial_state, state_gradient_clip, clip_order)
+    check_inputs(q, k, v, forget, W, initial_state, state_gradient_clip, clip_order)
     if checkpoint_every is not None and checkpoint_every < 1:
         raise UserError(f"checkpoint_every must be at least 1 or None, got {checkpoint_every}.")
     acc = accumulation_dtype(v)

@@ -1,0 +1,207 @@
+"""The Triton form of M²RNN: its numbers in Triton's interpreter, and that it compiles for a GPU.
+
+float32 is held to 1e-5 of the largest value of the reference loop in float64, for every output
+and gradient. The interpreter runs in a process of its own, as Triton asks at import whether to use
+it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixers import kernels as package
+from nemo_megacpp.mixers.kernels import m2rnn_triton as triton_form
+from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_naive
+from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
+from tests.mixers.kernels.conftest import assert_same, run_with_gradients
+from tests.mixers.kernels.test_m2rnn import make
+
+Tensors = dict[str, Tensor]
+
+
+def _read_sizes_of_one() -> None:
+    """Let the interpreter of Triton 3.6 take loop bounds from numpy 2.4, which no longer turns an
+    array of one number into an integer by itself."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_index
+
+
+def _run(tensors: Tensors, options: dict[str, Any]) -> Tensors:
+    return run_with_gradients(m2rnn_triton, tensors, options)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable[[Tensors, dict[str, Any]], Tensors]]:
+    """Run the Triton form in the interpreter: outputs and gradients by name."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            pool.submit(_read_sizes_of_one).result()
+        yield lambda tensors, options: pool.submit(_run, tensors, options).result()
+
+
+def small(dtype: torch.dtype = torch.float32, **sizes: Any) -> Tensors:
+    tensors = make(**({"batch": 1, "length": 9, "heads": 2} | sizes), dtype=torch.float32)
+    # A contracting W: with a larger one the recurrence is chaotic, and any rounding grows.
+    tensors["W"] = 0.3 * tensors["W"]
+    return {name: t.to(dtype) for name, t in tensors.items()}
+
+
+CLIPPED = {"state_gradient_clip": 0.3}
+CASES: dict[str, tuple[Tensors, dict[str, Any]]] = {
+    "one-token": (small(length=1), {}),
+    "chunks-of-odd-lengths": (small(length=11), {"checkpoint_every": 4}),
+    "own-q-and-k": (small(per_head=True), {"checkpoint_every": 3}),
+    "clip-before": (small(), CLIPPED | {"clip_order": "before_output"}),
+    "clip-after": (small(), CLIPPED | {"clip_order": "after_output", "checkpoint_every": 5}),
+    # 20 rows of the state: two programs a head, the second of them a quarter full.
+    "two-parts": (small(key=20, length=5), CLIPPED | {"checkpoint_every": 2}),
+    "wide-values": (small(value=17, length=4), {}),
+    "whole-tiles": (small(key=16, value=16, length=5), {"checkpoint_every": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_reference(interpreted, case):
+    tensors, options = CASES[case]
+    exact = {name: t.double() for name, t in tensors.items()}
+    reference_options = {k: v for k, v in options.items() if k != "checkpoint_every"}
+    expected = run_with_gradients(m2rnn_naive, exact, reference_options)
+    assert_same(interpreted(tensors, options), expected, 1e-5)
+
+
+@pytest.mark.parametrize("clip_order", ["before_output", "after_output"])
+def test_packed_documents(interpreted, packed, clip_order):
+    tensors = small(batch=2, length=7)
+    # A document that ends with a chunk, one that spans two, and documents of one token.
+    options = {"seq_idx": packed([[4, 3], [1, 1, 5]]), "clip_order": clip_order, **CLIPPED}
+    exact = {name: t.double() for name, t in tensors.items()}
+    expected = run_with_gradients(m2rnn_naive, exact, options)
+    assert_same(interpreted(tensors, options | {"checkpoint_every": 4}), expected, 1e-5)
+
+
+def test_without_an_initial_state(interpreted):
+    tensors = {k: v for k, v in small(length=3).items() if k != "initial_state"}
+    exact = {name: t.double() for name, t in tensors.items()}
+    assert_same(interpreted(tensors, {}), run_with_gradients(m2rnn_naive, exact, {}), 1e-5)
+
+
+def test_bfloat16_computes_in_float32(interpreted):
+    tensors = small(torch.bfloat16)
+    found = interpreted(tensors, CLIPPED)
+    exact = {name: t.double() for name, t in tensors.items()}
+    expected = run_with_gradients(m2rnn_naive, exact, CLIPPED)
+    dtypes = {name: t.dtype for name, t in found.items()}
+    assert dtypes.pop("output 1") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+    # What is stored has 8 bits of mantissa: y before the loss too, but its weights are fixed.
+    assert_same(found, expected, 2**-8)
+    assert_same({"final": found["output 1"]}, {"final": expected["output 1"]}, 1e-5)
+
+
+# -- on a GPU --------------------------------------------------------------------------------------
+
+_POINTERS = {"q": "bf16", "k": "bf16", "v": "bf16", "forget": "bf16", "weight": "bf16"}
+_POINTERS |= {"keep": "i8", "grad_y": "bf16"}
+_SIZES = {"length": "i32", "heads": "i32", "q_heads": "i32", "k_heads": "i32", "bound": "fp32"}
+_CONSTANTS = {"K": 64, "V": 16, "BLOCK_K": 16, "BLOCK_V": 16, "CHUNK": 64}
+
+
+@pytest.mark.parametrize("kernel", ["m2rnn_forward", "m2rnn_backward"])
+@pytest.mark.parametrize(
+    "constants",
+    [
+        # Triton takes a missing pointer and a size of one as constants.
+        {"HAS_RESETS": False, "keep": None, "CLIP": 0, "q_heads": 1, "k_heads": 1},
+        {"HAS_RESETS": True, "CLIP": 1, "length": 1, "heads": 1},
+        {"HAS_RESETS": True, "CLIP": 2},
+    ],
+)
+def test_compiles_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernel: str, constants: dict[str, Any]
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from nemo_megacpp.mixers.kernels import m2rnn_triton_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = getattr(m2rnn_triton_kernels, kernel)
+    values = {k: v for k, v in (_CONSTANTS | constants).items() if k in function.arg_names}
+    types = {
+        name: "constexpr"
+        if name in values
+        else _SIZES.get(name) or "*" + _POINTERS.get(name, "fp32")
+        for name in function.arg_names
+    }
+    source = ASTSource(function, types, values)
+    options = {"num_warps": 1}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.asm["cubin"]
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": torch.device("cpu")}, "it needs a CUDA device, and the activations are on cpu"),
+        ({"value_dim": 65}, "up to 64, and m2rnn_value_head_dim is 65"),
+        ({"dtype": torch.float64}, "computes in float32, and the activations are float64"),
+    ],
+)
+def test_reasons(changes: dict[str, Any], reason: str) -> None:
+    runs: dict[str, Any] = {"value_dim": 16, "dtype": torch.bfloat16}
+    assert m2rnn_triton_reason(**runs) is None
+    assert reason in str(m2rnn_triton_reason(**{**runs, **changes}))
+
+
+def test_an_old_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    found = m2rnn_triton_reason(value_dim=16, dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    assert found == "it wants compute capability 8.0, and cuda:0 has 7.5"
+
+
+def test_a_triton_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "m2rnn_triton_kernels"
+    monkeypatch.setitem(sys.modules, f"{package.__name__}.{name}", None)
+    monkeypatch.delattr(package, name, raising=False)
+    triton_form._kernels.cache_clear()
+    with pytest.raises(UserError, match="Triton does not load"):
+        m2rnn_triton(**small())
+    triton_form._kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"W": torch.randn(2, 3, 4)}, "W must"),
+        ({"state_gradient_clip": 0.0}, "state_gradient_clip"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"block_k": 8}, "block_k"),
+        ({"block_k": 48}, "block_k"),
+        ({"v": torch.randn(1, 9, 2, 3).double()}, "float64"),
+    ],
+)
+def test_refusals_name_the_argument(change: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        m2rnn_triton(**(small() | change))
