@@ -16,8 +16,8 @@ test: lint $(ORACLES)
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check nemo_megacpp tests examples
-	$(BIN)/ruff format --check nemo_megacpp tests examples
+	$(BIN)/ruff check nemo_megacpp tests examples benchmarks
+	$(BIN)/ruff format --check nemo_megacpp tests examples benchmarks
 	$(BIN)/mypy
 
 install: $(INSTALLED)
