@@ -1,9 +1,10 @@
 """mamba_ssm's Triton kernel for Mamba-3 SISO behind the signature of our own scan.
 
-Written against mamba_ssm 2.3.2.post1 (``ops/triton/mamba3/mamba3_siso_combined.py``). **Not
-measured**: no GPU was at hand. Known from its source: Q, K, V, trap and the accumulated angle are
-held in bf16 (an angle near 2π to about 0.02 rad), and sigmoid, tanh, sin and cos are hardware
-approximations, so it agrees with :func:`mamba3_chunked` in bf16 only.
+Written against mamba_ssm 2.3.2.post1 (``ops/triton/mamba3/mamba3_siso_combined.py``). In Triton's
+interpreter the kernel agrees with :func:`mamba3_chunked`, every gradient included, to bf16's
+rounding; **not run on a GPU yet**, as none was at hand. Known from its source: Q, K, V, trap and
+the accumulated angle are held in bf16 (an angle near 2π to about 0.02 rad), and sigmoid, tanh, sin
+and cos are hardware approximations, so it agrees in bf16 only.
 
 The MIMO kernel of that release is TileLang's; it is not called from here.
 """
@@ -74,7 +75,7 @@ def mamba3_gpu(
     theta: Tensor,
     D: Tensor,
 ) -> Tensor:
-    """Scan with the Triton kernel, where :func:`mamba3_gpu_reason` is None; not measured.
+    """Scan with the Triton kernel, where :func:`mamba3_gpu_reason` is None; not run on a GPU yet.
 
     Args:
         x: ``[b, l, h, p]``.

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from tests.mixers.kernels.triton_interpreter import interpreter_process
 
 Tensors = dict[str, Tensor]
 
@@ -148,6 +151,14 @@ def _load_oracles(folder: Path) -> tuple[SimpleNamespace, dict[str, ModuleType]]
         sys.modules.update(before)
 
 
+def oracles_folder() -> Path:
+    """Where `make oracles` puts the peers' packages; the test fails if it is not there."""
+    folder = Path(sys.prefix) / "oracles"
+    if not (folder / "mamba_ssm").is_dir():
+        pytest.fail(f"No reference packages in {folder}: run `make oracles`.", pytrace=False)
+    return folder
+
+
 @pytest.fixture
 def oracles(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The pure-torch references of mamba-ssm and causal-conv1d, by name.
@@ -155,12 +166,16 @@ def oracles(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     Python does not search their folder, and after the test nothing of theirs stays importable:
     where Megatron finds mamba_ssm, it takes its kernels.
     """
-    folder = Path(sys.prefix) / "oracles"
-    if not (folder / "mamba_ssm").is_dir():
-        pytest.fail(f"No reference packages in {folder}: run `make oracles`.", pytrace=False)
-    references, modules = _load_oracles(folder)
+    references, modules = _load_oracles(oracles_folder())
     for name in _peer_modules():
         monkeypatch.delitem(sys.modules, name)
     for name, module in modules.items():  # one of the references imports as it runs
         monkeypatch.setitem(sys.modules, name, module)
     return references
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process that runs Triton kernels on the CPU."""
+    with interpreter_process() as pool:
+        yield pool

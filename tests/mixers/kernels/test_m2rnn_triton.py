@@ -1,16 +1,14 @@
 """The Triton form of M²RNN: its numbers in Triton's interpreter, and that it compiles for a GPU.
 
 float32 is held to 1e-5 of the largest value of the reference loop in float64, for every output
-and gradient. The interpreter runs in a process of its own, as Triton asks at import whether to use
-it.
+and gradient.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +27,14 @@ from tests.mixers.kernels.test_m2rnn import make
 Tensors = dict[str, Tensor]
 
 
-def _read_sizes_of_one() -> None:
-    """Let the interpreter of Triton 3.6 take loop bounds from numpy 2.4, which no longer turns an
-    array of one number into an integer by itself."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_index(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_and_index
-
-
 def _run(tensors: Tensors, options: dict[str, Any]) -> Tensors:
     return run_with_gradients(m2rnn_triton, tensors, options)
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable[[Tensors, dict[str, Any]], Tensors]]:
+@pytest.fixture
+def interpreted(interpreter: ProcessPoolExecutor) -> Callable[[Tensors, dict[str, Any]], Tensors]:
     """Run the Triton form in the interpreter: outputs and gradients by name."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(_read_sizes_of_one).result()
-        yield lambda tensors, options: pool.submit(_run, tensors, options).result()
+    return lambda tensors, options: interpreter.submit(_run, tensors, options).result()
 
 
 def small(dtype: torch.dtype = torch.float32, **sizes: Any) -> Tensors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +13,13 @@ from torch import Tensor
 
 from nemo_megacpp.mixers.kernels import mamba3_gpu as adapter
 from nemo_megacpp.mixers.kernels.mamba3 import mamba3_chunked, mamba3_naive
+from tests.mixers.kernels.conftest import (
+    Tensors,
+    assert_same,
+    oracles_folder,
+    run_with_gradients,
+)
+from tests.mixers.kernels.triton_interpreter import load_mamba3_kernels
 
 RUNS: dict[str, Any] = {
     "rank": 1,
@@ -63,6 +71,45 @@ def test_the_kernel_is_handed_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def _real_kernel(tensors: Tensors) -> Tensors:
+    """In the interpreter's process: mamba_ssm's kernel, through the adapter."""
+    load_mamba3_kernels()
+    return run_with_gradients(adapter.mamba3_gpu, tensors, {})
+
+
+def test_the_real_kernel_computes_the_same(interpreter: ProcessPoolExecutor) -> None:
+    """mamba_ssm's own kernels, forward and backward, in Triton's interpreter.
+
+    They hold activations and the states between chunks in bf16: 8 bits of mantissa, of which the
+    longest chains (67 tokens, more than a chunk) leave about six, 3% of the largest value.
+    """
+    oracles_folder()
+    torch.manual_seed(0)
+    batch, length, heads, p, g, n, s = 1, 67, 4, 16, 2, 16, 4
+    bf16 = torch.bfloat16
+    tensors = {
+        "x": torch.randn(batch, length, heads, p).to(bf16),
+        "B": torch.randn(batch, length, 1, g, n).to(bf16),
+        "C": torch.randn(batch, length, 1, g, n).to(bf16),
+        "B_bias": torch.randn(heads, 1, n),
+        "C_bias": torch.randn(heads, 1, n),
+        "dt": 0.3 * torch.rand(batch, length, heads) + 0.1,
+        "A": -torch.rand(batch, length, heads),
+        "trap": torch.randn(batch, length, heads).to(bf16),
+        "theta": torch.randn(batch, length, s).to(bf16),
+        "D": torch.randn(heads),
+    }
+
+    def ours(trap: Tensor, theta: Tensor, **t: Tensor) -> Tensor:
+        return mamba3_chunked(**t, lam=torch.sigmoid(trap), angle_rate=math.pi * torch.tanh(theta))[
+            0
+        ]
+
+    exact = {name: t.double() for name, t in tensors.items()}
+    expected = run_with_gradients(ours, exact, {})
+    assert_same(interpreter.submit(_real_kernel, tensors).result(), expected, 3e-2)
 
 
 def test_no_reason_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
