@@ -19,7 +19,7 @@ from tests.mixers.kernels.conftest import (
     oracles_folder,
     run_with_gradients,
 )
-from tests.mixers.kernels.triton_interpreter import load_mamba3_kernels
+from tests.mixers.kernels.triton_interpreter import peer_kernels
 
 RUNS: dict[str, Any] = {
     "rank": 1,
@@ -75,7 +75,7 @@ def test_the_kernel_is_handed_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> 
 
 def _real_kernel(tensors: Tensors) -> Tensors:
     """In the interpreter's process: mamba_ssm's kernel, through the adapter."""
-    load_mamba3_kernels()
+    peer_kernels("mamba_ssm.ops.triton.mamba3.mamba3_siso_combined")
     return run_with_gradients(adapter.mamba3_gpu, tensors, {})
 
 

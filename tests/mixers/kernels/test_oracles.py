@@ -20,6 +20,8 @@ from nemo_megacpp.mixers.kernels.mamba3 import mamba3_chunked
 from nemo_megacpp.mixers.kernels.mamba3_state import Mamba3State
 from nemo_megacpp.mixers.kernels.mamba_split_conv1d_scan import mamba_split_conv1d_scan
 from nemo_megacpp.mixers.kernels.ssd import ssd_chunked
+from tests.mixers.kernels.conftest import assert_same, oracles_folder, run_with_gradients
+from tests.mixers.kernels.triton_interpreter import peer_kernels
 
 DTYPE = torch.float64
 ROWS = [None, [[8, 13], [21]], [[1, 3, 9, 8], [20, 1]]]
@@ -96,18 +98,18 @@ def test_final_window_of_packed_rows(oracles, packed):
 # -- Mamba-2 ---------------------------------------------------------------------------------------
 
 
-def ssd_tensors():
+def ssd_tensors(heads=4, groups=2):
     torch.manual_seed(1)
     return {
-        "x": rand(2, 21, 4, 3),
-        "dt": rand(2, 21, 4),
-        "A": -torch.rand(4).to(DTYPE) - 0.1,
-        "B": rand(2, 21, 2, 5),
-        "C": rand(2, 21, 2, 5),
-        "D": rand(4),
-        "z": rand(2, 21, 4, 3),
-        "dt_bias": rand(4),
-        "initial_states": rand(2, 4, 3, 5),
+        "x": rand(2, 21, heads, 3),
+        "dt": rand(2, 21, heads),
+        "A": -torch.rand(heads).to(DTYPE) - 0.1,
+        "B": rand(2, 21, groups, 5),
+        "C": rand(2, 21, groups, 5),
+        "D": rand(heads),
+        "z": rand(2, 21, heads, 3),
+        "dt_bias": rand(heads),
+        "initial_states": rand(2, heads, 3, 5),
     }
 
 
@@ -140,6 +142,28 @@ def test_ssd_with_states_and_packs(oracles, hold_to, packed, rows):
     if rows is not None:
         options["seq_idx"] = packed(rows)
     hold_to(reference, lambda **t: ssd_chunked(**t, **options), ssd_tensors(), 1e-10)
+
+
+def _real_ssd(tensors, options):
+    """In the interpreter's process: what Megatron's MambaMixer runs on a GPU."""
+    kernels = peer_kernels("mamba_ssm.ops.triton.ssd_combined")
+    return run_with_gradients(kernels.mamba_chunk_scan_combined, tensors, options)
+
+
+def test_ssd_is_what_the_kernels_compute(interpreter, packed):
+    """mamba_ssm's own kernels, forward and backward, with packs and states of their own.
+
+    They give an initial state to document 0 alone; we, to the first document whatever its number.
+    """
+    oracles_folder()
+    seq_idx = packed([[8, 13], [21]])
+    seq_idx = seq_idx - seq_idx[:, :1]
+    tensors = {name: t.float() for name, t in ssd_tensors(2, 1).items()}
+    options = {"dt_softplus": True, "return_final_states": True, "seq_idx": seq_idx}
+    exact = {name: t.double() for name, t in tensors.items()}
+    expected = run_with_gradients(ssd_chunked, exact, options | {"chunk_size": 8})
+    found = interpreter.submit(_real_ssd, tensors, options | {"chunk_size": 16}).result()
+    assert_same(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("absent", [(), ("z",), ("D", "dt_bias")])
