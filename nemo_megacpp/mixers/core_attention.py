@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.nn import functional as F
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.sequence_layout import document_ids, positions_of_rank
+from nemo_megacpp.mixers.sequence_layout import token_order
 
 
 class TorchCoreAttention(MegatronModule):
@@ -21,7 +21,7 @@ class TorchCoreAttention(MegatronModule):
 
     Stock ``DotProductAttention`` refuses CP and packs. Here, under CP, keys and values are gathered
     over cp (their gradients are reduce-scattered back) and the causal mask is drawn from global
-    positions, so the zigzag order in which Megatron deals a sequence to ranks needs no undoing.
+    positions, so the zigzag order in which Megatron deals tokens to ranks needs no undoing.
 
     Query ``[s/cp, b, n/tp, d]``, key and value ``[s/cp, b, g/tp, d]`` (``[t/cp, n, d]`` for packs
     in ``thd`` format); output ``[s/cp, b, n/tp·d]``. Varying on tp (heads) and on cp (sequence).
@@ -111,11 +111,9 @@ class TorchCoreAttention(MegatronModule):
         cp = self.cp_group.size()
         if cp == 1 and packed is None:
             return None
-        length = local_length * cp
-        order = torch.cat([positions_of_rank(length, cp, rank) for rank in range(cp)]).to(device)
-        mine = positions_of_rank(length, cp, self.cp_group.rank()).to(device)
-        mask = mine[:, None] >= order[None, :]
-        if packed is not None:
-            documents = document_ids(packed, length).to(device)
-            mask &= documents[mine][:, None] == documents[order][None, :]
+        order = token_order(local_length * cp, cp, packed, device)
+        mine, all_keys = order.of_rank(self.cp_group.rank()), order.positions
+        mask = mine[:, None] >= all_keys[None, :]
+        if order.documents is not None:
+            mask &= order.documents[mine][:, None] == order.documents[all_keys][None, :]
         return mask

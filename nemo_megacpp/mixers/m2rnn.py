@@ -44,11 +44,12 @@ from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_scan
 from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
 from nemo_megacpp.mixers.replicated import mark_replicated, replicated, sum_over_tp
 from nemo_megacpp.mixers.sequence_layout import (
-    document_ids,
+    TokenOrder,
     gather_sequence,
     heads_to_sequence,
     segments_to_zigzag,
     sequence_to_heads,
+    token_order,
     zigzag_to_segments,
 )
 from nemo_megacpp.mixers.sharding import sharded_by_head
@@ -185,17 +186,15 @@ class M2RNNMixer(MegatronModule):
         """Map ``[s, b, h]`` (``[s/tp, b, h]`` under SP) to the same shape, and a bias (None)."""
         assert inference_context is None, "the R mixer trains; it has no inference state"
         shared, split = self.in_proj(hidden_states)
-        documents = None
-        if packed_seq_params is not None:
-            length = shared.size(0) * self.cp_group.size()
-            documents = document_ids(packed_seq_params, length)
+        group, cp = self.cp_group, self.cp_group.size()
+        order = token_order(shared.size(0) * cp, cp, packed_seq_params, shared.device)
         if self.serial:
-            shared, split = (zigzag_to_segments(t, self.cp_group) for t in (shared, split))
-            y = segments_to_zigzag(self._mix(shared, split, documents), self.cp_group)
+            shared, split = (zigzag_to_segments(t, group, order) for t in (shared, split))
+            y = segments_to_zigzag(self._mix(shared, split, order), group, order)
         else:
-            shared = gather_sequence(shared, self.cp_group)
-            split = sequence_to_heads(split, self.cp_group)
-            y = heads_to_sequence(self._mix(shared, split, documents), self.cp_group)
+            shared = gather_sequence(shared, group, order)
+            split = sequence_to_heads(split, group, order)
+            y = heads_to_sequence(self._mix(shared, split, order), group, order)
         return self.out_proj(self._norm(y))
 
     def _cp_is_serial(self) -> bool:
@@ -222,9 +221,7 @@ class M2RNNMixer(MegatronModule):
         cp = 1 if self.serial else self.cp_group.size()
         return parameter.chunk(cp)[self.cp_group.rank()] if cp > 1 else parameter
 
-    def _mix(
-        self, shared: torch.Tensor, split: torch.Tensor, documents: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _mix(self, shared: torch.Tensor, split: torch.Tensor, order: TokenOrder) -> torch.Tensor:
         """Convolve, recur and gate: ``[s, b, 2K]`` and ``[s, b, n·(2V+1)]`` to ``[s, b, n·V]``.
 
         Tokens are in order: the whole sequence, or this rank's segment of it.
@@ -233,7 +230,7 @@ class M2RNNMixer(MegatronModule):
         v, f, g = split.unflatten(-1, (-1, 2 * self.v_dim + 1)).split(
             [self.v_dim, 1, self.v_dim], dim=-1
         )
-        packs, continues = self._documents_here(documents, shared.size(1))
+        packs, continues = self._documents_here(order, shared.size(1))
         shared_conv = replicated(self.shared_conv_weight, self.config, self.tp_group)
         q, k, v = self._convolve(
             torch.cat([shared, v.flatten(-2)], dim=-1),
@@ -285,16 +282,14 @@ class M2RNNMixer(MegatronModule):
         )
         return reason is None
 
-    def _documents_here(
-        self, documents: torch.Tensor | None, length: int
-    ) -> tuple[torch.Tensor | None, float]:
+    def _documents_here(self, order: TokenOrder, length: int) -> tuple[torch.Tensor | None, float]:
         """Return the documents ``[1, s]`` of the tokens at hand, and whether (1.0 or 0.0) the first
         of them goes on with the document that the previous segment ended in."""
-        if documents is None:
+        if order.documents is None:
             return None, 1.0
         start = self.cp_group.rank() * length if self.serial else 0
-        continues = start == 0 or bool(documents[start] == documents[start - 1])
-        return documents[start : start + length].unsqueeze(0), float(continues)
+        continues = start == 0 or start not in order.boundaries
+        return order.documents[start : start + length].unsqueeze(0), float(continues)
 
     def _convolve(
         self, x: torch.Tensor, weight: torch.Tensor, packs: torch.Tensor | None, continues: float

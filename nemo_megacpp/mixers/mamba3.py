@@ -51,10 +51,10 @@ from nemo_megacpp.mixers.mamba3_rows import (
 )
 from nemo_megacpp.mixers.replicated import mark_replicated, replicated
 from nemo_megacpp.mixers.sequence_layout import (
-    document_ids,
     gather_sequence,
     heads_to_sequence,
     sequence_to_heads,
+    token_order,
 )
 from nemo_megacpp.mixers.sharding import sharded_by_head
 
@@ -179,14 +179,15 @@ class Mamba3Mixer(MegatronModule):
         """Map ``[s, b, h]`` (``[s/tp, b, h]`` under SP) to the same shape, and a bias (None)."""
         assert inference_context is None, "the Mamba-3 mixer trains; it has no inference state"
         theta, split = self.in_proj(hidden_states)
-        documents = None
-        if packed_seq_params is not None:
-            length = theta.size(0) * self.cp_group.size()
-            documents = document_ids(packed_seq_params, length).expand(theta.size(1), -1)
-        theta = gather_sequence(theta, self.cp_group)
-        split = sequence_to_heads(cp_blocks(split, self.dims, self.copies), self.cp_group)
+        group, cp = self.cp_group, self.cp_group.size()
+        order = token_order(theta.size(0) * cp, cp, packed_seq_params, theta.device)
+        documents = order.documents
+        if documents is not None:
+            documents = documents.expand(theta.size(1), -1)
+        theta = gather_sequence(theta, group, order)
+        split = sequence_to_heads(cp_blocks(split, self.dims, self.copies), group, order)
         y = self._mix(theta.transpose(0, 1), split.transpose(0, 1), documents)
-        return self.out_proj(heads_to_sequence(y.transpose(0, 1), self.cp_group))
+        return self.out_proj(heads_to_sequence(y.transpose(0, 1), group, order))
 
     def _mine(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return the part of a tensor-parallel parameter that this cp rank's heads use.

@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from megatron.core.transformer.moe.router import TopKRouter
 
-from nemo_megacpp.mixers.sequence_layout import positions_of_rank
+from nemo_megacpp.mixers.sequence_layout import token_order
 
 
 class CapacityRouter(TopKRouter):
@@ -50,15 +50,12 @@ class CapacityRouter(TopKRouter):
         torch.distributed.all_gather(everyone, probs.contiguous(), group=group)
         # In the order of the sequence, so that equal probabilities are dropped alike everywhere.
         length = probs.size(0) // batch * group.size()
-        held = torch.cat([positions_of_rank(length, cp, rank) for rank in range(cp)])
-        held = held.to(probs.device)
+        order = token_order(length, cp, device=probs.device)
         gathered = torch.cat(everyone).view(length, batch, -1)
-        ordered = torch.empty_like(gathered)
-        ordered[held] = gathered
-        ordered = ordered.view(length * batch, -1)
+        ordered = gathered[order.places].view(length * batch, -1)
         # A chosen expert's probability is positive, so the map need not travel.
         _, kept = apply_router_token_dropping(
             ordered, ordered > 0, self.topk, self.capacity_factor, drop_policy="probs"
         )
-        mine = held.chunk(group.size())[group.rank()]
+        mine = order.positions.chunk(group.size())[group.rank()]
         return kept.view(length, batch, -1)[mine].flatten(0, 1)

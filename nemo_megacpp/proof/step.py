@@ -18,12 +18,12 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 from nemo_megacpp.checkpoint.dcp import load_model, save_model
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import ParallelLayout, padded_vocab_size
 from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
+from nemo_megacpp.mixers.sequence_layout import deal_batch
 from nemo_megacpp.proof.gather import GlobalValues, gather_values
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.specs.model import build_hybrid_model
@@ -227,7 +227,7 @@ def _microbatches(spec: StepSpec, config: HybridConfig) -> Iterator[dict[str, to
             "row": torch.arange(start, start + step)[:, None].expand(-1, config.seq_length),
             "position_ids": torch.arange(config.seq_length).expand(step, -1),
         }
-        yield get_batch_on_this_cp_rank(batch)
+        yield deal_batch(batch, _packs(spec.documents))
 
 
 def _forward_step(

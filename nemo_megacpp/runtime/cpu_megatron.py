@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from nemo_megacpp.mixers.kernels.gated_rms_norm import RMSNormGated
 from nemo_megacpp.mixers.kernels.mamba_split_conv1d_scan import mamba_split_conv1d_scan
 from nemo_megacpp.mixers.kernels.ssd import ssd_chunked
+from nemo_megacpp.mixers.sequence_layout import token_order
 
 
 def _rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -96,6 +99,14 @@ def _type_as_on_cuda(stock: Callable[..., Any]) -> Callable[..., Any]:
     return type_name
 
 
+def _tokens_of_rank(
+    cu_seqlens: torch.Tensor, total_tokens: int, world_size: int, rank: int
+) -> torch.Tensor:
+    """Transformer Engine's ``thd_get_partitioned_indices``, a CUDA kernel."""
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens)
+    return token_order(total_tokens, world_size, packed, cu_seqlens.device).of_rank(rank).int()
+
+
 class _QuietAboutOneGenerator(logging.Filter):
     """Drop Megatron's warning that the CPU generator moved inside a CUDA fork: here it is one."""
 
@@ -105,7 +116,7 @@ class _QuietAboutOneGenerator(logging.Filter):
 
 def _install_mamba_kernels() -> None:
     """Give ``MambaMixer`` torch forms of the Triton and CUDA kernels that it calls by name."""
-    from megatron.core.ssm import mamba_mixer
+    from megatron.core.ssm import mamba_context_parallel, mamba_mixer
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
     class ExtendedRMSNorm(RMSNormGated):
@@ -140,6 +151,10 @@ def _install_mamba_kernels() -> None:
         if for_inference_not_training
         else (True, None)
     )
+    # Under context parallelism the mixer asks Transformer Engine for the order of a pack.
+    context_parallel: Any = mamba_context_parallel
+    context_parallel.tex = SimpleNamespace(thd_get_partitioned_indices=_tokens_of_rank)
+    context_parallel.is_te_min_version = lambda version, check_equality=True: True
 
 
 def install() -> None:

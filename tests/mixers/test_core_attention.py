@@ -14,7 +14,7 @@ from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.core_attention import TorchCoreAttention
-from nemo_megacpp.mixers.sequence_layout import positions_of_rank
+from nemo_megacpp.mixers.sequence_layout import token_order
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step import StepSpec, make_config
 from nemo_megacpp.runtime.distributed import start_model_parallel
@@ -75,36 +75,39 @@ def _by_hand(length: int, ends: Ends, batch: int, scale: float | None) -> list[n
     return _values(_naive(query, key, value, scale or DIM**-0.5, ends), inputs, form)
 
 
+def _pack(ends: Ends) -> PackedSeqParams | None:
+    if ends is None:
+        return None
+    boundaries = torch.tensor(ends, dtype=torch.int32)
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
+
+
 def _attend(cp: int, length: int, ends: Ends, batch: int, scale: float | None) -> list[np.ndarray]:
     """On a rank: the module on this rank's share; output and gradients of q, k and v."""
     layout = ParallelLayout.parse(f"cp={cp}")
     start_model_parallel(layout)
     config = make_config(StepSpec(tiny_model("A"), dtype="float64"), layout)
     attention = TorchCoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=scale)
-    mine = positions_of_rank(length, cp, attention.cp_group.rank())
+    packed = _pack(ends)
+    mine = token_order(length, cp, packed).of_rank(attention.cp_group.rank())
     *inputs, form = (t[mine] for t in _inputs(length, ends, batch))
     inputs = [t.requires_grad_() for t in inputs]
-    packed = None
-    if ends is not None:
-        boundaries = torch.tensor(ends, dtype=torch.int32)
-        packed = PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries
-        )
     query, key, value = inputs
     output = attention(query, key, value, None, packed_seq_params=packed)
     return _values(output, inputs, form)
 
 
-@pytest.mark.parametrize("cp", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("ends", "batch", "scale"),
+    ("cp", "ends", "batch", "scale"),
     [
-        (None, 2, None),
-        (None, 1, 0.7),
-        ([0, 16], 1, None),
-        ([0, 5, 12, 16], 1, 0.7),
-        ([0, 4, 8, 12, 16], 1, None),
-        ([0, 1, 2, 15], 1, None),
+        *((cp, None, 2, None) for cp in (1, 2, 4)),
+        *((cp, None, 1, 0.7) for cp in (1, 2, 4)),
+        *((cp, [0, 16], 1, None) for cp in (1, 2, 4)),
+        (1, [0, 5, 12, 16], 1, 0.7),
+        (1, [0, 1, 2, 15], 1, None),
+        (2, [0, 4, 12, 16], 1, 0.7),
+        (2, [0, 4, 4, 8, 12, 16], 1, None),
+        (4, [0, 8, 16], 1, 0.7),
     ],
 )
 def test_against_softmax(
@@ -114,11 +117,12 @@ def test_against_softmax(
     length = 16
     shares = ranks.run(cp, _attend, cp, length, ends, batch, scale)
     expected = _by_hand(length, ends, batch, scale)
+    order = token_order(length, cp, _pack(ends))
     for name, value, *parts in zip(
         ("output", "query", "key", "value"), expected, *shares, strict=True
     ):
         for rank, part in enumerate(parts):
-            mine = value[positions_of_rank(length, cp, rank).numpy()]
+            mine = value[order.of_rank(rank).numpy()]
             assert part.shape == mine.shape, name
             assert abs(part - mine).max() <= TOLERANCE * abs(value).max(), (name, rank)
 

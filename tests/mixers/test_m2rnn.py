@@ -19,7 +19,7 @@ from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d_naive
 from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_naive
 from nemo_megacpp.mixers.m2rnn import M2RNNMixer
-from nemo_megacpp.mixers.sequence_layout import document_ids, positions_of_rank
+from nemo_megacpp.mixers.sequence_layout import token_order
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step import StepSpec, build_chunks, make_config
 from nemo_megacpp.runtime.distributed import start_model_parallel
@@ -71,7 +71,9 @@ def _by_hand(
     v, f, g = split[..., :V], split[..., V], split[..., V + 1 :]
     documents = None
     if packed is not None:
-        documents = document_ids(packed, length).expand(batch, -1)
+        order = token_order(length, 1, packed)
+        assert order.documents is not None
+        documents = order.documents.expand(batch, -1)
     qkv = causal_conv1d_naive(
         torch.cat([x @ mixer.in_proj.shared_weight.T, v.flatten(2)], dim=-1),
         torch.cat([mixer.shared_conv_weight, mixer.conv_weight]),
@@ -120,7 +122,7 @@ def _shared_sequence(
     cp: int, form_of_cp: str, length: int, ends: list[int] | None, batch: int
 ) -> tuple[bool, dict[str, np.ndarray]]:
     mixer = _mixer(cp, m2rnn_context_parallel=form_of_cp)
-    mine = positions_of_rank(length, cp, mixer.cp_group.rank())
+    mine = token_order(length, cp, _pack(ends)).of_rank(mixer.cp_group.rank())
     hidden = _random(5, length, batch)[mine].requires_grad_()
     output = mixer(hidden, packed_seq_params=_pack(ends))[0]
     form = _random(6, length, batch)[mine]
@@ -199,23 +201,28 @@ def test_pack_equals_documents_alone(ranks: WorkerPool, ends: list[int]) -> None
     assert abs(pack - alone).max() <= TOLERANCE * abs(alone).max()
 
 
-# Of 16 tokens, the second half starts at 8 and its convolution looks back on 5, 6 and 7.
-PACKS = {
-    "one document": None,
-    "a boundary between the segments": [0, 5, 8, 16],
-    "a boundary in the window, before": [0, 3, 7, 16],
-    "a boundary in the window, after": [0, 6, 9, 16],
-    "documents of one token": [0, 6, 7, 8, 9, 10, 16],
-    "tokens after the last boundary": [0, 4, 11],
-}
+# Documents in multiples of 2·cp. With CP=2, segments of 20 tokens start at 10 and their convolution
+# looks back on 7, 8 and 9; of 24, at 12. With CP=4, those of 24 start at 6, 12 and 18.
+PACKS: list[tuple[int, str, list[int] | None]] = [
+    (2, "one document", None),
+    (2, "a boundary between the segments", [0, 8, 12, 24]),
+    (2, "a boundary in the window, before", [0, 8, 20]),
+    (2, "a boundary in the window, after", [0, 12, 20]),
+    (2, "the shortest documents", [0, 4, 8, 12, 16, 20]),
+    (2, "an empty document", [0, 12, 12, 24]),
+    (4, "one document", None),
+    (4, "a boundary in the windows, before and after", [0, 8, 16, 24]),
+    (4, "a document over three segments", [0, 8, 24]),
+]
 
 
 @pytest.mark.parametrize("form_of_cp", ["all_to_all", "serial"])
-@pytest.mark.parametrize("cp", [2, 4])
-@pytest.mark.parametrize("name", PACKS)
-def test_context_parallel(ranks: WorkerPool, cp: int, form_of_cp: str, name: str) -> None:
+@pytest.mark.parametrize(("cp", "name", "ends"), PACKS)
+def test_context_parallel(
+    ranks: WorkerPool, cp: int, form_of_cp: str, name: str, ends: list[int] | None
+) -> None:
     """Output and input gradient are slices of one rank's; parameters' gradients add up."""
-    _hold_under_cp(ranks, cp, form_of_cp, 16, PACKS[name], 1)
+    _hold_under_cp(ranks, cp, form_of_cp, ends[-1] if ends else 16, ends, 1)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +232,7 @@ def test_context_parallel(ranks: WorkerPool, cp: int, form_of_cp: str, name: str
         ("serial", 16, None, 2),
         # Segments of two tokens are shorter than the window of three.
         ("serial", 8, None, 1),
-        ("serial", 8, [0, 3, 8], 1),
+        ("serial", 16, [0, 8, 16], 1),
     ],
 )
 def test_batches_and_short_segments(
@@ -241,10 +248,11 @@ def _hold_under_cp(
     results = ranks.run(cp, _shared_sequence, cp, form_of_cp, length, ends, batch)
     assert {serial for serial, _ in results} == {form_of_cp == "serial"}
     found = {name: sum(part[name] for _, part in results) for name in expected}
+    order = token_order(length, cp, _pack(ends))
     for name in ("output", "hidden"):
         found[name] = np.full_like(expected[name], np.nan)
         for rank, (_, part) in enumerate(results):
-            found[name][positions_of_rank(length, cp, rank).numpy()] = part[name]
+            found[name][order.of_rank(rank).numpy()] = part[name]
     _assert_equal(expected, found)
 
 

@@ -43,7 +43,10 @@ FAULTS: dict[str, tuple[str, Any]] = {
         "nemo_megacpp.mixers.linear.mark_replicated",
         lambda parameter, config: None,
     ),
-    "zigzag not undone": ("nemo_megacpp.mixers.m2rnn.sequence_to_heads", _all_to_all_cp2hp),
+    "zigzag not undone": (
+        "nemo_megacpp.mixers.m2rnn.sequence_to_heads",
+        lambda x, cp_group, order: _all_to_all_cp2hp(x, cp_group),
+    ),
     "two heads swapped": ("nemo_megacpp.mixers.m2rnn.M2RNNMixer._norm", _swapped_norm),
 }
 
