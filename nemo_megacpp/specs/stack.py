@@ -29,7 +29,6 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import WrappedTensor, make_viewless_tensor
 
 from nemo_megacpp.config import Mode
-from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import registered
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.specs.attention import attention_layer_spec
@@ -37,6 +36,7 @@ from nemo_megacpp.specs.backend import default_backend
 from nemo_megacpp.specs.expert import expert_layer_spec
 from nemo_megacpp.specs.mamba import mamba_layer_spec
 from nemo_megacpp.specs.mamba3 import mamba3_layer_spec
+from nemo_megacpp.specs.packs import check_packs
 from nemo_megacpp.specs.recurrent import recurrent_layer_spec
 
 
@@ -172,18 +172,23 @@ class HybridStack(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         padding_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run the chunk on ``[s, b, h]`` (the rank's share of ``s`` under SP and CP)."""
+        """Run the chunk on ``[s, b, h]`` (the rank's share of ``s`` under SP and CP).
+
+        Raises:
+            UserError: packed rows that cannot be run so; see :mod:`nemo_megacpp.specs.packs`.
+        """
         assert inference_context is None and inference_params is None, "the hybrid stack trains"
-        if packed_seq_params is not None and self.cp_group.size() > 1:
-            raise UserError(
-                f"Packed sequences with CP={self.cp_group.size()}: Megatron's rotary embedding "
-                f"shards every document over CP, a scan shards the pack. Use CP=1, or do not pack."
-            )
         if not self.pre_process:
             assert self.input_tensor is not None
             hidden_states = self.input_tensor
         if isinstance(hidden_states, WrappedTensor):
             hidden_states = hidden_states.unwrap()
+        if packed_seq_params is not None:
+            rotary_length = None if rotary_pos_emb is None else rotary_pos_emb.size(0)
+            cp = self.cp_group.size()
+            check_packs(
+                packed_seq_params, hidden_states, rotary_length, self.layers, self.config, cp
+            )
         with get_fp8_context(self.config):
             for layer in self.layers:
                 if isinstance(layer, TransformerLayer):
