@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -77,6 +78,24 @@ def test_packs_of_families_together_under_cp(
 ) -> None:
     spec = _spec(tiny_model("AEMR", mode=mode), (12, 4, 16), global_batch_size=2)
     _hold(ranks, reference, spec, *layouts)
+
+
+def _dealt_as_one_document(spec: StepSpec, layout: ParallelLayout, weights: str) -> Any:
+    with mock.patch("nemo_megacpp.proof.step.deal_batch", lambda batch, packed: deal_batch(batch)):
+        return run_step(spec, layout, weights)
+
+
+@pytest.mark.parametrize("label", ["A", "M", "R-serial"])
+def test_a_pack_dealt_as_one_document_is_seen(
+    ranks: WorkerPool, reference: Reference, label: str
+) -> None:
+    """One zigzag over the whole pack would be another order: the proof must tell them apart."""
+    spec = _spec(ALONE[label], (8, 24, 16), global_batch_size=2)
+    weights, expected = reference(spec)
+    layout = ParallelLayout.parse("cp=2")
+    result = ranks.run(2, _dealt_as_one_document, spec, layout, weights)[0]
+    broken = [rung.name for rung in compare(expected, result, FLOAT64) if not rung.holds]
+    assert broken[:1] == ["forward"]
 
 
 # -- against documents alone -----------------------------------------------------------------------
