@@ -30,11 +30,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.layout.rules import Divides
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d
-from nemo_megacpp.mixers.sequence_layout import (
-    document_ids,
-    heads_to_sequence,
-    sequence_to_heads,
-)
+from nemo_megacpp.mixers.sequence_layout import heads_to_sequence, sequence_to_heads, token_order
 from nemo_megacpp.mixers.sharding import sharded_by_head
 from nemo_megacpp.pattern import Family
 
@@ -113,15 +109,15 @@ class ShortConvMixer(MegatronModule):
         """Return the output and a bias (None); tokens are this rank's share under SP and CP."""
         assert inference_context is None, "this mixer trains; it has no inference state"
         gated, _ = self.in_proj(hidden_states)
+        cp = self.cp_group.size()
+        order = token_order(gated.size(0) * cp, cp, packed_seq_params, gated.device)
         # Channel by channel, so that a share of the rows is a share of the channels.
-        gated = sequence_to_heads(gated, self.cp_group)
+        gated = sequence_to_heads(gated, self.cp_group, order)
         b, c, x = gated.unflatten(-1, (-1, 3)).unbind(-1)
-        documents = None
-        if packed_seq_params is not None:
-            documents = document_ids(packed_seq_params, x.size(0)).expand(x.size(1), -1)
-        weight = self.conv_weight.chunk(self.cp_group.size())[self.cp_group.rank()]
+        documents = None if order.documents is None else order.documents.expand(x.size(1), -1)
+        weight = self.conv_weight.chunk(cp)[self.cp_group.rank()]
         y = causal_conv1d((b * x).transpose(0, 1), weight, seq_idx=documents).transpose(0, 1)
-        return self.out_proj(heads_to_sequence(c * y, self.cp_group))
+        return self.out_proj(heads_to_sequence(c * y, self.cp_group, order))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

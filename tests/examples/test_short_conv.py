@@ -49,12 +49,12 @@ def test_every_layout_gives_the_numbers_of_one_rank(
 
 def test_its_documents_do_not_see_each_other(ranks: WorkerPool, reference: Reference) -> None:
     model = tiny_model("C", family_modules=[EXAMPLE])
-    packed = StepSpec(model, objective="logits", dtype="float64", documents=(5, 11))
+    packed = StepSpec(model, objective="logits", dtype="float64", documents=(4, 12))
     whole = StepSpec(model, objective="logits", dtype="float64")
     weights, together = reference(packed)
     alone = ranks.run(1, run_step, whole, ParallelLayout(), weights)[0]
     assert together.objective != alone.objective
-    place = ParallelLayout.parse("tp=2")
+    place = ParallelLayout.parse("cp=2")
     split = ranks.run(2, run_step, packed, place, weights)[0]
     assert all(rung.holds for rung in compare(together, split, FLOAT64))
 
