@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 
+from nemo_megacpp.checkpoint.guard import guard_load
+from nemo_megacpp.checkpoint.manifest import write_manifest
 from nemo_megacpp.errors import UserError
 
 
@@ -41,17 +43,35 @@ def model_sharded_state_dict(chunks: Sequence[torch.nn.Module]) -> dict[str, Any
 
 
 def save_model(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None:
-    """Save model weights; ``directory`` is created on rank 0 and must be seen by all ranks."""
+    """Save model weights, and then a manifest of them.
+
+    ``directory`` is created on rank 0 and must be seen by all ranks.
+    """
     require_psutil()
     directory = Path(directory)
     if torch.distributed.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
     dist_checkpointing.save(model_sharded_state_dict(chunks), str(directory))
+    if torch.distributed.get_rank() == 0:
+        write_manifest(directory)
+    torch.distributed.barrier()
 
 
-def load_model(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None:
-    """Load model weights saved in any layout into this one, strictly."""
+def load_model(
+    chunks: Sequence[torch.nn.Module], directory: str | Path, *, verify: bool = True
+) -> None:
+    """Load model weights saved in any layout into this one, strictly.
+
+    Args:
+        chunks: this rank's pipeline chunks.
+        directory: the checkpoint's weights.
+        verify: compare every byte with the manifest first, where there is one.
+
+    Raises:
+        UserError: on every rank; the checkpoint is damaged, or loading it would run code.
+    """
+    guard_load(Path(directory), verify=verify)
     state = dist_checkpointing.load(model_sharded_state_dict(chunks), str(directory))
     for index, chunk in enumerate(chunks):
         loaded = state[f"chunk{index}"]

@@ -85,6 +85,7 @@ class Training:
         log_interval: steps between progress lines.
         seed: of weights and data order.
         use_distributed_optimizer: shard optimizer state over data-parallel ranks.
+        verify_checkpoint: compare every byte of a checkpoint with its manifest before it is loaded.
     """
 
     max_steps: int = 1000
@@ -104,6 +105,7 @@ class Training:
     log_interval: int = 10
     seed: int = 1234
     use_distributed_optimizer: bool = False
+    verify_checkpoint: bool = True
 
 
 @dataclass(frozen=True)

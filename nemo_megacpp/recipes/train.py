@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from nemo_megacpp.checkpoint.guard import inspect_before_load
 from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.check import check_layout_of, check_model_of, find_resume, open_data
@@ -68,6 +69,11 @@ def train_recipe(recipe: Recipe) -> Path:
 def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
     """Check ``recipe`` and settle what it leaves open, without writing anything.
 
+    Args:
+        recipe: what to train.
+        announce: this process speaks for the job: it prints what was settled, and it is the one
+            that verifies the checkpoint to go on from, where there is one.
+
     Returns:
         The recipe with vocabulary and checkpoint settled, and the folder the run will write.
     """
@@ -91,7 +97,9 @@ def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
         print(f"{recipe.name}: {recipe.pattern}")
         print(f"layout: {recipe.layout.describe()}; run folder: {run_dir}")
         if recipe.resume:
-            print(f"resuming {recipe.resume}")
+            verify = recipe.training.verify_checkpoint
+            found = inspect_before_load(Path(recipe.resume), verify=verify)
+            print(f"resuming {recipe.resume} ({found})")
         sys.stdout.flush()
     return recipe, run_dir
 

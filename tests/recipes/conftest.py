@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_megacpp.checkpoint.identity import write_identity
 from nemo_megacpp.data.prepare import prepare
@@ -26,7 +28,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that makes what a run of a recipe leaves: folders and identity, no weights.
+    """Return a function that makes what a run of a recipe leaves, for a model without a tensor.
 
     ``save(recipe, step)`` returns the checkpoint, ``run/checkpoints/step=…`` under ``tmp_path``.
     """
@@ -34,7 +36,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
     def make(recipe: Recipe, step: int = 20, tokenizer: str = "0" * 64, run: str = "run") -> Path:
         checkpoint = tmp_path / run / "checkpoints" / f"step={step}"
         (checkpoint / "weights").mkdir(parents=True)
-        (checkpoint / "weights" / ".metadata").touch()
+        (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(Metadata({}, None, {})))
         identity = {"model": recipe.model, "layout": recipe.layout.short(), "tokenizer": tokenizer}
         write_identity(checkpoint, identity, step)
         return checkpoint

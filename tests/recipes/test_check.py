@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_megacpp.checkpoint.manifest import write_manifest
 from nemo_megacpp.data import builtin
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
@@ -321,9 +322,25 @@ def test_settle_tells_what_it_settled(
         "vocab_size: 300 (the data's)",
         "nam56r_tiny: AEMEAEMEAEMR",
         "layout: TP=1 CP=1 EP=1 ETP=1 PP=2 (2 ranks: DP=1, expert DP=1); run folder: next",
-        f"resuming {checkpoint}",
+        f"resuming {checkpoint} (no manifest: nothing to verify it against)",
     ]
     assert sorted(elsewhere.rglob("*")) == before
+
+
+def test_a_damaged_checkpoint_is_refused_unless_told_not_to_look(
+    save: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = save(tiny())
+    shard = checkpoint / "weights" / "__0_0.distcp"
+    shard.write_bytes(b"as it was")
+    write_manifest(checkpoint)
+    settle(tiny(f"resume={checkpoint}", "run_dir=next"))
+    assert f"resuming {checkpoint} (3 files, " in capsys.readouterr().out
+    shard.write_bytes(b"as it is!")
+    message = refusal(settle, f"resume={checkpoint}", "run_dir=next")
+    assert f"{checkpoint} is damaged: weights/__0_0.distcp has changed" in message
+    settle(tiny(f"resume={checkpoint}", "run_dir=next", "verify_checkpoint=false"))
+    assert f"resuming {checkpoint} (not verified)" in capsys.readouterr().out
 
 
 def test_settle_chooses_a_new_run_folder_and_can_be_silent(

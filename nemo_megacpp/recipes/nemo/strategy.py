@@ -2,10 +2,12 @@
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
+from pathlib import Path
 from typing import Any
 
 from nemo.lightning import MegatronStrategy, megatron_init
 
+from nemo_megacpp.checkpoint.guard import guard_load
 from nemo_megacpp.runtime.host import ensure_host
 
 
@@ -30,3 +32,13 @@ class HybridStrategy(MegatronStrategy):
         """Start the process groups, then seed this rank."""
         super().setup_distributed()
         megatron_init._set_random_seed(self.seed)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, selective_restore: bool = False
+    ) -> dict[str, Any]:
+        """Load a checkpoint, once its pickles are known to run nothing.
+
+        Its bytes were compared with its manifest before the ranks were started.
+        """
+        guard_load(Path(checkpoint_path), verify=False)
+        return super().load_checkpoint(checkpoint_path, selective_restore)
