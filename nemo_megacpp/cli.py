@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from nemo_megacpp import __version__
+from nemo_megacpp.checkpoint.commands import add_parser as add_checkpoint_parser
 from nemo_megacpp.data.commands import add_parser as add_data_parser
 from nemo_megacpp.errors import UserError
 
@@ -102,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipes.set_defaults(run=_recipes)
 
     add_data_parser(commands)
+    add_checkpoint_parser(commands)
     return parser
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 
+from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
 from nemo_megacpp.checkpoint.guard import guard_load
 from nemo_megacpp.checkpoint.manifest import write_manifest
+from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.errors import UserError
 
 
@@ -61,7 +63,7 @@ def save_model(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None
 def load_model(
     chunks: Sequence[torch.nn.Module], directory: str | Path, *, verify: bool = True
 ) -> None:
-    """Load model weights saved in any layout into this one, strictly.
+    """Load model weights saved in any layout, on any backend, into this one, strictly.
 
     Args:
         chunks: this rank's pipeline chunks.
@@ -72,7 +74,9 @@ def load_model(
         UserError: on every rank; the checkpoint is damaged, or loading it would run code.
     """
     guard_load(Path(directory), verify=verify)
-    state = dist_checkpointing.load(model_sharded_state_dict(chunks), str(directory))
+    sharded = model_sharded_state_dict(chunks)
+    fit_to_checkpoint(sharded, read_metadata(Path(directory)))
+    state = dist_checkpointing.load(sharded, str(directory))
     for index, chunk in enumerate(chunks):
         loaded = state[f"chunk{index}"]
         own = {name: loaded.get(name) for name in chunk.state_dict()}

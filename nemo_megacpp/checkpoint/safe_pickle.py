@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 METADATA = ".metadata"
 COMMON = "common.pt"
 _MODELOPT = "modelopt_state"
-_EXTRA_STATE = "_extra_state"
+EXTRA_STATE = "_extra_state"
 """Of a Transformer Engine module: a pickle, as bytes in a tensor or in a ``BytesIO``."""
 
 _ZIP = b"PK\x03\x04"
@@ -348,8 +348,8 @@ def scan_checkpoint(weights: Path, share: int = 0, of: int = 1) -> int:
         for path in files:
             with path.open("rb") as stream:
                 held = scan_torch_file(stream, str(path))
-            if any(_EXTRA_STATE in key for key in _keys(held)):
-                raise UserError(f"{path} is refused: {_EXTRA_STATE} has no place in it.")
+            if any(EXTRA_STATE in key for key in _keys(held)):
+                raise UserError(f"{path} is refused: {EXTRA_STATE} has no place in it.")
         for name, place in places:
             file, what = weights / place.relative_path, f"{weights / place.relative_path} ({name})"
             if Path(place.relative_path).name != place.relative_path:
@@ -360,7 +360,7 @@ def scan_checkpoint(weights: Path, share: int = 0, of: int = 1) -> int:
                 stream.seek(place.offset)
                 content = io.BytesIO(stream.read(place.length))
             scan_torch_file(content, what)
-            if _EXTRA_STATE in name:
+            if EXTRA_STATE in name:
                 _guarded(functools.partial(_scan_byte_tensors, content), what)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from None

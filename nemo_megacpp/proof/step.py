@@ -26,7 +26,7 @@ from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
 from nemo_megacpp.mixers.sequence_layout import deal_batch
 from nemo_megacpp.proof.gather import GlobalValues, gather_values
 from nemo_megacpp.runtime.distributed import start_model_parallel
-from nemo_megacpp.specs.model import build_hybrid_model
+from nemo_megacpp.specs.model import build_hybrid_chunks
 
 Objective = Literal["loss", "logits"]
 
@@ -106,18 +106,7 @@ def build_chunks(config: HybridConfig, layout: ParallelLayout) -> list[torch.nn.
     Megatron keeps a few parameters of its Mamba mixer in float32; in a float64 model they become
     float64 here, so that their gradients are accumulated and reduced exactly as well.
     """
-    first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    stages = layout.vpp or 1
-    chunks = [
-        build_hybrid_model(
-            config,
-            pre_process=first and stage == 0,
-            post_process=last and stage == stages - 1,
-            vp_stage=None if layout.vpp is None else stage,
-        )
-        for stage in range(stages)
-    ]
+    chunks = build_hybrid_chunks(config)
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data = parameter.data.to(config.params_dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from megatron.core import parallel_state
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.mamba import MambaModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -76,3 +78,19 @@ def build_hybrid_model(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+
+
+def build_hybrid_chunks(config: HybridConfig) -> list[torch.nn.Module]:
+    """Build all pipeline chunks of this rank, one per virtual stage."""
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    stages = config.virtual_pipeline_model_parallel_size or 1
+    return [
+        build_hybrid_model(
+            config,
+            pre_process=first and stage == 0,
+            post_process=last and stage == stages - 1,
+            vp_stage=None if config.virtual_pipeline_model_parallel_size is None else stage,
+        )
+        for stage in range(stages)
+    ]

@@ -5,10 +5,26 @@
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from nemo.lightning import MegatronStrategy, megatron_init
 
+from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
+from nemo_megacpp.checkpoint.folder import find_weights
 from nemo_megacpp.checkpoint.guard import guard_load
+from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.runtime.host import ensure_host
+
+
+class AcrossBackends(_WrappingCheckpointIO):
+    """Asks a checkpoint for what it has, whichever backend wrote it."""
+
+    def load_checkpoint(
+        self, path: Any, sharded_state_dict: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
+        fit_to_checkpoint(sharded_state_dict, read_metadata(find_weights(Path(path))))
+        return self.checkpoint_io.load_checkpoint(
+            path, sharded_state_dict=sharded_state_dict, **kwargs
+        )
 
 
 class HybridStrategy(MegatronStrategy):
@@ -36,9 +52,14 @@ class HybridStrategy(MegatronStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, selective_restore: bool = False
     ) -> dict[str, Any]:
-        """Load a checkpoint, once its pickles are known to run nothing.
+        """Load a checkpoint of any backend, once its pickles are known to run nothing.
 
         Its bytes were compared with its manifest before the ranks were started.
         """
         guard_load(Path(checkpoint_path), verify=False)
-        return super().load_checkpoint(checkpoint_path, selective_restore)
+        usual = self.checkpoint_io
+        self.checkpoint_io = AcrossBackends(usual)
+        try:
+            return super().load_checkpoint(checkpoint_path, selective_restore)
+        finally:
+            self.checkpoint_io = usual

@@ -1,0 +1,76 @@
+"""A checkpoint of one backend in a model of another: where their saved names differ.
+
+The torch backend has Transformer Engine's parameter names, and Megatron gives the experts of all
+its expert modules one layout, so tensors differ nowhere between the two. What differs:
+
+* ``_extra_state``, an object per module with FP8 scales. Transformer Engine's norms and attention
+  have one, torch's have none; its linears' are bytes, torch's are None.
+* In Megatron's own unfused ("local") specs a norm is a module before the linear that follows it:
+  ``input_layernorm.weight`` for ``self_attention.linear_qkv.layer_norm_weight``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from nemo_megacpp.checkpoint.safe_pickle import EXTRA_STATE
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+# Fused and unfused name, each with what the other is replaced by. The part in front, up to the
+# number of the layer, and the part behind, weight or bias, are the same in both.
+_NAMES = (
+    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+    ("mixer.in_proj.layer_norm_", "norm."),
+    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+)
+_KEY = re.compile(r"(?P<layer>.*\blayers\.\d+\.)(?P<rest>.*)(?P<which>weight|bias)")
+
+
+def other_name(key: str) -> str | None:
+    """Return the name that the other way of saving a norm gives to ``key``; None if it has none.
+
+    It is its own inverse. Optimizer states carry the parameter's name at the end of theirs, and are
+    renamed alike.
+    """
+    found = _KEY.fullmatch(key)
+    for fused, unfused in _NAMES if found else ():
+        assert found is not None
+        for one, other in ((fused, unfused), (unfused, fused)):
+            if found["rest"] == one:
+                return f"{found['layer']}{other}{found['which']}"
+    return None
+
+
+def fit_to_checkpoint(sharded_state_dict: dict[str, Any], metadata: Metadata) -> None:
+    """Let a model of any backend ask a checkpoint for what it has, under the names it has.
+
+    Changes ``sharded_state_dict`` in place: a tensor that is saved under its other name is asked
+    for under that one, and a module's ``_extra_state`` that was not saved stays as it is. Any
+    other tensor that is missing still is an error of the load.
+
+    Args:
+        sharded_state_dict: of the model, and of its optimizer, about to be loaded.
+        metadata: of the checkpoint.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+    from megatron.core.dist_checkpointing.mapping import (
+        LocalNonpersistentObject,
+        ShardedObject,
+        ShardedTensor,
+    )
+
+    saved = metadata.state_dict_metadata
+
+    def fit(value: Any) -> Any:
+        if isinstance(value, ShardedObject) and EXTRA_STATE in value.key:
+            return value if value.unique_key in saved else LocalNonpersistentObject(value.data)
+        if isinstance(value, ShardedTensor) and value.key not in saved:
+            other = other_name(value.key)
+            if other in saved:
+                value.key = other
+        return value
+
+    dict_list_map_inplace(fit, sharded_state_dict)

@@ -1,0 +1,180 @@
+"""``nemo-megacpp checkpoint …``. Building the parser loads no heavy library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register ``checkpoint`` and its commands; each sets ``run``, of the parsed arguments."""
+    checkpoint = subparsers.add_parser(
+        "checkpoint", help="inspect, verify, reshard, export and import checkpoints"
+    )
+    commands = checkpoint.add_subparsers(
+        dest="checkpoint_command", required=True, metavar="COMMAND"
+    )
+
+    inspect = commands.add_parser(
+        "inspect", help="model, step, layouts, tensors", description="Say what a checkpoint is."
+    )
+    _source(inspect)
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser(
+        "verify",
+        help="compare every byte with the manifest, and scan the pickles",
+        description="Compare every byte of a checkpoint with its manifest, and scan its pickles.",
+    )
+    _source(verify)
+    verify.set_defaults(run=_verify)
+
+    reshard = commands.add_parser(
+        "reshard",
+        help="save a checkpoint again in another layout",
+        description="Save weights and optimizer states again as a job in another layout would "
+        "have, bit for bit. A checkpoint of any layout loads into any other without this.",
+    )
+    _source(reshard)
+    _out(reshard)
+    reshard.add_argument("--layout", required=True, metavar="tp=2,pp=2,…", help="the layout")
+    reshard.set_defaults(run=_reshard)
+
+    export = commands.add_parser(
+        "export",
+        help="the model's weights as safetensors files",
+        description="Write the model's weights as safetensors files with an index, each tensor "
+        "whole. Optimizer states are left out.",
+    )
+    _source(export)
+    _out(export)
+    export.set_defaults(run=_export)
+
+    back = commands.add_parser(
+        "import",
+        help="a checkpoint out of what export wrote",
+        description="Make a checkpoint of the weights in a folder that export wrote.",
+    )
+    _source(back)
+    _out(back)
+    back.set_defaults(run=_import)
+    for command in (reshard, export, back):
+        command.add_argument(
+            "--no-verify", action="store_true", help="do not compare DIR with its manifest first"
+        )
+
+
+def _source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="what to read")
+
+
+def _out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from nemo_megacpp.checkpoint.folder import find_checkpoint
+    from nemo_megacpp.checkpoint.guard import inspect_before_load
+
+    directory = find_checkpoint(args.directory)
+    print(f"{directory}: {inspect_before_load(directory)}; its pickles hold data only")
+    return 0
+
+
+def _reshard(args: argparse.Namespace) -> int:
+    from nemo_megacpp.checkpoint.reshard import reshard
+    from nemo_megacpp.layout import ParallelLayout
+    from nemo_megacpp.runtime.workers import WorkerPool
+
+    layout = ParallelLayout.parse(args.layout)
+    split, whole = reshard(args.directory, args.out, layout, WorkerPool, verify=not args.no_verify)
+    kept = f", {whole} kept whole" if whole else ""
+    print(f"{args.out}: {split} tensors as {layout.describe()} splits them{kept}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from nemo_megacpp.checkpoint.content import CheckpointContent
+    from nemo_megacpp.checkpoint.export import export
+    from nemo_megacpp.checkpoint.manifest import check_manifest
+
+    content = CheckpointContent(args.directory)
+    if not args.no_verify:
+        print(f"{content.directory}: {check_manifest(content.directory)}")
+    index = export(args.directory, args.out)
+    files = len(set(index["weight_map"].values()))
+    left_out = len(content.other_tensors) + len(content.objects)
+    print(
+        f"{args.out}: {len(index['weight_map'])} tensors, {index['metadata']['total_size']:,} "
+        f"bytes, in {files} file{'s' if files > 1 else ''}"
+        + (f"; {left_out} tensors and objects of the optimizer left out" if left_out else "")
+    )
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from nemo_megacpp.checkpoint.reshard import import_safetensors
+    from nemo_megacpp.runtime.workers import WorkerPool
+
+    count = import_safetensors(args.directory, args.out, WorkerPool, verify=not args.no_verify)
+    print(f"{args.out}: {count} tensors; the weights alone, no optimizer")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from nemo_megacpp.checkpoint.inspect import describe
+
+    found = describe(args.directory)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        _print(found)
+    return 0
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True, highlight=False)
+    model = found["model"]
+    known = "not said (no nemo_megacpp.json): a checkpoint from elsewhere"
+    lines = {
+        "checkpoint": found["checkpoint"],
+        "step": "not said" if found["step"] is None else found["step"],
+        "model": known if model is None else _model_line(model),
+        "pattern": known if model is None else found["pattern"],
+        "saved in": found["layout"] or "not said",
+        "size": f"{found['bytes']:,} bytes",
+        "manifest": found["manifest"],
+        "optimizer": f"{found['optimizer_tensors']} tensors"
+        if found["optimizer_tensors"]
+        else "none",
+    }
+    if found["loads_in"] is not None:
+        degrees = found["loads_in"]
+        lines["loads in"] = "; ".join(
+            f"{axis}={','.join(map(str, values))}" for axis, values in degrees.items()
+        )
+    for name, value in lines.items():
+        console.print(f"{name:<10}  {value}", markup=False)
+    if found["loads_in"] is not None:
+        console.print("            (each axis alone, up to 64; together: whatever train accepts)")
+    table = Table("tensor", box=None, header_style="bold")
+    for heading in ("shape", "dtype", "shards"):
+        table.add_column(heading, justify="right")
+    for name, info in found["tensors"].items():
+        shape = " × ".join(map(str, info["shape"])) or "scalar"
+        table.add_row(name, shape, info["dtype"], str(info["shards"]))
+    console.print(table)
+    console.print(f"{len(found['tensors'])} tensors, {found['parameters']:,} elements")
+
+
+def _model_line(model: dict[str, Any]) -> str:
+    return (
+        f"{model['num_layers']} layers, hidden {model['hidden_size']}, vocabulary "
+        f"{model['vocab_size']}, mode {model.get('mode', 'nemo_native')}"
+    )

@@ -1,0 +1,195 @@
+"""What a distributed checkpoint holds, read without a process group, running none of it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_megacpp.checkpoint.folder import find_checkpoint, find_weights
+from nemo_megacpp.checkpoint.identity import read_identity
+from nemo_megacpp.checkpoint.safe_pickle import (
+    COMMON,
+    EXTRA_STATE,
+    METADATA,
+    read_metadata,
+    scan_torch_file,
+)
+from nemo_megacpp.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.checkpoint.metadata import Metadata
+
+_WRAPPERS = ("module.", "model.")
+"""What NeMo and Megatron's script put in front of the names of a model's tensors."""
+_OPTIMIZER = "optimizer."
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One saved tensor.
+
+    Attributes:
+        shape: global.
+        dtype: torch's name of it, such as ``float32``.
+        shards: number of pieces that it is saved in.
+        bytes: its size.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    shards: int
+    bytes: int
+
+
+class CheckpointContent:
+    """A checkpoint, opened for reading.
+
+    Args:
+        path: what :func:`nemo_megacpp.checkpoint.folder.find_checkpoint` takes.
+
+    Raises:
+        UserError: there is no checkpoint, it is incomplete, or its metadata is damaged or unsafe.
+    """
+
+    def __init__(self, path: Path):
+        self.directory = find_checkpoint(path)
+        self.weights = find_weights(self.directory)
+        self.metadata: Metadata = read_metadata(self.weights)
+        self.identity = read_identity(self.directory)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The tensors by their saved names."""
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        found = {}
+        for name, saved in self.metadata.state_dict_metadata.items():
+            if isinstance(saved, TensorStorageMetadata):
+                dtype, count = saved.properties.dtype, 1
+                for size in saved.size:
+                    count *= size
+                found[name] = TensorInfo(
+                    tuple(saved.size),
+                    str(dtype).removeprefix("torch."),
+                    len(saved.chunks),
+                    count * dtype.itemsize,
+                )
+        return found
+
+    @property
+    def prefix(self) -> str:
+        """What stands in front of the names of the model's tensors: ``module.``, or nothing."""
+        model = [name for name in self.tensors if not name.startswith(_OPTIMIZER)]
+        for wrapper in _WRAPPERS:
+            if model and all(name.startswith(wrapper) for name in model):
+                return wrapper
+        return ""
+
+    @property
+    def model_tensors(self) -> dict[str, TensorInfo]:
+        """The model's tensors, by the model's own names."""
+        return {
+            name.removeprefix(self.prefix): info
+            for name, info in self.tensors.items()
+            if not name.startswith(_OPTIMIZER)
+        }
+
+    @property
+    def other_tensors(self) -> dict[str, TensorInfo]:
+        """The optimizer's tensors, by their saved names."""
+        return {n: info for n, info in self.tensors.items() if n.startswith(_OPTIMIZER)}
+
+    @property
+    def objects(self) -> list[str]:
+        """Names of what is saved as a pickled object, but for the modules' ``_extra_state``."""
+        return [
+            name
+            for name in self.metadata.state_dict_metadata
+            if name not in self.tensors and EXTRA_STATE not in name
+        ]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps that it holds: of its identity, NeMo's trainer or Megatron's script."""
+        if self.identity is not None:
+            return self.identity["step"]
+        common = self.common()
+        step = common.get("global_step", common.get("iteration"))
+        return step if isinstance(step, int) else None
+
+    def common(self) -> dict[str, Any]:
+        """Return ``common.pt``: what is not sharded. Scanned first, and read weights-only.
+
+        Raises:
+            UserError: it is missing, damaged or unsafe.
+        """
+        import torch
+        from megatron.core.safe_globals import SAFE_GLOBALS
+
+        path = self.weights / COMMON
+        try:
+            with path.open("rb") as stream:
+                scan_torch_file(stream, str(path))
+            with torch.serialization.safe_globals(SAFE_GLOBALS):
+                held = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        except UserError:
+            raise
+        except Exception as error:  # whatever damaged bytes lead to
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
+        if not isinstance(held, dict):
+            raise UserError(f"{path} is damaged: it holds a {type(held).__name__}.")
+        return held
+
+    def read_tensor(self, name: str) -> torch.Tensor:
+        """Return one whole tensor, of its global shape, put together from its shards.
+
+        Raises:
+            UserError: a shard is missing, damaged or of another shape, or leaves a part uncovered.
+        """
+        import torch
+
+        saved = self.metadata.state_dict_metadata[name]
+        whole = torch.empty(saved.size, dtype=saved.properties.dtype)
+        covered = 0
+        for index, place in self.metadata.storage_data.items():
+            if index.fqn != name:
+                continue
+            shard = self._read_shard(name, place)
+            offsets = index.offset or (0,) * whole.dim()
+            target = whole
+            for axis, (offset, length) in enumerate(zip(offsets, shard.shape, strict=True)):
+                target = target.narrow(axis, offset, length)
+            target.copy_(shard)
+            covered += shard.numel()
+        if covered != whole.numel():
+            raise UserError(
+                f"{self.weights / METADATA}: {name} has {whole.numel():,} elements, and its shards "
+                f"hold {covered:,}."
+            )
+        return whole
+
+    def _read_shard(self, name: str, place: Any) -> torch.Tensor:
+        import torch
+
+        file = self.weights / place.relative_path
+        try:
+            with file.open("rb") as stream:
+                stream.seek(place.offset)
+                shard = torch.load(io.BytesIO(stream.read(place.length)), weights_only=True)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}.") from None
+        except Exception as error:  # whatever damaged bytes lead to
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{file} is damaged at {name}: {reason}.") from None
+        return shard

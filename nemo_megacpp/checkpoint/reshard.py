@@ -1,0 +1,134 @@
+"""Rewrite a checkpoint on ranks started for that: in another layout, or out of safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from nemo_megacpp.checkpoint.content import CheckpointContent
+from nemo_megacpp.checkpoint.export import read_config, read_export
+from nemo_megacpp.checkpoint.folder import WEIGHTS
+from nemo_megacpp.checkpoint.guard import inspect_before_load
+from nemo_megacpp.checkpoint.identity import write_identity
+from nemo_megacpp.checkpoint.inspect import refuse_layout
+from nemo_megacpp.checkpoint.manifest import check_manifest, write_manifest
+from nemo_megacpp.checkpoint.output import new_folder
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout import ParallelLayout
+
+
+class Ranks(Protocol):
+    """What starts ranks: :class:`nemo_megacpp.runtime.workers.WorkerPool`."""
+
+    def run(self, world_size: int, task: Callable[..., Any], *args: Any) -> list[Any]: ...
+
+
+StartRanks = Callable[[int], Any]
+"""Returns a context manager around :class:`Ranks` of a number of ranks."""
+
+
+def reshard(
+    source: Path, out: Path, layout: ParallelLayout, start: StartRanks, *, verify: bool = True
+) -> tuple[int, int]:
+    """Save a checkpoint again as a job in ``layout`` would have saved it.
+
+    Weights and optimizer states keep every bit; see :func:`nemo_megacpp.checkpoint.rewrite.rewrite`
+    for what is split and what stays whole.
+
+    Args:
+        source: a checkpoint with an identity.
+        out: a new folder.
+        layout: whose ranks save it.
+        start: starts that many ranks on this machine.
+        verify: compare the source with its manifest first.
+
+    Returns:
+        How many tensors were split as the layout splits them, and how many were kept whole.
+
+    Raises:
+        UserError: a checkpoint that is damaged, unsafe or does not say its model, a layout that is
+            illegal for it, or an ``out`` that exists.
+    """
+    content = CheckpointContent(source)
+    if content.identity is None:
+        raise UserError(
+            f"{content.directory} does not say which model it is of (it has no nemo_megacpp.json), "
+            f"so how its tensors are split in {layout.short()} is not known. It need not be "
+            f"resharded to be loaded: a checkpoint of any layout loads into any other."
+        )
+    refuse_layout(content.identity["model"], layout)
+    inspect_before_load(content.directory, verify=verify)
+    with new_folder(out) as folder:
+        nested = content.weights != content.directory
+        weights = folder / WEIGHTS if nested else folder
+        weights.mkdir(exist_ok=True)
+        with start(layout.world) as ranks:
+            counts = ranks.run(
+                layout.world,
+                _rewrite,
+                str(content.weights),
+                str(weights),
+                content.identity["model"],
+                layout,
+            )
+        _finish(folder, {**content.identity, "layout": layout.short()})
+    return counts[0]
+
+
+def import_safetensors(source: Path, out: Path, start: StartRanks, *, verify: bool = True) -> int:
+    """Make a checkpoint of a folder that ``export`` wrote.
+
+    It has the weights under the names they had, and no optimizer.
+
+    Returns:
+        Number of tensors.
+
+    Raises:
+        UserError: a folder that is damaged or something else, or an ``out`` that exists.
+    """
+    config = read_config(source)
+    if verify:
+        check_manifest(source)
+    names = len(read_export(source))
+    with new_folder(out) as folder:
+        weights = folder / WEIGHTS
+        weights.mkdir()
+        with start(1) as ranks:
+            ranks.run(1, _import, str(source), str(weights), config["prefix"])
+        _finish(folder, config["identity"])
+    return names
+
+
+def _finish(folder: Path, identity: dict[str, Any] | None) -> None:
+    if identity is not None:
+        write_identity(folder, identity, identity["step"])
+    write_manifest(folder)
+
+
+def _rewrite(
+    source: str, out: str, model: dict[str, Any], layout: ParallelLayout
+) -> tuple[int, int]:
+    import torch
+
+    from nemo_megacpp.checkpoint.rewrite import rewrite
+    from nemo_megacpp.config import HybridConfig
+    from nemo_megacpp.runtime.distributed import start_model_parallel
+    from nemo_megacpp.specs.model import build_hybrid_chunks
+
+    start_model_parallel(layout)
+    config = HybridConfig(
+        **model,
+        **layout.megatron_fields(),
+        params_dtype=torch.float32,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
+    return rewrite(Path(source), Path(out), build_hybrid_chunks(config))
+
+
+def _import(source: str, out: str, prefix: str) -> None:
+    from nemo_megacpp.checkpoint.rewrite import save_tensors
+
+    tensors = {prefix + name: tensor for name, tensor in read_export(Path(source)).items()}
+    save_tensors(tensors, Path(out))
