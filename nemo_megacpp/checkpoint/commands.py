@@ -136,41 +136,31 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(soft_wrap=True, highlight=False)
-    model = found["model"]
-    known = "not said (no nemo_megacpp.json): a checkpoint from elsewhere"
+    model, degrees = found["model"], found["loads_in"]
+    elsewhere = "not said (it has no nemo_megacpp.json: a checkpoint from elsewhere)"
+    optimizer = found["optimizer_tensors"]
     lines = {
         "checkpoint": found["checkpoint"],
         "step": "not said" if found["step"] is None else found["step"],
-        "model": known if model is None else _model_line(model),
-        "pattern": known if model is None else found["pattern"],
+        "model": elsewhere if model is None else _model_line(model),
+        "pattern": found["pattern"] or elsewhere,
         "saved in": found["layout"] or "not said",
         "size": f"{found['bytes']:,} bytes",
         "manifest": found["manifest"],
-        "optimizer": f"{found['optimizer_tensors']} tensors"
-        if found["optimizer_tensors"]
-        else "none",
+        "optimizer": f"{optimizer} tensors" if optimizer else "none",
     }
-    if found["loads_in"] is not None:
-        degrees = found["loads_in"]
+    if degrees is not None:
         lines["loads in"] = "; ".join(
             f"{axis}={','.join(map(str, values))}" for axis, values in degrees.items()
         )
+        lines[""] = "(one axis at a time, up to 64; several together as the layout rules allow)"
     for name, value in lines.items():
-        console.print(f"{name:<10}  {value}", markup=False)
-    if found["loads_in"] is not None:
-        console.print("            (each axis alone, up to 64; together: whatever train accepts)")
-    table = Table("tensor", box=None, header_style="bold")
-    for heading in ("shape", "dtype", "shards"):
-        table.add_column(heading, justify="right")
+        print(f"{name:<10}  {value}")
+    width = max(map(len, found["tensors"]), default=0)
     for name, info in found["tensors"].items():
-        shape = " × ".join(map(str, info["shape"])) or "scalar"
-        table.add_row(name, shape, info["dtype"], str(info["shards"]))
-    console.print(table)
-    console.print(f"{len(found['tensors'])} tensors, {found['parameters']:,} elements")
+        shape = "×".join(map(str, info["shape"])) or "scalar"
+        print(f"  {name:<{width}}  {shape:>16}  {info['dtype']:<8}  {info['shards']:>3} shards")
+    print(f"{len(found['tensors'])} tensors, {found['parameters']:,} elements")
 
 
 def _model_line(model: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ says of itself. Optimizer states are not exported.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,8 @@ def export(source: Path, out: Path) -> dict[str, Any]:
         }
         _write_json(folder / INDEX, index)
         _write_json(folder / CONFIG, config)
+        for path in folder.glob("*.safetensors"):
+            shutil.copymode(folder / CONFIG, path)  # the library makes them private
         write_manifest(folder)
     return index
 

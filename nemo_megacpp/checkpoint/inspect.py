@@ -27,7 +27,7 @@ class _Shape:
 
         for field in dataclasses.fields(HybridConfig):
             setattr(self, field.name, model.get(field.name, field.default))
-        self.pattern = HybridPattern.parse(model["hybrid_pattern"], depth=model["num_layers"])
+        self.pattern = HybridPattern.parse(model["hybrid_pattern"], depth=model.get("num_layers"))
 
 
 def refuse_layout(model: dict[str, Any], layout: ParallelLayout) -> None:
@@ -82,7 +82,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _pattern(model: dict[str, Any]) -> str:
-    return HybridPattern.parse(model["hybrid_pattern"], depth=model["num_layers"]).letters
+    return HybridPattern.parse(model["hybrid_pattern"], depth=model.get("num_layers")).letters
 
 
 def _count(shape: tuple[int, ...]) -> int:

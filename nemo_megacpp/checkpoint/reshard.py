@@ -50,6 +50,9 @@ def reshard(
         UserError: a checkpoint that is damaged, unsafe or does not say its model, a layout that is
             illegal for it, or an ``out`` that exists.
     """
+    # It imports Megatron, and a rank must do that before the no-GPU host is put in place.
+    from nemo_megacpp.checkpoint.rewrite import rewrite_on_rank
+
     content = CheckpointContent(source)
     if content.identity is None:
         raise UserError(
@@ -66,9 +69,9 @@ def reshard(
         with start(layout.world) as ranks:
             counts = ranks.run(
                 layout.world,
-                _rewrite,
-                str(content.weights),
-                str(weights),
+                rewrite_on_rank,
+                content.weights,
+                weights,
                 content.identity["model"],
                 layout,
             )
@@ -87,6 +90,8 @@ def import_safetensors(source: Path, out: Path, start: StartRanks, *, verify: bo
     Raises:
         UserError: a folder that is damaged or something else, or an ``out`` that exists.
     """
+    from nemo_megacpp.checkpoint.rewrite import import_on_rank
+
     config = read_config(source)
     if verify:
         check_manifest(source)
@@ -95,7 +100,7 @@ def import_safetensors(source: Path, out: Path, start: StartRanks, *, verify: bo
         weights = folder / WEIGHTS
         weights.mkdir()
         with start(1) as ranks:
-            ranks.run(1, _import, str(source), str(weights), config["prefix"])
+            ranks.run(1, import_on_rank, source, weights, config["prefix"])
         _finish(folder, config["identity"])
     return names
 
@@ -104,31 +109,3 @@ def _finish(folder: Path, identity: dict[str, Any] | None) -> None:
     if identity is not None:
         write_identity(folder, identity, identity["step"])
     write_manifest(folder)
-
-
-def _rewrite(
-    source: str, out: str, model: dict[str, Any], layout: ParallelLayout
-) -> tuple[int, int]:
-    import torch
-
-    from nemo_megacpp.checkpoint.rewrite import rewrite
-    from nemo_megacpp.config import HybridConfig
-    from nemo_megacpp.runtime.distributed import start_model_parallel
-    from nemo_megacpp.specs.model import build_hybrid_chunks
-
-    start_model_parallel(layout)
-    config = HybridConfig(
-        **model,
-        **layout.megatron_fields(),
-        params_dtype=torch.float32,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-    )
-    return rewrite(Path(source), Path(out), build_hybrid_chunks(config))
-
-
-def _import(source: str, out: str, prefix: str) -> None:
-    from nemo_megacpp.checkpoint.rewrite import save_tensors
-
-    tensors = {prefix + name: tensor for name, tensor in read_export(Path(source)).items()}
-    save_tensors(tensors, Path(out))

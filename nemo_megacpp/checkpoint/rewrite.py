@@ -21,8 +21,39 @@ from megatron.core.dist_checkpointing.mapping import (
 
 from nemo_megacpp.checkpoint.content import CheckpointContent
 from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict, require_psutil
+from nemo_megacpp.checkpoint.export import read_export
+from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.runtime.distributed import start_model_parallel
+from nemo_megacpp.specs.model import build_hybrid_chunks
 
 _CONTENT_METADATA = "content_metadata"
+
+
+def rewrite_on_rank(
+    source: Path, out: Path, model: dict[str, Any], layout: ParallelLayout
+) -> tuple[int, int]:
+    """Take a place in ``layout`` and :func:`rewrite`; ``model`` is the identity's."""
+    start_model_parallel(layout)
+    config = HybridConfig(
+        **model,
+        **layout.megatron_fields(),
+        params_dtype=torch.float32,
+        pipeline_dtype=torch.float32,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
+    return rewrite(source, out, build_hybrid_chunks(config))
+
+
+def import_on_rank(source: Path, out: Path, prefix: str) -> None:
+    """Save the tensors of an exported folder, whole, under their names with ``prefix``."""
+    require_psutil()
+    sharded = {
+        prefix + name: ShardedTensor.from_rank_offsets(prefix + name, tensor)
+        for name, tensor in read_export(source).items()
+    }
+    dist_checkpointing.save(sharded, str(out))
 
 
 def rewrite(source: Path, out: Path, chunks: list[torch.nn.Module]) -> tuple[int, int]:
@@ -71,15 +102,6 @@ def rewrite(source: Path, out: Path, chunks: list[torch.nn.Module]) -> tuple[int
     metadata = common.pop(_CONTENT_METADATA, None)
     dist_checkpointing.save({**common, **saved}, str(out), content_metadata=metadata)
     return split, len(content.tensors) - split
-
-
-def save_tensors(tensors: Mapping[str, torch.Tensor], out: Path) -> None:
-    """Save whole tensors as a distributed checkpoint, on one rank."""
-    require_psutil()
-    sharded = {
-        name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors.items()
-    }
-    dist_checkpointing.save(sharded, str(out))
 
 
 def _shards_by_key(chunks: list[torch.nn.Module]) -> dict[str, list[ShardedTensor]]:

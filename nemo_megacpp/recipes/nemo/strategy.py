@@ -57,7 +57,7 @@ class HybridStrategy(MegatronStrategy):
         Its bytes were compared with its manifest before the ranks were started.
         """
         guard_load(Path(checkpoint_path), verify=False)
-        usual = self.checkpoint_io
+        usual = self.checkpoint_io  # type: ignore[has-type]
         self.checkpoint_io = AcrossBackends(usual)
         try:
             return super().load_checkpoint(checkpoint_path, selective_restore)
