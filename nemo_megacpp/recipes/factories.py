@@ -60,6 +60,7 @@ def nam56r(
     data: Optional[str] = None,
     run_dir: Optional[str] = None,
     resume: Optional[str] = None,
+    verify_checkpoint: Optional[bool] = None,
 ) -> run.Partial:
     """Pre-train NAM56R at full size: 52 layers of AEMEAEMEAEMR, hidden 3584, TP=2 with SP, bf16.
 
@@ -90,6 +91,7 @@ def nam56r(
         data: folder of ``nemo-megacpp data prepare``. None: the built-in corpus.
         run_dir: where the run writes. None: a new folder under ``runs/``.
         resume: checkpoint or run folder to go on from, or ``auto`` for the newest in ``run_dir``.
+        verify_checkpoint: compare every byte of it with its manifest first. None: yes.
 
     Returns:
         Configuration of ``llm.pretrain``.
@@ -127,6 +129,7 @@ def nam56r_tiny(
     data: Optional[str] = None,
     run_dir: Optional[str] = None,
     resume: Optional[str] = None,
+    verify_checkpoint: Optional[bool] = None,
 ) -> run.Partial:
     """Pre-train one AEMEAEMEAEMR of NAM56R's proportions, hidden 224, on two CPU ranks, float32.
 
