@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from torch.distributed.checkpoint.metadata import Metadata
 
 import nemo_megacpp
 from nemo_megacpp import cli
@@ -280,7 +282,7 @@ def test_an_interrupt_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 def checkpoint(path: Path, tokenizer: str = "0" * 64, **model: object) -> None:
     (path / "weights").mkdir(parents=True)
-    (path / "weights" / ".metadata").touch()
+    (path / "weights" / ".metadata").write_bytes(pickle.dumps(Metadata({}, None, {})))
     identity = {"model": {**NAM56R_TINY_MODEL, **model}, "tokenizer": tokenizer}
     write_identity(path, identity, 20)
 

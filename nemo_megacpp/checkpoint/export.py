@@ -52,6 +52,7 @@ def export(source: Path, out: Path) -> dict[str, Any]:
     Raises:
         UserError: no checkpoint, a damaged one, or ``out`` exists.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     content = CheckpointContent(source)
@@ -61,7 +62,10 @@ def export(source: Path, out: Path) -> dict[str, Any]:
         for number, names in enumerate(groups, start=1):
             file = f"model-{number:05}-of-{len(groups):05}.safetensors"
             tensors = {name: content.read_tensor(content.prefix + name) for name in names}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise UserError(f"{out} was not made: {error}.") from None
             index["weight_map"].update(dict.fromkeys(names, file))
             index["metadata"]["total_size"] += sum(t.nbytes for t in tensors.values())
         config = {

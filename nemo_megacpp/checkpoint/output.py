@@ -15,7 +15,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder beside ``out`` to write into; it becomes ``out`` if nothing is raised.
 
     Raises:
-        UserError: ``out`` exists and is not an empty folder, or cannot be made.
+        UserError: ``out`` exists and is not an empty folder, or cannot be made, or an OSError
+            ended the block.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already; give a folder that does not.")
@@ -30,6 +31,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rmdir()
         partial.rename(out)
-    except BaseException:
+    except OSError as error:
+        raise UserError(f"{out} was not made: {error}.") from None
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
