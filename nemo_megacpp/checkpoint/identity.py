@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_megacpp.checkpoint import manifest
 from nemo_megacpp.errors import UserError
 
 FILE = "nemo_megacpp.json"
+DELETING = ".deleting"
+"""Ends the name of a checkpoint that is being removed."""
+
+_log = logging.getLogger(__name__)
 
 # What decides the shape or the meaning of a saved tensor. Everything else of a model (coefficients,
 # clips, sequence length) may change between two runs from one checkpoint.
@@ -51,10 +58,13 @@ _STRUCTURE = (
 
 
 def write_identity(directory: Path, identity: Mapping[str, Any], step: int) -> None:
-    """Write ``identity`` and the step into a checkpoint's folder, atomically."""
+    """Write ``identity`` and the step into a checkpoint's folder, atomically and durably."""
     text = json.dumps({**identity, "step": step}, indent=1, sort_keys=True)
     partial = directory / f"{FILE}.partial"
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
     partial.rename(directory / FILE)
 
 
@@ -76,14 +86,49 @@ def read_identity(directory: Path) -> dict[str, Any] | None:
     return identity
 
 
+def is_whole(directory: Path) -> bool:
+    """Say whether a checkpoint of ours was saved to the end, and nothing of it has gone since.
+
+    Its manifest says so; where the identity speaks of no manifest (it used to be written last),
+    the identity alone.
+
+    Raises:
+        UserError: the identity is damaged.
+    """
+    identity = read_identity(directory)
+    if identity is None:
+        return False
+    if "manifest" in identity or (directory / manifest.FILE).exists():
+        return manifest.is_complete(directory)
+    return True
+
+
+def whole_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return step and path of every whole checkpoint in ``folder``, oldest first.
+
+    One that carries a manifest and does not match it is passed over, with a line that says so.
+
+    Raises:
+        UserError: an identity is damaged.
+    """
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.is_dir() or path.name.endswith(DELETING):
+            continue
+        identity = read_identity(path)
+        if identity is None:
+            continue
+        if is_whole(path):
+            found.append((identity["step"], path))
+        elif (path / manifest.FILE).exists():
+            _log.warning("%s does not match its manifest and is passed over.", path)
+    return sorted(found)
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint with the largest step among the complete ones in ``folder``."""
-    found = [
-        (identity["step"], path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.is_dir() and (identity := read_identity(path)) is not None
-    ]
-    return max(found)[1] if found else None
+    """Return the checkpoint with the largest step among the whole ones in ``folder``."""
+    found = whole_checkpoints(folder)
+    return found[-1][1] if found else None
 
 
 def refuse_another_model(

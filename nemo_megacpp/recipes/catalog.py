@@ -82,6 +82,9 @@ class Training:
         val_check_interval: steps between evaluations on held-out data.
         limit_val_batches: global batches per evaluation.
         save_interval: steps between checkpoints.
+        async_save: write checkpoints in the background, while the training goes on.
+        keep_last: how many of the newest checkpoints are kept; None: all.
+        keep_every: checkpoints of multiples of this step are kept as well.
         log_interval: steps between progress lines.
         seed: of weights and data order.
         use_distributed_optimizer: shard optimizer state over data-parallel ranks.
@@ -102,6 +105,9 @@ class Training:
     val_check_interval: int = 100
     limit_val_batches: int = 8
     save_interval: int = 500
+    async_save: bool = False
+    keep_last: int | None = None
+    keep_every: int | None = None
     log_interval: int = 10
     seed: int = 1234
     use_distributed_optimizer: bool = False

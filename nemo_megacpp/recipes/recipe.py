@@ -243,6 +243,8 @@ def _check_training(training: Training) -> None:
                 "val_check_interval",
                 "limit_val_batches",
                 "save_interval",
+                "keep_last",
+                "keep_every",
                 "log_interval",
             ),
             1,
@@ -253,6 +255,17 @@ def _check_training(training: Training) -> None:
         value = getattr(training, name)
         if value is not None and value < least:
             raise UserError(f"{name}: {value} must be at least {least}.")
+    if training.keep_every is not None:
+        if training.keep_last is None:
+            raise UserError(
+                f"keep_every: {training.keep_every} says what keep_last does not remove; give "
+                f"keep_last too, or neither: then all checkpoints are kept."
+            )
+        if training.keep_every % training.save_interval:
+            raise UserError(
+                f"keep_every: {training.keep_every} is not a multiple of save_interval="
+                f"{training.save_interval}, so it would not name the checkpoints that are made."
+            )
     if training.precision not in ("fp32", "bf16"):
         raise UserError(f"precision: {training.precision!r} is neither 'fp32' nor 'bf16'.")
     if training.lr <= 0:

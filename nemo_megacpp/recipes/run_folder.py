@@ -6,8 +6,6 @@ import datetime
 import itertools
 from pathlib import Path
 
-import psutil
-
 # In a folder of their own: NeMo moves the files that it finds in a run folder out of the way.
 RECORD = "record"
 RECIPE_FILE = f"{RECORD}/recipe.yaml"
@@ -27,6 +25,8 @@ def new_run_dir(name: str, started_by_parent: bool) -> str:
         started_by_parent: whether a launcher started this process as a rank; else the process
             itself is the one that started the others.
     """
+    import psutil
+
     process = psutil.Process()
     if started_by_parent:
         process = process.parent() or process

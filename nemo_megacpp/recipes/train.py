@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,6 +78,9 @@ def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
     Returns:
         The recipe with vocabulary and checkpoint settled, and the folder the run will write.
     """
+    from nemo_megacpp.checkpoint.dcp import require_psutil
+
+    require_psutil()
     check_layout_of(recipe)
     check_model_of(recipe)
     recipe, data = open_data(recipe)
@@ -86,6 +90,8 @@ def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"run_dir={run_dir} cannot be made: {existing} is not a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir={run_dir} cannot be written: {existing} is read-only.")
     if not goes_on and (run_dir / "checkpoints").exists():
         raise UserError(
             f"{run_dir} already holds a run. Go on from it with resume=auto, or choose another "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.runtime.stopping import passed_on
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Environment variable by which torch's launcher names the file for a rank's last words."""
 
 _TAIL = 12
 
@@ -55,12 +61,13 @@ def launch(arguments: Sequence[str], ranks: int, log_dir: Path) -> None:
     """Run ``python arguments…`` on ``ranks`` local ranks and wait for all of them.
 
     Rank 0 writes to this terminal; the other ranks' output, and rank 0's errors, are kept under
-    ``log_dir``. If a rank fails, the others are ended.
+    ``log_dir``. If a rank fails, the others are ended. SIGTERM is passed on to the ranks, which
+    end when they are ready to.
 
     Raises:
-        RankFailed: with the end of the failing rank's log.
+        RankFailed: with what a rank said to the user, or the end of the failing rank's log.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -83,14 +90,24 @@ def launch(arguments: Sequence[str], ranks: int, log_dir: Path) -> None:
             tee={0: Std.ERR},
         ),
         log_line_prefix_template=" ",
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
     previous = {name: os.environ.get(name) for name in _worker_environment(ranks)}
     os.environ.update(_worker_environment(ranks))
     try:
-        elastic_launch(config, sys.executable)(*arguments)
+        with passed_on() as asked_to_stop:
+            elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise RankFailed(_report(logs, rank, failure.exitcode), failure.exitcode == 2) from None
+        if asked_to_stop.is_set() and failure.exitcode == -signal.SIGTERM:
+            raise RankFailed("SIGTERM came before the ranks had begun to train.", False) from None
+        told = _last_words(logs)
+        report = told or _report(logs, rank, failure.exitcode)
+        raise RankFailed(report, told is not None) from None
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        sys.exit(128 + error.sigval)
     finally:
         for name, value in previous.items():
             if value is None:
@@ -109,11 +126,16 @@ def _worker_environment(ranks: int) -> dict[str, str]:
     }
 
 
+def _last_words(logs: Path) -> str | None:
+    """Return what a rank had to say to the user, the lowest that had; None if none had."""
+    for file in sorted(logs.glob("**/error.json"), key=lambda path: int(path.parent.name)):
+        return json.loads(file.read_text())["message"]
+    return None
+
+
 def _report(logs: Path, rank: int, exit_code: int) -> str:
     files = sorted(logs.glob(f"**/{rank}/stderr.log"))
     lines = files[-1].read_text(errors="replace").splitlines() if files else []
-    if exit_code == 2 and lines:
-        return lines[-1]
     tail = "\n".join(f"  {line}" for line in lines[-_TAIL:])
     return f"Rank {rank} ended with exit code {exit_code}. The end of {logs}:\n{tail}"
 

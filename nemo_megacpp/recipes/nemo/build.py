@@ -15,10 +15,12 @@ from nemo.collections import llm
 from nemo_megacpp.data.builtin import builtin_folder
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.recipes.catalog import Training
-from nemo_megacpp.recipes.nemo.callbacks import HybridCheckpoint, RunRecorder, StopAfter
+from nemo_megacpp.recipes.nemo.callbacks import RunRecorder
+from nemo_megacpp.recipes.nemo.checkpoint import HybridCheckpoint
 from nemo_megacpp.recipes.nemo.data import HybridDataModule
 from nemo_megacpp.recipes.nemo.model import HybridModel, HybridModelConfig
 from nemo_megacpp.recipes.nemo.optimizer import HybridOptimizer
+from nemo_megacpp.recipes.nemo.stops import StopAfter, StopOnNonFinite, StopOnSigterm
 from nemo_megacpp.recipes.nemo.strategy import HybridStrategy
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.run_folder import METRICS_FILE
@@ -105,7 +107,7 @@ def _strategy(layout: ParallelLayout, training: Training, dtype: torch.dtype) ->
         seed=training.seed,
         **layout.megatron_fields(),
         pipeline_dtype=dtype,
-        ckpt_async_save=False,
+        ckpt_async_save=training.async_save,
         gradient_as_bucket_view=True,
         ddp=run.Config(
             DistributedDataParallelConfig,
@@ -159,12 +161,14 @@ def _optimizer(training: Training, dtype: torch.dtype) -> run.Config:
 def _callbacks(recipe: Recipe, run_dir: Path) -> list[run.Config]:
     training = recipe.training
     callbacks = [
+        run.Config(StopOnNonFinite),  # first: what it finds is neither recorded nor saved
         run.Config(
             RunRecorder,
             path=str(run_dir / METRICS_FILE),
             tokens_per_step=training.global_batch_size * recipe.model["seq_length"],
             log_interval=training.log_interval,
-        )
+        ),
+        run.Config(StopOnSigterm),
     ]
     if training.stop_after is not None:
         callbacks.append(run.Config(StopAfter, step=training.stop_after))
@@ -182,6 +186,8 @@ def _logger(recipe: Recipe, run_dir: Path) -> run.Config:
         ckpt=run.Config(
             HybridCheckpoint,
             identity={"model": dict(recipe.model), "layout": recipe.layout.short()},
+            keep_last=training.keep_last,
+            keep_every=training.keep_every,
             dirpath=str(run_dir / "checkpoints"),
             filename="{step}",
             monitor=None,

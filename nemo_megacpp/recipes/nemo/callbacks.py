@@ -1,4 +1,4 @@
-"""What a run writes and shows: metrics, checkpoints that know their model, an early stop."""
+"""What a run records and shows of its steps."""
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
@@ -10,11 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from nemo.lightning.io import IOMixin
-from nemo.lightning.pytorch.callbacks import ModelCheckpoint
-from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
 
-from nemo_megacpp.checkpoint.dcp import require_psutil
-from nemo_megacpp.checkpoint.identity import write_identity
 from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
 
 
@@ -90,51 +86,3 @@ class RunRecorder(pl.Callback, IOMixin):
     def _append(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-
-class StopAfter(pl.Callback, IOMixin):
-    """Stop after a step before the end of the schedule, as a job with a time limit would."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if trainer.global_step >= self.step:
-            trainer.should_stop = True
-
-
-class HybridCheckpoint(ModelCheckpoint):
-    """NeMo's ``ModelCheckpoint``; each checkpoint also says which model, layout and data it is of.
-
-    Args:
-        identity: written into each checkpoint's folder once its weights are there.
-    """
-
-    def __init__(self, identity: dict[str, Any], **kwargs: Any):
-        require_psutil()
-        super().__init__(**kwargs)
-        self.identity = identity
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the state that the run ends with, wherever in the interval that is."""
-        if self._last_global_step_saved != trainer.global_step:
-            name = self.format_checkpoint_name(self._monitor_candidates(trainer))
-            self._save_checkpoint(trainer, name)
-
-    def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
-        # NeMo logs the number of the step before; a checkpoint is named by the steps it holds.
-        return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
-
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
-        if trainer.is_global_zero:
-            tokenizer = trainer.datamodule.tokenizer_fingerprint  # type: ignore[attr-defined]
-            identity = {**self.identity, "tokenizer": tokenizer}
-            write_identity(ckpt_to_dir(filepath), identity, trainer.global_step)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import logging
+import os
 import sys
 import tempfile
 import warnings
@@ -12,7 +14,9 @@ from pathlib import Path
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe, resolve
-from nemo_megacpp.runtime.launch import launched
+from nemo_megacpp.runtime import stopping
+from nemo_megacpp.runtime.launch import ERROR_FILE, launched
+from nemo_megacpp.runtime.orphans import end_with_parent
 
 
 def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
@@ -23,6 +27,7 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
         run_dir: where the run writes.
         devices: ranks on this node.
     """
+    stopping.listen()
     _import_quietly()
     from nemo_megacpp.runtime.host import ensure_host
 
@@ -66,9 +71,12 @@ def main() -> None:
     """Entry point of a rank: ``worker RECIPE.yaml RUN_DIR``."""
     place = launched()
     assert place is not None, "a rank is started by a launcher"
+    end_with_parent()
     try:
         run_recipe(resolve(sys.argv[1]), Path(sys.argv[2]), place.local_world_size)
     except UserError as error:
+        # The other ranks may end before this one does, for want of it: the launcher looks here.
+        Path(os.environ[ERROR_FILE]).write_text(json.dumps({"message": str(error)}))
         print(error, file=sys.stderr)
         sys.exit(2)
 

@@ -1,0 +1,74 @@
+"""Processes that end with their parent, however that ends.
+
+A rank that is saving has helpers: writers, forked, and a server for their results, spawned. When
+the rank is killed they would stay behind, the server for ever. Linux can end a process with its
+parent; elsewhere nothing is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+_forking: tuple[int, bool] = (0, False)
+"""Process and whether its main thread is at it: the kernel means the thread that forked."""
+_bound = False
+
+
+def end_with_parent(parent: int | None = None) -> None:
+    """Have this process killed when its parent ends.
+
+    Args:
+        parent: process id of the parent; known, it also counts if it has ended already.
+    """
+    if _libc is None:
+        return
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def bind_helpers() -> None:
+    """Bind what this process starts in order to save to its own life; once is enough.
+
+    Forked processes end with it. The server that Megatron's writers report to is started here, in
+    the place of the one that Megatron would start at the first save: it ends with this process,
+    and a SIGTERM to the process group does not take it away from a rank that goes on to save.
+    """
+    global _bound
+    if _bound:
+        return
+    _bound = True
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+    _start_results_server()
+
+
+def _before_fork() -> None:
+    global _forking
+    _forking = os.getpid(), threading.current_thread() is threading.main_thread()
+
+
+def _after_fork() -> None:
+    parent, by_main_thread = _forking
+    if by_main_thread:
+        end_with_parent(parent)
+
+
+def _start_results_server() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    server = SyncManager(ctx=get_context("spawn"))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the server inherits it
+    try:
+        server.start(end_with_parent, (os.getpid(),))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    filesystem_async._results_queue = server.Queue()  # type: ignore[attr-defined]
