@@ -161,13 +161,13 @@ def _optimizer(training: Training, dtype: torch.dtype) -> run.Config:
 def _callbacks(recipe: Recipe, run_dir: Path) -> list[run.Config]:
     training = recipe.training
     callbacks = [
-        run.Config(StopOnNonFinite),  # first: what it finds is neither recorded nor saved
         run.Config(
             RunRecorder,
             path=str(run_dir / METRICS_FILE),
             tokens_per_step=training.global_batch_size * recipe.model["seq_length"],
             log_interval=training.log_interval,
         ),
+        run.Config(StopOnNonFinite),
         run.Config(StopOnSigterm),
     ]
     if training.stop_after is not None:

@@ -62,15 +62,16 @@ class StopOnSigterm(pl.Callback, IOMixin):
         if trainer.is_global_zero:
             print(f"step {trainer.global_step:>5}  SIGTERM: saving, then stopping", flush=True)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so when the checkpoint is there: one that is saved in the background is awaited."""
         if self._stopping and trainer.is_global_zero:
             print("stopped by SIGTERM; resume=auto goes on from here", flush=True)
 
 
 class StopOnNonFinite(pl.Callback, IOMixin):
-    """Stop with an error, before anything is recorded or saved, when loss or gradient is none.
+    """Stop with an error, before anything is saved, when loss or gradient norm is no number.
 
-    A gradient that is none before it is reduced is found earlier, and on its rank: see
+    A gradient that is not finite before it is reduced is found earlier, and on its rank: see
     :meth:`nemo_megacpp.recipes.nemo.strategy.HybridStrategy.training_step`.
     """
 
