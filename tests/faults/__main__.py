@@ -21,7 +21,7 @@ def main() -> int:
     args = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, WorkerPool(RANKS) as pool:
-        tally = run_campaign(pool, Path(folder), args.kills, args.seed)
+        tally = run_campaign(pool, Path(folder), args.kills, args.seed, say=print)
     print(tally.table())
     print(
         f"{tally.kills} kills in mid-save, seed {args.seed}, {time.perf_counter() - started:.0f} s:"

@@ -8,6 +8,7 @@ import os
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,7 +69,9 @@ class Tally:
         return "\n".join(lines)
 
 
-def run_campaign(pool: WorkerPool, folder: Path, kills: int, seed: int) -> Tally:
+def run_campaign(
+    pool: WorkerPool, folder: Path, kills: int, seed: int, say: Callable[[str], object] = str
+) -> Tally:
     """Kill ranks in mid-save until ``kills`` have met a save under way.
 
     After each: no process is left; the newest whole checkpoint is the last that was finished,
@@ -88,12 +91,13 @@ def run_campaign(pool: WorkerPool, folder: Path, kills: int, seed: int) -> Tally
         with contextlib.suppress(WorkerError):
             pool.run(RANKS, save_and_be_killed, str(folder), step, kill)
             survived = True
-        label = f"trial {step}, {kill}"
+        label = f"step {step}, {kill}"
         left = _left_behind(pool)
         if left:
             tally.wrong.append(f"{label}: processes left behind: {left}")
         phase = PHASES[-1] if survived else _phase(checkpoint_of(folder, step), before)
         tally.landed[kill.victims, phase] += 1
+        say(f"{tally.kills}/{kills}  {label}: {phase}")
         tally.wrong += [f"{label}, {phase}: {what}" for what in _faults(folder, step, before)]
         newest = newest_checkpoint(folder)
         if newest is None:

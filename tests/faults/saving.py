@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from megatron.core import dist_checkpointing
 
-from nemo_megacpp.checkpoint.dcp import load_model, save_model
+from nemo_megacpp.checkpoint.dcp import load_model, model_sharded_state_dict
 from nemo_megacpp.checkpoint.lifecycle import (
     begin_checkpoint,
     clear_leftovers,
@@ -143,8 +144,9 @@ def _save(chunks: Chunks, folder: str, step: int) -> None:
     if first:
         mark.touch()
         begin_checkpoint(directory)
+        (directory / "weights").mkdir()
     torch.distributed.barrier()
-    save_model(chunks, directory / "weights")
+    dist_checkpointing.save(model_sharded_state_dict(chunks), str(directory / "weights"))
     if first:
         finish_checkpoint(directory, _IDENTITY, step)
         mark.unlink()

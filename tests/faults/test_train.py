@@ -58,7 +58,7 @@ def test_what_was_saved_in_the_background_is_what_was_kept(stopped: Run) -> None
 @pytest.fixture(scope="module")
 def resumed(start: Start, stopped: Run) -> Run:
     """Goes on, under torchrun, from what was saved in the background while steps went on."""
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--shutdown-timeout=300")
     _, older = whole_checkpoints(stopped.run_dir / "checkpoints")[0]
     run = start("resumed", f"resume={older}", launcher=torchrun)
     run.wait_until(lambda: len(run.losses()) >= 3)

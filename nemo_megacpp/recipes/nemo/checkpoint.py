@@ -2,6 +2,7 @@
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -21,6 +22,12 @@ from nemo_megacpp.checkpoint.lifecycle import (
     prune,
 )
 from nemo_megacpp.recipes.nemo.checkpoint_io import told_as_user_error
+
+
+def _try_to_finish(directory: Path, identity: dict[str, Any], step: int) -> None:
+    """Finish a checkpoint in a process that has nobody to tell an error to."""
+    with contextlib.suppress(OSError):
+        finish_checkpoint(directory, identity, step)
 
 
 class HybridCheckpoint(ModelCheckpoint):
@@ -80,6 +87,7 @@ class HybridCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         directory = ckpt_to_dir(filepath)
         with told_as_user_error(directory):
+            self.set_checkpoint_unfinished_marker(filepath)  # by which a crash is told later
             if trainer.is_global_zero:
                 begin_checkpoint(directory)
             super()._save_checkpoint(trainer, filepath)
@@ -95,12 +103,12 @@ class HybridCheckpoint(ModelCheckpoint):
 
         def finish_in_background() -> None:
             # Reading the checkpoint for its checksums would hold up the training.
-            work = finish_checkpoint if trainer.is_global_zero else None
+            work = _try_to_finish if trainer.is_global_zero else None
             request = AsyncRequest(work, arguments, [make_sure])
             trainer.strategy.checkpoint_io.then(request)  # type: ignore[attr-defined]
 
         def make_sure() -> None:
-            # If the background process has failed, this raises its error.
+            # Where the background process has failed, this raises its error.
             if trainer.is_global_zero and not is_whole(directory):
                 finish_checkpoint(*arguments)
             announce()

@@ -75,9 +75,8 @@ def main() -> None:
     try:
         run_recipe(resolve(sys.argv[1]), Path(sys.argv[2]), place.local_world_size)
     except UserError as error:
-        # The other ranks may end before this one does, for want of it: the launcher looks here.
+        # The launcher says it. Other ranks may end before this one does, for want of it.
         Path(os.environ[ERROR_FILE]).write_text(json.dumps({"message": str(error)}))
-        print(error, file=sys.stderr)
         sys.exit(2)
 
 
