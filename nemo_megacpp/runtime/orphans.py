@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.managers import SyncManager
 
 _PR_SET_PDEATHSIG = 1
@@ -66,9 +66,15 @@ def _start_results_server() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     server = SyncManager(ctx=get_context("spawn"))
+    resource_tracker.ensure_running()  # it would unblock the signal below
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the server inherits it
     try:
-        server.start(end_with_parent, (os.getpid(),))
+        server.start(_serve, (os.getpid(),))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     filesystem_async._results_queue = server.Queue()  # type: ignore[attr-defined]
+
+
+def _serve(owner: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent(owner)
