@@ -59,6 +59,7 @@ def _import_quietly() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)
     nemo_logging.setLevel(nemo_logging.ERROR)
+    logging.getLogger("nv_one_logger").setLevel(logging.CRITICAL)  # an error ends its spans too
     place = launched()
     if place is None or place.rank == 0:
         ours = logging.getLogger("nemo_megacpp")
