@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.runtime.stopping import passed_on
 
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Environment variable by which torch's launcher names the file for a rank's last words."""
+_LAST_WORDS = "NEMO_MEGACPP_LAST_WORDS"
+"""Environment variable that names a folder for what ranks have to say to the user at their end; not
+in the run's folder, whose disk may be what is full."""
 
 _TAIL = 12
 
@@ -40,6 +41,15 @@ def launched() -> Launched | None:
         )
     except KeyError:
         return None
+
+
+def leave_last_words(message: str) -> None:
+    """Tell the launcher, from a rank of :func:`launch` that is about to end, why it does.
+
+    Other ranks may end before this one, for want of it, and are not asked then.
+    """
+    with contextlib.suppress(OSError):
+        (Path(os.environ[_LAST_WORDS]) / os.environ["RANK"]).write_text(message, encoding="utf-8")
 
 
 def devices_here() -> int:
@@ -92,22 +102,31 @@ def launch(arguments: Sequence[str], ranks: int, log_dir: Path) -> None:
         log_line_prefix_template=" ",
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
-    previous = {name: os.environ.get(name) for name in _worker_environment(ranks)}
-    os.environ.update(_worker_environment(ranks))
+    with tempfile.TemporaryDirectory(prefix="nemo-megacpp-ranks-") as words:
+        settings = {**_worker_environment(ranks), _LAST_WORDS: words}
+        try:
+            with _environment(settings), passed_on() as asked_to_stop:
+                elastic_launch(config, sys.executable)(*arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if asked_to_stop.is_set() and failure.exitcode == -signal.SIGTERM:
+                told = "SIGTERM came before the ranks had begun to train."
+                raise RankFailed(told, False) from None
+            last_words = _last_words(Path(words))
+            report = last_words or _report(logs, rank, failure.exitcode)
+            raise RankFailed(report, last_words is not None) from None
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            sys.exit(128 + error.sigval)
+
+
+@contextlib.contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    previous = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
-        with passed_on() as asked_to_stop:
-            elastic_launch(config, sys.executable)(*arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if asked_to_stop.is_set() and failure.exitcode == -signal.SIGTERM:
-            raise RankFailed("SIGTERM came before the ranks had begun to train.", False) from None
-        told = _last_words(logs)
-        report = told or _report(logs, rank, failure.exitcode)
-        raise RankFailed(report, told is not None) from None
-    except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        sys.exit(128 + error.sigval)
+        yield
     finally:
         for name, value in previous.items():
             if value is None:
@@ -126,10 +145,11 @@ def _worker_environment(ranks: int) -> dict[str, str]:
     }
 
 
-def _last_words(logs: Path) -> str | None:
+def _last_words(words: Path) -> str | None:
     """Return what a rank had to say to the user, the lowest that had; None if none had."""
-    for file in sorted(logs.glob("**/error.json"), key=lambda path: int(path.parent.name)):
-        return json.loads(file.read_text())["message"]
+    for file in sorted(words.iterdir(), key=lambda path: int(path.name)):
+        if message := file.read_text(encoding="utf-8"):
+            return message
     return None
 
 

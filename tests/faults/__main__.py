@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 
 def main() -> int:
+    os.environ["PYTHONWARNINGS"] = "ignore"  # the libraries' remarks, once per process
     # Not above: the helpers of every save import this module again.
     from nemo_megacpp.runtime.workers import WorkerPool
     from tests.faults.campaign import run_campaign

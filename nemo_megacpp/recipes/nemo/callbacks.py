@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from nemo.lightning.io import IOMixin
 
+from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
 
 
@@ -84,5 +85,8 @@ class RunRecorder(pl.Callback, IOMixin):
             print(f"step {trainer.global_step:>5}  held-out loss {loss:.4f}", flush=True)
 
     def _append(self, record: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}.") from None

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import logging
-import os
 import sys
 import tempfile
 import warnings
@@ -15,7 +13,7 @@ from pathlib import Path
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.runtime import stopping
-from nemo_megacpp.runtime.launch import ERROR_FILE, launched
+from nemo_megacpp.runtime.launch import launched, leave_last_words
 from nemo_megacpp.runtime.orphans import end_with_parent
 
 
@@ -76,8 +74,7 @@ def main() -> None:
     try:
         run_recipe(resolve(sys.argv[1]), Path(sys.argv[2]), place.local_world_size)
     except UserError as error:
-        # The launcher says it. Other ranks may end before this one does, for want of it.
-        Path(os.environ[ERROR_FILE]).write_text(json.dumps({"message": str(error)}))
+        leave_last_words(str(error))
         sys.exit(2)
 
 
