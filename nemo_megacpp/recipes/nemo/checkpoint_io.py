@@ -3,6 +3,7 @@
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from nemo.lightning.io.pl import MegatronCheckpointIO
+from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from torch.distributed.checkpoint import CheckpointException
 
@@ -32,12 +34,14 @@ class AsyncCheckpointIO(AsyncFinalizableCheckpointIO):
     def __init__(self, checkpoint_io: MegatronCheckpointIO):
         _WrappingCheckpointIO.__init__(self, checkpoint_io)
         self.async_calls_queue = AsyncCallsQueue()
+        self._under_way = Path()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         """Start to save in the background; all ranks call this."""
         self.maybe_finalize_save_checkpoint(blocking=True)
+        self._under_way = Path(ckpt_to_dir(path))
         super().save_checkpoint(checkpoint, path, storage_options)
 
     def then(self, request: AsyncRequest) -> None:
@@ -50,28 +54,28 @@ class AsyncCheckpointIO(AsyncFinalizableCheckpointIO):
         Raises:
             UserError: a save has failed.
         """
-        with told_as_user_error():
+        with told_as_user_error(self._under_way):
             return super().maybe_finalize_save_checkpoint(blocking)
 
 
 @contextlib.contextmanager
-def told_as_user_error(directory: Path | None = None) -> Iterator[None]:
-    """Turn what the file system says against a save into one line.
+def told_as_user_error(directory: Path) -> Iterator[None]:
+    """Turn what the file system says against saving a checkpoint into one line.
 
-    Args:
-        directory: the checkpoint, if known.
+    It says how much room there is too: torch's writer reports a full disk as a wrong position.
     """
     try:
         yield
     except (OSError, CheckpointException) as error:
-        reason = _reason(error)
+        told = [_reason(error)]
         if isinstance(error, CheckpointException):  # all ranks have it; rank 0 knows why
-            told = [reason]
             torch.distributed.broadcast_object_list(told, src=0)
-            reason = told[0]
-        where = "" if directory is None else f" {directory}"
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(directory.parent).free
+            told.append(f"{free / 1e6:,.1f} MB are free on that disk")
         raise UserError(
-            f"The checkpoint{where} could not be saved: {reason}. Earlier ones are as they were."
+            f"The checkpoint {directory} could not be saved: {'; '.join(told)}. Earlier ones are "
+            f"as they were."
         ) from None
 
 
