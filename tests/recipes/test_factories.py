@@ -89,7 +89,7 @@ def test_settings_reach_the_configuration(
     assert strategy.sequence_parallel is False, "SP follows TP unless it is given"
     assert (task.trainer.devices, task.trainer.max_steps) == (2, 7)
     assert task.optim.lr_scheduler.max_steps == 7
-    assert [callback.step for callback in task.trainer.callbacks[1:]] == [5]
+    assert task.trainer.callbacks[-1].step == 5
     assert (task.data.micro_batch_size, task.data.global_batch_size) == (2, 4)
     assert (config.seq_length, task.data.seq_length) == (64, 64)
     assert (config.vocab_size, task.data.vocab_size) == (vocab_size, vocab_size), "the data's"
