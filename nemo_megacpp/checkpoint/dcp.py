@@ -44,8 +44,10 @@ def model_sharded_state_dict(chunks: Sequence[torch.nn.Module]) -> dict[str, Any
     }
 
 
-def save_model(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None:
-    """Save model weights, and then a manifest of them.
+def save_sharded(
+    state: dict[str, Any], directory: str | Path, content_metadata: dict[str, Any] | None = None
+) -> None:
+    """Save a sharded state dict, and then a manifest of it.
 
     ``directory`` is created on rank 0 and must be seen by all ranks.
     """
@@ -54,10 +56,15 @@ def save_model(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None
     if torch.distributed.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
-    dist_checkpointing.save(model_sharded_state_dict(chunks), str(directory))
+    dist_checkpointing.save(state, str(directory), content_metadata=content_metadata)
     if torch.distributed.get_rank() == 0:
         write_manifest(directory)
     torch.distributed.barrier()
+
+
+def save_model(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None:
+    """Save model weights; see :func:`save_sharded`."""
+    save_sharded(model_sharded_state_dict(chunks), directory)
 
 
 def load_model(
@@ -76,7 +83,11 @@ def load_model(
     guard_load(Path(directory), verify=verify)
     sharded = model_sharded_state_dict(chunks)
     fit_to_checkpoint(sharded, read_metadata(Path(directory)))
-    state = dist_checkpointing.load(sharded, str(directory))
+    fill_model(chunks, dist_checkpointing.load(sharded, str(directory)))
+
+
+def fill_model(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
+    """Copy a loaded state of :func:`model_sharded_state_dict` into the chunks, strictly."""
     for index, chunk in enumerate(chunks):
         loaded = state[f"chunk{index}"]
         own = {name: loaded.get(name) for name in chunk.state_dict()}

@@ -129,3 +129,52 @@ MIXED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("no-E-stage", tiny_model("ARM|EA"), ("pp=2", "tp=2,pp=2,etp=1", "pp=2,ep=2")),
 )
 """Families together: label, model, layouts."""
+
+
+# Saved as, and loaded as: a layout, or a layout and another way to write the pattern.
+Place = str | tuple[str, str]
+
+_CUT = "AE|MEAEM|E|AEMR"
+_MIMO = {"mode": "mamba3", "mamba3_mimo_rank": 2, "mamba_num_groups": 2}
+
+RESHARDINGS: tuple[tuple[str, dict[str, Any], Place, tuple[Place, ...]], ...] = (
+    (
+        "AEMR",
+        tiny_model("AEMR"),
+        "tp=2,etp=1",
+        ("tp=1", "tp=4,etp=2", "pp=2", "cp=2", "ep=2", "tp=1,etp=2", "world=2", "cp=2,ep=4"),
+    ),
+    ("AEMR", tiny_model("AEMR"), "pp=2,ep=2", ("tp=2,cp=2,etp=1", "world=4", "pp=4")),
+    ("AEMR", tiny_model("AEMR"), "tp=2,ep=2,etp=2", ("tp=2,ep=2,etp=1", "tp=1", "cp=2,pp=2")),
+    ("AMR", tiny_model("AMR"), "tp=2,sp=false", ("tp=2", "tp=4,sp=false", "cp=4")),
+    (
+        "deep",
+        tiny_model("AEMEAEMEAEMR"),
+        "pp=2,vpp=3",
+        ("pp=4", "pp=2,vpp=2", "tp=2,etp=1", ("pp=4", _CUT), ("pp=2,vpp=2", _CUT)),
+    ),
+    ("cuts", tiny_model(_CUT), "pp=4", ("pp=2,vpp=2", ("pp=4,vpp=3", "AEMEAEMEAEMR"), "tp=2")),
+    ("no-E-stage", tiny_model("ARM|EA"), "pp=2", ("tp=2,etp=1", "ep=2,pp=2", "tp=2,pp=2,etp=1")),
+    (
+        "AEMR-mamba3",
+        tiny_model("AEMR", mode="mamba3"),
+        "tp=2,etp=1",
+        ("tp=1", "tp=4,etp=1", "pp=2", "cp=2"),
+    ),
+    ("AEMR-mimo", tiny_model("AEMR", **_MIMO), "tp=2,etp=1", ("tp=1", "pp=2", "cp=2", "ep=2")),
+)
+"""Label, model, where a training state is saved, where it is loaded."""
+
+SHARDED_RESHARDINGS: tuple[tuple[str, dict[str, Any], Place, tuple[Place, ...]], ...] = (
+    (
+        "AEMR",
+        tiny_model("AEMR"),
+        "world=4,tp=2,etp=1",
+        ("world=4", "world=2", "world=4,pp=2", "world=4,ep=2", "tp=4,etp=1", "world=4,cp=2"),
+    ),
+    ("AEMR", tiny_model("AEMR"), "world=4,ep=2", ("world=4,tp=2,etp=1", "tp=1,etp=2")),
+    ("deep", tiny_model("AEMEAEMEAEMR"), "pp=2,vpp=2,world=4", ("pp=4", ("pp=4", _CUT))),
+    ("no-E-stage", tiny_model("ARM|EA"), "world=4,pp=2", ("world=2", "tp=2,pp=2,etp=1")),
+    ("AEMR-mimo", tiny_model("AEMR", **_MIMO), "world=4,tp=2,etp=1", ("world=2", "world=4,pp=2")),
+)
+"""The same with the distributed optimizer."""

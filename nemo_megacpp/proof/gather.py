@@ -59,6 +59,11 @@ def gather_values(
     for part in state.values():
         for key in [k for k, v in part.items() if getattr(v, "data", v) is None]:
             del part[key]
+    return gather_sharded(state)
+
+
+def gather_sharded(state: dict[str, Any]) -> GlobalValues | None:
+    """Gather every tensor of a sharded state dict to rank 0; None elsewhere."""
     apply_factories(state)
     pieces = [
         (item.key, item.global_shape, item.global_slice(), item.data.detach().cpu().numpy())

@@ -15,7 +15,11 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -49,6 +53,7 @@ class StepSpec:
         learning_rate: of the one Adam step.
         documents: lengths of the documents that each row packs; empty for rows of one document.
         starved_experts: experts whose routing bias is set so low that no token reaches them.
+        use_distributed_optimizer: shard the optimizer's state over data-parallel ranks.
     """
 
     model: dict[str, Any]
@@ -60,6 +65,7 @@ class StepSpec:
     learning_rate: float = 1e-2
     documents: tuple[int, ...] = ()
     starved_experts: tuple[int, ...] = ()
+    use_distributed_optimizer: bool = False
 
     @property
     def clip_grad(self) -> float:
@@ -76,7 +82,8 @@ class StepResult:
         objective: the loss or the linear form, averaged over the global batch.
         aux_losses: auxiliary losses by name, averaged over E blocks and microbatches.
         grad_norm: Megatron's gradient norm.
-        gradients: gradient of every parameter.
+        gradients: gradient of every parameter; none with the distributed optimizer, which leaves
+            each data-parallel rank a shard of the sums.
         parameters: every saved tensor after the step.
     """
 
@@ -114,13 +121,19 @@ def build_chunks(config: HybridConfig, layout: ParallelLayout) -> list[torch.nn.
 
 
 def save_initial_weights(spec: StepSpec, layout: ParallelLayout, directory: str) -> None:
-    """Build the model of ``spec`` in ``layout`` (on every rank of it) and save its weights.
-
-    Gains, decays and skips start at ones or constants, which would hide a permutation of heads;
-    every parameter is therefore moved off its start by a little noise.
-    """
+    """Build the model of ``spec`` in ``layout`` (on every rank of it) and save its weights,
+    disturbed."""
     start_model_parallel(layout, spec.seed)
     chunks = build_chunks(make_config(spec, layout), layout)
+    disturb(spec, chunks)
+    save_model(chunks, directory)
+
+
+def disturb(spec: StepSpec, chunks: Sequence[torch.nn.Module]) -> None:
+    """Move every parameter off its start by a little noise.
+
+    Gains, decays and skips start at ones or constants, which would hide a permutation of heads.
+    """
     generator = torch.Generator().manual_seed(spec.seed)
     with torch.no_grad():
         for chunk in chunks:
@@ -130,7 +143,6 @@ def save_initial_weights(spec: StepSpec, layout: ParallelLayout, directory: str)
             for name, buffer in chunk.named_buffers():
                 if name.endswith("expert_bias"):
                     buffer[list(spec.starved_experts)] = -1e3
-    save_model(chunks, directory)
 
 
 def round_trip(
@@ -148,13 +160,32 @@ def round_trip(
     return {key: hashlib.sha256(value.tobytes()).hexdigest() for key, value in values.items()}
 
 
-def run_step(spec: StepSpec, layout: ParallelLayout, weights: str) -> StepResult | None:
-    """Load ``weights`` in ``layout``, run one training step; return what it gave on rank 0."""
+@dataclass
+class Trainee:
+    """What is trained on this rank.
+
+    Attributes:
+        config: of the model.
+        chunks: its pipeline chunks, one per virtual stage.
+        wrapped: the same, each in Megatron's data-parallel wrapper.
+        optimizer: over all of them.
+    """
+
+    config: HybridConfig
+    chunks: list[torch.nn.Module]
+    wrapped: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+
+
+def prepare(spec: StepSpec, layout: ParallelLayout) -> Trainee:
+    """Build the model of ``spec`` in ``layout`` with its optimizer, ready for a step."""
     start_model_parallel(layout, spec.seed)
     config = make_config(spec, layout)
     chunks = build_chunks(config, layout)
-    load_model(chunks, weights)
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=False)
+    sharded = spec.use_distributed_optimizer
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=False, use_distributed_optimizer=sharded
+    )
     wrapped = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
@@ -171,11 +202,25 @@ def run_step(spec: StepSpec, layout: ParallelLayout, weights: str) -> StepResult
             adam_eps=_ADAM_EPS,
             clip_grad=spec.clip_grad,
             params_dtype=config.params_dtype,
+            use_distributed_optimizer=sharded,
         ),
         wrapped,
         use_gloo_process_groups=False,
     )
-    optimizer.zero_grad()
+    return Trainee(config, chunks, wrapped, optimizer)
+
+
+def run_step(spec: StepSpec, layout: ParallelLayout, weights: str) -> StepResult | None:
+    """Load ``weights`` in ``layout``, run one training step; return what it gave on rank 0."""
+    trainee = prepare(spec, layout)
+    load_model(trainee.chunks, weights)
+    return take_step(spec, layout, trainee)
+
+
+def take_step(spec: StepSpec, layout: ParallelLayout, trainee: Trainee) -> StepResult | None:
+    """Run one training step on the batch of ``spec``; return what it gave on rank 0."""
+    config, chunks, wrapped = trainee.config, trainee.chunks, trainee.wrapped
+    trainee.optimizer.zero_grad()
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     microbatches = spec.global_batch_size // (spec.micro_batch_size * layout.data_parallel_size)
@@ -190,9 +235,14 @@ def run_step(spec: StepSpec, layout: ParallelLayout, weights: str) -> StepResult
     )
     objective = _global_mean(outputs)
     aux_losses = reduced_aux_losses(config, scale=1.0 / microbatches)
-    main_grads = {id(p): p.main_grad for chunk in chunks for p in chunk.parameters()}
+    main_grads = {
+        id(p): p.main_grad
+        for chunk in chunks
+        for p in chunk.parameters()
+        if not spec.use_distributed_optimizer
+    }
     gradients = gather_values(chunks, lambda tensor: main_grads.get(id(tensor)))
-    _, grad_norm, _ = optimizer.step()
+    _, grad_norm, _ = trainee.optimizer.step()
     parameters = gather_values(chunks)
     if gradients is None or parameters is None:
         return None

@@ -1,0 +1,259 @@
+"""Megatron's optimizer in a checkpoint: one form, whatever the layout and the optimizer.
+
+Every moment and every float32 master weight is saved in the global shape of its parameter, cut as
+the parameter is cut (for packed projections component by component); what all parameters share, the
+step and the settings of the parameter groups, is saved once. So the state loads into any legal
+layout, with or without the distributed optimizer.
+
+Megatron-Core 0.16.1's own form does less, and without Transformer Engine or Apex it fails:
+
+- the step is saved by global rank 0 alone. Where its stage has no E block, the expert optimizer of
+  every other stage loses its step;
+- with torch's Adam the distributed optimizer can be loaded in no sharding type (it asserts one step
+  before there is a state, and copies a tensor ``step`` that it has left out), and cannot be saved
+  on a stage that has no expert;
+- its ``dp_reshardable`` type, NeMo's default, keeps flat buffers that only the same tensor-,
+  pipeline- and expert-parallel degrees can read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from nemo_megacpp.errors import UserError
+
+FORM = "optimizer_state"
+"""Key of a checkpoint's content metadata that says that its optimizer state has this form."""
+
+_SHARDING_TYPE = "fully_reshardable"
+_GROUP_IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+_MASTER_WEIGHT = "fp32_param"  # the name of the plain bf16 optimizer, here of the distributed too
+
+
+def content_metadata(use_distributed_optimizer: bool) -> dict[str, Any]:
+    """Return what a checkpoint says of its optimizer state, and what Megatron is told of it."""
+    metadata: dict[str, Any] = {FORM: 1, "chained_optim_avoid_prefix": True}
+    if use_distributed_optimizer:
+        metadata["distrib_optim_sharding_type"] = _SHARDING_TYPE
+    return metadata
+
+
+def refuse_other_forms(metadata: Mapping[str, Any] | None) -> None:
+    """Refuse to read optimizer state that was not written by this module.
+
+    Args:
+        metadata: the checkpoint's content metadata.
+
+    Raises:
+        UserError: saying what it is instead.
+    """
+    found = metadata or {}
+    if FORM in found:
+        return
+    kind = found.get("distrib_optim_sharding_type", "without the distributed optimizer")
+    if kind in ("dp_reshardable", "dp_zero_gather_scatter"):
+        kind += ": only the degrees it was saved with can load it, data parallelism apart"
+    raise UserError(
+        f"This checkpoint's optimizer state has Megatron's own form ({kind}), not the one that "
+        f"nemo_megacpp saves and every layout loads. Load its weights alone (in NeMo: "
+        f"strategy.ckpt_load_optimizer=False)."
+    )
+
+
+def optimizer_sharded_state_dict(
+    optimizer: MegatronOptimizer, model_state: Mapping[str, Any], *, is_loading: bool = False
+) -> dict[str, Any]:
+    """Return the sharded state dict of a Megatron optimizer. Every rank must call it.
+
+    Args:
+        optimizer: as ``get_megatron_optimizer`` returns it.
+        model_state: the model's sharded state dict; decides how the optimizer's tensors are cut.
+        is_loading: whether the result is to be filled from a checkpoint.
+
+    Raises:
+        UserError: for float16 loss scaling, whose state has no place in this form.
+    """
+    members = _members(optimizer)
+    return {
+        "step": None if is_loading else _common_step(members),
+        "param_groups": [
+            _without(group, "params", "step") for member in members for group in _groups(member)
+        ],
+        # Empty parts are left out: Megatron compares what ranks have in common.
+        "tensors": {
+            str(index): tensors
+            for index, member in enumerate(members)
+            if (tensors := _sharded_tensors(member, model_state, is_loading))
+        },
+    }
+
+
+def load_optimizer_state_dict(optimizer: MegatronOptimizer, state: Mapping[str, Any]) -> None:
+    """Take over what :func:`optimizer_sharded_state_dict` asked for and a checkpoint has filled."""
+    for index, member in enumerate(_members(optimizer)):
+        if member.is_stub_optimizer:
+            continue
+        tensors = state["tensors"].get(str(index), {})
+        saved = [_match(group, state["param_groups"]) for group in member.optimizer.param_groups]
+        if isinstance(member, DistributedOptimizer):
+            _load_distributed(member, tensors, saved)
+        else:
+            _load_plain(member, tensors, saved, state["step"])
+        _set_step(member.optimizer, state["step"])
+
+
+def _members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Return Megatron's optimizers of dense and of expert parameters.
+
+    All ranks have the same ones, with the same groups; those of a stage without E are empty.
+    """
+    chained = isinstance(optimizer, ChainedOptimizer)
+    members = optimizer.chained_optimizers if chained else [optimizer]
+    if any(getattr(member, "grad_scaler", None) is not None for member in members):
+        raise UserError("The state of fp16 loss scaling cannot be saved: train in bf16 or fp32.")
+    return members
+
+
+def _groups(member: MegatronOptimizer) -> list[dict[str, Any]]:
+    return [] if member.is_stub_optimizer else member.optimizer.param_groups
+
+
+def _without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in keys}
+
+
+def _identity(group: Mapping[str, Any]) -> tuple:
+    return tuple(group[key] for key in _GROUP_IDENTITY)
+
+
+def _match(group: Mapping[str, Any], saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the saved settings of ``group``: learning rate, weight decay, betas and the like."""
+    for candidate in saved:
+        if _identity(candidate) == _identity(group):
+            return candidate
+    raise UserError(
+        f"The checkpoint's optimizer has no parameter group with {_GROUP_IDENTITY} = "
+        f"{_identity(group)}; it has {[_identity(candidate) for candidate in saved]}."
+    )
+
+
+def _keeps_step_per_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """Torch's Adam does; the fused ones of Transformer Engine and Apex keep one per group."""
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _common_step(members: Sequence[MegatronOptimizer]) -> int:
+    """Return the number of steps taken, the same on all ranks: some hold no parameter of a kind."""
+    steps = {0}
+    for member in members:
+        if member.is_stub_optimizer:
+            continue
+        if _keeps_step_per_parameter(member.optimizer):
+            steps |= {int(state["step"]) for state in member.optimizer.state.values() if state}
+        else:
+            steps |= {int(group.get("step", 0)) for group in member.optimizer.param_groups}
+    assert len(steps) <= 2, f"parameters have taken different numbers of steps: {steps}"
+    most = torch.tensor(max(steps), dtype=torch.int64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
+def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    if _keeps_step_per_parameter(optimizer):
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(float(step))
+    elif step:
+        for group in optimizer.param_groups:
+            group["step"] = step
+
+
+def _sharded_tensors(
+    member: MegatronOptimizer, model_state: Mapping[str, Any], is_loading: bool
+) -> dict[Any, Any]:
+    if member.is_stub_optimizer:
+        return {}
+    if isinstance(member, DistributedOptimizer):
+        return _distributed_tensors(member, model_state, is_loading)
+    if not member.get_parameters():
+        return {}
+    whole = member.sharded_state_dict(model_state, is_loading)
+    state = whole.get("optimizer", whole)["state"]
+    masters = dict(enumerate(whole.get("fp32_from_fp16_params", ())))
+    return {
+        "state": _without(state, "common_step"),
+        "masters": {index: group for index, group in masters.items() if group},
+    }
+
+
+def _load_plain(
+    member: MegatronOptimizer,
+    tensors: Mapping[str, Any],
+    saved: Sequence[dict[str, Any]],
+    step: int,
+) -> None:
+    numbered = member.optimizer.state_dict()["param_groups"]
+    moments = dict(tensors.get("state", {}))
+    if _keeps_step_per_parameter(member.optimizer):
+        moments["common_step"] = torch.tensor(float(step))  # Megatron gives each parameter a copy
+    state: dict[str, Any] = {
+        "state": moments,
+        "param_groups": [
+            {**settings, "params": group["params"]}
+            for settings, group in zip(saved, numbered, strict=True)
+        ],
+    }
+    if hasattr(member, "fp32_from_float16_groups"):
+        masters = tensors.get("masters", {})
+        in_groups = [masters.get(index, []) for index in range(len(numbered))]
+        state = {"optimizer": state, "fp32_from_fp16_params": in_groups}
+    member.load_state_dict(state)
+
+
+def _parameters_in_order(member: DistributedOptimizer) -> list[torch.nn.Parameter]:
+    """Return the parameters in the order in which the distributed optimizer numbers its state."""
+    return [parameter for buffer in member.buffers for parameter in buffer.param_index_map]
+
+
+def _distributed_tensors(
+    member: DistributedOptimizer, model_state: Mapping[str, Any], is_loading: bool
+) -> dict[int, dict[str, Any]]:
+    """Gather the shards of a data-parallel group to whole tensors, named as without sharding.
+
+    The master weight of a float32 parameter is a view of it, and is saved as the model's.
+    """
+    whole = member.sharded_param_state_fully_reshardable(
+        model_state, is_loading, {"distrib_optim_fully_reshardable_mem_efficient": False}
+    )
+    for index, parameter in enumerate(_parameters_in_order(member)):
+        master: ShardedTensor | ShardedTensorFactory = whole[index].pop("param")
+        if parameter.dtype != torch.float32:
+            key = master.key.replace(".param.", f".{_MASTER_WEIGHT}.", 1)
+            whole[index][_MASTER_WEIGHT] = dataclasses.replace(master, key=key)
+    return whole
+
+
+def _load_distributed(
+    member: DistributedOptimizer,
+    tensors: Mapping[int, Mapping[str, torch.Tensor]],
+    saved: Sequence[dict[str, Any]],
+) -> None:
+    optimizer = member.optimizer
+    member.init_state_fn(optimizer, member.config)
+    for state in optimizer.state.values():
+        state.pop("step", None)  # Megatron would copy it, and does not read it
+    whole = {
+        index: {"param": parameter.detach(), **tensors[index]}
+        if parameter.dtype == torch.float32
+        else dict(tensors[index])
+        for index, parameter in enumerate(_parameters_in_order(member))
+    }
+    member.load_parameter_state_from_fully_reshardable(whole)
+    for group, settings in zip(optimizer.param_groups, saved, strict=True):
+        group.update(settings)
