@@ -44,6 +44,8 @@ class HybridModelConfig(HybridConfig, io.IOMixin):
             f"tokenizer of {tokenizer.vocab_size}, model of {self.vocab_size}: the launcher checks"
         )
         stages = self.virtual_pipeline_model_parallel_size or 1
+        if vp_stage is None and stages > 1:
+            vp_stage = 0  # Lightning has the first chunk built, and does not know of stages
         if pre_process is None:
             pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
             pre_process = pre_process and (vp_stage or 0) == 0
