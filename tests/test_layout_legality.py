@@ -352,8 +352,8 @@ def test_a_bad_degree_does_not_hide_the_others() -> None:
 
 @pytest.mark.parametrize(
     ("vocab", "by", "tp", "rows"),
-    [(65536, 128, 8, 65536), (65537, 128, 1, 65664), (65537, 128, 8, 66560), (100, None, 4, 100),
-     (100, 0, 5, 100), (50257, 128, 1, 50304)],
+    [(65536, 128, 8, 65536), (65537, 128, 1, 65664), (65537, 128, 8, 65664), (100, None, 4, 100),
+     (100, 0, 5, 100), (50257, 128, 1, 50304), (300, 128, 2, 384), (300, 128, 5, 640)],
 )  # fmt: skip
 def test_padded_vocabulary(vocab: int, by: int | None, tp: int, rows: int) -> None:
     assert padded_vocab_size(vocab, by, tp) == rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -76,17 +77,18 @@ def refuse_illegal(
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int | None, tp: int) -> int:
-    """The rows of the embedding: ``vocab_size`` rounded up to a multiple of ``divisible_by * tp``.
+    """The rows of the embedding: ``vocab_size``, rounded up for ``divisible_by`` and for TP.
 
-    This is Megatron's rule. Where ``divisible_by`` is not a multiple of the vocabulary's own
-    factors the result depends on TP, and so does the shape in a checkpoint. None or 0 turns padding
-    off; TP must then divide the vocabulary.
+    Megatron's rule is a multiple of ``divisible_by * tp``, and so another number of rows in another
+    layout; as the padding's logits are part of the softmax, another loss as well. Here every TP
+    that divides ``divisible_by`` gives the same rows. None or 0 turns padding off; TP must then
+    divide the vocabulary.
 
     Raises:
         UserError: padding is off and TP does not divide.
     """
     if divisible_by:
-        unit = divisible_by * tp
+        unit = math.lcm(divisible_by, tp)
         return -(-vocab_size // unit) * unit
     if vocab_size % tp:
         raise UserError(
