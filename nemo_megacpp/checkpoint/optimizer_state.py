@@ -81,6 +81,8 @@ def optimizer_sharded_state_dict(
         UserError: for float16 loss scaling, whose state has no place in this form.
     """
     members = _members(optimizer)
+    for member in members:
+        _ensure_state(member)
     return {
         "step": None if is_loading else _common_step(members),
         "param_groups": [
@@ -121,6 +123,16 @@ def _members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return members
 
 
+def _ensure_state(member: MegatronOptimizer) -> None:
+    """Before the first step the state is zeros that no optimizer has made yet."""
+    if member.is_stub_optimizer:
+        return
+    member.init_state_fn(member.optimizer, member.config)
+    if _keeps_step_per_parameter(member.optimizer):
+        for state in member.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+
+
 def _groups(member: MegatronOptimizer) -> list[dict[str, Any]]:
     return [] if member.is_stub_optimizer else member.optimizer.param_groups
 
@@ -156,7 +168,7 @@ def _common_step(members: Sequence[MegatronOptimizer]) -> int:
         if member.is_stub_optimizer:
             continue
         if _keeps_step_per_parameter(member.optimizer):
-            steps |= {int(state["step"]) for state in member.optimizer.state.values() if state}
+            steps |= {int(state["step"]) for state in member.optimizer.state.values()}
         else:
             steps |= {int(group.get("step", 0)) for group in member.optimizer.param_groups}
     assert len(steps) <= 2, f"parameters have taken different numbers of steps: {steps}"
@@ -205,8 +217,7 @@ def _load_plain(
     state: dict[str, Any] = {
         "state": moments,
         "param_groups": [
-            {**settings, "params": group["params"]}
-            for settings, group in zip(saved, numbered, strict=True)
+            {**group, **settings} for settings, group in zip(saved, numbered, strict=True)
         ],
     }
     if hasattr(member, "fp32_from_float16_groups"):
@@ -245,7 +256,6 @@ def _load_distributed(
     saved: Sequence[dict[str, Any]],
 ) -> None:
     optimizer = member.optimizer
-    member.init_state_fn(optimizer, member.config)
     for state in optimizer.state.values():
         state.pop("step", None)  # Megatron would copy it, and does not read it
     whole = {

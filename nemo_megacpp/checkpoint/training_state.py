@@ -11,6 +11,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 
 from nemo_megacpp.checkpoint.dcp import fill_model, model_sharded_state_dict, save_sharded
+from nemo_megacpp.checkpoint.guard import guard_load
 from nemo_megacpp.checkpoint.optimizer_state import (
     content_metadata,
     load_optimizer_state_dict,
@@ -52,8 +53,10 @@ def load_training_state(
         directory: written by :func:`save_training_state`.
 
     Raises:
-        UserError: for optimizer state of another form; nothing is loaded then.
+        UserError: the checkpoint is damaged, loading it would run code, or its optimizer state has
+            another form; nothing is loaded then.
     """
+    guard_load(Path(directory), verify=True)
     refuse_other_forms(dist_checkpointing.load_content_metadata(str(directory)))
     state = dist_checkpointing.load(
         training_sharded_state_dict(chunks, optimizer, is_loading=True), str(directory)

@@ -31,11 +31,14 @@ class Carried:
     next_step: StepResult | None = None
 
 
-def save_after_a_step(spec: StepSpec, layout: ParallelLayout, directory: str) -> Carried | None:
-    """Run one step, save the training state to ``directory``, run the next step."""
+def save_after_steps(
+    spec: StepSpec, layout: ParallelLayout, directory: str, steps: int = 1
+) -> Carried | None:
+    """Run ``steps`` steps, save the training state to ``directory``, run the next step."""
     trainee = prepare(spec, layout)
     disturb(spec, trainee.chunks)
-    take_step(spec, layout, trainee)
+    for _ in range(steps):
+        take_step(spec, layout, trainee)
     save_training_state(trainee.chunks, trainee.optimizer, directory)
     return _carry_on(spec, layout, trainee)
 

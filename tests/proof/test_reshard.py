@@ -18,7 +18,7 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.cases import RESHARDINGS, SHARDED_RESHARDINGS, Place, tiny_model
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Tolerances, compare
-from nemo_megacpp.proof.reshard import Carried, load_and_step, save_after_a_step
+from nemo_megacpp.proof.reshard import Carried, load_and_step, save_after_steps
 from nemo_megacpp.proof.step import StepSpec, prepare
 from nemo_megacpp.runtime.workers import WorkerPool
 
@@ -36,7 +36,7 @@ def source(ranks: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Sourc
             folder, layout = str(tmp_path_factory.mktemp("state")), ParallelLayout.parse(text)
             known[key] = (
                 folder,
-                ranks.run(layout.world, save_after_a_step, spec, layout, folder)[0],
+                ranks.run(layout.world, save_after_steps, spec, layout, folder)[0],
             )
         return known[key]
 
@@ -62,6 +62,7 @@ def _hold(
     place: Place,
     within: Tolerances,
     gradients: bool = True,
+    steps: int = 1,
 ) -> Carried:
     """Load in ``place`` what was saved, and compare everything; the distributed optimizer has no
     gradients to compare with the plain one's."""
@@ -71,7 +72,7 @@ def _hold(
     folder, saved = before
     layout = ParallelLayout.parse(text)
     loaded: Carried = ranks.run(layout.world, load_and_step, spec, layout, folder)[0]
-    assert loaded.steps == saved.steps == 1
+    assert loaded.steps == saved.steps == steps
     assert loaded.settings == saved.settings
     assert not any(loaded.state.replica_spread.values()), "replicas are equal"
     shared = saved.state.values.keys() & loaded.state.values.keys()
@@ -134,6 +135,15 @@ def test_the_kind_of_optimizer_may_change(
     other = dataclasses.replace(spec, use_distributed_optimizer=not sharded)
     after = _hold(ranks, (folder, carried), other, "world=2", FLOAT32, gradients=False)
     assert after.state.values.keys() == carried.state.values.keys()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_before_the_first_step(ranks: WorkerPool, tmp_path: Path, sharded: bool) -> None:
+    """A run that is stopped at once has moments too: zeros, after no step."""
+    spec = StepSpec(tiny_model("AEMR"), use_distributed_optimizer=sharded)
+    folder, layout = str(tmp_path / "state"), ParallelLayout.parse("pp=2")
+    carried: Carried = ranks.run(2, save_after_steps, spec, layout, folder, 0)[0]
+    _hold(ranks, (folder, carried), spec, "world=2", FLOAT32, steps=0)
 
 
 def _load_weights_only(spec: StepSpec, layout: ParallelLayout, folder: str) -> Any:

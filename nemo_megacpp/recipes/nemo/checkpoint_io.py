@@ -1,4 +1,4 @@
-"""NeMo's asynchronous checkpoint writer on Megatron-Core 0.16, and what a failed save says."""
+"""NeMo's checkpoint reader and writer on Megatron-Core 0.16, and what a failed save says."""
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
@@ -16,7 +16,22 @@ from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from torch.distributed.checkpoint import CheckpointException
 
+from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
+from nemo_megacpp.checkpoint.folder import find_weights
+from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.errors import UserError
+
+
+class AcrossBackends(_WrappingCheckpointIO):
+    """Asks a checkpoint for what it has, whichever backend wrote it."""
+
+    def load_checkpoint(
+        self, path: Any, sharded_state_dict: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
+        fit_to_checkpoint(sharded_state_dict, read_metadata(find_weights(Path(path))))
+        return self.checkpoint_io.load_checkpoint(
+            path, sharded_state_dict=sharded_state_dict, **kwargs
+        )
 
 
 class AsyncCheckpointIO(AsyncFinalizableCheckpointIO):

@@ -1,4 +1,4 @@
-"""NeMo's Megatron optimizer module on Megatron-Core 0.16."""
+"""NeMo's Megatron optimizer module on Megatron-Core 0.16, saved so that any layout can load it."""
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
@@ -8,6 +8,46 @@ from megatron.core.optimizer import get_megatron_optimizer
 from nemo.core.optim import McoreDistributedOptimizer
 from nemo.lightning import MegatronOptimizerModule
 from nemo.utils import AppState
+
+from nemo_megacpp.checkpoint.optimizer_state import (
+    load_optimizer_state_dict,
+    optimizer_sharded_state_dict,
+    refuse_other_forms,
+)
+
+
+class ReshardableOptimizer(McoreDistributedOptimizer):
+    """NeMo's wrapper of a Megatron optimizer, with :mod:`nemo_megacpp.checkpoint.optimizer_state`
+    in the place of Megatron's own form of its state."""
+
+    def sharded_state_dict(
+        self,
+        model_sharded_state_dict: dict[str, Any],
+        optimizer_state_dict: Any = None,
+        is_loading: bool = False,
+        dist_ckpt_parallel_save: Any = None,
+        metadata: Any = None,
+    ) -> dict[str, Any]:
+        """Return the sharded state; see :func:`optimizer_sharded_state_dict`.
+
+        Args:
+            model_sharded_state_dict: of all model chunks.
+            optimizer_state_dict, dist_ckpt_parallel_save: NeMo's, unused.
+            is_loading: whether the result is to be filled from a checkpoint.
+            metadata: content metadata, of the checkpoint when loading.
+
+        Raises:
+            UserError: the checkpoint's optimizer state has another form; nothing is loaded then.
+        """
+        if is_loading:
+            refuse_other_forms(metadata)
+        return optimizer_sharded_state_dict(
+            self.mcore_optimizer, model_sharded_state_dict, is_loading=is_loading
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state that a checkpoint has filled."""
+        load_optimizer_state_dict(self.mcore_optimizer, state_dict)
 
 
 class HybridOptimizer(MegatronOptimizerModule):
@@ -29,4 +69,4 @@ class HybridOptimizer(MegatronOptimizerModule):
             # Megatron's scheduler applies these factors at every step; NeMo's does not.
             group["lr"] *= group["lr_mult"]
             group["weight_decay"] *= group["wd_mult"]
-        return [McoreDistributedOptimizer(optimizer)]
+        return [ReshardableOptimizer(optimizer)]

@@ -1,21 +1,26 @@
-"""NeMo's Megatron strategy on whatever host there is."""
+"""NeMo's Megatron strategy on whatever host there is, resumed exactly."""
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from nemo.lightning import MegatronStrategy, megatron_init
-from nemo.lightning.io.pl import MegatronCheckpointIO
+from nemo.lightning.io.pl import MegatronCheckpointIO, ckpt_to_weights_subdir
 
-from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
-from nemo_megacpp.checkpoint.folder import find_weights
 from nemo_megacpp.checkpoint.guard import guard_load
-from nemo_megacpp.checkpoint.safe_pickle import read_metadata
+from nemo_megacpp.checkpoint.optimizer_state import content_metadata
+from nemo_megacpp.checkpoint.random_state import (
+    RandomState,
+    load_random_state,
+    random_state,
+    set_random_state,
+    sharded_random_state,
+)
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.recipes.nemo.checkpoint_io import AsyncCheckpointIO
+from nemo_megacpp.recipes.nemo.checkpoint_io import AcrossBackends, AsyncCheckpointIO
 from nemo_megacpp.recipes.nemo.stops import told
 from nemo_megacpp.runtime.host import ensure_host
 from nemo_megacpp.runtime.orphans import bind_helpers
@@ -23,35 +28,31 @@ from nemo_megacpp.runtime.orphans import bind_helpers
 _NON_FINITE = re.compile(r"^Rank (\d+), .*found (NaN|Inf) in local grad norm", re.DOTALL)
 """How Megatron's ``check_for_nan_in_grad`` puts it (``rerun_state_machine.py``)."""
 
-
-class AcrossBackends(_WrappingCheckpointIO):
-    """Asks a checkpoint for what it has, whichever backend wrote it."""
-
-    def load_checkpoint(
-        self, path: Any, sharded_state_dict: dict[str, Any], **kwargs: Any
-    ) -> dict[str, Any]:
-        fit_to_checkpoint(sharded_state_dict, read_metadata(find_weights(Path(path))))
-        return self.checkpoint_io.load_checkpoint(
-            path, sharded_state_dict=sharded_state_dict, **kwargs
-        )
+_logger = logging.getLogger(__name__)
 
 
 class HybridStrategy(MegatronStrategy):
-    """``MegatronStrategy`` that prepares its process first.
+    """``MegatronStrategy`` that prepares its process first, and whose runs go on exactly.
 
     However the run was started (our launcher, torchrun, NeMo's command line, a NeMo-Run executor),
     every rank builds its strategy before it touches a device, so this is where the no-GPU host is
     put in place when there is no GPU.
 
+    NeMo saves no random state. Here each training step begins with the generators as the step
+    before has left them, whatever was drawn in between (a data loader draws a seed whenever it is
+    started, for training or validation), and a checkpoint keeps that state.
+
     Args:
         seed: of the weights and of dropout; NeMo's own is fixed.
-        kwargs: of ``MegatronStrategy``.
+        kwargs: of ``MegatronStrategy``. ``ckpt_optim_fully_reshardable`` is without effect:
+            optimizer state is always saved so that any layout can load it.
     """
 
     def __init__(self, seed: int = 1234, **kwargs: Any):
         ensure_host(nemo=True)
         super().__init__(**kwargs)
         self.seed = seed
+        self._random_state: RandomState | None = None
         if self.async_save:
             self.checkpoint_io = AsyncCheckpointIO(
                 MegatronCheckpointIO(
@@ -72,10 +73,43 @@ class HybridStrategy(MegatronStrategy):
         super().setup_distributed()
         megatron_init._set_random_seed(self.seed)
 
+    def training_step(self, dataloader_iter: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run one training step on the random numbers that follow those of the step before.
+
+        Raises:
+            UserError: the gradient is not finite on this rank; nothing was updated.
+        """
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+        try:
+            output = super().training_step(dataloader_iter, *args, **kwargs)
+        except RuntimeError as error:
+            if (found := _NON_FINITE.match(str(error))) is None:
+                raise
+            step, (rank, value) = self.trainer.global_step + 1, found.groups()
+            raise UserError(told(step, f"the gradient is {value} on rank {rank}")) from None
+        self._random_state = random_state()
+        return output
+
+    @property
+    def sharded_state_dict_metadata(self) -> dict[str, Any]:
+        """What a checkpoint says of its form."""
+        sharded = bool(getattr(self.ddp_config, "use_distributed_optimizer", False))
+        return {**super().sharded_state_dict_metadata, **content_metadata(sharded)}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Save a checkpoint that keeps the random state."""
+        state = self._random_state or random_state()
+        checkpoint["random_state"] = sharded_random_state(state)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
     def load_checkpoint(
         self, checkpoint_path: str | Path, selective_restore: bool = False
     ) -> dict[str, Any]:
-        """Load a checkpoint of any backend, once its pickles are known to run nothing.
+        """Load a checkpoint of any backend, once its pickles are known to run nothing; where the
+        optimizer goes on, so do the random numbers.
 
         Its bytes were compared with its manifest before the ranks were started.
         """
@@ -83,20 +117,25 @@ class HybridStrategy(MegatronStrategy):
         usual = self.checkpoint_io  # type: ignore[has-type]
         self.checkpoint_io = AcrossBackends(usual)
         try:
-            return super().load_checkpoint(checkpoint_path, selective_restore)
+            checkpoint = super().load_checkpoint(checkpoint_path, selective_restore)
         finally:
             self.checkpoint_io = usual
+        _count_saving_step(checkpoint)
+        if self.should_restore_optimizer_states(selective_restore=selective_restore):
+            weights = ckpt_to_weights_subdir(checkpoint_path, is_saving=False)
+            self._random_state = load_random_state(weights)
+            if self._random_state is None:
+                _logger.info(
+                    "the checkpoint keeps no random state for this layout: dropout starts anew "
+                    "from the seed"
+                )
+        return checkpoint
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a step of training.
 
-        Raises:
-            UserError: the gradient is not finite on this rank; nothing was updated.
-        """
-        try:
-            return super().training_step(*args, **kwargs)
-        except RuntimeError as error:
-            if (found := _NON_FINITE.match(str(error))) is None:
-                raise
-            step, (rank, value) = self.trainer.global_step + 1, found.groups()
-            raise UserError(told(step, f"the gradient is {value} on rank {rank}")) from None
+def _count_saving_step(checkpoint: dict[str, Any]) -> None:
+    """Lightning saves at the end of a step before it counts the step's batch as completed, and
+    takes back up what is not completed: every validation would come one step late."""
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    for counts in (progress.get("current"), progress.get("total")):
+        if counts is not None:
+            counts["completed"] = counts["processed"]
