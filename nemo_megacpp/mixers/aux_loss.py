@@ -53,9 +53,11 @@ def reduced_aux_losses(config: HybridConfig, scale: float = 1.0) -> dict[str, fl
     reduced = {}
     for name in aux_loss_names(config):
         entry = tracker.get(name)
-        values = torch.zeros(config.num_layers, dtype=torch.float64)
+        # On the device: NCCL reduces nothing else.
+        device = torch.cuda.current_device()
+        values = torch.zeros(config.num_layers, dtype=torch.float64, device=device)
         if entry is not None:
-            values += entry["values"].double().cpu()
+            values += entry["values"].double()
         tokens = parallel_state.get_tensor_and_context_parallel_group()
         rows = parallel_state.get_data_parallel_group()
         torch.distributed.all_reduce(values, group=tokens)

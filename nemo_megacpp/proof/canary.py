@@ -40,9 +40,19 @@ def canary(model: Mapping[str, Any], layout: ParallelLayout) -> dict[str, Any]:
             small[name] = math.gcd(small[name], 64)
     small["vocab_size"] = 250
     small["make_vocab_size_divisible_by"] = math.lcm(16, layout.tp)
-    small["seq_length"] = 8 * layout.tp * layout.cp
+    small["seq_length"] = _tokens_of_a_rank(model) * layout.tp * layout.cp
     small["num_layers"] = _depth(model, layout.chunks_count)
     return small
+
+
+def _tokens_of_a_rank(model: Mapping[str, Any]) -> int:
+    """Return a number of tokens whose routing scores fill whole vectors of 32.
+
+    Megatron's router takes a float32 sigmoid whatever the model is, and torch rounds what is left
+    over beyond whole vectors differently: the place of a token would show in the eighth digit.
+    """
+    experts = model.get("num_moe_experts") or 32
+    return max(8, 32 // math.gcd(experts, 32))
 
 
 def _depth(model: Mapping[str, Any], chunks: int) -> int:
@@ -57,3 +67,18 @@ def _depth(model: Mapping[str, Any], chunks: int) -> int:
 def one_family(small: Mapping[str, Any], letter: str, layout: ParallelLayout) -> dict[str, Any]:
     """Return ``small`` with layers of one family only, one to a pipeline chunk."""
     return {**small, "hybrid_pattern": letter, "num_layers": layout.chunks_count}
+
+
+def every_expert(small: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``small`` with every token sent to all experts, and none dropped.
+
+    Which experts are the top k is a jump: rounding to bfloat16 can send a token elsewhere, and
+    everything after it differs for no fault of the layout. Float64 and float32 prove the choice.
+    """
+    return {
+        **small,
+        "moe_router_topk": small.get("num_moe_experts") or small.get("moe_router_topk", 1),
+        "moe_router_num_groups": None,
+        "moe_router_group_topk": None,
+        "moe_expert_capacity_factor": None,
+    }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,8 +12,28 @@ from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.step import StepResult
 
 RungName = Literal[
-    "forward", "aux loss", "gradients", "replicas", "gradient norm", "step", "checkpoint"
+    "build", "forward", "aux loss", "gradients", "replicas", "gradient norm", "step", "checkpoint"
 ]
+Compared = RungName | Literal["output", "output gradient"]
+"""What has a tolerance: the rungs, and the tensors inside the model."""
+
+
+class Limit(NamedTuple):
+    """What may differ.
+
+    Attributes:
+        tolerance: largest relative difference that is no fault.
+        rounding: how far rounding was seen to move the number, where that was measured.
+    """
+
+    tolerance: float
+    rounding: float | None = None
+
+
+class Limits(Protocol):
+    """The limit of every number: the same for all of a kind, or one by one."""
+
+    def limit(self, kind: Compared, key: str) -> Limit: ...
 
 
 @dataclass(frozen=True)
@@ -20,7 +41,7 @@ class Tolerances:
     """Largest relative difference that rounding explains, per rung.
 
     A tensor's difference is relative to its largest element. ``replicas`` is zero: ranks that hold
-    the same parameter hold the same sum.
+    the same parameter hold the same sum. ``gradients`` also holds for tensors inside the model.
     """
 
     forward: float
@@ -30,6 +51,12 @@ class Tolerances:
     step: float
     replicas: float = 0.0
 
+    def limit(self, kind: Compared, key: str) -> Limit:
+        """Return the limit of ``kind``, whatever the key."""
+        if kind in ("output", "output gradient"):
+            kind = "gradients"
+        return Limit(getattr(self, kind.replace(" ", "_"), 0.0))
+
 
 FLOAT64 = Tolerances(forward=1e-11, aux_loss=1e-6, gradients=1e-9, gradient_norm=1e-6, step=1e-9)
 """Megatron computes auxiliary losses and the gradient norm in float32 whatever the model is."""
@@ -38,12 +65,19 @@ FLOAT32 = Tolerances(forward=1e-6, aux_loss=1e-6, gradients=1e-5, gradient_norm=
 
 @dataclass(frozen=True)
 class Rung:
-    """One comparison: the largest relative difference, and where it was."""
+    """One comparison: the relative difference that goes farthest beyond its tolerance (or comes
+    nearest to it), and where it was.
+
+    ``build`` and ``checkpoint`` count tensors instead: those that are missing, too many or of
+    another shape, and those that saving and loading changed.
+    """
 
     name: RungName
     difference: float
     tolerance: float
     where: str = ""
+    rounding: float | None = None
+    """How far rounding was seen to move this number, where that was measured (bf16)."""
 
     @property
     def holds(self) -> bool:
@@ -51,51 +85,79 @@ class Rung:
         return self.difference <= self.tolerance
 
 
-def compare(reference: StepResult, result: StepResult, tolerances: Tolerances) -> list[Rung]:
+def compare(reference: StepResult, result: StepResult, limits: Limits) -> list[Rung]:
     """Return one rung per kind of number, in the order in which they are computed."""
     return [
-        Rung("forward", _relative(reference.objective, result.objective), tolerances.forward),
-        _aux_losses(reference, result, tolerances),
-        _tensors("gradients", reference.gradients, result.gradients, tolerances.gradients),
-        _replicas(result, tolerances),
-        Rung(
-            "gradient norm",
-            _relative(reference.grad_norm, result.grad_norm),
-            tolerances.gradient_norm,
+        _build(reference.parameters, result.parameters),
+        *(
+            _nearest_its_limit(kind, differences, limits)
+            for kind, differences in step_differences(reference, result).items()
         ),
-        _tensors("step", reference.parameters, result.parameters, tolerances.step),
     ]
+
+
+def step_differences(reference: StepResult, result: StepResult) -> dict[RungName, dict[str, float]]:
+    """Return the relative difference of every number that a step gave, by rung and key."""
+    return {
+        "forward": {"": _relative(reference.objective, result.objective)},
+        "aux loss": _aux_losses(reference.aux_losses, result.aux_losses),
+        "gradients": _tensors(reference.gradients, result.gradients),
+        "replicas": dict(result.gradients.replica_spread),
+        "gradient norm": {"": _relative(reference.grad_norm, result.grad_norm)},
+        "step": _tensors(reference.parameters, result.parameters),
+    }
+
+
+def _nearest_its_limit(kind: RungName, differences: Mapping[str, float], limits: Limits) -> Rung:
+    rungs = []
+    for key, difference in differences.items():
+        tolerance, rounding = limits.limit(kind, key)
+        rungs.append(Rung(kind, difference, tolerance, key, rounding))
+    if not rungs:
+        tolerance, rounding = limits.limit(kind, "")
+        return Rung(kind, 0.0, tolerance, rounding=rounding)
+    return max(rungs, key=_excess)
+
+
+def _excess(rung: Rung) -> tuple[float, float]:
+    """Sort by difference over tolerance, then by difference; what is no number comes last."""
+    if not np.isfinite(rung.difference):
+        return np.inf, np.inf
+    if rung.tolerance == 0.0:
+        return (np.inf if rung.difference else 0.0), rung.difference
+    return rung.difference / rung.tolerance, rung.difference
 
 
 def _relative(reference: float, value: float) -> float:
     return abs(value - reference) / max(abs(reference), np.finfo(float).tiny)
 
 
-def _aux_losses(reference: StepResult, result: StepResult, tolerances: Tolerances) -> Rung:
-    if reference.aux_losses.keys() != result.aux_losses.keys():
-        return Rung("aux loss", np.inf, tolerances.aux_loss, "names differ")
-    worst = max(
-        (
-            (_relative(value, result.aux_losses[name]), name)
-            for name, value in reference.aux_losses.items()
-        ),
-        default=(0.0, ""),
-    )
-    return Rung("aux loss", worst[0], tolerances.aux_loss, worst[1])
+def _aux_losses(reference: Mapping[str, float], result: Mapping[str, float]) -> dict[str, float]:
+    return {
+        name: _relative(reference[name], result[name])
+        if name in reference and name in result
+        else np.inf
+        for name in {**reference, **result}
+    }
 
 
-def _tensors(
-    name: RungName, reference: GlobalValues, result: GlobalValues, tolerance: float
-) -> Rung:
-    missing = reference.values.keys() ^ result.values.keys()
-    if missing:
-        return Rung(name, np.inf, tolerance, f"only in one layout: {min(missing)}")
-    worst, where = 0.0, ""
-    for key, a in reference.values.items():
-        difference = tensor_difference(a, result.values[key])
-        if not difference <= worst:
-            worst, where = difference, key
-    return Rung(name, worst, tolerance, where)
+def _build(reference: GlobalValues, result: GlobalValues) -> Rung:
+    """Count tensors that only one of the models holds, or that differ in global shape."""
+    a, b = reference.values, result.values
+    wrong = [
+        key
+        for key in sorted({**a, **b})
+        if key not in a or key not in b or a[key].shape != b[key].shape
+    ]
+    return Rung("build", float(len(wrong)), 0.0, wrong[0] if wrong else "")
+
+
+def _tensors(reference: GlobalValues, result: GlobalValues) -> dict[str, float]:
+    a, b = reference.values, result.values
+    return {
+        key: tensor_difference(a[key], b[key]) if key in a and key in b else np.inf
+        for key in {**a, **b}
+    }
 
 
 def tensor_difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -108,9 +170,3 @@ def tensor_difference(a: np.ndarray, b: np.ndarray) -> float:
     if scale == 0.0:
         return 0.0 if difference == 0.0 else np.inf
     return difference / scale
-
-
-def _replicas(result: StepResult, tolerances: Tolerances) -> Rung:
-    spread = result.gradients.replica_spread
-    where = max(spread, key=lambda key: spread[key], default="")
-    return Rung("replicas", spread.get(where, 0.0), tolerances.replicas, where)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,24 @@ class GlobalValues:
 
     values: dict[str, np.ndarray] = field(default_factory=dict)
     replica_spread: dict[str, float] = field(default_factory=dict)
+
+
+class Piece(NamedTuple):
+    """One rank's part of a tensor.
+
+    Attributes:
+        key: of the tensor.
+        shape: of the whole.
+        place: numpy index of the part in the whole.
+        data: the part.
+        partial: whether parts at the same place are summands; else they are replicas.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    place: tuple
+    data: np.ndarray
+    partial: bool = False
 
 
 def gather_values(
@@ -66,29 +84,47 @@ def gather_sharded(state: dict[str, Any]) -> GlobalValues | None:
     """Gather every tensor of a sharded state dict to rank 0; None elsewhere."""
     apply_factories(state)
     pieces = [
-        (item.key, item.global_shape, item.global_slice(), item.data.detach().cpu().numpy())
+        Piece(item.key, item.global_shape, item.global_slice(), to_numpy(item.data))
         for item in nested_values(state)
         if isinstance(item, ShardedTensor)
     ]
+    return gather_pieces(pieces)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Return a copy on the host; bfloat16, which numpy lacks, becomes float32 without loss."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor.clone()).numpy()
+
+
+def gather_pieces(pieces: Sequence[Piece]) -> GlobalValues | None:
+    """Gather the pieces of all ranks and assemble them on rank 0; None elsewhere.
+
+    What no rank owns is NaN: it then differs from anything.
+    """
     everyone: list[Any] | None = (
         [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
     )
-    torch.distributed.gather_object(pieces, everyone)
+    torch.distributed.gather_object(list(pieces), everyone)
     return None if everyone is None else _assemble([p for rank in everyone for p in rank])
 
 
-def _assemble(pieces: Sequence[tuple[str, tuple, tuple, np.ndarray]]) -> GlobalValues:
+def _assemble(pieces: Sequence[Piece]) -> GlobalValues:
     gathered = GlobalValues()
-    for key, shape, place, data in pieces:
-        whole = gathered.values.setdefault(key, np.full(shape, np.nan, dtype=data.dtype))
-        target = whole[place]
-        data = data.reshape(target.shape)
-        if np.isnan(target).all():
+    filled: dict[str, np.ndarray] = {}
+    for key, shape, place, data, partial in pieces:
+        whole = gathered.values.setdefault(key, np.zeros(shape, dtype=data.dtype))
+        known = filled.setdefault(key, np.zeros(shape, dtype=bool))
+        data = data.reshape(whole[place].shape)
+        if partial:
+            whole[place] += data
+        elif not known[place].any():
             whole[place] = data
-            continue
-        scale = max(float(np.abs(data).max(initial=0.0)), np.finfo(data.dtype).tiny)
-        spread = float(np.abs(target - data).max(initial=0.0)) / scale
-        gathered.replica_spread[key] = max(gathered.replica_spread.get(key, 0.0), spread)
-    for key, whole in gathered.values.items():
-        assert not np.isnan(whole).any(), f"{key}: not every element is owned by some rank"
+        else:
+            scale = max(float(np.abs(data).max(initial=0.0)), np.finfo(data.dtype).tiny)
+            spread = float(np.abs(whole[place] - data).max(initial=0.0)) / scale
+            gathered.replica_spread[key] = max(gathered.replica_spread.get(key, 0.0), spread)
+        known[place] = True
+    for key, known in filled.items():
+        gathered.values[key][~known] = np.nan
     return gathered

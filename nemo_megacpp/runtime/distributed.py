@@ -14,14 +14,16 @@ _TIMEOUT = timedelta(minutes=5)
 
 
 def start_process_group(rank: int, world_size: int, rendezvous: str) -> None:
-    """Join the default process group.
+    """Join the default process group; on a host with GPUs, take the ``rank``-th.
 
     Args:
-        rank: of this process.
+        rank: of this process, on this machine.
         world_size: number of processes.
         rendezvous: an init method, such as ``file:///…`` or ``tcp://host:port``.
     """
     host = ensure_host()
+    if host.device == "cuda":
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
         host.backend,
         init_method=rendezvous,

@@ -18,10 +18,14 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import multiprocessing as mp
+
+from nemo_megacpp.errors import UserError
+
+Device = Literal["cuda", "cpu"]
 
 _GRACE = 10.0
 """Seconds that the other ranks get to end by themselves once one has failed."""
@@ -44,12 +48,21 @@ class WorkerPool:
     Args:
         size: most ranks that a task can ask for.
         threads: torch threads per worker.
+        device: ``cuda`` gives rank ``r`` the ``r``-th GPU and NCCL, ``cpu`` hides the GPUs from
+            all ranks (gloo).
+
+    Raises:
+        UserError: ``cuda`` with fewer GPUs than ranks.
 
     Use as a context manager, or call :meth:`close`.
     """
 
-    def __init__(self, size: int, threads: int = 1):
-        self._threads = threads
+    def __init__(self, size: int, threads: int = 1, device: Device = "cpu"):
+        if device == "cuda" and torch.cuda.device_count() < size:
+            raise UserError(
+                f"{size} ranks need as many GPUs; this machine has {torch.cuda.device_count()}."
+            )
+        self._threads, self.device = threads, device
         self._rendezvous = tempfile.TemporaryDirectory(prefix="nemo-megacpp-ranks-")
         self._tasks = 0
         self._workers = [self._start(rank) for rank in range(size)]
@@ -57,7 +70,7 @@ class WorkerPool:
     def _start(self, rank: int) -> _Worker:
         context = mp.get_context("spawn")
         here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there, rank, self._threads))
+        process = context.Process(target=_work, args=(there, rank, self._threads, self.device))
         process.start()
         there.close()
         return _Worker(here, process)
@@ -126,7 +139,9 @@ class WorkerPool:
         for worker in self._workers:
             worker.process.join(timeout=20)
             if worker.process.is_alive():
-                os.killpg(worker.process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it may not lead a group yet
+                    os.killpg(worker.process.pid, signal.SIGKILL)
+                worker.process.kill()
         self._rendezvous.cleanup()
 
     def __enter__(self) -> WorkerPool:
@@ -136,8 +151,17 @@ class WorkerPool:
         self.close()
 
 
-def _work(pipe: Any, rank: int, threads: int) -> None:
+def device_for(ranks: int) -> Device:
+    """Return ``cuda`` if this machine has a GPU for each of ``ranks``, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= ranks else "cpu"
+
+
+def _work(pipe: Any, rank: int, threads: int, device: Device) -> None:
     """Wait for tasks; a task is run by a fork of this process, which itself starts no threads."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Asking for GPUs through the CUDA runtime would spoil CUDA for the forks; NVML does not.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.setpgrp()  # so that a hanging task can be ended together with what it has started
     owner = os.getppid()
     torch.set_num_threads(threads)

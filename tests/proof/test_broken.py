@@ -2,59 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-from unittest import mock
-
 import pytest
-from megatron.core.ssm.mamba_context_parallel import _all_to_all_cp2hp
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.mixers import m2rnn
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, Rung, compare
 from nemo_megacpp.proof.step import StepSpec, run_step
 from nemo_megacpp.runtime.workers import WorkerPool
 
 from .conftest import Reference
-
-
-def _dense_tags(experts: Any) -> None:
-    """What stock Megatron-Core 0.16.1 does with EP=1, whatever the expert-tensor-parallel size."""
-    for parameter in experts.parameters():
-        parameter.allreduce = True
-
-
-def _swapped_norm(self: Any, y: Any) -> Any:
-    """Swap the first two heads of every tensor-parallel rank but the first."""
-    if self.tp_group.rank() > 0:
-        first, second, rest = y.split([self.v_dim, self.v_dim, y.size(-1) - 2 * self.v_dim], -1)
-        y = m2rnn.torch.cat([second, first, rest], -1)
-    return _norm(self, y)
-
-
-_norm = m2rnn.M2RNNMixer._norm
-
-FAULTS: dict[str, tuple[str, Any]] = {
-    "expert weights tagged as dense": (
-        "nemo_megacpp.mixers.experts.tag_expert_weights",
-        _dense_tags,
-    ),
-    "gradient of replicated rows not summed": (
-        "nemo_megacpp.mixers.linear.mark_replicated",
-        lambda parameter, config: None,
-    ),
-    "zigzag not undone": (
-        "nemo_megacpp.mixers.m2rnn.sequence_to_heads",
-        lambda x, cp_group, order: _all_to_all_cp2hp(x, cp_group),
-    ),
-    "two heads swapped": ("nemo_megacpp.mixers.m2rnn.M2RNNMixer._norm", _swapped_norm),
-}
-
-
-def _run_broken(fault: str, spec: StepSpec, layout: ParallelLayout, weights: str) -> Any:
-    target, replacement = FAULTS[fault]
-    with mock.patch(target, replacement):
-        return run_step(spec, layout, weights)
+from .faults import run_broken
 
 
 @pytest.mark.parametrize(
@@ -78,7 +35,7 @@ def test_fault_is_named(
     spec = StepSpec(tiny_model(pattern), objective="logits", dtype="float64")
     weights, expected = reference(spec)
     place = ParallelLayout.parse(layout)
-    result = ranks.run(place.world, _run_broken, fault, spec, place, weights)[0]
+    result = ranks.run(place.world, run_broken, fault, run_step, spec, place, weights)[0]
     broken: list[Rung] = [r for r in compare(expected, result, FLOAT64) if not r.holds]
     assert broken, f"{fault}: not seen"
     assert broken[0].name == rung

@@ -6,18 +6,24 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, check_layout
-from nemo_megacpp.proof.canary import canary, one_family
+from nemo_megacpp.proof.axes import axes_alone, axes_in_pairs
+from nemo_megacpp.proof.canary import canary, every_expert, one_family
 from nemo_megacpp.proof.cases import tiny_model
-from nemo_megacpp.proof.compare import FLOAT64, Rung, tensor_difference
-from nemo_megacpp.proof.verify import Trial, axes_alone, verify
+from nemo_megacpp.proof.compare import FLOAT64, Rung, compare, tensor_difference
+from nemo_megacpp.proof.gather import GlobalValues
+from nemo_megacpp.proof.step import StepResult
+from nemo_megacpp.proof.trial import Difference, Finding, Trial
+from nemo_megacpp.proof.verify import verify
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.check import shape_of
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.verify import verify_recipe
+from nemo_megacpp.recipes.verify_report import document
 
 COUNTS = (
     "num_attention_heads",
@@ -84,7 +90,6 @@ def test_a_trial_that_could_not_run_does_not_hold() -> None:
 
 
 def test_tensor_difference() -> None:
-    np = pytest.importorskip("numpy")
     one, zero = np.ones(3), np.zeros(3)
     assert tensor_difference(one, one * (1 + FLOAT64.gradients)) <= 2 * FLOAT64.gradients
     assert tensor_difference(zero, zero) == 0.0
@@ -104,5 +109,94 @@ def test_a_recipe_verified(capsys: pytest.CaptureFixture[str]) -> None:
         ("R", "together", "float64"),
         ("all", "together", "float64"),
         ("all", "together", "float32"),
+        ("all", "together", "bfloat16"),
     ]
-    assert all(len(trial["rungs"]) == 7 for trial in answer["trials"])
+    assert answer.keys() == {
+        *("schema", "recipe", "layout", "ranks", "device", "backend", "holds", "trials")
+    }
+    assert (answer["schema"], answer["ranks"], answer["backend"]) == (1, 2, "gloo")
+    for trial in answer["trials"]:
+        assert trial.keys() == {
+            *("model", "axis", "layout", "dtype", "rungs", "error", "finding", "holds")
+        }
+        assert [rung["name"] for rung in trial["rungs"]] == [
+            *("build", "forward", "aux loss", "gradients", "replicas", "gradient norm"),
+            *("step", "checkpoint"),
+        ]
+        for rung in trial["rungs"]:
+            assert rung.keys() == {
+                *("name", "difference", "tolerance", "rounding", "where", "holds")
+            }
+
+
+def test_a_finding_as_json() -> None:
+    """What is no number is null: JSON has neither infinity nor NaN."""
+    first = Difference("output", "embedding", None, None, np.inf, 1e-9, None, None, np.nan)
+    trial = Trial(
+        "all",
+        "TP",
+        "tp=2",
+        "float64",
+        (Rung("forward", np.nan, 1e-9),),
+        finding=Finding("forward", "", first, "TP alone"),
+    )
+    answer = document("r", ParallelLayout.parse("tp=2"), "cuda", [trial])
+    json.dumps(answer, allow_nan=False)
+    assert (answer["holds"], answer["backend"]) == (False, "nccl")
+    (plain,) = answer["trials"]
+    assert plain["rungs"][0]["difference"] is None
+    finding = plain["finding"]
+    assert finding.keys() == {"rung", "parameter", "first", "axis"}
+    assert finding["first"] == {
+        "kind": "output",
+        "module": "embedding",
+        "layer": None,
+        "family": None,
+        "difference": None,
+        "tolerance": 1e-9,
+        "rounding": None,
+        "expected": None,
+        "found": None,
+    }
+
+
+def test_axes_in_pairs() -> None:
+    def pairs(text: str) -> list[tuple[str, str]]:
+        return [(n, p.short()) for n, p in axes_in_pairs(ParallelLayout.parse(text))]
+
+    assert pairs("tp=2,cp=2") == []  # the only pair is the layout
+    assert pairs("tp=2,cp=2,pp=2") == [
+        ("TP with CP", "tp=2,sp=true,cp=2,etp=2"),
+        ("TP with PP", "tp=2,sp=true,pp=2,etp=2"),
+        ("CP with PP", "cp=2,pp=2"),
+    ]
+    assert [name for name, _ in axes_alone(ParallelLayout.parse("world=4,tp=2"))] == ["TP", "DP"]
+
+
+def test_every_expert_is_chosen() -> None:
+    model = every_expert(tiny_model("AE", moe_expert_capacity_factor=1.0))
+    assert model["moe_router_topk"] == model["num_moe_experts"] == 8
+    assert model["moe_expert_capacity_factor"] is None
+
+
+def test_build_rung() -> None:
+    def step(**shapes: tuple[int, ...]) -> StepResult:
+        values = {key: np.ones(shape) for key, shape in shapes.items()}
+        return StepResult(1.0, {}, 1.0, GlobalValues(values), GlobalValues(values))
+
+    def build(result: StepResult) -> Rung:
+        return compare(step(a=(2, 2), b=(3,)), result, FLOAT64)[0]
+
+    assert build(step(a=(2, 2), b=(3,))).holds
+    assert (build(step(a=(2, 2))).difference, build(step(a=(2, 2))).where) == (1.0, "b")
+    assert build(step(a=(4,), b=(3,), c=(1,))).difference == 2.0
+
+
+def test_what_is_no_number_is_worst() -> None:
+    values = GlobalValues({"a": np.ones(2), "b": np.ones(2)})
+    broken = GlobalValues({"a": np.array([1.0, np.nan]), "b": np.ones(2) + 0.5})
+    rungs = compare(
+        StepResult(1.0, {}, 1.0, values, values), StepResult(1.0, {}, 1.0, broken, values), FLOAT64
+    )
+    grads = next(rung for rung in rungs if rung.name == "gradients")
+    assert (grads.where, grads.holds) == ("a", False)

@@ -1,0 +1,80 @@
+"""Faults made on purpose, inside the ranks that run a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+from megatron.core import parallel_state
+from megatron.core.ssm.mamba_context_parallel import _all_to_all_cp2hp
+
+from nemo_megacpp.mixers import m2rnn
+from nemo_megacpp.mixers.sequence_layout import sequence_to_heads
+from nemo_megacpp.runtime.workers import WorkerPool
+
+
+def _dense_tags(experts: Any) -> None:
+    """What stock Megatron-Core 0.16.1 does with EP=1, whatever the expert-tensor-parallel size."""
+    for parameter in experts.parameters():
+        parameter.allreduce = True
+
+
+def _swapped_norm(self: Any, y: Any) -> Any:
+    """Swap the first two heads of every tensor-parallel rank but the first."""
+    if self.tp_group.rank() > 0:
+        first, second, rest = y.split([self.v_dim, self.v_dim, y.size(-1) - 2 * self.v_dim], -1)
+        y = m2rnn.torch.cat([second, first, rest], -1)
+    return _norm(self, y)
+
+
+_norm = m2rnn.M2RNNMixer._norm
+
+
+def _zigzag(x: Any, cp_group: Any, order: Any) -> Any:
+    """Exchange tokens for heads and leave the tokens in the order in which they came."""
+    return _all_to_all_cp2hp(x, cp_group)
+
+
+def _zigzag_under_tp(x: Any, cp_group: Any, order: Any) -> Any:
+    """Undo the zigzag only where there is no tensor parallelism."""
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        return _all_to_all_cp2hp(x, cp_group)
+    return sequence_to_heads(x, cp_group, order)
+
+
+FAULTS: dict[str, tuple[str, Any]] = {
+    "expert weights tagged as dense": (
+        "nemo_megacpp.mixers.experts.tag_expert_weights",
+        _dense_tags,
+    ),
+    "gradient of replicated rows not summed": (
+        "nemo_megacpp.mixers.linear.mark_replicated",
+        lambda parameter, config: None,
+    ),
+    "zigzag not undone": ("nemo_megacpp.mixers.m2rnn.sequence_to_heads", _zigzag),
+    "zigzag not undone under TP": (
+        "nemo_megacpp.mixers.m2rnn.sequence_to_heads",
+        _zigzag_under_tp,
+    ),
+    "two heads swapped": ("nemo_megacpp.mixers.m2rnn.M2RNNMixer._norm", _swapped_norm),
+}
+
+
+def run_broken(fault: str, task: Callable[..., Any], *args: Any) -> Any:
+    """Run ``task(*args)`` in this process with a fault of ``FAULTS`` in place."""
+    target, replacement = FAULTS[fault]
+    with mock.patch(target, replacement):
+        return task(*args)
+
+
+class BrokenRanks(WorkerPool):
+    """The ranks of another pool, with a fault wherever more than one of them run."""
+
+    def __init__(self, ranks: WorkerPool, fault: str):
+        self._ranks, self._fault, self.device = ranks, fault, ranks.device
+
+    def run(self, world_size: int, task: Callable[..., Any], *args: Any) -> list[Any]:
+        if world_size == 1:
+            return self._ranks.run(1, task, *args)
+        return self._ranks.run(world_size, run_broken, self._fault, task, *args)

@@ -1,0 +1,141 @@
+"""`verify` names a fault: the rung, the parameter, the first module, and the axis."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.bench import Bench
+from nemo_megacpp.proof.cases import tiny_model
+from nemo_megacpp.proof.trial import Trial
+from nemo_megacpp.proof.verify import verify
+from nemo_megacpp.recipes.check import shape_of
+from nemo_megacpp.recipes.recipe import resolve
+from nemo_megacpp.recipes.verify import verify_recipe
+from nemo_megacpp.runtime.workers import WorkerPool
+
+from .faults import BrokenRanks
+
+
+def _first_that_fails(ranks: WorkerPool, fault: str, pattern: str, layout: str) -> Trial:
+    recipe, place = resolve("nam56r_tiny"), ParallelLayout.parse(layout)
+    training = dataclasses.replace(recipe.training, micro_batch_size=1, global_batch_size=2)
+    trials = verify(
+        tiny_model(pattern, num_layers=1),
+        place,
+        lambda model: shape_of(dataclasses.replace(recipe, model=dict(model), training=training)),
+        pool=BrokenRanks(ranks, fault),
+    )
+    return next(trial for trial in trials if not trial.holds)
+
+
+@pytest.mark.parametrize(
+    ("fault", "pattern", "layout", "rung", "parameter", "kind", "module", "axis"),
+    [
+        (
+            "expert weights tagged as dense",
+            "E",
+            "tp=2,etp=1",
+            "gradients",
+            "decoder.layers.0.mlp.experts",
+            "parameter gradient",
+            "decoder.layers.0.mlp.experts",
+            "ETP alone",
+        ),
+        (
+            "gradient of replicated rows not summed",
+            "R",
+            "tp=2",
+            "gradients",
+            "decoder.layers.0.mixer.in_proj.shared_weight",
+            "parameter gradient",
+            "decoder.layers.0.mixer.in_proj",
+            "TP alone",
+        ),
+        (
+            "zigzag not undone",
+            "R",
+            "cp=2",
+            "forward",
+            "",
+            "output",
+            "decoder.layers.0.mixer.out_proj:core",
+            "CP alone",
+        ),
+        (
+            "two heads swapped",
+            "R",
+            "tp=2",
+            "forward",
+            "",
+            "output",
+            "decoder.layers.0.mixer.out_proj:core",
+            "TP alone",
+        ),
+        (
+            "zigzag not undone under TP",
+            "R",
+            "tp=2,cp=2",
+            "forward",
+            "",
+            "output",
+            "decoder.layers.0.mixer.out_proj:core",
+            "TP with CP (fewer axes agree)",
+        ),
+    ],
+)
+def test_fault_is_located(
+    ranks: WorkerPool,
+    fault: str,
+    pattern: str,
+    layout: str,
+    rung: str,
+    parameter: str,
+    kind: str,
+    module: str,
+    axis: str,
+) -> None:
+    finding = _first_that_fails(ranks, fault, pattern, layout).finding
+    assert finding is not None and finding.first is not None
+    assert finding.rung == rung
+    assert parameter in finding.parameter
+    assert (finding.first.kind, finding.axis) == (kind, axis)
+    assert finding.first.module.startswith(module)
+    assert (finding.first.layer, finding.first.family) == (1, pattern)
+    assert finding.first.expected != finding.first.found
+
+
+def test_bfloat16_tells_a_fault_from_rounding(ranks: WorkerPool, tmp_path: Path) -> None:
+    """A correct layout stays within its estimated rounding; one missing sum does not."""
+    layout = ParallelLayout.parse("tp=2,cp=2,etp=1")
+    fields = tiny_model("AMER", num_layers=4)
+    good = Bench(ranks, tmp_path / "good", fields).run("all", "together", layout, "bfloat16")
+    assert good.holds, good
+    grads = next(rung for rung in good.rungs if rung.name == "gradients")
+    assert grads.rounding is not None and 1e-4 < grads.difference < grads.tolerance < 1.0
+
+    broken = BrokenRanks(ranks, "gradient of replicated rows not summed")
+    bad = Bench(broken, tmp_path / "bad", fields).run("all", "together", layout, "bfloat16")
+    assert bad.finding is not None and bad.finding.first is not None
+    assert bad.finding.rung == "gradients"
+    assert bad.finding.parameter == "decoder.layers.3.mixer.in_proj.shared_weight"
+    assert bad.finding.first.kind == "parameter gradient"
+    assert bad.finding.first.rounding is not None
+    assert bad.finding.first.difference > bad.finding.first.tolerance > bad.finding.first.rounding
+
+
+def test_command_says_it(ranks: WorkerPool, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["pattern=R", "num_layers=1"]
+    pool = BrokenRanks(ranks, "gradient of replicated rows not summed")
+    assert verify_recipe("nam56r_tiny", "tp=2", overrides, as_json=False, pool=pool) == 1
+    text = capsys.readouterr().out
+    assert "ranks on the CPU (gloo)" in text
+    for dtype in ("f64", "f32", "bf16"):
+        assert f"all in tp=2,sp=true ({dtype}): gradients differs by" in text
+    assert "parameter: decoder.layers.0.mixer.in_proj.shared_weight" in text
+    assert "first: the parameter gradient of decoder.layers.0.mixer.in_proj (R, layer 1)" in text
+    assert "axis: TP alone" in text
+    assert "every number agrees" not in text
