@@ -27,6 +27,8 @@ class Host:
 
 def current_host() -> Host:
     """Return the host without changing anything."""
+    if "torch" in _installed:  # whatever a foreign script is told about CUDA
+        return Host("cpu", "gloo")
     import torch
 
     if torch.cuda.is_available():
@@ -34,7 +36,7 @@ def current_host() -> Host:
     return Host("cpu", "gloo")
 
 
-def ensure_host(*, nemo: bool = False) -> Host:
+def ensure_host(*, nemo: bool = False, script: bool = False) -> Host:
     """Make this process able to build and train Megatron modules; safe to call again.
 
     With a GPU nothing is changed. Without one, stand-ins for the parts of ``torch.cuda`` that
@@ -43,6 +45,7 @@ def ensure_host(*, nemo: bool = False) -> Host:
 
     Args:
         nemo: also make NeMo's Megatron strategy run (imports NeMo).
+        script: also make Megatron-LM's own training scripts run, which ask for a CUDA device.
 
     Returns:
         The host that the process now runs on.
@@ -65,4 +68,9 @@ def ensure_host(*, nemo: bool = False) -> Host:
 
         cpu_nemo.install()
         _installed.add("nemo")
+    if script and "script" not in _installed:
+        from nemo_megacpp.runtime import cpu_scripts
+
+        cpu_scripts.install()
+        _installed.add("script")
     return host

@@ -1,0 +1,118 @@
+"""What Megatron-LM's own training scripts need beyond :mod:`cpu_megatron` to run without a GPU.
+
+A script asks the machine before it starts: is there a CUDA device, of what capability, how much of
+its memory is taken? Here it is answered as it wants to hear, and only here: the rest of the package
+reads :func:`nemo_megacpp.runtime.host.current_host`, which keeps saying ``cpu``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, files
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+_HELPERS = "megatron.core.datasets.helpers_cpp"
+_CAPABILITY = (8, 0)
+"""Megatron's argument check wants 8.0 for grouped experts; nothing is computed by it."""
+
+
+def _answer(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def _say_that_there_is_a_device() -> None:
+    cuda: Any = torch.cuda
+    cuda.is_available = _answer(True)
+    # One per rank of this node: Megatron starts its process groups only where it sees a device.
+    cuda.device_count = _answer(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cuda.get_device_capability = _answer(_CAPABILITY)
+    cuda.get_device_name = _answer("no GPU")
+    cuda.get_device_properties = _answer(
+        SimpleNamespace(
+            name="no GPU",
+            major=_CAPABILITY[0],
+            minor=_CAPABILITY[1],
+            total_memory=0,
+            multi_processor_count=0,
+        )
+    )
+    for name in (
+        "device_memory_used",
+        "max_memory_allocated",
+        "max_memory_reserved",
+        "memory_allocated",
+        "memory_reserved",
+    ):
+        setattr(cuda, name, _answer(0))
+    cuda.memory_stats = lambda device=None: defaultdict(int)
+    cuda.empty_cache = _answer(None)
+    cuda.reset_peak_memory_stats = _answer(None)
+    cuda.nvtx.range_push = _answer(0)
+    cuda.nvtx.range_pop = _answer(0)
+
+
+def _on_gloo(init_process_group: Callable[..., None]) -> Callable[..., None]:
+    """Stock scripts ask for NCCL, and bind it to a device."""
+
+    def init(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("device_id", None)
+        init_process_group("fake" if backend == "fake" else "gloo", *args, **kwargs)
+
+    return init
+
+
+def _use_compiled_helpers() -> None:
+    """Give a source checkout the index builder that the installed Megatron-Core was built with.
+
+    A checkout holds only its C++ source, and would call make, which wants pybind11's headers.
+    Without a compiled one anywhere it is left to do so.
+    """
+    if importlib.util.find_spec(_HELPERS) is None and not _load_installed_helpers():
+        return
+    from megatron.core.datasets import utils
+
+    datasets: Any = utils
+    datasets.compile_helpers = _answer(None)
+
+
+def _load_installed_helpers() -> bool:
+    try:
+        installed = files("megatron-core") or []
+    except PackageNotFoundError:
+        return False
+    for file in installed:
+        if file.name.startswith("helpers_cpp.") and file.suffix == ".so":
+            spec = importlib.util.spec_from_file_location(_HELPERS, str(file.locate()))
+            assert spec is not None and spec.loader is not None
+            sys.modules[_HELPERS] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[_HELPERS])
+            return True
+    return False
+
+
+def _skip_fused_kernels() -> None:
+    """Megatron-LM builds CUDA extensions at start; not part of every Megatron-Core installation."""
+    if importlib.util.find_spec("megatron.legacy") is None:
+        return
+    from megatron.legacy import fused_kernels
+
+    kernels: Any = fused_kernels
+    kernels.load = _answer(None)
+
+
+def install() -> None:
+    """Install the stand-ins. Called once, by :func:`nemo_megacpp.runtime.host.ensure_host`."""
+    # Megatron's argument check wants it set below compute capability 10.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    distributed: Any = torch.distributed
+    distributed.init_process_group = _on_gloo(distributed.init_process_group)
+    _use_compiled_helpers()
+    _say_that_there_is_a_device()
+    _skip_fused_kernels()
