@@ -4,8 +4,11 @@
 # Optional[int], but neither "int | None" nor postponed annotations.
 # ruff: noqa: UP045
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Optional, get_args
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal, Optional, get_args
 
 from megatron.core.transformer import TransformerConfig
 
@@ -22,6 +25,8 @@ Kernel = Literal["auto", "torch", "triton"]
 # Not Megatron's "sinkhorn": it normalises over the tokens that a rank happens to hold, so that
 # every layout would route differently.
 LoadBalancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"]
+
+NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
 # Megatron's other ways to place layers on stages; a pattern carries its own cuts.
 _OTHER_CUTS = (
@@ -221,19 +226,6 @@ class HybridConfig(TransformerConfig):
             if getattr(self, name) not in get_args(choice):
                 known = ", ".join(get_args(choice))
                 raise UserError(f"{name}={getattr(self, name)!r}: the choices are {known}.")
-        if self.moe_expert_capacity_factor is not None and (
-            self.moe_pad_expert_input_to_capacity or self.moe_token_drop_policy != "probs"
-        ):
-            raise UserError(
-                "moe_expert_capacity_factor drops the least probable tokens of a microbatch: "
-                "moe_token_drop_policy must be 'probs' and moe_pad_expert_input_to_capacity false. "
-                "The other forms depend on which rank holds a token."
-            )
-        balancing = self.moe_router_load_balancing_type
-        for kind in balancing if isinstance(balancing, list) else [balancing]:
-            if kind not in get_args(LoadBalancing):
-                known = ", ".join(get_args(LoadBalancing))
-                raise UserError(f"moe_router_load_balancing_type={kind!r}: it is one of {known}.")
         if (
             self.virtual_pipeline_model_parallel_size is not None
             and self.pipeline_model_parallel_size == 2
@@ -243,24 +235,7 @@ class HybridConfig(TransformerConfig):
             # one by one, they travel over two groups.
             self.overlap_p2p_comm = True
             self.batch_p2p_comm = False
-        for name in _OTHER_CUTS:
-            if getattr(self, name):
-                raise UserError(
-                    f"{name} is not read by the hybrid stack. Write the pipeline cuts into the "
-                    f"pattern, as in 'AEME|AEMEAEMR'."
-                )
-        if self.recompute_granularity == "full":
-            raise UserError(
-                "recompute_granularity='full' is not supported by the hybrid stack; "
-                "'selective' (core_attn, moe, shared_experts, …) and None are."
-            )
-        if Family.RECURRENT in pattern.families and self.m2rnn_state_gradient_clip is not None:
-            for name in ("fp16", "calculate_per_token_loss"):
-                if getattr(self, name):
-                    raise UserError(
-                        f"{name}=True scales gradients during the backward pass, where the R block "
-                        f"bounds them. Turn it off, or set m2rnn_state_gradient_clip to null."
-                    )
+        refuse_unsupported(self, pattern)
         if Family.MAMBA in pattern.families and self.mode == "mamba3":
             mamba3_dimensions(self)
         if Family.EXPERT not in pattern.families:
@@ -287,6 +262,55 @@ class HybridConfig(TransformerConfig):
         return self.pattern.counts()[Family.EXPERT]
 
 
+def refuse_unsupported(
+    config: TransformerConfig, pattern: HybridPattern, settings: Mapping[str, Any] = NO_SETTINGS
+) -> None:
+    """Refuse what the hybrid stack would get wrong: of a :class:`HybridConfig`, or of the plain
+    configuration that Megatron's own scripts build.
+
+    Args:
+        config: of the model.
+        pattern: its layers.
+        settings: with a plain configuration, the ``m2rnn_*`` and ``mamba3_*`` fields that are not
+            at their defaults.
+
+    Raises:
+        UserError: for the first such setting.
+    """
+    if config.moe_expert_capacity_factor is not None and (
+        config.moe_pad_expert_input_to_capacity or config.moe_token_drop_policy != "probs"
+    ):
+        raise UserError(
+            "moe_expert_capacity_factor drops the least probable tokens of a microbatch: "
+            "moe_token_drop_policy must be 'probs' and moe_pad_expert_input_to_capacity false. "
+            "The other forms depend on which rank holds a token."
+        )
+    balancing = config.moe_router_load_balancing_type
+    for kind in balancing if isinstance(balancing, list) else [balancing]:
+        if kind not in get_args(LoadBalancing):
+            known = ", ".join(get_args(LoadBalancing))
+            raise UserError(f"moe_router_load_balancing_type={kind!r}: it is one of {known}.")
+    for name in _OTHER_CUTS:
+        if getattr(config, name):
+            raise UserError(
+                f"{name} is not read by the hybrid stack. Write the pipeline cuts into the "
+                f"pattern, as in 'AEME|AEMEAEMR'."
+            )
+    if config.recompute_granularity == "full":
+        raise UserError(
+            "recompute_granularity='full' is not supported by the hybrid stack; "
+            "'selective' (core_attn, moe, shared_experts, …) and None are."
+        )
+    clip = _hybrid_field(config, settings, "m2rnn_state_gradient_clip")
+    if Family.RECURRENT in pattern.families and clip is not None:
+        for name in ("fp16", "calculate_per_token_loss"):
+            if getattr(config, name):
+                raise UserError(
+                    f"{name}=True scales gradients during the backward pass, where the R block "
+                    f"bounds them. Turn it off, or set m2rnn_state_gradient_clip to null."
+                )
+
+
 def _heads_that_fill(hidden_size: int, value_head_dim: int) -> int:
     if hidden_size % value_head_dim:
         raise UserError(
@@ -296,48 +320,68 @@ def _heads_that_fill(hidden_size: int, value_head_dim: int) -> int:
     return hidden_size // value_head_dim
 
 
-def m2rnn_dimensions(config: TransformerConfig) -> M2RNNDimensions:
-    """Return the R mixer's sizes: from a :class:`HybridConfig`, or the authors' defaults for the
-    plain configuration that Megatron's own scripts build."""
-    if not isinstance(config, HybridConfig):
-        v_dim = M2RNNDimensions.value_head_dim
-        return M2RNNDimensions(_heads_that_fill(config.hidden_size, v_dim))
-    assert config.m2rnn_num_heads is not None
+def _hybrid_field(config: TransformerConfig, settings: Mapping[str, Any], name: str) -> Any:
+    """Return a hybrid field of ``config``, or for a plain one what ``settings`` say or default."""
+    if isinstance(config, HybridConfig):
+        assert not settings, "a HybridConfig carries these fields itself"
+        return getattr(config, name)
+    return settings.get(name, getattr(HybridConfig, name))
+
+
+def m2rnn_dimensions(
+    config: TransformerConfig, settings: Mapping[str, Any] = NO_SETTINGS
+) -> M2RNNDimensions:
+    """Return the R mixer's sizes.
+
+    Args:
+        config: a :class:`HybridConfig`, or the plain configuration that Megatron's own scripts
+            build.
+        settings: with a plain one, the ``m2rnn_*`` fields that are not at their defaults.
+    """
+    field = partial(_hybrid_field, config, settings)
+    value_head_dim = field("m2rnn_value_head_dim")
     return M2RNNDimensions(
-        num_heads=config.m2rnn_num_heads,
-        key_head_dim=config.m2rnn_key_head_dim,
-        value_head_dim=config.m2rnn_value_head_dim,
-        conv_kernel=config.m2rnn_conv_kernel,
-        state_gradient_clip=config.m2rnn_state_gradient_clip,
-        clip_order=config.m2rnn_clip_order,
-        context_parallel=config.m2rnn_context_parallel,
-        kernel=config.m2rnn_kernel,
+        num_heads=field("m2rnn_num_heads") or _heads_that_fill(config.hidden_size, value_head_dim),
+        key_head_dim=field("m2rnn_key_head_dim"),
+        value_head_dim=value_head_dim,
+        conv_kernel=field("m2rnn_conv_kernel"),
+        state_gradient_clip=field("m2rnn_state_gradient_clip"),
+        clip_order=field("m2rnn_clip_order"),
+        context_parallel=field("m2rnn_context_parallel"),
+        kernel=field("m2rnn_kernel"),
     )
 
 
-def mamba3_dimensions(config: TransformerConfig) -> Mamba3Dimensions:
-    """Return the sizes of a Mamba-3 mixer: Megatron's ``mamba_*`` fields, and the ``mamba3_*``
-    fields of a :class:`HybridConfig` or their defaults for a plain configuration.
+def mamba3_dimensions(
+    config: TransformerConfig, settings: Mapping[str, Any] = NO_SETTINGS
+) -> Mamba3Dimensions:
+    """Return the sizes of a Mamba-3 mixer: Megatron's ``mamba_*`` fields and the ``mamba3_*`` ones.
 
     Without ``mamba_num_heads`` the heads are twice the hidden size wide, as in Megatron's
     ``MambaMixer``.
 
+    Args:
+        config: as for :func:`m2rnn_dimensions`.
+        settings: with a plain one, the ``mamba3_*`` fields that are not at their defaults.
+
     Raises:
         UserError: a size or setting is illegal.
     """
+    field = partial(_hybrid_field, config, settings)
     heads = config.mamba_num_heads
     if heads is None:
         heads = 2 * config.hidden_size // config.mamba_head_dim
-    sizes = (heads, config.mamba_head_dim, config.mamba_state_dim, config.mamba_num_groups)
-    if not isinstance(config, HybridConfig):
-        return Mamba3Dimensions(*sizes)
+    rank = field("mamba3_mimo_rank")
     return Mamba3Dimensions(
-        *sizes,
-        mimo_rank=config.mamba3_mimo_rank,
-        rope_fraction=config.mamba3_rope_fraction,
-        A_activation=config.mamba3_A_activation,
-        A_floor=config.mamba3_A_floor,
-        pairs=config.mamba3_pairs or ("interleaved" if config.mamba3_mimo_rank == 1 else "halves"),
-        output_norm=config.mamba3_output_norm,
-        kernel=config.mamba3_kernel,
+        heads,
+        config.mamba_head_dim,
+        config.mamba_state_dim,
+        config.mamba_num_groups,
+        mimo_rank=rank,
+        rope_fraction=field("mamba3_rope_fraction"),
+        A_activation=field("mamba3_A_activation"),
+        A_floor=field("mamba3_A_floor"),
+        pairs=field("mamba3_pairs") or ("interleaved" if rank == 1 else "halves"),
+        output_norm=field("mamba3_output_norm"),
+        kernel=field("mamba3_kernel"),
     )

@@ -22,6 +22,7 @@ hand-over of ``H`` from one segment of the sequence to the next.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch.nn import functional as F
 
-from nemo_megacpp.config import m2rnn_dimensions
+from nemo_megacpp.config import NO_SETTINGS, m2rnn_dimensions
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.handover import receive_state, send_state
@@ -68,11 +69,12 @@ class M2RNNMixer(MegatronModule):
 
     Args:
         config: Megatron's model configuration; the ``m2rnn_*`` fields of
-            :class:`nemo_megacpp.config.HybridConfig`, or their defaults for a plain one.
+            :class:`nemo_megacpp.config.HybridConfig`.
         submodules: input and output projection.
         d_model: hidden size ``h``.
         layer_number: global number of the layer, from 1.
         pg_collection: process groups; ``tp``, ``cp`` and ``dp_cp`` are used.
+        settings: with a plain configuration, the ``m2rnn_*`` fields not at their defaults.
 
     Raises:
         UserError: ``m2rnn_context_parallel="all_to_all"`` with heads that do not divide by cp; or
@@ -94,12 +96,13 @@ class M2RNNMixer(MegatronModule):
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
+        settings: Mapping[str, Any] = NO_SETTINGS,
     ):
         super().__init__(config)
         assert pg_collection is not None, "pg_collection must be provided for M2RNNMixer"
         self.layer_number = layer_number
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
-        self.dims = m2rnn_dimensions(config)
+        self.dims = m2rnn_dimensions(config, settings)
         tp = self.tp_group.size()
         assert self.dims.num_heads % tp == 0, "layout.py refuses this before a model is built"
         self.heads = self.dims.num_heads // tp

@@ -22,6 +22,7 @@ Context parallelism is an all-to-all from tokens to heads and back; see
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch.nn import functional as F
 
-from nemo_megacpp.config import mamba3_dimensions
+from nemo_megacpp.config import NO_SETTINGS, mamba3_dimensions
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.kernels.mamba3 import mamba3_chunked
@@ -72,11 +73,12 @@ class Mamba3Mixer(MegatronModule):
 
     Args:
         config: Megatron's model configuration; its ``mamba_*`` sizes, and the ``mamba3_*`` fields
-            of :class:`nemo_megacpp.config.HybridConfig` or their defaults for a plain one.
+            of :class:`nemo_megacpp.config.HybridConfig`.
         submodules: input and output projection.
         d_model: hidden size ``h``.
         layer_number: global number of the layer, from 1.
         pg_collection: process groups; ``tp`` and ``cp`` are used.
+        settings: with a plain configuration, the ``mamba3_*`` fields not at their defaults.
 
     Raises:
         UserError: heads or groups do not divide by tp or cp; or ``mamba3_kernel="triton"`` where
@@ -98,12 +100,13 @@ class Mamba3Mixer(MegatronModule):
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
+        settings: Mapping[str, Any] = NO_SETTINGS,
     ):
         super().__init__(config)
         assert pg_collection is not None, "pg_collection must be provided for Mamba3Mixer"
         self.layer_number = layer_number
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
-        self.dims = mamba3_dimensions(config)
+        self.dims = mamba3_dimensions(config, settings)
         self.norm_eps = config.layernorm_epsilon
         self.heads, self.groups, self.copies = rank_share(
             self.dims, self.tp_group.size(), self.cp_group.size()

@@ -16,7 +16,7 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.parallel import FIELD_OF
 from nemo_megacpp.pattern import CUT, HybridPattern
 from nemo_megacpp.recipes.catalog import CATALOG, Training
-from nemo_megacpp.recipes.values import read_value
+from nemo_megacpp.values import read_value
 
 DEFAULT_BASE = "nam56r_tiny"
 """The base of a YAML file that names none."""

@@ -2,6 +2,7 @@
 
 ``hybrid_stack_spec``: the A/M/E/R stack in mode ``nemo_native``.
 ``hybrid_mamba3_stack_spec``: the same in mode ``mamba3``.
+Either may carry settings in brackets (:mod:`nemo_megacpp.specs.named`).
 
 The objects are built when first named: which backend they hold depends on the installation, and
 importing this package must cost nothing.
@@ -14,24 +15,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from nemo_megacpp.config import Mode
-
     hybrid_stack_spec: ModuleSpec
     hybrid_mamba3_stack_spec: ModuleSpec
 
 __all__ = ["hybrid_mamba3_stack_spec", "hybrid_stack_spec"]
 
-_MODES: dict[str, Mode] = {
-    "hybrid_stack_spec": "nemo_native",
-    "hybrid_mamba3_stack_spec": "mamba3",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODES:
+    if name not in __all__ and not name.endswith(")"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nemo_megacpp.specs.named import read_spec_name
     from nemo_megacpp.specs.stack import build_hybrid_stack_spec
 
+    mode, settings = read_spec_name(name)
     # Megatron's import_module looks the name up in vars(module), so it must stay there.
-    globals()[name] = build_hybrid_stack_spec(mode=_MODES[name])
+    globals()[name] = build_hybrid_stack_spec(mode=mode, settings=settings)
     return globals()[name]

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from nemo_megacpp.config import NO_SETTINGS
 from nemo_megacpp.mixers.linear import SharedColumnParallelLinear
 from nemo_megacpp.mixers.mamba3 import Mamba3Mixer, Mamba3MixerSubmodules
 
 
-def mamba3_layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
+def mamba3_layer_spec(
+    backend: BackendSpecProvider, settings: Mapping[str, Any] = NO_SETTINGS
+) -> ModuleSpec:
     """Return a ``MambaLayer`` around :class:`nemo_megacpp.mixers.mamba3.Mamba3Mixer`.
 
     The norm is a module of its own here: its output feeds split and shared rows alike.
+
+    Args:
+        backend: where the modules come from.
+        settings: the mixer's, for a plain configuration.
     """
     return ModuleSpec(
         module=MambaLayer,
@@ -22,6 +32,7 @@ def mamba3_layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
             norm=backend.layer_norm(rms_norm=True),
             mixer=ModuleSpec(
                 module=Mamba3Mixer,
+                params={"settings": dict(settings)},
                 submodules=Mamba3MixerSubmodules(
                     in_proj=SharedColumnParallelLinear, out_proj=backend.row_parallel_linear()
                 ),

@@ -7,6 +7,7 @@ stack takes the A/M/E/R pattern, honours explicit cuts, and builds every layer o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,8 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import WrappedTensor, make_viewless_tensor
 
-from nemo_megacpp.config import Mode
+from nemo_megacpp.config import NO_SETTINGS, HybridConfig, Mode, refuse_unsupported
+from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import registered
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.specs.attention import attention_layer_spec
@@ -76,9 +78,12 @@ class HybridStack(MegatronModule):
         hybrid_override_pattern: the pattern, in A/M/E/R letters or in Megatron's symbols.
         pre_process, post_process: whether this chunk owns the embedding, and the head.
         vp_stage: virtual stage of this chunk, None without virtual stages.
+        settings: with a plain ``TransformerConfig``, which Megatron's own scripts build, the hybrid
+            fields that are not at their defaults.
 
     Raises:
-        UserError: when the pattern cannot be cut into PP x virtual stages without losing layers.
+        UserError: when the pattern cannot be cut into PP x virtual stages without losing layers, or
+            for a plain configuration that a :class:`HybridConfig` would refuse.
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class HybridStack(MegatronModule):
         dtype: torch.dtype | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
+        settings: Mapping[str, Any] = NO_SETTINGS,
     ):
         super().__init__(config=config)
         self.vp_stage = vp_stage
@@ -106,6 +112,8 @@ class HybridStack(MegatronModule):
         self.input_tensor: torch.Tensor | None = None  # set by the pipeline schedules
 
         pattern = HybridPattern.parse(hybrid_override_pattern or "", depth=config.num_layers)
+        if not isinstance(config, HybridConfig):
+            _refuse_plain(config, pattern, settings, vp_stage)
         stages = self.pp_group.size()
         chunks = pattern.chunks(stages * (config.virtual_pipeline_model_parallel_size or 1))
         self.layer_range = chunks[(vp_stage or 0) * stages + self.pp_group.rank()]
@@ -241,10 +249,27 @@ class HybridStack(MegatronModule):
         return sharded
 
 
+def _refuse_plain(
+    config: TransformerConfig,
+    pattern: HybridPattern,
+    settings: Mapping[str, Any],
+    vp_stage: int | None,
+) -> None:
+    """Refuse, of a configuration that is not ours, what ours would have refused."""
+    refuse_unsupported(config, pattern, settings)
+    chunks = config.virtual_pipeline_model_parallel_size
+    if chunks is not None and vp_stage is None:
+        raise UserError(
+            f"{chunks} virtual pipeline stages: pretrain_mamba.py of Megatron-LM 0.16 does not say "
+            f"which of them it builds. Train without virtual stages, or with nemo-megacpp train."
+        )
+
+
 def build_hybrid_stack_spec(
     backend: BackendSpecProvider | None = None,
     vp_stage: int | None = None,
     mode: Mode = "nemo_native",
+    settings: Mapping[str, Any] = NO_SETTINGS,
 ) -> ModuleSpec:
     """Return the spec of a stack.
 
@@ -252,17 +277,19 @@ def build_hybrid_stack_spec(
         backend: where the modules come from; this installation's default if not given.
         vp_stage: virtual pipeline stage of the chunk to be built.
         mode: which mixer an M block gets.
+        settings: ``m2rnn_*`` and ``mamba3_*`` fields for a model with a plain configuration.
     """
     backend = backend or default_backend()
-    mamba_spec_of = {"nemo_native": mamba_layer_spec, "mamba3": mamba3_layer_spec}[mode]
+    mamba3 = mode == "mamba3"
+    mamba_layer = mamba3_layer_spec(backend, settings) if mamba3 else mamba_layer_spec(backend)
     return ModuleSpec(
         module=HybridStack,
-        params={"vp_stage": vp_stage},
+        params={"vp_stage": vp_stage, "settings": dict(settings)},
         submodules=HybridStackSubmodules(
             attention_layer=attention_layer_spec(backend),
-            mamba_layer=mamba_spec_of(backend),
+            mamba_layer=mamba_layer,
             expert_layer=expert_layer_spec(backend),
-            recurrent_layer=recurrent_layer_spec(backend),
+            recurrent_layer=recurrent_layer_spec(backend, settings),
             final_norm=backend.layer_norm(rms_norm=True),
             added_layers={block.letter: block.layer_spec(backend) for block in registered()},
         ),

@@ -16,6 +16,7 @@ import nemo_megacpp
 ROOT = Path(nemo_megacpp.__file__).parent
 
 ROOMS = (
+    "values",
     "pattern",
     "config",
     "layout",
