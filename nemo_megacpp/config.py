@@ -4,13 +4,14 @@
 # Optional[int], but neither "int | None" nor postponed annotations.
 # ruff: noqa: UP045
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, Optional, get_args
 
 from megatron.core.transformer import TransformerConfig
+from torch.nn import functional as F
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import load_families
@@ -193,6 +194,7 @@ class HybridConfig(TransformerConfig):
     normalization: str = "RMSNorm"
     add_bias_linear: bool = False
     gated_linear_unit: bool = True
+    activation_func: Callable = F.silu
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     bias_dropout_fusion: bool = False
