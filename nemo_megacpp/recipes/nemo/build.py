@@ -24,6 +24,7 @@ from nemo_megacpp.recipes.nemo.stops import StopAfter, StopOnNonFinite, StopOnSi
 from nemo_megacpp.recipes.nemo.strategy import HybridStrategy
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.run_folder import METRICS_FILE
+from nemo_megacpp.recipes.settings import model_settings
 from nemo_megacpp.runtime.host import current_host
 
 
@@ -41,7 +42,7 @@ def to_pretrain(recipe: Recipe, run_dir: Path, *, devices: int, num_nodes: int =
     dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
     return run.Partial(
         llm.pretrain,
-        model=run.Config(HybridModel, config=_model_config(recipe, dtype)),
+        model=run.Config(HybridModel, config=_model_config(recipe)),
         data=_data_module(recipe),
         trainer=run.Config(
             nl.Trainer,
@@ -71,18 +72,8 @@ def to_pretrain(recipe: Recipe, run_dir: Path, *, devices: int, num_nodes: int =
     )
 
 
-def _model_config(recipe: Recipe, dtype: torch.dtype) -> run.Config:
-    layout = recipe.layout
-    return run.Config(
-        HybridModelConfig,
-        **recipe.model,
-        **layout.megatron_fields(),
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=current_host().device == "cpu",
-        moe_router_dtype="fp32",
-    )
+def _model_config(recipe: Recipe) -> run.Config:
+    return run.Config(HybridModelConfig, **model_settings(recipe, current_host().device))
 
 
 def _data_module(recipe: Recipe) -> run.Config:

@@ -1,0 +1,150 @@
+"""A recipe as the argument vector of Megatron-LM's ``pretrain_mamba.py``.
+
+Every setting of the recipe either has an option, or travels in the name of the spec
+(:mod:`nemo_megacpp.specs.named`), or the recipe is refused; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.pattern import Family
+from nemo_megacpp.recipes.catalog import Training
+from nemo_megacpp.recipes.check import check_layout_of, check_model_of, open_data
+from nemo_megacpp.recipes.megatron.dialect import Dialect
+from nemo_megacpp.recipes.megatron.model_options import model_options
+from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.recipes.settings import model_settings
+
+Device = Literal["cuda", "cpu"]
+
+_TRAINING_OPTIONS = {
+    "max_steps": ("--train-iters", "--lr-decay-iters"),
+    "stop_after": ("--exit-interval",),
+    "micro_batch_size": ("--micro-batch-size",),
+    "global_batch_size": ("--global-batch-size",),
+    "lr": ("--lr",),
+    "min_lr": ("--min-lr",),
+    "warmup_steps": ("--lr-warmup-iters",),
+    "weight_decay": ("--weight-decay",),
+    "clip_grad": ("--clip-grad",),
+    "adam_beta2": ("--adam-beta2",),
+    "val_check_interval": ("--eval-interval",),
+    "limit_val_batches": ("--eval-iters",),
+    "save_interval": ("--save-interval",),
+    "log_interval": ("--log-interval",),
+    "seed": ("--seed",),
+}
+_OTHER_TRAINING = frozenset({"precision", "use_distributed_optimizer"})
+"""Written too, in another form."""
+
+
+def megatron_arguments(
+    recipe: Recipe, dialect: Dialect, run_dir: str, device: Device
+) -> tuple[list[str], list[str]]:
+    """Return the argument vector of ``recipe``, and remarks for the person who uses it.
+
+    Args:
+        recipe: resolved; its layout and model are checked here.
+        dialect: of the Megatron-LM that will read the vector.
+        run_dir: where the run writes; checkpoints go to ``checkpoints`` in it.
+        device: what the run computes on.
+
+    Raises:
+        UserError: an illegal layout, data that cannot be used, or settings that the script cannot
+            be told, all of them at once.
+    """
+    check_layout_of(recipe)
+    check_model_of(recipe)
+    recipe, data = open_data(recipe)
+    config = HybridConfig(**model_settings(recipe, device))
+    model, unsaid = model_options(config, dialect)
+    refusals = [*unsaid, *_refusals(recipe, config)]
+    if refusals:
+        listed = "\n".join(f"  {refusal}" for refusal in refusals)
+        raise UserError(f"{dialect.script} cannot be told this of {recipe.name}:\n{listed}")
+    words = [
+        *model,
+        *_data(config, data),
+        *_training(recipe.training),
+        *("--save", str(Path(run_dir, "checkpoints").absolute())),
+        *("--tensorboard-dir", str(Path(run_dir, "tensorboard").absolute())),
+    ]
+    if device == "cpu":
+        words += ["--transformer-impl", "local", "--distributed-backend", "gloo"]
+    remarks = []
+    if data is None:
+        remarks.append("no data=FOLDER in the recipe: mock data")
+    if Family.RECURRENT in config.pattern.families:
+        remarks.append("the script's TFLOP/s leave out the R blocks, which it does not know")
+    return words, remarks
+
+
+def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
+    """Return what has no option, one phrase each."""
+    found = []
+    training = recipe.training
+    if training.warmup_steps >= training.max_steps:
+        found.append(
+            f"warmup_steps={training.warmup_steps} with max_steps={training.max_steps}: its "
+            f"schedule wants more steps than those of the warm-up"
+        )
+    if recipe.resume is not None:
+        found.append("resume: the script goes on from checkpoints of its own kind (--load)")
+    if recipe.layout.vpp is not None:
+        found.append(
+            f"virtual_pipeline_model_parallel_size={recipe.layout.vpp}: it builds every virtual "
+            f"stage as the first"
+        )
+    counted = config.moe_z_loss_coeff or config.moe_router_load_balancing_type != "none"
+    if Family.EXPERT in config.pattern.families and counted:
+        stages = config.pattern.chunks(recipe.layout.pp)
+        for stage, layers in enumerate(stages):
+            if all(config.pattern.families[layer] is not Family.EXPERT for layer in layers):
+                found.append(
+                    f"pipeline stage {stage} of {len(stages)} without an E block: its logging of "
+                    f"auxiliary losses then sums tensors of unequal sizes"
+                )
+    known = {*_TRAINING_OPTIONS, *_OTHER_TRAINING}
+    return found + [
+        f"{field.name}={getattr(training, field.name)!r}"
+        for field in dataclasses.fields(Training)
+        if field.name not in known and getattr(training, field.name) != field.default
+    ]
+
+
+def _data(config: HybridConfig, data: PreparedData | None) -> list[str]:
+    # The stack's attention is causal by its mask type.
+    words = ["--no-create-attention-mask-in-dataloader"]
+    if data is None:
+        # The null tokenizer adds an end-of-document token to the vocabulary that it is given.
+        return [
+            *words,
+            "--mock-data",
+            *("--tokenizer-type", "NullTokenizer"),
+            *("--vocab-size", str(config.vocab_size - 1)),
+        ]
+    return [
+        *words,
+        *("--train-data-path", data.train_prefix),
+        *("--valid-data-path", data.heldout_prefix),
+        *("--test-data-path", data.heldout_prefix),
+        *("--tokenizer-type", "HuggingFaceTokenizer"),
+        *("--tokenizer-model", str(data.tokenizer_dir.absolute())),
+    ]
+
+
+def _training(training: Training) -> list[str]:
+    words = ["--lr-decay-style", "cosine"]
+    for name, names in _TRAINING_OPTIONS.items():
+        value = getattr(training, name)
+        if value is not None:
+            words += [word for option in names for word in (option, str(value))]
+    if training.use_distributed_optimizer:
+        words.append("--use-distributed-optimizer")
+    return words
