@@ -18,10 +18,10 @@ from typing import Any
 
 
 def describe(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
-    """Return each option of ``parser``, by its longest name.
+    """Return each option of ``parser``, by its first long name.
 
     An entry has ``dest``, ``default``, and either ``const``, the value that the bare option gives,
-    or ``nargs`` (None for one word).
+    or ``nargs`` (None for one word); ``also`` lists its other names.
     """
     table: dict[str, dict[str, Any]] = {}
     for action in parser._actions:
@@ -29,7 +29,8 @@ def describe(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
             continue
         entry = {"dest": action.dest, "default": _plain(action.default)}
         entry |= {"const": action.const} if action.nargs == 0 else {"nargs": action.nargs}
-        table[max(action.option_strings, key=len)] = entry
+        name, *others = sorted(action.option_strings, key=lambda text: not text.startswith("--"))
+        table[name] = {**entry, "also": others} if others else entry
     return table
 
 
