@@ -10,6 +10,7 @@ from nemo_megacpp import __version__
 from nemo_megacpp.checkpoint.commands import add_parser as add_checkpoint_parser
 from nemo_megacpp.data.commands import add_parser as add_data_parser
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.recipes.doctor.command import add_parser as add_doctor_parser
 from nemo_megacpp.recipes.megatron.command import add_parser as add_megatron_args_parser
 
 
@@ -106,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_parser(commands)
     add_checkpoint_parser(commands)
     add_megatron_args_parser(commands)
+    add_doctor_parser(commands)
     return parser
 
 

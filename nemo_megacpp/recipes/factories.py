@@ -10,10 +10,11 @@ of the catalogue, checks it as ``nemo-megacpp train`` does, and returns its NeMo
 
 import dataclasses
 import sys
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import refuse_illegal
+from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.check import shape_of
 from nemo_megacpp.recipes.nemo.versions import describe_mismatch, requirement
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping
@@ -21,8 +22,25 @@ from nemo_megacpp.recipes.run_folder import new_run_dir
 from nemo_megacpp.recipes.train import settle
 from nemo_megacpp.runtime.launch import launched
 
+
+def _refuse_to_load(reason: str) -> NoReturn:
+    """Say why there are no factories: NeMo-Run would go on to "No matching factory found"."""
+    if _on_nemo_command_line() and any(name in word for word in sys.argv[1:] for name in CATALOG):
+        print(f"nemo_megacpp: {reason}", file=sys.stderr)
+        sys.exit(2)
+    raise ImportError(reason)
+
+
+def _on_nemo_command_line() -> bool:
+    """Say whether this is the program ``nemo``, the only one that imports this module of NeMo-Run.
+
+    It makes exit code 1 of any exception; a script that calls a factory wants the exception.
+    """
+    return "nemo_run.__main__" in sys.modules
+
+
 if mismatch := describe_mismatch():
-    raise ImportError(f"{requirement()}, but {mismatch}.")
+    _refuse_to_load(f"{requirement()}, but {mismatch}.")
 try:
     import nemo_run as run
     from nemo.collections import llm
@@ -30,7 +48,7 @@ try:
 
     from nemo_megacpp.recipes.nemo.build import to_pretrain
 except Exception as error:
-    raise ImportError(f"{requirement()}. They are installed but do not load: {error}") from error
+    _refuse_to_load(f"{requirement()}. They are installed but do not load: {error}")
 
 
 @run.cli.factory(target=llm.pretrain, name="nam56r")
@@ -201,11 +219,3 @@ def _refuse_other(name: str, asked: Optional[int], found: int) -> None:
             f"{name}={asked} was asked for, and the launcher has started {found}. Leave {name} "
             f"out, or start the job otherwise."
         )
-
-
-def _on_nemo_command_line() -> bool:
-    """Say whether this is the program ``nemo``, the only one that imports this module of NeMo-Run.
-
-    It makes exit code 1 of any exception; a script that calls a factory wants the exception.
-    """
-    return "nemo_run.__main__" in sys.modules

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-_WANTED = {"nemo-toolkit": "2.7", "megatron-core": "0.16", "nemo_run": None}
+WANTED = {"nemo-toolkit": "2.7", "megatron-core": "0.16", "nemo_run": None}
 """Distribution and series; None: any."""
 
 
 def describe_mismatch() -> str | None:
     """Return what is missing or of another series, as one phrase; None if all is there."""
     wrong = []
-    for name, series in _WANTED.items():
+    for name, series in WANTED.items():
         found = _installed(name)
         if found is None:
             wrong.append(f"{name} is not installed")

@@ -1,0 +1,88 @@
+"""``nemo-megacpp doctor``: collect the findings, print them, say whether one can train."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.recipes.doctor.finding import Finding
+
+_WIDTH = 110
+_MARKS = {"ok": "", "limited": "[yellow]limited[/yellow]", "broken": "[red]broken[/red]"}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser of ``nemo-megacpp``."""
+    parser = commands.add_parser(
+        "doctor",
+        help="check this machine, and a recipe against it",
+        description="Check versions, kernels, GPUs and disk, and with a recipe its layout and data "
+        "against them. Says what each missing part costs. Exit code 1 if nothing can be trained.",
+    )
+    parser.add_argument("recipe", nargs="?", help="a recipe's name or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    parser.add_argument("--layout", metavar="tp=2,cp=2,…", help="in place of the recipe's own")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    findings = list(_findings(args))
+    usable = not any(finding.status == "broken" for finding in findings)
+    if args.json:
+        document = {"usable": usable, "findings": [dataclasses.asdict(f) for f in findings]}
+        print(json.dumps(document, indent=1))
+    else:
+        _print(findings, usable)
+    return 0 if usable else 1
+
+
+def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+    from nemo_megacpp.recipes.doctor.machine import count_gpus, disk_finding, machine_findings
+    from nemo_megacpp.recipes.doctor.packages import package_findings
+
+    gpus = count_gpus()
+    yield from package_findings(gpus)
+    yield from machine_findings(gpus)
+    run_dir = "runs"
+    if args.recipe is not None:
+        try:
+            from nemo_megacpp.recipes.doctor.fit import recipe_findings
+            from nemo_megacpp.recipes.recipe import resolve
+
+            recipe = resolve(args.recipe, args.overrides)
+        except ImportError as error:
+            yield Finding(args.recipe, "not read", "broken", f"wants Megatron-Core: {error}")
+        else:
+            if args.layout is not None:
+                recipe = dataclasses.replace(recipe, layout=ParallelLayout.parse(args.layout))
+            run_dir = recipe.run_dir or run_dir
+            yield from recipe_findings(recipe, gpus)
+    yield disk_finding(Path(run_dir))
+
+
+def _print(findings: list[Finding], usable: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", padding=(0, 1))
+    table.add_column("part", no_wrap=True)
+    table.add_column("found")
+    table.add_column("", no_wrap=True)
+    table.add_column("what it costs")
+    for finding in findings:
+        table.add_row(finding.part, finding.found, _MARKS[finding.status], finding.cost)
+    console = Console()
+    console.width = max(console.width, _WIDTH)
+    console.print(table)
+    broken = [finding.part for finding in findings if finding.status == "broken"]
+    console.print(
+        "[green]ready to train[/green]"
+        if usable
+        else f"[red]cannot train before this is mended: {', '.join(broken)}[/red]"
+    )
