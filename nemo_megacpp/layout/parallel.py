@@ -11,13 +11,17 @@ from nemo_megacpp.errors import UserError, nearest
 
 # Megatron's field name -> the names accepted for it; the first is the short one.
 _NAMES: dict[str, tuple[str, ...]] = {
-    "tensor_model_parallel_size": ("tp", "tensor_parallel"),
-    "sequence_parallel": ("sp",),
-    "context_parallel_size": ("cp", "context_parallel"),
-    "pipeline_model_parallel_size": ("pp", "pipeline_parallel"),
-    "virtual_pipeline_model_parallel_size": ("vpp", "virtual_pipeline"),
-    "expert_model_parallel_size": ("ep", "expert_parallel"),
-    "expert_tensor_parallel_size": ("etp", "expert_tensor_parallel"),
+    "tensor_model_parallel_size": ("tp", "tensor_parallel", "tensor_parallelism"),
+    "sequence_parallel": ("sp", "sequence_parallelism"),
+    "context_parallel_size": ("cp", "context_parallel", "context_parallelism"),
+    "pipeline_model_parallel_size": ("pp", "pipeline_parallel", "pipeline_parallelism"),
+    "virtual_pipeline_model_parallel_size": (
+        "vpp",
+        "virtual_pipeline",
+        "virtual_pipeline_parallelism",
+    ),
+    "expert_model_parallel_size": ("ep", "expert_parallel", "expert_parallelism"),
+    "expert_tensor_parallel_size": ("etp", "expert_tensor_parallel", "expert_tensor_parallelism"),
     "world_size": ("world",),
 }
 FIELD_OF = {name: field for field, names in _NAMES.items() for name in (field, *names)}
@@ -102,9 +106,10 @@ class ParallelLayout:
         """Read names and values, as found in YAML or on a command line.
 
         Names, in any case: short (``tp``, ``sp``, ``cp``, ``pp``, ``vpp``, ``ep``, ``etp``,
-        ``world``), the articles' (``tensor_parallel``, ``virtual_pipeline``, …) and Megatron's
-        field names. ``sequence_parallel`` defaults to true where TP > 1: it costs nothing and MoE
-        training needs it. The constructor keeps Megatron's default, false.
+        ``world``), the articles' (``tensor_parallel``, ``virtual_pipeline``, …), NeMo's
+        (``tensor_parallelism``, …) and Megatron's field names. ``sequence_parallel`` defaults to
+        true where TP > 1: it costs nothing and MoE training needs it. The constructor keeps
+        Megatron's default, false.
 
         Raises:
             UserError: an unknown name, a degree given twice, or a value that is no degree.

@@ -67,6 +67,12 @@ NAM56R_TINY_MODEL: dict[str, Any] = {
 }
 
 
+# The articles name NAM52 without its dimensions. Assumed: the family's sibling without a recurrent
+# tail, NAM56R with each R turned into an E: AEME tiled to 52 layers (13 A, 26 E, 13 M), which four
+# pipeline stages divide alike, and everything else NAM56R's.
+NAM52_MODEL: dict[str, Any] = {**NAM56R_MODEL, "hybrid_pattern": "AEME"}
+
+
 @dataclass(frozen=True)
 class Training:
     """Settings of a run, apart from model and layout.
@@ -89,6 +95,9 @@ class Training:
         seed: of weights and data order.
         use_distributed_optimizer: shard optimizer state over data-parallel ranks.
         verify_checkpoint: compare every byte of a checkpoint with its manifest before it is loaded.
+        tensorboard: write TensorBoard files.
+        wandb_project: Weights & Biases project to log to; None: it is not used.
+        wandb_name: of the run there; None: the run folder's.
     """
 
     max_steps: int = 1000
@@ -112,6 +121,9 @@ class Training:
     seed: int = 1234
     use_distributed_optimizer: bool = False
     verify_checkpoint: bool = True
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    wandb_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,14 +167,20 @@ CATALOG: dict[str, NamedRecipe] = {
     ),
 }
 
-# Mamba-3's heads are together twice as wide as the hidden size (mamba_ssm's expand=2).
-CATALOG["nam56r_mamba3"] = replace(
+CATALOG["nam52"] = replace(
     CATALOG["nam56r"],
-    summary="NAM56R with Mamba-3 in its M blocks: 112 heads; TP=2 with SP, bf16",
-    model={**NAM56R_MODEL, "mode": "mamba3", "mamba_num_heads": 112},
+    summary="NAM52, assumed: NAM56R without R; 52 layers of AEME, hidden 3584, TP=2 with SP, bf16",
+    model=NAM52_MODEL,
 )
-CATALOG["nam56r_tiny_mamba3"] = replace(
-    CATALOG["nam56r_tiny"],
-    summary="nam56r_tiny with Mamba-3 in its M blocks: 56 heads; two CPU ranks, float32",
-    model={**NAM56R_TINY_MODEL, "mode": "mamba3", "mamba_num_heads": 56},
-)
+
+# Mamba-3's heads are together twice as wide as the hidden size (mamba_ssm's expand=2).
+for _name, _heads, _what in (
+    ("nam56r", 112, "112 heads; TP=2 with SP, bf16"),
+    ("nam52", 112, "112 heads; TP=2 with SP, bf16"),
+    ("nam56r_tiny", 56, "56 heads; two CPU ranks, float32"),
+):
+    CATALOG[f"{_name}_mamba3"] = replace(
+        CATALOG[_name],
+        summary=f"{_name} with Mamba-3 in its M blocks: {_what}",
+        model={**CATALOG[_name].model, "mode": "mamba3", "mamba_num_heads": _heads},
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,22 @@ def check_model_of(recipe: Recipe) -> None:
         raise
     except (AssertionError, ImportError, ValueError) as error:
         raise UserError(f"Megatron refuses this model: {error}") from None
+
+
+def check_loggers_of(recipe: Recipe) -> None:
+    """Refuse a logger that is not installed.
+
+    Raises:
+        UserError: with what to install.
+    """
+    wanted = {"wandb": recipe.training.wandb_project is not None}
+    wanted["tensorboard"] = recipe.training.tensorboard
+    for name, asked in wanted.items():
+        if asked and importlib.util.find_spec(name) is None:
+            leave = "tensorboard=false" if name == "tensorboard" else "no wandb_project"
+            raise UserError(f"{name} is not installed: pip install {name}, or give {leave}.")
+    if recipe.training.wandb_name is not None and recipe.training.wandb_project is None:
+        raise UserError("wandb_name is given without wandb_project, which turns the logging on.")
 
 
 def open_data(recipe: Recipe) -> tuple[Recipe, PreparedData | None]:

@@ -9,7 +9,9 @@ of the catalogue, checks it as ``nemo-megacpp train`` does, and returns its NeMo
 # ruff: noqa: UP045
 
 import dataclasses
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn, Optional
 
 from nemo_megacpp.errors import UserError
@@ -51,8 +53,7 @@ except Exception as error:
     _refuse_to_load(f"{requirement()}. They are installed but do not load: {error}")
 
 
-@run.cli.factory(target=llm.pretrain, name="nam56r")
-def nam56r(
+def _parameters(
     *,
     tensor_model_parallel_size: Optional[int] = None,
     sequence_parallel: Optional[bool] = None,
@@ -61,8 +62,16 @@ def nam56r(
     virtual_pipeline_model_parallel_size: Optional[int] = None,
     expert_model_parallel_size: Optional[int] = None,
     expert_tensor_parallel_size: Optional[int] = None,
+    tensor_parallelism: Optional[int] = None,
+    sequence_parallelism: Optional[bool] = None,
+    context_parallelism: Optional[int] = None,
+    pipeline_parallelism: Optional[int] = None,
+    virtual_pipeline_parallelism: Optional[int] = None,
+    expert_parallelism: Optional[int] = None,
+    expert_tensor_parallelism: Optional[int] = None,
     num_nodes: Optional[int] = None,
     devices: Optional[int] = None,
+    num_gpus_per_node: Optional[int] = None,
     max_steps: Optional[int] = None,
     stop_after: Optional[int] = None,
     micro_batch_size: Optional[int] = None,
@@ -71,18 +80,28 @@ def nam56r(
     lr: Optional[float] = None,
     min_lr: Optional[float] = None,
     warmup_steps: Optional[int] = None,
+    weight_decay: Optional[float] = None,
+    adam_beta2: Optional[float] = None,
+    clip_grad: Optional[float] = None,
+    use_distributed_optimizer: Optional[bool] = None,
     precision: Optional[str] = None,
     val_check_interval: Optional[int] = None,
+    limit_val_batches: Optional[int] = None,
     save_interval: Optional[int] = None,
+    keep_last: Optional[int] = None,
+    keep_every: Optional[int] = None,
+    async_save: Optional[bool] = None,
+    log_interval: Optional[int] = None,
+    tensorboard: Optional[bool] = None,
+    wandb_project: Optional[str] = None,
+    wandb_name: Optional[str] = None,
     seed: Optional[int] = None,
     data: Optional[str] = None,
     run_dir: Optional[str] = None,
     resume: Optional[str] = None,
     verify_checkpoint: Optional[bool] = None,
-) -> run.Partial:
-    """Pre-train NAM56R at full size: 52 layers of AEMEAEMEAEMR, hidden 3584, TP=2 with SP, bf16.
-
-    ``nemo llm pretrain --factory "nam56r(data=prepared, devices=8, num_nodes=4)"``
+) -> dict[str, Any]:
+    """Return the parameters that are given: one signature and one text for every factory here.
 
     Args:
         tensor_model_parallel_size: TP. None, here and below: the recipe's own value.
@@ -92,8 +111,16 @@ def nam56r(
         virtual_pipeline_model_parallel_size: chunks of the model per pipeline stage.
         expert_model_parallel_size: EP.
         expert_tensor_parallel_size: ETP, TP of each expert.
+        tensor_parallelism: TP as NeMo's recipes name it; the next six likewise.
+        sequence_parallelism: SP.
+        context_parallelism: CP.
+        pipeline_parallelism: PP.
+        virtual_pipeline_parallelism: chunks per stage.
+        expert_parallelism: EP.
+        expert_tensor_parallelism: ETP.
         num_nodes: nodes. None: the launcher's; 1 without a launcher.
         devices: ranks per node. None: the launcher's; what the layout needs without one.
+        num_gpus_per_node: ``devices`` as NeMo's recipes name it.
         max_steps: optimizer steps, and the length of the learning-rate schedule.
         stop_after: save and stop after this step, leaving the rest to a resume.
         micro_batch_size: rows of ``seq_length`` tokens per forward pass.
@@ -102,9 +129,21 @@ def nam56r(
         lr: peak learning rate.
         min_lr: final learning rate.
         warmup_steps: steps of linear warm-up.
+        weight_decay: of AdamW.
+        adam_beta2: of AdamW.
+        clip_grad: bound on the gradient's norm.
+        use_distributed_optimizer: shard optimizer state over data-parallel ranks.
         precision: ``fp32`` or ``bf16``.
         val_check_interval: steps between evaluations on held-out data.
+        limit_val_batches: global batches per evaluation.
         save_interval: steps between checkpoints.
+        keep_last: newest checkpoints to keep. None: all.
+        keep_every: steps whose multiples are kept beside them. None: none.
+        async_save: write checkpoints in the background. None: no.
+        log_interval: steps between progress lines.
+        tensorboard: write TensorBoard files. None: yes.
+        wandb_project: Weights & Biases project to log to. None: it is not used.
+        wandb_name: of the run there. None: the run folder's.
         seed: of weights and data order.
         data: folder of ``nemo-megacpp data prepare``. None: the built-in corpus.
         run_dir: where the run writes. None: a new folder under ``runs/``.
@@ -117,54 +156,48 @@ def nam56r(
     Raises:
         UserError: for an illegal layout, data or checkpoint; on NeMo's command line, exit code 2.
     """
-    return _pretrain("nam56r", **locals())
+    return {name: value for name, value in locals().items() if value is not None}
 
 
-@run.cli.factory(target=llm.pretrain, name="nam56r_tiny")
-def nam56r_tiny(
-    *,
-    tensor_model_parallel_size: Optional[int] = None,
-    sequence_parallel: Optional[bool] = None,
-    context_parallel_size: Optional[int] = None,
-    pipeline_model_parallel_size: Optional[int] = None,
-    virtual_pipeline_model_parallel_size: Optional[int] = None,
-    expert_model_parallel_size: Optional[int] = None,
-    expert_tensor_parallel_size: Optional[int] = None,
-    num_nodes: Optional[int] = None,
-    devices: Optional[int] = None,
-    max_steps: Optional[int] = None,
-    stop_after: Optional[int] = None,
-    micro_batch_size: Optional[int] = None,
-    global_batch_size: Optional[int] = None,
-    seq_length: Optional[int] = None,
-    lr: Optional[float] = None,
-    min_lr: Optional[float] = None,
-    warmup_steps: Optional[int] = None,
-    precision: Optional[str] = None,
-    val_check_interval: Optional[int] = None,
-    save_interval: Optional[int] = None,
-    seed: Optional[int] = None,
-    data: Optional[str] = None,
-    run_dir: Optional[str] = None,
-    resume: Optional[str] = None,
-    verify_checkpoint: Optional[bool] = None,
-) -> run.Partial:
-    """Pre-train one AEMEAEMEAEMR of NAM56R's proportions, hidden 224, on two CPU ranks, float32.
+def _factory(name: str) -> Callable[..., run.Partial]:
+    """Return the factory of recipe ``name``, registered with NeMo-Run."""
 
-    ``nemo llm pretrain --factory "nam56r_tiny(tensor_model_parallel_size=1, max_steps=20)"``
+    def factory(**settings: Any) -> run.Partial:
+        return _pretrain(name, **_parameters(**settings))
 
-    Arguments, result and errors are those of :func:`nam56r`.
-    """
-    return _pretrain("nam56r_tiny", **locals())
+    factory.__name__ = factory.__qualname__ = name
+    factory.__annotations__ = {**_parameters.__annotations__, "return": run.Partial}
+    # NeMo-Run reads names and types of parameters from the signature.
+    factory.__signature__ = inspect.signature(_parameters).replace(  # type: ignore[attr-defined]
+        return_annotation=run.Partial
+    )
+    _, rest = (_parameters.__doc__ or "").split("\n", 1)
+    factory.__doc__ = f"Pre-train {CATALOG[name].summary}.\n{rest}"
+    return run.cli.factory(factory, target=llm.pretrain, name=name)
+
+
+nam56r = _factory("nam56r")
+nam56r_mamba3 = _factory("nam56r_mamba3")
+nam52 = _factory("nam52")
+nam52_mamba3 = _factory("nam52_mamba3")
+nam56r_tiny = _factory("nam56r_tiny")
+nam56r_tiny_mamba3 = _factory("nam56r_tiny_mamba3")
 
 
 def _pretrain(
-    name: str, *, devices: Optional[int], num_nodes: Optional[int], **settings: Any
+    name: str,
+    *,
+    devices: Optional[int] = None,
+    num_gpus_per_node: Optional[int] = None,
+    num_nodes: Optional[int] = None,
+    **settings: Any,
 ) -> run.Partial:
-    """Return the configuration of recipe ``name`` with the settings that are not None."""
-    given = {key: value for key, value in settings.items() if value is not None}
+    """Return the configuration of recipe ``name`` with these settings."""
     try:
-        recipe = from_mapping({"recipe": name, **given})
+        if None not in (devices, num_gpus_per_node):
+            raise UserError("devices and num_gpus_per_node are two names of one number; give one.")
+        devices = num_gpus_per_node if devices is None else devices
+        recipe = from_mapping({"recipe": name, **settings})
         recipe, devices, num_nodes = _place(recipe, devices, num_nodes)
         if recipe.run_dir is None and recipe.resume != "auto":
             by_parent = launched() is not None or not is_global_rank_zero()

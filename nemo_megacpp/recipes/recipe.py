@@ -246,6 +246,7 @@ def _check_training(training: Training) -> None:
                 "keep_last",
                 "keep_every",
                 "log_interval",
+                "keep_checkpoints",
             ),
             1,
         ),

@@ -13,7 +13,13 @@ import yaml
 from nemo_megacpp.checkpoint.guard import inspect_before_load
 from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.recipes.check import check_layout_of, check_model_of, find_resume, open_data
+from nemo_megacpp.recipes.check import (
+    check_layout_of,
+    check_loggers_of,
+    check_model_of,
+    find_resume,
+    open_data,
+)
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.recipes.run_folder import RECIPE_FILE, new_run_dir
 from nemo_megacpp.runtime.launch import (
@@ -83,6 +89,7 @@ def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
     require_psutil()
     check_layout_of(recipe)
     check_model_of(recipe)
+    check_loggers_of(recipe)
     recipe, data = open_data(recipe)
     goes_on = recipe.resume is not None  # even if resume=auto finds that nothing was saved yet
     recipe = find_resume(recipe, data)

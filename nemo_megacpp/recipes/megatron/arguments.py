@@ -39,8 +39,10 @@ _TRAINING_OPTIONS = {
     "save_interval": ("--save-interval",),
     "log_interval": ("--log-interval",),
     "seed": ("--seed",),
+    "wandb_project": ("--wandb-project",),
+    "wandb_name": ("--wandb-exp-name",),
 }
-_OTHER_TRAINING = frozenset({"precision", "use_distributed_optimizer"})
+_OTHER_TRAINING = frozenset({"precision", "use_distributed_optimizer", "tensorboard"})
 """Written too, in another form."""
 
 
@@ -73,8 +75,9 @@ def megatron_arguments(
         *_data(config, data),
         *_training(recipe.training),
         *("--save", str(Path(run_dir, "checkpoints").absolute())),
-        *("--tensorboard-dir", str(Path(run_dir, "tensorboard").absolute())),
     ]
+    if recipe.training.tensorboard:
+        words += ["--tensorboard-dir", str(Path(run_dir, "tensorboard").absolute())]
     if device == "cpu":
         words += ["--transformer-impl", "local", "--distributed-backend", "gloo"]
     remarks = []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nemo_run as run
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
@@ -173,7 +173,21 @@ def _logger(recipe: Recipe, run_dir: Path) -> run.Config:
         explicit_log_dir=str(run_dir),
         use_datetime_version=False,
         log_global_rank_0_only=True,
-        tensorboard=run.Config(TensorBoardLogger, save_dir=".", name="tensorboard"),
+        tensorboard=(
+            run.Config(TensorBoardLogger, save_dir=".", name="tensorboard")
+            if training.tensorboard
+            else None
+        ),
+        wandb=(
+            run.Config(
+                WandbLogger,
+                project=training.wandb_project,
+                name=training.wandb_name or run_dir.name,
+                save_dir=".",
+            )
+            if training.wandb_project is not None
+            else None
+        ),
         ckpt=run.Config(
             HybridCheckpoint,
             identity={"model": dict(recipe.model), "layout": recipe.layout.short()},
@@ -181,8 +195,10 @@ def _logger(recipe: Recipe, run_dir: Path) -> run.Config:
             keep_every=training.keep_every,
             dirpath=str(run_dir / "checkpoints"),
             filename="{step}",
-            monitor=None,
-            save_top_k=-1,
+            # The newest are those of the highest step.
+            monitor=None if training.keep_checkpoints is None else "step",
+            mode="max",
+            save_top_k=-1 if training.keep_checkpoints is None else training.keep_checkpoints,
             save_last=False,
             every_n_train_steps=training.save_interval,
             save_optim_on_train_end=True,
