@@ -19,6 +19,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check nemo_megacpp tests examples benchmarks
 	$(BIN)/ruff format --check nemo_megacpp tests examples benchmarks
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile
 
 install: $(INSTALLED)
 
