@@ -13,6 +13,9 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.doctor.command import add_parser as add_doctor_parser
 from nemo_megacpp.recipes.megatron.command import add_parser as add_megatron_args_parser
 
+_STACK = ("torch", "megatron", "nemo", "nemo_run", "lightning", "einops")
+"""What a bare installation does not bring."""
+
 
 def _train(args: argparse.Namespace) -> int:
     from nemo_megacpp.recipes.train import RankFailed, train
@@ -120,6 +123,11 @@ def main() -> None:
         code = args.run(args)
     except UserError as error:
         print(f"nemo-megacpp: {error}", file=sys.stderr)
+        code = 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _STACK:
+            raise
+        print(f"nemo-megacpp: {error}; see nemo-megacpp doctor.", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

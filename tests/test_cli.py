@@ -383,3 +383,14 @@ def test_what_is_refused_is_refused_for_its_own_reason(
         code, _, err = run("train", "nam56r_tiny", *overrides)
         assert (code, err) == (0, "")
     assert len(started) == 5
+
+
+def test_a_bare_installation_is_sent_to_the_doctor(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(train, "train", missing)
+    code, _, error = run("train", "nam56r_tiny")
+    assert (code, error) == (2, "nemo-megacpp: No module named 'torch'; see nemo-megacpp doctor.\n")

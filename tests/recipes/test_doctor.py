@@ -93,6 +93,19 @@ def test_a_missing_part_has_a_price(
         assert without_gpu == Finding(part, "not needed without a GPU")
 
 
+def test_the_table_keeps_its_brackets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(packages, "version", version)
+    code, text = _doctor(capsys)
+    assert code == 1
+    assert "pip install 'nemo_megacpp[core]'" in " ".join(text.split())
+    assert "before this is mended: torch, megatron-core, einops, psutil" in " ".join(text.split())
+
+
 @pytest.fixture
 def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight GPUs, four and four behind one switch."""

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ import pytest
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout.legality import padded_vocab_size
+from nemo_megacpp.layout.parallel import FIELD_OF
 from nemo_megacpp.recipes.catalog import CATALOG
 
 NEMO = Path(sysconfig.get_path("scripts")) / "nemo"
@@ -47,7 +49,7 @@ def _launch(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int, local: 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
 
 
-@pytest.mark.parametrize("name", ["nam56r", "nam56r_tiny"])
+@pytest.mark.parametrize("name", CATALOG)
 def test_defaults_are_those_of_the_catalogue(factories: Any, here: Path, name: str) -> None:
     from nemo.collections import llm
 
@@ -150,15 +152,53 @@ def test_a_launcher_decides_on_the_ranks(
     assert (task.trainer.num_nodes, task.trainer.devices) == (2, 4)
 
 
-def test_both_factories_take_the_same_settings_and_all_are_known(factories: Any) -> None:
+def test_all_factories_take_the_same_settings_and_all_are_known(factories: Any) -> None:
     from nemo_megacpp.recipes.recipe import _field_owners
 
     first = inspect.signature(factories.nam56r).parameters
-    assert first == inspect.signature(factories.nam56r_tiny).parameters
-    assert set(first) - {"devices", "num_nodes"} <= set(_field_owners())
+    world = {"devices", "num_nodes", "num_gpus_per_node"}
+    assert set(first) - world <= {*_field_owners(), *FIELD_OF}
     assert {parameter.default for parameter in first.values()} == {None}
-    for name in first:
-        assert f"\n        {name}: " in factories.nam56r.__doc__, f"{name} is not documented"
+    for recipe in CATALOG:
+        factory = getattr(factories, recipe)
+        assert inspect.signature(factory).parameters == first
+        assert factory.__doc__.startswith(f"Pre-train {CATALOG[recipe].summary}.\n")
+        for name in first:
+            assert f"\n        {name}: " in factory.__doc__, f"{name} is not documented"
+
+
+def test_nemos_own_names(factories: Any, here: Path) -> None:
+    task = factories.nam52(
+        tensor_parallelism=4, sequence_parallelism=False, expert_parallelism=2, num_gpus_per_node=8
+    )
+    strategy = task.trainer.strategy
+    assert (strategy.tensor_model_parallel_size, strategy.sequence_parallel) == (4, False)
+    assert (strategy.expert_model_parallel_size, task.trainer.devices) == (2, 8)
+    with pytest.raises(UserError, match="tensor_model_parallel_size is given twice"):
+        factories.nam52(tensor_parallelism=4, tensor_model_parallel_size=4)
+    with pytest.raises(UserError, match="two names of one number"):
+        factories.nam52(devices=8, num_gpus_per_node=8)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tensor_paralelism'"):
+        factories.nam52(tensor_paralelism=4)
+
+
+def test_loggers_and_checkpoints(
+    factories: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = factories.nam56r_tiny().log
+    assert (log.tensorboard.name, log.wandb) == ("tensorboard", None)
+    assert (log.ckpt.save_top_k, log.ckpt.monitor) == (-1, None)
+    log = factories.nam56r_tiny(
+        tensorboard=False, wandb_project="hybrids", run_dir="first", keep_checkpoints=3
+    ).log
+    assert log.tensorboard is None
+    assert (log.wandb.project, log.wandb.name) == ("hybrids", "first")
+    assert (log.ckpt.save_top_k, log.ckpt.monitor, log.ckpt.mode) == (3, "step", "max")
+    with pytest.raises(UserError, match="wandb_name is given without wandb_project"):
+        factories.nam56r_tiny(wandb_name="first")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="wandb is not installed: pip install wandb"):
+        factories.nam56r_tiny(wandb_project="hybrids")
 
 
 def test_command_line_values_get_their_types(
@@ -232,12 +272,21 @@ def test_the_program_lists_shows_and_refuses(tmp_path: Path) -> None:
         "help": ["--help"],
         "dryrun": ["--factory", "nam56r(devices=8, num_nodes=2)", "--dryrun"],
         "refusal": ["--factory", "nam56r_tiny(tensor_model_parallel_size=3)", "--yes"],
+        "yaml": ["--factory", "nam52_mamba3", "--to-yaml", "task.yaml"],
+        "mismatch": ["--factory", "nam52", "--yes"],
     }
+    # Another Megatron-Core, by what importlib.metadata finds first.
+    other = tmp_path / "megatron_core-0.17.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.17.0\n")
+    empty = tmp_path / "here"
+    empty.mkdir()
+    paths = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     running = {
         name: subprocess.Popen(
             [NEMO, "llm", "pretrain", *arguments],
-            cwd=tmp_path,
-            env=NO_GPU,
+            cwd=empty,
+            env={**NO_GPU, "PYTHONPATH": paths} if name == "mismatch" else NO_GPU,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -245,18 +294,71 @@ def test_the_program_lists_shows_and_refuses(tmp_path: Path) -> None:
         for name, arguments in commands.items()
     }
     try:
-        said = {name: process.communicate(timeout=150) for name, process in running.items()}
+        said = {name: process.communicate(timeout=400) for name, process in running.items()}
     finally:
         for process in running.values():
             process.kill()
     codes = {name: process.returncode for name, process in running.items()}
-    assert codes == {"help": 0, "dryrun": 0, "refusal": 2}, said
-    assert "nam56r " in said["help"][0] and "nam56r_tiny " in said["help"][0]
+    assert codes == {"help": 0, "dryrun": 0, "refusal": 2, "yaml": 0, "mismatch": 2}, said
+    for name in CATALOG:
+        assert f"{name} " in said["help"][0]
     assert "layout: TP=2 SP CP=1 EP=1 ETP=1 PP=1 (16 ranks" in said["dryrun"][0]
     assert "num_layers=52" in said["dryrun"][0]
     assert "nam56r_tiny: Layout tp=3,sp=true,etp=1 is illegal" in said["refusal"][1]
     assert "Traceback" not in said["refusal"][1]
-    assert not any(tmp_path.iterdir()), "nothing is written"
+    written = (empty / "task.yaml").read_text()
+    assert "_target_: nemo.collections.llm.api.pretrain" in written
+    assert "mode: mamba3" in written and "hybrid_pattern: AEME" in written
+    assert [path.name for path in empty.iterdir()] == ["task.yaml"], "nothing else is written"
+    assert "but megatron-core is 0.17.0" in said["mismatch"][1]
+    assert "No matching factory" not in "".join(said["mismatch"])
+
+
+EXECUTORS = """
+import sys
+import nemo_run as run
+from nemo_megacpp.recipes.factories import nam56r, nam56r_tiny
+
+if __name__ == "__main__":
+    data, home = sys.argv[1:]
+    slurm = run.SlurmExecutor(
+        account="mine", partition="gpu", nodes=2, ntasks_per_node=8, gpus_per_node=8,
+        container_image="nemo-megacpp.sqsh", tunnel=run.LocalTunnel(job_dir=home),
+    )
+    with run.Experiment("slurm", executor=slurm) as experiment:
+        experiment.add(nam56r(num_nodes=2, devices=8, run_dir=f"{home}/big"), name="nam56r")
+        experiment.dryrun()
+    task = nam56r_tiny(
+        data=data, seq_length=64, global_batch_size=4, max_steps=2, save_interval=1,
+        keep_checkpoints=1, run_dir=f"{home}/run",
+    )
+    local = run.LocalExecutor(ntasks_per_node=2, launcher="torchrun")
+    run.run(task, executor=local, name="local", tail_logs=True)
+"""
+
+
+def test_nemo_runs_executors(tmp_path: Path, small_data: PreparedData) -> None:
+    """Slurm prints the script it would submit; the local one trains two ranks under torchrun."""
+    (tmp_path / "go.py").write_text(EXECUTORS)
+    environment = {
+        **NO_GPU,
+        "NEMORUN_HOME": str(tmp_path / "home"),
+        "PATH": os.pathsep.join((str(NEMO.parent), os.environ["PATH"])),
+        "COLUMNS": "200",
+    }
+    done = subprocess.run(
+        [sys.executable, "go.py", str(small_data.root), str(tmp_path)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for line in ("#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=8", "--container-image"):
+        assert line in done.stdout
+    assert not (tmp_path / "big").exists()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step=2"]
 
 
 def test_the_program_trains_on_two_ranks(tmp_path: Path, small_data: PreparedData) -> None:

@@ -68,6 +68,7 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
 
 def _print(findings: list[Finding], usable: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", padding=(0, 1))
@@ -76,7 +77,8 @@ def _print(findings: list[Finding], usable: bool) -> None:
     table.add_column("", no_wrap=True)
     table.add_column("what it costs")
     for finding in findings:
-        table.add_row(finding.part, finding.found, _MARKS[finding.status], finding.cost)
+        found, cost = escape(finding.found), escape(finding.cost)
+        table.add_row(escape(finding.part), found, _MARKS[finding.status], cost)
     console = Console()
     console.width = max(console.width, _WIDTH)
     console.print(table)
