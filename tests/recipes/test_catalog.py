@@ -52,6 +52,19 @@ def test_nam56r_counts_its_families() -> None:
         assert [pattern.families[layer] for layer in stage].count(Family.RECURRENT) == 1
 
 
+def test_nam52_is_nam56r_with_experts_for_its_recurrent_tail() -> None:
+    pattern, sibling = resolve("nam52").pattern, resolve("nam56r").pattern
+    assert pattern.letters == sibling.letters.replace("R", "E")
+    assert pattern.counts() == {
+        Family.ATTENTION: 13,
+        Family.MAMBA: 13,
+        Family.EXPERT: 26,
+        Family.RECURRENT: 0,
+    }
+    model = {**resolve("nam52").model, "hybrid_pattern": NAM56R_MODEL["hybrid_pattern"]}
+    assert model == NAM56R_MODEL
+
+
 def test_tiny_is_one_whole_unit() -> None:
     pattern = resolve("nam56r_tiny").pattern
     assert str(pattern) == NAM56R_MODEL["hybrid_pattern"] == "AEMEAEMEAEMR"

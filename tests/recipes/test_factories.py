@@ -169,10 +169,10 @@ def test_all_factories_take_the_same_settings_and_all_are_known(factories: Any) 
 
 def test_nemos_own_names(factories: Any, here: Path) -> None:
     task = factories.nam52(
-        tensor_parallelism=4, sequence_parallelism=False, expert_parallelism=2, num_gpus_per_node=8
+        tensor_parallelism=4, sequence_parallelism=True, expert_parallelism=2, num_gpus_per_node=8
     )
     strategy = task.trainer.strategy
-    assert (strategy.tensor_model_parallel_size, strategy.sequence_parallel) == (4, False)
+    assert (strategy.tensor_model_parallel_size, strategy.sequence_parallel) == (4, True)
     assert (strategy.expert_model_parallel_size, task.trainer.devices) == (2, 8)
     with pytest.raises(UserError, match="tensor_model_parallel_size is given twice"):
         factories.nam52(tensor_parallelism=4, tensor_model_parallel_size=4)
@@ -323,7 +323,7 @@ if __name__ == "__main__":
     data, home = sys.argv[1:]
     slurm = run.SlurmExecutor(
         account="mine", partition="gpu", nodes=2, ntasks_per_node=8, gpus_per_node=8,
-        container_image="nemo-megacpp.sqsh", tunnel=run.LocalTunnel(job_dir=home),
+        container_image="nemo-megacpp.sqsh", packager=run.Packager(), tunnel=run.LocalTunnel(job_dir=home),
     )
     with run.Experiment("slurm", executor=slurm) as experiment:
         experiment.add(nam56r(num_nodes=2, devices=8, run_dir=f"{home}/big"), name="nam56r")

@@ -76,6 +76,8 @@ def megatron_arguments(
         *_training(recipe.training),
         *("--save", str(Path(run_dir, "checkpoints").absolute())),
     ]
+    if recipe.resume == "auto":
+        words += ["--load", str(Path(run_dir, "checkpoints").absolute())]
     if recipe.training.tensorboard:
         words += ["--tensorboard-dir", str(Path(run_dir, "tensorboard").absolute())]
     if device == "cpu":
@@ -97,8 +99,11 @@ def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
             f"warmup_steps={training.warmup_steps} with max_steps={training.max_steps}: its "
             f"schedule wants more steps than those of the warm-up"
         )
-    if recipe.resume is not None:
-        found.append("resume: the script goes on from checkpoints of its own kind (--load)")
+    if recipe.resume not in (None, "auto"):
+        found.append(
+            f"resume={recipe.resume}: it goes on from checkpoints of its own kind; resume=auto "
+            f"takes its newest in run_dir"
+        )
     if recipe.layout.vpp is not None:
         found.append(
             f"virtual_pipeline_model_parallel_size={recipe.layout.vpp}: it builds every virtual "
