@@ -323,7 +323,8 @@ if __name__ == "__main__":
     data, home = sys.argv[1:]
     slurm = run.SlurmExecutor(
         account="mine", partition="gpu", nodes=2, ntasks_per_node=8, gpus_per_node=8,
-        container_image="nemo-megacpp.sqsh", packager=run.Packager(), tunnel=run.LocalTunnel(job_dir=home),
+        container_image="nemo-megacpp.sqsh", packager=run.Packager(),
+        tunnel=run.LocalTunnel(job_dir=home),
     )
     with run.Experiment("slurm", executor=slurm) as experiment:
         experiment.add(nam56r(num_nodes=2, devices=8, run_dir=f"{home}/big"), name="nam56r")
