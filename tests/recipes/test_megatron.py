@@ -185,7 +185,8 @@ def test_data_and_training(small_data: PreparedData) -> None:
     assert (args.exit_interval, args.bf16, args.use_distributed_optimizer) == ("7", True, True)
     assert not args.mock_data and args.load is None
     mock = _parse(_words("nam56r_tiny", "resume=auto", "tensorboard=false", "wandb_project=us"))
-    assert (mock.load, mock.tensorboard_dir, mock.wandb_project) == (mock.save, None, "us")
+    assert (mock.load, mock.tensorboard_dir) == (mock.save, None)
+    assert (mock.wandb_project, mock.wandb_exp_name) == ("us", "there")
     assert (mock.mock_data, mock.vocab_size, mock.padded_vocab_size) == (True, "2047", "2048")
 
 

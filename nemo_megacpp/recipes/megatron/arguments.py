@@ -15,7 +15,12 @@ from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.recipes.catalog import Training
-from nemo_megacpp.recipes.check import check_layout_of, check_model_of, open_data
+from nemo_megacpp.recipes.check import (
+    check_layout_of,
+    check_loggers_of,
+    check_model_of,
+    open_data,
+)
 from nemo_megacpp.recipes.megatron.dialect import Dialect
 from nemo_megacpp.recipes.megatron.model_options import model_options
 from nemo_megacpp.recipes.recipe import Recipe
@@ -39,10 +44,10 @@ _TRAINING_OPTIONS = {
     "save_interval": ("--save-interval",),
     "log_interval": ("--log-interval",),
     "seed": ("--seed",),
-    "wandb_project": ("--wandb-project",),
-    "wandb_name": ("--wandb-exp-name",),
 }
-_OTHER_TRAINING = frozenset({"precision", "use_distributed_optimizer", "tensorboard"})
+_OTHER_TRAINING = frozenset(
+    {"precision", "use_distributed_optimizer", "tensorboard", "wandb_project", "wandb_name"}
+)
 """Written too, in another form."""
 
 
@@ -63,6 +68,7 @@ def megatron_arguments(
     """
     check_layout_of(recipe)
     check_model_of(recipe)
+    check_loggers_of(recipe)
     recipe, data = open_data(recipe)
     config = HybridConfig(**model_settings(recipe, device))
     model, unsaid = model_options(config, dialect)
@@ -70,16 +76,8 @@ def megatron_arguments(
     if refusals:
         listed = "\n".join(f"  {refusal}" for refusal in refusals)
         raise UserError(f"{dialect.script} cannot be told this of {recipe.name}:\n{listed}")
-    words = [
-        *model,
-        *_data(config, data),
-        *_training(recipe.training),
-        *("--save", str(Path(run_dir, "checkpoints").absolute())),
-    ]
-    if recipe.resume == "auto":
-        words += ["--load", str(Path(run_dir, "checkpoints").absolute())]
-    if recipe.training.tensorboard:
-        words += ["--tensorboard-dir", str(Path(run_dir, "tensorboard").absolute())]
+    words = [*model, *_data(config, data), *_training(recipe.training)]
+    words += _outputs(recipe, Path(run_dir).absolute())
     if device == "cpu":
         words += ["--transformer-impl", "local", "--distributed-backend", "gloo"]
     remarks = []
@@ -145,6 +143,20 @@ def _data(config: HybridConfig, data: PreparedData | None) -> list[str]:
         *("--tokenizer-type", "HuggingFaceTokenizer"),
         *("--tokenizer-model", str(data.tokenizer_dir.absolute())),
     ]
+
+
+def _outputs(recipe: Recipe, run_dir: Path) -> list[str]:
+    """Return where the run writes, and goes on from."""
+    training, checkpoints = recipe.training, str(run_dir / "checkpoints")
+    words = ["--save", checkpoints]
+    if recipe.resume == "auto":
+        words += ["--load", checkpoints]
+    if training.tensorboard:
+        words += ["--tensorboard-dir", str(run_dir / "tensorboard")]
+    if training.wandb_project is not None:
+        words += ["--wandb-project", training.wandb_project]
+        words += ["--wandb-exp-name", training.wandb_name or run_dir.name]
+    return words
 
 
 def _training(training: Training) -> list[str]:
