@@ -246,7 +246,6 @@ def _check_training(training: Training) -> None:
                 "keep_last",
                 "keep_every",
                 "log_interval",
-                "keep_checkpoints",
             ),
             1,
         ),

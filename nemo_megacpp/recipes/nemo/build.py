@@ -195,10 +195,8 @@ def _logger(recipe: Recipe, run_dir: Path) -> run.Config:
             keep_every=training.keep_every,
             dirpath=str(run_dir / "checkpoints"),
             filename="{step}",
-            # The newest are those of the highest step.
-            monitor=None if training.keep_checkpoints is None else "step",
-            mode="max",
-            save_top_k=-1 if training.keep_checkpoints is None else training.keep_checkpoints,
+            monitor=None,
+            save_top_k=-1,
             save_last=False,
             every_n_train_steps=training.save_interval,
             save_optim_on_train_end=True,
