@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Sequence
 
 from nemo_megacpp import __version__
 from nemo_megacpp.checkpoint.commands import add_parser as add_checkpoint_parser
@@ -12,6 +13,7 @@ from nemo_megacpp.data.commands import add_parser as add_data_parser
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.doctor.command import add_parser as add_doctor_parser
 from nemo_megacpp.recipes.megatron.command import add_parser as add_megatron_args_parser
+from nemo_megacpp.recipes.plan_command import add_parser as add_plan_parser
 
 _STACK = ("torch", "megatron", "nemo", "nemo_run", "lightning", "einops")
 """What a bare installation does not bring."""
@@ -107,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="?", help="the recipe to print")
     recipes.set_defaults(run=_recipes)
 
+    add_plan_parser(commands)
     add_data_parser(commands)
     add_checkpoint_parser(commands)
     add_megatron_args_parser(commands)
@@ -114,9 +117,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; ``key=value`` settings may stand before, between or after options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strange or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main() -> None:
     """Entry point of the console script."""
-    args = build_parser().parse_args()
+    args = read_arguments()
     warnings.simplefilter("ignore")  # the libraries' remarks on what is not installed,
     sys.warnoptions.append("ignore")  # here and in the processes started from here
     try:

@@ -3,9 +3,11 @@
 from nemo_megacpp.layout.legality import (
     Violation,
     check_layout,
+    is_legal,
     padded_vocab_size,
     refuse_illegal,
 )
+from nemo_megacpp.layout.nearest import nearest_legal
 from nemo_megacpp.layout.parallel import AXES, ParallelLayout, RankCoordinates
 from nemo_megacpp.layout.shape import ModelShape
 
@@ -16,6 +18,8 @@ __all__ = [
     "RankCoordinates",
     "Violation",
     "check_layout",
+    "is_legal",
+    "nearest_legal",
     "padded_vocab_size",
     "refuse_illegal",
 ]

@@ -62,6 +62,16 @@ def check_layout(
     ]
 
 
+def is_legal(
+    layout: ParallelLayout, shape: ModelShape, *, gpus_per_node: int | None = None
+) -> bool:
+    """Say whether `check_layout` would find nothing, without looking for choices."""
+    if any(True for _ in _unreadable(layout)):
+        return False
+    case = Case(layout, shape, gpus_per_node)
+    return not any(True for rule in RULES for _ in rule(case))
+
+
 def refuse_illegal(
     layout: ParallelLayout, shape: ModelShape, *, gpus_per_node: int | None = None
 ) -> None:

@@ -46,8 +46,12 @@ class _SumBoth(_SumGradient):
 
 
 def mark_replicated(parameter: torch.nn.Parameter, config: TransformerConfig) -> None:
-    """Tag ``parameter`` so that, with SP on, Megatron sums its gradient over tp once per step."""
+    """Tag ``parameter`` so that, with SP on, Megatron sums its gradient over tp once per step.
+
+    ``sums_over_tp`` says to a reader (:mod:`nemo_megacpp.contract`) what it is in both cases.
+    """
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    parameter.sums_over_tp = True  # type: ignore[attr-defined]
 
 
 def replicated(

@@ -15,13 +15,13 @@ from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Limits, Rung, compare
 from nemo_megacpp.proof.differences import find
 from nemo_megacpp.proof.rounding import SEEDS, rounding_limits
 from nemo_megacpp.proof.step import (
-    Dtype,
     StepResult,
     StepSpec,
     round_trip,
     run_step,
     save_initial_weights,
 )
+from nemo_megacpp.proof.step_spec import Dtype
 from nemo_megacpp.proof.trial import Trial
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 

@@ -38,23 +38,23 @@ def save_after_steps(
     trainee = prepare(spec, layout)
     disturb(spec, trainee.chunks)
     for _ in range(steps):
-        take_step(spec, layout, trainee)
+        take_step(trainee)
     save_training_state(trainee.chunks, trainee.optimizer, directory)
-    return _carry_on(spec, layout, trainee)
+    return _carry_on(trainee)
 
 
 def load_and_step(spec: StepSpec, layout: ParallelLayout, directory: str) -> Carried | None:
     """Load the training state in ``directory``, run the next step."""
     trainee = prepare(spec, layout)
     load_training_state(trainee.chunks, trainee.optimizer, directory)
-    return _carry_on(spec, layout, trainee)
+    return _carry_on(trainee)
 
 
-def _carry_on(spec: StepSpec, layout: ParallelLayout, trainee: Trainee) -> Carried | None:
+def _carry_on(trainee: Trainee) -> Carried | None:
     state = training_sharded_state_dict(trainee.chunks, trainee.optimizer)
     optimizer = state["optimizer"]
     values = gather_sharded(state)
-    following = take_step(spec, layout, trainee)
+    following = take_step(trainee)
     if values is None:
         return None
     return Carried(values, optimizer["step"], optimizer["param_groups"], following)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -21,63 +20,24 @@ from megatron.core.optimizer import (
     OptimizerConfig,
     get_megatron_optimizer,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from nemo_megacpp.checkpoint.dcp import load_model, save_model
 from nemo_megacpp.config import HybridConfig
-from nemo_megacpp.layout import ParallelLayout, padded_vocab_size
+from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
-from nemo_megacpp.mixers.sequence_layout import deal_batch
 from nemo_megacpp.proof.gather import GlobalValues, gather_values
+from nemo_megacpp.proof.objective import device, forward_step, microbatches
 from nemo_megacpp.proof.perturb import perturb
+from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.trace import Recorder, Trace
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.specs.model import build_hybrid_chunks
 
-Objective = Literal["loss", "logits"]
-Dtype = Literal["float64", "float32", "bfloat16"]
-
 # Adam's first step is the sign of the gradient wherever that is large against eps: with the usual
 # 1e-8, the rounding of a gradient that ought to be zero would become a whole step.
 _ADAM_EPS = 1e-2
-
-
-@dataclass(frozen=True)
-class StepSpec:
-    """What one step computes, apart from the layout.
-
-    Attributes:
-        model: fields of :class:`HybridConfig`, without the layout's.
-        micro_batch_size, global_batch_size: rows per microbatch and per step.
-        objective: ``loss`` is Megatron's cross entropy (which computes in float32); ``logits`` is a
-            fixed random linear form of the logits, exact in the model's own dtype.
-        dtype: of parameters and activations; ``bfloat16`` is Megatron's mixed precision: gradients
-            are accumulated and reduced, and the optimizer steps, in float32.
-        seed: of tokens, initial weights and the linear form.
-        learning_rate: of the one Adam step.
-        documents: lengths of the documents that each row packs; empty for rows of one document.
-        starved_experts: experts whose routing bias is set so low that no token reaches them.
-        use_distributed_optimizer: shard the optimizer's state over data-parallel ranks.
-    """
-
-    model: dict[str, Any]
-    micro_batch_size: int = 1
-    global_batch_size: int = 4
-    objective: Objective = "loss"
-    dtype: Dtype = "float32"
-    seed: int = 7
-    learning_rate: float = 1e-2
-    documents: tuple[int, ...] = ()
-    starved_experts: tuple[int, ...] = ()
-    use_distributed_optimizer: bool = False
-
-    @property
-    def clip_grad(self) -> float:
-        """Megatron computes the gradient norm in float32, so clipping by it would bring float32
-        rounding into a float64 step: there the bound is out of reach."""
-        return 1.0 if self.objective == "loss" else 1e9
 
 
 @dataclass
@@ -125,15 +85,10 @@ def build_chunks(config: HybridConfig, layout: ParallelLayout) -> list[torch.nn.
     """
     chunks = build_hybrid_chunks(config)
     for chunk in chunks:
-        chunk.to(_device())
+        chunk.to(device())
         for parameter in chunk.parameters():
             parameter.data = parameter.data.to(config.params_dtype)
     return chunks
-
-
-def _device() -> torch.device:
-    """Return this rank's GPU, or the CPU where there is none (:mod:`nemo_megacpp.runtime`)."""
-    return torch.device(torch.cuda.current_device())
 
 
 def save_initial_weights(spec: StepSpec, layout: ParallelLayout, directory: str) -> None:
@@ -181,16 +136,35 @@ class Trainee:
     """What is trained on this rank.
 
     Attributes:
+        spec: what a step computes.
+        num_microbatches: of this rank.
         config: of the model.
         chunks: its pipeline chunks, one per virtual stage.
-        wrapped: the same, each in Megatron's data-parallel wrapper.
+        wrapped: the same, each in Megatron's data-parallel wrapper, which owns the gradients.
         optimizer: over all of them.
     """
 
+    spec: StepSpec
+    num_microbatches: int
     config: HybridConfig
     chunks: list[torch.nn.Module]
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
+
+    def forward_backward(self) -> Sequence[tuple[torch.Tensor, int]]:
+        """Run Megatron's pipeline schedule over the global batch; gradients end up reduced."""
+        self.optimizer.zero_grad()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        return get_forward_backward_func()(
+            forward_step_func=partial(forward_step, self.spec),
+            data_iterator=[microbatches(self.spec, self.config) for _ in self.wrapped],
+            model=self.wrapped,
+            num_microbatches=self.num_microbatches,
+            seq_length=self.config.seq_length,
+            micro_batch_size=self.spec.micro_batch_size,
+            forward_only=False,
+        )
 
 
 def prepare(spec: StepSpec, layout: ParallelLayout) -> Trainee:
@@ -199,7 +173,9 @@ def prepare(spec: StepSpec, layout: ParallelLayout) -> Trainee:
     config = make_config(spec, layout)
     chunks = build_chunks(config, layout)
     wrapped = _wrap(spec, config, chunks)
-    return Trainee(config, chunks, wrapped, _optimizer(spec, config, wrapped))
+    count = spec.global_batch_size // (spec.micro_batch_size * layout.data_parallel_size)
+    optimizer = _optimizer(spec, config, wrapped)
+    return Trainee(spec, count, config, chunks, wrapped, optimizer)
 
 
 def run_step(
@@ -228,29 +204,17 @@ def run_step(
         recorder = Recorder(
             trainee.chunks, trainee.config, spec.micro_batch_size, spec.global_batch_size
         )
-    result = take_step(spec, layout, trainee)
+    result = take_step(trainee)
     traced = None if recorder is None else recorder.gather()
     return None if result is None else dataclasses.replace(result, trace=traced)
 
 
-def take_step(spec: StepSpec, layout: ParallelLayout, trainee: Trainee) -> StepResult | None:
-    """Run one training step on the batch of ``spec``; return what it gave on rank 0."""
-    config, chunks, wrapped = trainee.config, trainee.chunks, trainee.wrapped
-    trainee.optimizer.zero_grad()
-    for chunk in wrapped:
-        chunk.zero_grad_buffer()
-    microbatches = spec.global_batch_size // (spec.micro_batch_size * layout.data_parallel_size)
-    outputs = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, spec),
-        data_iterator=[_microbatches(spec, config) for _ in wrapped],
-        model=wrapped,
-        num_microbatches=microbatches,
-        seq_length=config.seq_length,
-        micro_batch_size=spec.micro_batch_size,
-        forward_only=False,
-    )
+def take_step(trainee: Trainee) -> StepResult | None:
+    """Run one training step on the batch of the spec; return what it gave on rank 0."""
+    spec, config, chunks = trainee.spec, trainee.config, trainee.chunks
+    outputs = trainee.forward_backward()
     objective = _global_mean(outputs)
-    aux_losses = reduced_aux_losses(config, scale=1.0 / microbatches)
+    aux_losses = reduced_aux_losses(config, scale=1.0 / trainee.num_microbatches)
     main_grads = {
         id(p): p.main_grad
         for chunk in chunks
@@ -308,92 +272,9 @@ def _optimizer(
     )
 
 
-def _microbatches(spec: StepSpec, config: HybridConfig) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield this data-parallel rank's microbatches, sliced for its context-parallel rank."""
-    generator = torch.Generator().manual_seed(spec.seed)
-    rows = torch.randint(
-        config.vocab_size, (spec.global_batch_size, config.seq_length + 1), generator=generator
-    )
-    dp = parallel_state.get_data_parallel_world_size()
-    rank = parallel_state.get_data_parallel_rank()
-    step = spec.micro_batch_size
-    for start in range(rank * step, spec.global_batch_size, dp * step):
-        part = rows[start : start + step]
-        batch = {
-            "tokens": part[:, :-1].contiguous(),
-            "labels": part[:, 1:].contiguous(),
-            "row": torch.arange(start, start + step)[:, None].expand(-1, config.seq_length),
-            "position_ids": torch.arange(config.seq_length).expand(step, -1),
-        }
-        batch = {name: tensor.to(_device()) for name, tensor in batch.items()}
-        yield deal_batch(batch, _packs(spec.documents))
-
-
-def _forward_step(
-    spec: StepSpec, data: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module
-) -> tuple[torch.Tensor, Any]:
-    batch = next(data)
-    labels = batch["labels"] if spec.objective == "loss" else None
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        None,
-        labels=labels,
-        packed_seq_params=_packs(spec.documents),
-    )
-    if spec.objective == "loss":
-        return output, partial(_mean_loss, batch)
-    return output, partial(_linear_form, spec, model, batch)
-
-
-def _packs(documents: Sequence[int]) -> PackedSeqParams | None:
-    if not documents:
-        return None
-    ends = torch.tensor([0, *documents], dtype=torch.int32, device=_device())
-    ends = ends.cumsum(0, dtype=torch.int32)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=max(documents),
-        max_seqlen_kv=max(documents),
-    )
-
-
-def _mean_loss(batch: dict[str, torch.Tensor], losses: torch.Tensor) -> tuple:
-    tokens = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
-    total = losses.sum()
-    return total, tokens, (total.detach().double(), int(tokens))
-
-
-def _linear_form(
-    spec: StepSpec, model: torch.nn.Module, batch: dict[str, torch.Tensor], logits: torch.Tensor
-) -> tuple:
-    """Return ``Σ c·logits`` over this rank's rows, positions and vocabulary slice ``[b, s, v/tp]``.
-
-    The coefficients depend on the global row, position and vocabulary index only.
-    """
-    config = model.config  # type: ignore[attr-defined]
-    vocab = padded_vocab_size(
-        config.vocab_size,
-        config.make_vocab_size_divisible_by,  # type: ignore[arg-type]
-        config.tensor_model_parallel_size,  # type: ignore[arg-type]
-    )
-    generator = torch.Generator().manual_seed(spec.seed + 1)
-    shape = (spec.global_batch_size, config.seq_length, vocab)  # type: ignore[arg-type]
-    coefficients = torch.randn(shape, generator=generator, dtype=torch.float64).to(logits)
-    rank, width = parallel_state.get_tensor_model_parallel_rank(), logits.size(-1)
-    mine = coefficients[batch["row"], batch["position_ids"], rank * width : (rank + 1) * width]
-    total = (mine * logits).sum()
-    tokens = torch.tensor(batch["row"].numel(), dtype=torch.int, device=logits.device)
-    whole = total.detach().double().clone()
-    torch.distributed.all_reduce(whole, group=parallel_state.get_tensor_model_parallel_group())
-    return total, tokens, (whole, int(tokens))
-
-
 def _global_mean(outputs: Sequence[tuple[torch.Tensor, int]]) -> float:
     """Average over all tokens of the global batch, known on every rank."""
-    sums = torch.zeros(2, dtype=torch.float64, device=_device())
+    sums = torch.zeros(2, dtype=torch.float64, device=device())
     for total, tokens in outputs:
         sums += sums.new_tensor([float(total), float(tokens)])
     torch.distributed.all_reduce(

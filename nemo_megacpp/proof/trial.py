@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nemo_megacpp.proof.compare import Rung, RungName
-from nemo_megacpp.proof.step import Dtype
+from nemo_megacpp.proof.step_spec import Dtype
 
 DifferenceKind = Literal["output", "output gradient", "parameter gradient"]
 

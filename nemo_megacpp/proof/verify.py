@@ -15,7 +15,7 @@ from nemo_megacpp.pattern import HybridPattern
 from nemo_megacpp.proof.axes import axes_alone, axes_in_pairs, axes_of
 from nemo_megacpp.proof.bench import Bench
 from nemo_megacpp.proof.canary import canary
-from nemo_megacpp.proof.step import Dtype
+from nemo_megacpp.proof.step_spec import Dtype
 from nemo_megacpp.proof.trial import Trial
 from nemo_megacpp.runtime.workers import WorkerPool, device_for
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils._device
 
 _FACTORIES = (
     "arange",
@@ -144,6 +145,8 @@ def install() -> None:
     module: Any = torch.nn.Module
     module.cuda = _return_self
 
+    # ``with torch.device(…)`` knows the factories by identity, from a list made at its first use.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _TENSOR_FACTORIES:

@@ -80,8 +80,15 @@ def build_hybrid_model(
     )
 
 
-def build_hybrid_chunks(config: HybridConfig) -> list[torch.nn.Module]:
-    """Build all pipeline chunks of this rank, one per virtual stage."""
+def build_hybrid_chunks(
+    config: HybridConfig, backend: BackendSpecProvider | None = None
+) -> list[torch.nn.Module]:
+    """Build all pipeline chunks of this rank, one per virtual stage, over Megatron's global groups.
+
+    Args:
+        config: the model.
+        backend: where modules come from; this installation's default if not given.
+    """
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     stages = config.virtual_pipeline_model_parallel_size or 1
@@ -91,6 +98,7 @@ def build_hybrid_chunks(config: HybridConfig) -> list[torch.nn.Module]:
             pre_process=first and stage == 0,
             post_process=last and stage == stages - 1,
             vp_stage=None if config.virtual_pipeline_model_parallel_size is None else stage,
+            backend=backend,
         )
         for stage in range(stages)
     ]

@@ -24,6 +24,7 @@ ROOMS = (
     "specs",
     "checkpoint",
     "runtime",
+    "contract",
     "proof",
     "data",
     "recipes",

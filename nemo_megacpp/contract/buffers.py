@@ -1,0 +1,157 @@
+"""Megatron's gradient buffers, and what of them a rank's optimizer owns: exact bytes.
+
+``_ParamAndGradBuffer`` (``megatron/core/distributed/param_and_grad_buffer.py``) lays a chunk's
+parameters out in reverse order, dense and expert ones apart; the distributed optimizer pads them
+and gives each data-parallel rank an equal share of every bucket, wherever parameters end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nemo_megacpp.contract.build import BuiltChunk, BuiltParameter, BuiltStage
+from nemo_megacpp.contract.job import Job
+
+GRADIENT_BYTES = 4
+"""A gradient is accumulated and reduced in float32, in either precision."""
+
+_PARAMETER_ALIGNMENT = 64
+_BUCKET_ALIGNMENT = 128
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A part of a buffer that is reduced as one.
+
+    Attributes:
+        numel: elements, with padding.
+        ranges: first and last-plus-one element of each parameter.
+    """
+
+    numel: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def owned(self, replicas: int, rank: int) -> tuple[int, int]:
+        """Return the parameter elements in the share of replica ``rank``, and how many parameters
+        have some there."""
+        share = self.numel // replicas
+        start, stop = rank * share, (rank + 1) * share
+        sizes = [min(stop, end) - max(start, begin) for begin, end in self.ranges]
+        return sum(size for size in sizes if size > 0), sum(size > 0 for size in sizes)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """The gradients of a chunk's dense or expert parameters.
+
+    Attributes:
+        chunk: index of the chunk.
+        is_expert: reduced over ``edp`` instead of ``dp-cp``.
+        buckets: without the distributed optimizer one, without padding.
+    """
+
+    chunk: int
+    is_expert: bool
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def group(self) -> str:
+        """The group over which it is reduced."""
+        return "edp" if self.is_expert else "dp-cp"
+
+    @property
+    def numel(self) -> int:
+        """Elements, with padding."""
+        return sum(bucket.numel for bucket in self.buckets)
+
+
+def buffers_of(job: Job, stage: BuiltStage) -> list[Buffer]:
+    """Return the gradient buffers of a rank of ``stage``."""
+    return [
+        buffer
+        for chunk in stage.chunks
+        for is_expert in (False, True)
+        if (buffer := _buffer(job, chunk, is_expert)).buckets
+    ]
+
+
+def replicas_of(job: Job, is_expert: bool) -> int:
+    """Return how many ranks share a buffer's reduction."""
+    if is_expert:
+        return job.layout.expert_data_parallel_size
+    return job.layout.data_parallel_size * job.layout.cp
+
+
+def optimizer_bytes(job: Job, buffers: Sequence[Buffer], dense: int, expert: int) -> int:
+    """Return the bytes of the optimizer on one rank: its copy of the parameters, and Adam's state.
+
+    Args:
+        job: the job.
+        buffers: of the rank's stage.
+        dense, expert: the rank's place in its ``dp-cp`` and ``edp`` groups.
+    """
+    per_element = 8 if job.precision == "fp32" else 12
+    # torch's Adam counts the steps of every parameter in a tensor; fused ones count once.
+    per_parameter = 4 if job.kernels == "torch" else 0
+    total = 0
+    for buffer in buffers:
+        replicas, rank = replicas_of(job, buffer.is_expert), expert if buffer.is_expert else dense
+        for bucket in buffer.buckets:
+            if job.use_distributed_optimizer:
+                elements, parameters = bucket.owned(replicas, rank)
+            else:
+                elements = sum(end - begin for begin, end in bucket.ranges)
+                parameters = len(bucket.ranges)
+            total += elements * per_element + parameters * per_parameter
+    return total
+
+
+def largest_optimizer_bytes(job: Job, buffers: Sequence[Buffer]) -> int:
+    """Return the bytes on the rank that owns most."""
+    if not job.use_distributed_optimizer:
+        return optimizer_bytes(job, buffers, 0, 0)
+    totals = []
+    for is_expert in (False, True):
+        mine = [buffer for buffer in buffers if buffer.is_expert == is_expert]
+        places = range(replicas_of(job, is_expert)) if mine else range(1)
+        totals.append(max(optimizer_bytes(job, mine, place, place) for place in places))
+    return sum(totals)
+
+
+def _buffer(job: Job, chunk: BuiltChunk, is_expert: bool) -> Buffer:
+    parameters = [p for p in reversed(chunk.parameters) if p.is_expert == is_expert]
+    unit = math.lcm(replicas_of(job, is_expert), _BUCKET_ALIGNMENT)
+    padded = job.use_distributed_optimizer
+    buckets: list[Bucket] = []
+    ranges: list[tuple[int, int]] = []
+
+    def close() -> None:
+        if ranges:
+            end = ranges[-1][1]
+            buckets.append(Bucket(_round_up(end, unit) if padded else end, tuple(ranges)))
+            ranges.clear()
+
+    for parameter in parameters:
+        alone = padded and parameter.shared_embedding
+        if alone:
+            close()
+        start = ranges[-1][1] if ranges else 0
+        start = _round_up(start, _PARAMETER_ALIGNMENT) if padded else start
+        ranges.append((start, start + parameter.numel))
+        if alone:
+            close()
+    close()
+    return Buffer(chunk.index, is_expert, tuple(buckets))
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def summed_over_tp(job: Job, parameters: Sequence[BuiltParameter]) -> int:
+    """Return the elements whose gradients Megatron sums over tp once per step, in one message."""
+    if not job.layout.sp:
+        return 0
+    return sum(p.numel for p in parameters if p.sequence_parallel)

@@ -1,0 +1,186 @@
+"""Build every pipeline stage of a job on the meta device and read off its parameters.
+
+Ranks that differ only in their place on tp, cp, ep, etp or dp hold tensors of the same shapes: the
+layout rules let nothing be divided unevenly. One rank per pipeline stage is therefore built, in the
+smallest world that holds the layout; how many replicas there are changes no shape. The modules are
+those of the torch backend, whose parameters are Transformer Engine's, name for name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from nemo_megacpp.checkpoint.dcp import sharding_metadata
+from nemo_megacpp.contract.job import Job
+from nemo_megacpp.runtime.fake import fake_rank
+from nemo_megacpp.specs.backend import TorchBackend
+from nemo_megacpp.specs.model import build_hybrid_chunks
+
+
+@dataclass(frozen=True)
+class BuiltParameter:
+    """A parameter as one rank's module holds it.
+
+    Attributes:
+        name: within the chunk.
+        layer: global number of the layer, from 0; None outside the layers.
+        local_shape: what the rank holds; with a leading axis of experts for an expert's weight.
+        global_shape: of the whole parameter, as a checkpoint knows it.
+        is_expert: reduced over the expert-data-parallel group.
+        sequence_parallel: Megatron sums its gradient over tp once per step.
+        sums_over_tp: every tp rank uses the whole of it for its own heads, so that its gradient is
+            partial on tp (:mod:`nemo_megacpp.mixers.replicated`).
+        shared_embedding: the embedding of a model whose head is tied to it.
+    """
+
+    name: str
+    layer: int | None
+    local_shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    is_expert: bool
+    sequence_parallel: bool
+    sums_over_tp: bool
+    shared_embedding: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements on this rank."""
+        return math.prod(self.local_shape)
+
+
+@dataclass(frozen=True)
+class BuiltChunk:
+    """One pipeline chunk.
+
+    Attributes:
+        index: in the order of depth.
+        layers: global numbers of its layers.
+        letters: their families.
+        owns_embedding, owns_head: whether it has the embedding; the final norm, head and loss.
+        parameters: in the module's order, which is that of the gradient buffers, reversed.
+    """
+
+    index: int
+    layers: range
+    letters: str
+    owns_embedding: bool
+    owns_head: bool
+    parameters: tuple[BuiltParameter, ...]
+
+
+@dataclass(frozen=True)
+class BuiltStage:
+    """What each rank of a pipeline stage holds: one chunk, or one per virtual stage."""
+
+    pp_rank: int
+    chunks: tuple[BuiltChunk, ...]
+
+    @property
+    def parameters(self) -> Iterable[BuiltParameter]:
+        """All parameters of the stage."""
+        return (p for chunk in self.chunks for p in chunk.parameters)
+
+
+def build_stages(job: Job) -> list[BuiltStage]:
+    """Build one rank of every pipeline stage of ``job``.
+
+    Within a process group this happens in a process of its own, because Megatron's groups are
+    global to a process.
+
+    Raises:
+        UserError: the model cannot be built.
+    """
+    # What follows changes no shape; without it, jobs that differ in it share what was built.
+    smallest = dataclasses.replace(job.layout, world_size=None)
+    return list(_build_stages(Job(job.model, smallest, precision=job.precision)))
+
+
+@lru_cache(maxsize=64)
+def _build_stages(job: Job) -> tuple[BuiltStage, ...]:
+    if torch.distributed.is_initialized():
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+            return apart.submit(_build_stages, job).result()
+    stride = job.layout.minimal_world_size // job.layout.pp
+    return tuple(build_rank(job, stage * stride) for stage in range(job.layout.pp))
+
+
+def build_rank(job: Job, rank: int) -> BuiltStage:
+    """Build what ``rank`` of the job's world has; the process must not have process groups."""
+    layout = job.layout
+    with fake_rank(layout, rank), torch.device("meta"):
+        chunks = build_hybrid_chunks(job.config(), TorchBackend())
+        place = layout.rank_coordinates(rank)
+        return BuiltStage(
+            place.pp,
+            tuple(
+                _read(chunk, layout.chunk_index(place.pp, virtual))
+                for virtual, chunk in enumerate(chunks)
+            ),
+        )
+
+
+def _read(chunk: Any, index: int) -> BuiltChunk:
+    shapes: dict[int, tuple[int, tuple[int, ...]]] = {}
+    state = chunk.sharded_state_dict(prefix="", metadata=sharding_metadata())
+    for item in nested_values(state):
+        if isinstance(item, ShardedTensor | ShardedTensorFactory) and item.data is not None:
+            shapes[id(item.data)] = _global_shape(item)
+    decoder = chunk.decoder
+    parameters = []
+    for name, parameter in chunk.named_parameters():
+        stacked, global_shape = shapes[id(parameter)]
+        parts = name.split(".")
+        parameters.append(
+            BuiltParameter(
+                name,
+                decoder.layer_range[int(parts[2])] if parts[:2] == ["decoder", "layers"] else None,
+                (1,) * stacked + tuple(parameter.shape),
+                global_shape,
+                is_expert=not getattr(parameter, "allreduce", True),
+                sequence_parallel=getattr(parameter, "sequence_parallel", False),
+                sums_over_tp=getattr(parameter, "sums_over_tp", False),
+                shared_embedding=getattr(parameter, "shared_embedding", False),
+            )
+        )
+    return BuiltChunk(
+        index,
+        range(decoder.layer_range.start, decoder.layer_range.stop),
+        "".join(family.value for family in decoder.families),
+        chunk.pre_process,
+        chunk.post_process,
+        tuple(parameters),
+    )
+
+
+def _global_shape(item: ShardedTensor | ShardedTensorFactory) -> tuple[int, tuple[int, ...]]:
+    """Return the number of leading axes that experts are stacked on, and the whole shape.
+
+    A factory saves one parameter as several tensors, cut from it along one axis.
+    """
+    parts = [item] if isinstance(item, ShardedTensor) else list(nested_values(item.build()))
+    by_key = {part.key: part for part in parts}
+    shapes = [part.global_shape for part in by_key.values()]
+    first = parts[0]
+    if len(shapes) == 1:
+        return first.prepend_axis_num, tuple(first.global_shape)
+    assert item.data is not None
+    cut = next(
+        axis
+        for axis, size in enumerate(item.data.shape)
+        if size != first.local_shape[axis - item.data.dim()]
+    )
+    axis = cut + first.prepend_axis_num
+    whole = list(shapes[0])
+    whole[axis] = sum(shape[axis] for shape in shapes)
+    return first.prepend_axis_num, tuple(whole)

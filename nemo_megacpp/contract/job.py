@@ -1,0 +1,67 @@
+"""What a plan is made of: a model, a layout, a batch, a precision, and the hardware."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.layout import ParallelLayout
+
+Precision = Literal["fp32", "bf16"]
+Kernels = Literal["gpu", "torch"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job, before it runs.
+
+    Attributes:
+        model: fields of :class:`nemo_megacpp.config.HybridConfig`, without the layout's.
+        layout: the parallel degrees.
+        micro_batch_size, global_batch_size: rows of ``seq_length`` tokens.
+        precision: of parameters and activations. In ``bf16`` gradients, and the optimizer's
+            copy of the parameters, are float32.
+        use_distributed_optimizer: shard the optimizer's state over data-parallel ranks.
+        kernels: ``gpu`` is Transformer Engine and mamba_ssm, ``torch`` the plain forms of a machine
+            without a GPU. They keep different activations, and split attention over CP differently.
+        gpus_per_node: ranks of one NVLink domain.
+        hbm_bytes: memory of one GPU; None: not compared.
+        name: what to call the job in a report.
+    """
+
+    model: dict[str, Any] = field(hash=False)
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+    precision: Precision = "bf16"
+    use_distributed_optimizer: bool = False
+    kernels: Kernels = "gpu"
+    gpus_per_node: int = 8
+    hbm_bytes: int | None = None
+    name: str = "model"
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of a parameter, and of an activation where nothing else is said."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of one data-parallel rank in one step."""
+        return self.global_batch_size // (self.micro_batch_size * self.layout.data_parallel_size)
+
+    def config(self) -> HybridConfig:
+        """Return the model's configuration in this layout, for building it without numbers."""
+        dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
+        return HybridConfig(
+            **{"moe_router_dtype": "fp32", **self.model},
+            **self.layout.megatron_fields(),
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=self.precision == "bf16",
+            use_cpu_initialization=True,
+            perform_initialization=False,
+        )

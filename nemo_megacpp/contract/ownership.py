@@ -1,0 +1,161 @@
+"""Who owns what: each parameter's shapes, what splits it, and how its gradient is made whole.
+
+The words, per mesh axis: *varying*: each rank has its own part; *replicated*: every rank has the
+whole and a partial gradient, which someone sums; *invariant*: every rank has the whole and the same
+gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nemo_megacpp.contract.build import BuiltParameter, BuiltStage
+from nemo_megacpp.contract.job import Job
+from nemo_megacpp.contract.placement import group_size
+
+
+@dataclass(frozen=True)
+class OwnedParameter:
+    """One parameter of a family: what is said of it holds in all layers of the family.
+
+    Attributes:
+        family: a letter, ``embedding`` or ``head``.
+        name: within the layer; all experts of a rank under one name, stacked on a leading axis.
+        layers: how many layers of the whole model have it.
+        global_shape, local_shape: of the whole, and of one rank's part.
+        on: for each axis of the mesh with more than one rank, ``varying``, ``replicated`` or
+            ``invariant``.
+        split: ``axis 0 by tp``, …; empty if nothing splits it.
+        why: why it is whole on an axis that splits its neighbours.
+        gradient: how the gradient is made whole.
+    """
+
+    family: str
+    name: str
+    layers: int
+    global_shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    on: dict[str, str]
+    split: tuple[str, ...]
+    why: str
+    gradient: tuple[str, ...]
+
+    @property
+    def local_numel(self) -> int:
+        return math.prod(self.local_shape)
+
+
+def ownership(job: Job, stages: Sequence[BuiltStage]) -> list[OwnedParameter]:
+    """Return the parameters of the whole model, family by family, in the order of depth."""
+    found: dict[tuple[str, str], OwnedParameter] = {}
+    layers: dict[tuple[str, str], set[int | None]] = {}
+    for chunk in _chunks(stages):
+        experts = _experts_here(chunk.parameters)
+        for parameter in chunk.parameters:
+            family, name = _place(parameter, chunk.letters, chunk.layers)
+            layers.setdefault((family, name), set()).add(parameter.layer)
+            if (family, name) not in found:
+                stacked = parameter.is_expert and len(parameter.local_shape) == 3
+                shape = parameter.local_shape
+                local = (experts, *shape[1:]) if stacked else shape
+                found[family, name] = _owned(job, family, name, parameter, local)
+    return [
+        OwnedParameter(**{**vars(owned), "layers": len(layers[key])})
+        for key, owned in found.items()
+    ]
+
+
+def parameter_count(stages: Sequence[BuiltStage]) -> int:
+    """Return the parameters of the whole model, each once."""
+    seen: dict[tuple[int | None, str], int] = {}
+    for chunk in _chunks(stages):
+        for parameter in chunk.parameters:
+            _, name = _place(parameter, chunk.letters, chunk.layers)
+            seen[parameter.layer, name] = math.prod(parameter.global_shape)
+    return sum(seen.values())
+
+
+def _chunks(stages: Sequence[BuiltStage]) -> list:
+    return sorted((c for stage in stages for c in stage.chunks), key=lambda chunk: chunk.index)
+
+
+def _experts_here(parameters: Sequence[BuiltParameter]) -> int:
+    """Return the experts of one layer on this rank."""
+    names = {p.name.split("local_experts.")[1].split(".")[0] for p in parameters if p.is_expert}
+    return len(names)
+
+
+def _place(parameter: BuiltParameter, letters: str, layers: range) -> tuple[str, str]:
+    parts = parameter.name.split(".")
+    if parameter.layer is None:
+        return ("embedding" if parts[0] == "embedding" else "head"), parameter.name
+    name = ".".join(parts[3:])
+    if parameter.is_expert:
+        name = ".".join(part for part in parts[3:] if not part.isdigit())
+    return letters[layers.index(parameter.layer)], name
+
+
+def _owned(
+    job: Job, family: str, name: str, parameter: BuiltParameter, local: tuple[int, ...]
+) -> OwnedParameter:
+    expert = parameter.is_expert
+    split = []
+    for axis, (whole, part) in enumerate(zip(parameter.global_shape, local, strict=True)):
+        if whole != part:
+            by = "tp" if not expert else ("ep" if len(local) == 3 and axis == 0 else "etp")
+            split.append((axis, by))
+    on: dict[str, str] = {}
+    for mesh in ("etp", "ep", "edp") if expert else ("tp", "cp", "dp"):
+        if group_size(job.layout, mesh) > 1:
+            if mesh in (by for _, by in split):
+                on[mesh] = "varying"
+            elif mesh == "tp":
+                on[mesh] = _word_on_tp(parameter)
+            else:
+                on[mesh] = "replicated"
+    return OwnedParameter(
+        family,
+        name,
+        0,
+        parameter.global_shape,
+        local,
+        on,
+        tuple(f"axis {axis} by {by}" for axis, by in split),
+        _why(parameter, on),
+        tuple(_gradient(job, parameter, on)),
+    )
+
+
+def _word_on_tp(parameter: BuiltParameter) -> str:
+    partial = parameter.sequence_parallel or parameter.sums_over_tp
+    return "replicated" if partial else "invariant"
+
+
+def _why(parameter: BuiltParameter, on: dict[str, str]) -> str:
+    if on.get("tp") == "invariant":
+        return "acts on the hidden width, which without SP every tp rank has whole"
+    if on.get("tp") != "replicated":
+        return ""
+    if parameter.sums_over_tp:
+        return "shared by all heads: each tp rank uses the whole for its own"
+    return "acts on the hidden width; under SP each tp rank has other tokens"
+
+
+def _gradient(job: Job, parameter: BuiltParameter, on: dict[str, str]) -> list[str]:
+    steps = []
+    if on.get("tp") == "replicated":
+        if job.layout.sp:
+            steps.append("all-reduced over tp, once per step (sequence_parallel tag)")
+        else:
+            steps.append("all-reduced over tp, in every backward pass")
+    group = "edp" if parameter.is_expert else "dp-cp"
+    if group_size(job.layout, group) > 1:
+        if job.use_distributed_optimizer:
+            steps.append(f"reduce-scattered over {group}; the parameter is gathered back")
+        else:
+            steps.append(f"all-reduced over {group}")
+    if parameter.shared_embedding and job.layout.pp > 1:
+        steps.append("all-reduced between first and last stage (tied to the head)")
+    return steps or ["complete on the rank"]

@@ -1,0 +1,216 @@
+"""Record what one real training step holds and sends, on every rank: bytes and collectives.
+
+The collectives are read where torch dispatches them to a backend, so whoever calls them, under
+whatever name, is seen; so are the tensors that autograd keeps for the backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.step import StepSpec, Trainee, prepare
+
+# What torch.distributed's functions become, and which argument holds the larger side.
+_KINDS: dict[str, tuple[str, int]] = {
+    "allreduce_": ("all_reduce", 0),
+    "allreduce_coalesced_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "allgather_": ("all_gather", 0),
+    "allgather_into_tensor_coalesced_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
+    "alltoall_base_": ("all_to_all", 1),
+    "send": ("send", 0),
+    "recv_": ("receive", 0),
+    "broadcast_": ("broadcast", 0),
+}
+
+
+class Sent(NamedTuple):
+    """One kind of collective: what it is, between which global ranks, of how many bytes.
+
+    Bytes are those of the whole tensor: the input of an all-reduce and of a reduce-scatter, the
+    output of an all-gather, this rank's input of an all-to-all, the message of a send.
+    """
+
+    kind: str
+    ranks: tuple[int, ...]
+    bytes: int
+
+
+@dataclass
+class Recorded:
+    """What a rank held and sent during one step.
+
+    Attributes:
+        parameters, gradients, optimizer: bytes of parameter storage, of gradient buffers, and of
+            the optimizer's own parameters and state, all as allocated.
+        collectives: how often each was made, between forward pass and end of the step; groups of
+            one rank are left out.
+        saved: bytes that autograd kept for the backward pass of the first microbatch, by place:
+            ``embedding``, a layer's global number, or ``head``. A storage is counted once, where it
+            was first kept, and parameters are not counted.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    collectives: Counter[Sent] = field(default_factory=Counter)
+    saved: dict[str, int] = field(default_factory=dict)
+
+
+def record_step(spec: StepSpec, layout: ParallelLayout) -> Recorded:
+    """Run one step of ``spec`` in ``layout``, on every rank of it, and return what this one did."""
+    step = prepare(spec, layout)
+    with _Collectives() as sent, _Saved(step) as saved:
+        step.forward_backward()
+        step.optimizer.step()
+    return Recorded(
+        _bytes(_parameter_storage(step)),
+        _bytes(
+            buffer.grad_data
+            for chunk in step.wrapped
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers
+        ),
+        _bytes(_optimizer_tensors(step)),
+        sent.counted,
+        saved.bytes_by_place(),
+    )
+
+
+def _bytes(tensors: Any) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _parameter_storage(step: Trainee) -> Iterator[torch.Tensor]:
+    for chunk in step.chunks:
+        yield from chunk.parameters()
+
+
+def _optimizer_tensors(step: Trainee) -> Iterator[torch.Tensor]:
+    """Yield what the optimizer allocates: float32 copies of parameters, and its state."""
+    own = {t.untyped_storage().data_ptr() for t in _parameter_storage(step)}
+    optimizer: Any = step.optimizer
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is None:
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.untyped_storage().data_ptr() not in own:
+                    yield parameter
+        for state in part.optimizer.state.values():
+            yield from (value for value in state.values() if torch.is_tensor(value))
+
+
+class _Collectives(TorchDispatchMode):
+    """Counts the collectives that are dispatched inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[Sent] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            self._note(func._schema.name.removeprefix("c10d::"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, name: str, args: tuple) -> None:
+        group = next(pg for pg in map(_group_of, args) if pg is not None)
+        if group.size() == 1:
+            return
+        kind, argument = _KINDS[name]
+        ranks = torch.distributed.get_process_group_ranks(group)
+        if kind in ("send", "receive"):
+            ranks = [torch.distributed.get_rank(), ranks[args[2]]]
+        size = sum(t.numel() * t.element_size() for t in _tensors(args[argument]))
+        self.counted[Sent(kind, tuple(ranks), size)] += 1
+
+
+def _group_of(argument: Any) -> torch.distributed.ProcessGroup | None:
+    if not isinstance(argument, torch.ScriptObject):
+        return None
+    with contextlib.suppress(RuntimeError):  # a reduction operator
+        return torch.distributed.ProcessGroup.unbox(argument)
+    return None
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if torch.is_tensor(value):
+        yield value
+    else:
+        for item in value:
+            yield from _tensors(item)
+
+
+class _Saved:
+    """Notes the tensors that autograd keeps, by the place in the model that keeps them."""
+
+    def __init__(self, step: Trainee):
+        self._step = step
+        self._handles: list[Any] = []
+        self._open: list[Any] = []
+        self._skip = {t.untyped_storage().data_ptr() for t in _parameter_storage(step)}
+        self._seen: dict[int, tuple[str, torch.Tensor]] = {}
+
+    def __enter__(self) -> _Saved:
+        for chunk in self._step.chunks:
+            model: Any = chunk
+            decoder = model.decoder
+            # Outermost, for what is kept outside the modules below: the loss.
+            self._watch(model, "head" if model.post_process else "between layers")
+            for number, layer in zip(decoder.layer_range, decoder.layers, strict=True):
+                self._watch(layer, str(number))
+            if model.pre_process:
+                self._watch(model.embedding, "embedding")
+            if model.post_process:
+                self._watch(decoder.final_norm, "head")
+                self._watch(model.output_layer, "head")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _watch(self, module: torch.nn.Module, place: str) -> None:
+        runs = 0
+
+        def before(*_: Any) -> None:
+            nonlocal runs
+            runs += 1
+            pack = self._pack(place) if runs == 1 else lambda tensor: tensor
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+            hooks.__enter__()
+            self._open.append(hooks)
+
+        def after(*_: Any) -> None:
+            self._open.pop().__exit__()
+
+        self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(after))
+
+    def _pack(self, place: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            pointer = tensor.untyped_storage().data_ptr()
+            if pointer not in self._skip:
+                self._seen.setdefault(pointer, (place, tensor))
+            return tensor
+
+        return pack
+
+    def bytes_by_place(self) -> dict[str, int]:
+        """Return the bytes of the first microbatch, by place."""
+        totals: Counter[str] = Counter()
+        for place, tensor in self._seen.values():
+            totals[place] += tensor.untyped_storage().nbytes()
+        return dict(totals)

@@ -1,0 +1,68 @@
+"""Formulas of what autograd keeps, against recorded runs of the torch kernels: within 5%."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemo_megacpp.contract.activations import (
+    block_activations,
+    embedding_activations,
+    head_activations,
+    total,
+)
+from nemo_megacpp.contract.sizes import sizes_of_job
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.pattern import Family
+from nemo_megacpp.proof.cases import tiny_model
+from nemo_megacpp.runtime.workers import WorkerPool
+
+from .test_recorded import BALANCED, SELECTIVE, job_of, recorded
+
+WITHIN = 0.05
+# Several chunks of the scans, and a length at which tokens outweigh what does not grow with them.
+LONG = {"seq_length": 256}
+
+CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("A", {}, ("tp=1", "tp=2,sp=false", "tp=2,cp=2")),
+    ("A", {**SELECTIVE}, ("tp=2", "cp=2")),
+    ("M", {}, ("tp=1", "tp=2,sp=false", "tp=2,cp=2")),
+    ("M", {"mode": "mamba3"}, ("tp=1", "tp=2,sp=false", "tp=2,cp=2")),
+    ("M", {"mode": "mamba3", "mamba3_mimo_rank": 2, "mamba_num_groups": 2}, ("tp=2",)),
+    ("R", {}, ("tp=1", "tp=2,sp=false", "tp=2,cp=2")),
+    ("R", {"m2rnn_context_parallel": "serial"}, ("tp=2,cp=2",)),
+    ("E", BALANCED, ("tp=1", "tp=2", "tp=2,cp=2,ep=2,etp=1")),
+    ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["moe"]}, ("ep=2",)),
+    ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["shared_experts"]}, ("tp=2",)),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "precision"),
+    [
+        pytest.param(
+            tiny_model(pattern, **LONG, **changes),
+            layout,
+            precision,
+            id=f"{pattern}-{n}-{layout}-{precision}",
+        )
+        for n, (pattern, changes, layouts) in enumerate(CASES)
+        for layout in layouts
+        for precision in ("fp32", "bf16")
+        if precision == "fp32" or layout == layouts[0]
+    ],
+)
+def test_a_family(ranks: WorkerPool, model: dict[str, Any], layout: str, precision: str) -> None:
+    job = job_of(model, ParallelLayout.parse(layout), precision=precision)
+    run = recorded(ranks, job)[0]
+    sizes = sizes_of_job(job)
+    family = Family(model["hybrid_pattern"])
+    planned = {
+        "embedding": total(embedding_activations(sizes)),
+        "0": total(block_activations(sizes, family)),
+        "head": total(head_activations(sizes)),
+    }
+    assert planned == {
+        place: pytest.approx(size, rel=WITHIN) for place, size in run.saved.items()
+    }, {place: planned[place] / size for place, size in run.saved.items()}

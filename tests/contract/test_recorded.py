@@ -1,0 +1,180 @@
+"""The plan against a recorded run: bytes and collectives exactly, activations within 10%.
+
+What is recorded runs on gloo with the torch kernels. Where the no-GPU host replaces one of
+Megatron's collectives by another that gloo has, the plan says what Megatron asks for, and
+:func:`as_on_gloo` says what is recorded instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from nemo_megacpp.contract.buffers import GRADIENT_BYTES, buffers_of, optimizer_bytes
+from nemo_megacpp.contract.build import BuiltStage, build_stages
+from nemo_megacpp.contract.collectives import Collective
+from nemo_megacpp.contract.job import Job
+from nemo_megacpp.contract.sizes import sizes_of_job
+from nemo_megacpp.contract.step import Message, messages_of_rank
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.cases import tiny_model
+from nemo_megacpp.proof.record import Recorded, record_step
+from nemo_megacpp.proof.step import StepSpec
+from nemo_megacpp.runtime.workers import WorkerPool
+
+BALANCED = {"moe_router_topk": 8}  # every token to every expert: routing sends equal shares
+
+SELECTIVE = {"recompute_granularity": "selective"}
+DISTRIBUTED = {"use_distributed_optimizer": True}
+MANY = {"global_batch_size": 8}
+
+
+def job_of(model: dict[str, Any], layout: ParallelLayout, **changes: Any) -> Job:
+    replicas = layout.data_parallel_size
+    return Job(
+        model,
+        layout,
+        **{
+            "micro_batch_size": 2,
+            "global_batch_size": 4 * replicas,
+            "precision": "fp32",
+            "kernels": "torch",
+            **changes,
+        },
+    )
+
+
+def recorded(ranks: WorkerPool, job: Job) -> list[Recorded]:
+    spec = StepSpec(
+        job.model,
+        micro_batch_size=job.micro_batch_size,
+        global_batch_size=job.global_batch_size,
+        dtype="float32" if job.precision == "fp32" else "bfloat16",
+        use_distributed_optimizer=job.use_distributed_optimizer,
+    )
+    return ranks.run(job.layout.world, record_step, spec, job.layout)
+
+
+def as_on_gloo(collective: Collective) -> Collective:
+    """Return a collective as the no-GPU host carries it out.
+
+    Gloo reduces and scatters equal parts only: E's uneven reduce-scatters over etp become
+    all-reduces (:mod:`nemo_megacpp.runtime.cpu_megatron`).
+    """
+    if (collective.kind, collective.group) == ("reduce_scatter", "etp"):
+        return replace(collective, kind="all_reduce")
+    return collective
+
+
+def collectives_of(recorded: Recorded) -> Counter[Message]:
+    found: Counter[Message] = Counter()
+    for sent, count in recorded.collectives.items():
+        p2p = sent.kind in ("send", "receive")
+        ranks = sent.ranks if p2p else tuple(sorted(sent.ranks))
+        found[Message(sent.kind, ranks, sent.bytes)] += count
+    return found
+
+
+def hold(ranks: WorkerPool, job: Job) -> None:
+    runs = recorded(ranks, job)
+    stages: list[BuiltStage] = build_stages(job)
+    sizes = sizes_of_job(job)
+    has_experts = "E" in sizes.config.pattern.letters
+    for rank, run in enumerate(runs):
+        place = job.layout.rank_coordinates(rank)
+        stage = stages[place.pp]
+        buffers = buffers_of(job, stage)
+        elements = sum(buffer.numel for buffer in buffers)
+        dense = place.dp * job.layout.cp + place.cp
+        assert elements * job.element_size == run.parameters
+        assert elements * GRADIENT_BYTES == run.gradients
+        assert optimizer_bytes(job, buffers, dense, place.edp) == run.optimizer
+        planned = messages_of_rank(sizes, stage, has_experts, rank, as_on_gloo)
+        actual = collectives_of(run)
+        assert planned - actual == actual - planned == Counter()
+
+
+CASES: list[tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = [
+    ("A", {}, ("tp=2", "tp=2,sp=false", "cp=2", "tp=2,cp=2"), {}),
+    ("A", {"recompute_granularity": "selective"}, ("cp=2",), {}),
+    ("M", {}, ("tp=2", "tp=2,sp=false", "cp=4", "tp=2,cp=2"), {}),
+    ("M", {"mode": "mamba3"}, ("tp=2", "tp=2,sp=false", "cp=2", "tp=2,cp=2"), {}),
+    (
+        "M",
+        {"mode": "mamba3", "mamba3_mimo_rank": 2, "mamba_num_groups": 2},
+        ("tp=2,sp=false", "cp=4"),
+        {},
+    ),
+    ("R", {}, ("tp=2", "tp=2,sp=false", "cp=2", "tp=2,cp=2"), {}),
+    ("R", {"m2rnn_context_parallel": "serial"}, ("cp=4", "tp=2,cp=2"), {}),
+    (
+        "E",
+        BALANCED,
+        ("tp=2", "ep=4", "tp=2,etp=1", "tp=2,ep=2,etp=2", "tp=2,cp=2,ep=2,etp=1"),
+        {},
+    ),
+    ("E", {"moe_token_dispatcher_type": "allgather"}, ("tp=2,etp=1", "tp=2,ep=2,etp=1"), {}),
+    (
+        "E",
+        {
+            **BALANCED,
+            "moe_expert_capacity_factor": 1.0,
+            "moe_router_load_balancing_type": "aux_loss",
+        },
+        ("tp=2,cp=2,ep=2,etp=1",),
+        {},
+    ),
+    (
+        "E",
+        {**BALANCED, "moe_router_load_balancing_type": "global_aux_loss", "moe_z_loss_coeff": 1e-3},
+        ("tp=2,cp=2,ep=2,etp=1", "ep=2,world=4"),
+        {},
+    ),
+    ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["moe"]}, ("tp=2,ep=2,etp=1",), {}),
+    ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["shared_experts"]}, ("tp=2",), {}),
+    (
+        "AEMR",
+        BALANCED,
+        ("tp=2,cp=2,ep=4,etp=1", "tp=2,pp=2,etp=1", "ep=2,pp=2", "cp=2,pp=2", "pp=4", "world=4"),
+        {},
+    ),
+    ("AEMR", BALANCED, ("tp=2,pp=2,etp=1", "ep=2"), {"precision": "bf16"}),
+    ("AEMR", BALANCED, ("world=4", "ep=2,pp=2", "cp=2,world=4"), DISTRIBUTED),
+    ("AEMR", BALANCED, ("world=4", "tp=2,etp=1,world=4"), {**DISTRIBUTED, "precision": "bf16"}),
+    ("AEMEAEMEAEMR", BALANCED, ("pp=2,vpp=2", "pp=4,vpp=3", "tp=2,pp=2,vpp=2,etp=1"), MANY),
+    ("AEMR", {**BALANCED, "mode": "mamba3"}, ("tp=2,cp=2,ep=2,etp=1",), {"precision": "bf16"}),
+    ("ARM|EA", BALANCED, ("tp=2,pp=2,etp=1",), {}),
+    ("ARM|EA", {**BALANCED, "share_embeddings_and_output_weights": True}, ("pp=2",), {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "run"),
+    [
+        pytest.param(tiny_model(pattern, **changes), layout, run, id=f"{pattern}-{number}-{layout}")
+        for number, (pattern, changes, layouts, run) in enumerate(CASES)
+        for layout in layouts
+    ],
+)
+def test_bytes_and_collectives(
+    ranks: WorkerPool, model: dict[str, Any], layout: str, run: dict[str, Any]
+) -> None:
+    hold(ranks, job_of(model, ParallelLayout.parse(layout), **run))
+
+
+def test_what_is_routed_unevenly_sums_to_the_plan(ranks: WorkerPool) -> None:
+    """Two experts of eight for each token: a rank's messages depend on the tokens, and the sum over
+    the ranks that exchange them does not."""
+    job = job_of(tiny_model("E"), ParallelLayout.parse("ep=4"))
+    runs, (stage,), sizes = recorded(ranks, job), build_stages(job), sizes_of_job(job)
+    planned = [messages_of_rank(sizes, stage, True, rank) for rank in range(4)]
+    actual = [collectives_of(run) for run in runs]
+
+    def exchanged(messages: Counter[Message]) -> int:
+        return sum(m.bytes * n for m, n in messages.items() if m.kind == "all_to_all")
+
+    assert [exchanged(one) for one in actual] != [exchanged(one) for one in planned]
+    assert sum(map(exchanged, actual)) == sum(map(exchanged, planned))

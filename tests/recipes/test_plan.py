@@ -1,0 +1,159 @@
+"""``nemo-megacpp plan``: what it prints, refuses and writes."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_megacpp.cli import read_arguments
+from nemo_megacpp.errors import UserError
+
+BIG = "--world-size 1024 --layout tp=8,pp=4,cp=1,ep=8,etp=1"
+
+
+def plan(line: str, capsys: Any) -> tuple[int, str, str]:
+    args = read_arguments(["plan", *line.split()])
+    code = args.run(args)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def refusal(line: str) -> str:
+    args = read_arguments(["plan", *line.split()])
+    with pytest.raises(UserError) as refused:
+        args.run(args)
+    return str(refused.value)
+
+
+def test_settings_may_stand_anywhere(capsys: Any) -> None:
+    args = read_arguments(["plan", "nam56r", "a=1", "--json", "b=2", "--stage", "0", "c=3"])
+    assert args.overrides == ["a=1", "b=2", "c=3"]
+    for stray in (["--jsno"], ["word"]):
+        with pytest.raises(SystemExit):
+            read_arguments(["plan", "nam56r", "--json", *stray])
+        assert f"unrecognized arguments: {stray[0]}" in capsys.readouterr().err
+
+
+def test_the_articles_job(capsys: Any) -> None:
+    code, out, _ = plan(f"nam56r {BIG} --hbm 141GB", capsys)
+    assert code == 0
+    for part in (
+        "5,197,342,088 parameters",
+        "(1024 ranks: DP=32, expert DP=32)",
+        "AEMEAEMEAEMRA + embedding",
+        "EAEMEAEMRAEME + head",
+        "and fits 141 GB",
+        "not measured on a GPU",
+        "A_log, dt_bias and D to bf16",
+        "38% on top of the work",
+    ):
+        assert part in out
+
+
+def test_one_family_and_one_stage(capsys: Any) -> None:
+    _, out, _ = plan("nam56r_tiny --layout tp=2,cp=2,etp=1 --family R --kernels torch", capsys)
+    for part in (
+        "mixer.in_proj.shared_weight",
+        "whole: shared by all heads",
+        "replicated on tp",
+        "gather boundary",
+        "layout transition",
+        "every state of the recurrence",
+        "held to recorded runs",
+    ):
+        assert part in out
+    _, out, _ = plan("nam56r_tiny --layout pp=2,world=4 --stage 1", capsys)
+    assert "What a rank of stage 1 sends" in out
+    assert "Once per step" in out
+
+
+def test_json_and_page(capsys: Any, tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    code, out, _ = plan(f"nam56r {BIG} --json --html {page}", capsys)
+    document = json.loads(out)
+    assert (code, document["schema"], document["legal"], document["fits"]) == (0, 1, True, None)
+    assert [stage["first_rank"] for stage in document["stages"]] == [0, 256, 512, 768]
+    memory = document["stages"][0]["memory"]
+    assert memory["parameters"] == 2 * document["stages"][0]["parameters"]
+    assert memory["optimizer"] == 12 * document["stages"][0]["parameters"]
+    assert memory["in_flight"] == [4]
+    text = page.read_text()
+    assert text.count("<svg") == text.count("</svg>") == 3
+    assert not re.search(r"https?://|<script|<link|src=|url\(", text)
+
+
+def test_an_illegal_layout_is_answered(capsys: Any) -> None:
+    line = "nam56r --world-size 128 --layout tp=16,pp=8,cp=3,ep=3,sp=false seq_length=4096"
+    code, out, err = plan(line, capsys)
+    assert (code, out) == (2, "")
+    for part in (
+        "num_attention_heads = 56 is not divisible by TP = 16",
+        "num_query_groups = 8 is not divisible by TP = 16",
+        "TP = 16 does not fit the NVLink domain of 8 GPUs",
+        "52 layers cannot be divided into 8 equal pipeline chunks",
+        "num_moe_experts = 16 is not divisible by EP = 3",
+        "seq_length = 4096 is not divisible by 2 x CP = 6",
+        "needs sequence parallelism",
+        "a world of 128 ranks is not divisible by TP x CP x PP = 384",
+        "Nearest legal layouts: ",
+    ):
+        assert part in err
+    for layout in re.search(r"Nearest legal layouts: (.*)\.", err)[1].split("; "):  # type: ignore[index]
+        assert plan(f"nam56r --layout {layout} seq_length=4096 --json", capsys)[0] == 0
+
+
+def test_where_no_layout_of_the_world_is_legal(capsys: Any) -> None:
+    """Three divides 96 ranks, and neither the depth, the heads, the experts nor the batch."""
+    code, _, err = plan("nam56r --world-size 96 --layout tp=8", capsys)
+    assert code == 2
+    assert "in a world of another size" in err
+    assert "tp=8" in err.splitlines()[-1]
+
+
+def test_an_illegal_layout_as_json(capsys: Any) -> None:
+    code, out, _ = plan("nam56r_tiny --layout tp=3 --json", capsys)
+    document = json.loads(out)
+    assert (code, document["legal"]) == (2, False)
+    assert {item["rule"] for item in document["violations"]} >= {"attention-heads", "query-groups"}
+    assert document["nearest"][0].startswith("tp=")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nam56r --world-size 0", "between 1 and 1,048,576 ranks"),
+        ("nam56r --world-size 1000000000", "A world of 1,000,000,000 ranks cannot be planned"),
+        ("nam56r --layout world=8 --world-size 16", "Give one of them"),
+        ("nam56r --hbm h200", "'h200' is not a memory size"),
+        ("nam56r --gpus-per-node 0", "must be at least 1"),
+        ("nam56r_tiny --family Q", "the model has embedding, A, E, M, R, head"),
+        ("nam56r_tiny --stage 1", "the stages are 0 to 0"),
+        ("nam57r", "There is no recipe 'nam57r'"),
+    ],
+)
+def test_what_cannot_be_read(line: str, message: str) -> None:
+    assert message in refusal(line)
+
+
+def test_scale(tmp_path: Path) -> None:
+    """1,024 ranks in 15 s of processor time and 2 GiB, imports included; 16,384 in twice that."""
+    for world, batch in ((1024, 256), (16384, 4096)):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        line = f"plan nam56r {BIG} --json global_batch_size={batch}".replace("1024", str(world))
+        done = subprocess.run(
+            [sys.executable, "-m", "nemo_megacpp.cli", *line.split()],
+            capture_output=True,
+            text=True,
+        )
+        assert json.loads(done.stdout)["job"]["world_size"] == world
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        assert spent < 15 * (1 if world == 1024 else 2)
+        assert after.ru_maxrss < 2 * 2**20  # KiB; of the largest child so far
