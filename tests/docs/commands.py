@@ -1,0 +1,130 @@
+"""The commands of the documentation, with their output: read, run, and written again.
+
+A ``console`` block holds commands after ``$`` and what they print. Numbers vary from run to run and
+are compared by their form; ``…`` stands for anything, and as a line for any lines. Progress bars are
+left out. To write the outputs anew::
+
+    python -m tests.docs.commands docs/verify.md
+
+Blocks in ``sh`` are for other machines (a cluster, a container) and are not run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+
+_BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_BAR = re.compile(r"[━╸╺]{3,}.*\d+:\d\d:\d\d")
+_LONGEST = 40
+
+
+@dataclass
+class Command:
+    """One command of a page and the lines that the page shows for it."""
+
+    text: str
+    shown: list[str] = field(default_factory=list)
+
+
+def blocks(text: str) -> list[list[Command]]:
+    """Return the commands of every console block of a page."""
+    return [_commands(match[1]) for match in _BLOCK.finditer(text)]
+
+
+def _commands(block: str) -> list[Command]:
+    found: list[Command] = []
+    for line in block.splitlines():
+        if line.startswith("$ "):
+            found.append(Command(line[2:]))
+        else:
+            assert found, f"output before a command: {line!r}"
+            found[-1].shown.append(line)
+    return found
+
+
+def run(command: str, folder: Path) -> list[str]:
+    """Run a command as a reader would, in ``folder``, and return the lines that it prints."""
+    scripts = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "COLUMNS": "100",
+        "OMP_NUM_THREADS": "1",
+        "NO_COLOR": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.replace(str(folder), "…").strip("\n").splitlines()
+    return [line.rstrip() for line in lines if not _BAR.search(line)]
+
+
+def missing(shown: list[str], printed: list[str]) -> list[str]:
+    """Return the shown lines that were not printed, in their order, up to numbers and ``…``."""
+    forms = [_form(line) for line in printed]
+    lost, position = [], 0
+    for line in shown:
+        if line.strip() in ("…", ""):
+            continue
+        wanted = re.compile(".*".join(map(re.escape, _form(line).split("…"))))
+        for index in range(position, len(forms)):
+            if wanted.fullmatch(forms[index]):
+                position = index + 1
+                break
+        else:
+            lost.append(line)
+    return lost
+
+
+def _form(line: str) -> str:
+    # The width of a number changes the spaces around it, in tables too.
+    return re.sub(r"[\s─━]+", " ", _NUMBER.sub("#", line)).strip()
+
+
+def refresh(page: Path, folder: Path) -> None:
+    """Run the page's commands and write what they print into it."""
+
+    def renew(match: re.Match[str]) -> str:
+        lines = []
+        for command in _commands(match[1]):
+            printed = run(command.text, folder)
+            if len(printed) > _LONGEST:
+                half = _LONGEST // 2
+                printed = [*printed[:half], "…", *printed[-half:]]
+            lines += [f"$ {command.text}", *printed]
+        return "```console\n" + "\n".join(lines) + "\n```"
+
+    page.write_text(_BLOCK.sub(renew, page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def workplace(folder: Path) -> Path:
+    """Make ``folder`` look like a checkout in which a reader types."""
+    (ROOT / "data").mkdir(exist_ok=True)  # the built-in corpus is prepared once for all
+    for name in ("data", "examples", "README.md"):
+        link = folder / name
+        if not link.exists():
+            link.symlink_to(ROOT / name)
+    return folder
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in sys.argv[1:]:
+            refresh(Path(name), workplace(Path(scratch)))
