@@ -20,6 +20,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check nemo_megacpp tests examples benchmarks
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 install: $(INSTALLED)
 

@@ -51,8 +51,8 @@ def build_hybrid_model(
 
     Args:
         config: the model.
-        pre_process, post_process: whether the chunk owns the embedding, and the final norm, head
-            and loss.
+        pre_process: whether the chunk owns the embedding.
+        post_process: whether it owns the final norm, head and loss.
         vp_stage: virtual pipeline stage of the chunk.
         backend: where modules come from; this installation's default if not given.
         pg_collection: process groups; Megatron's global ones if not given.

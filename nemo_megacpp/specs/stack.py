@@ -76,7 +76,8 @@ class HybridStack(MegatronModule):
         config: the model configuration; ``num_layers`` is the depth of the whole model.
         submodules: layer specs by family.
         hybrid_override_pattern: the pattern, in A/M/E/R letters or in Megatron's symbols.
-        pre_process, post_process: whether this chunk owns the embedding, and the head.
+        pre_process: whether this chunk owns the embedding.
+        post_process: whether it owns the head.
         vp_stage: virtual stage of this chunk, None without virtual stages.
         settings: with a plain ``TransformerConfig``, which Megatron's own scripts build, the hybrid
             fields that are not at their defaults.

@@ -121,7 +121,8 @@ def m2rnn_scan(
     Heads never mix, so a slice of heads gives bit-identical values.
 
     Args:
-        q, k: ``[b, l, k]``, one head shared by all, or ``[b, l, n, k]``.
+        q: ``[b, l, k]``, one head shared by all, or ``[b, l, n, k]``.
+        k: as q.
         v: ``[b, l, n, v]``; float64 accumulates in float64, every other dtype in float32.
         forget: ``[b, l, n]``, the forget gates f_t, already in (0, 1).
         W: ``[n, v, v]``, the state transition of each head.

@@ -109,8 +109,10 @@ def mamba3_chunked(
 
     Args:
         x: ``[b, l, h, p]``; float64 accumulates in float64, every other dtype in float32.
-        B, C: ``[b, l, r, g, n]`` after their norms; heads fall in ``g`` consecutive blocks.
-        B_bias, C_bias: ``[h, r, n]``.
+        B: ``[b, l, r, g, n]`` after its norm; so is C.
+        C: of the group; heads fall in ``g`` consecutive blocks.
+        B_bias: ``[h, r, n]``.
+        C_bias: ``[h, r, n]``.
         dt: ``[b, l, h]``, Δ, positive.
         A: ``[b, l, h]``, negative (``mamba3_state.negative_decay_rate``).
         lam: ``[b, l, h]``, λ in (0, 1).

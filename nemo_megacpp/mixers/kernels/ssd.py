@@ -141,7 +141,8 @@ def ssd_chunked(
         x: ``[b, l, h, p]``; float64 accumulates in float64, every other dtype in float32.
         dt: ``[b, l, h]``, the step size (before ``dt_bias`` and softplus, if those are given).
         A: ``[h]``, negative.
-        B, C: ``[b, l, g, n]``; the heads fall in ``g`` consecutive blocks, one for each group.
+        B: ``[b, l, g, n]``; so is C.
+        C: of the group; the heads fall in ``g`` consecutive blocks, one for each group.
         chunk_size: tokens in a chunk; 32 to 64 is fastest on a CPU.
         D: ``[h]`` or ``[h, p]``, the skip weight.
         z: ``[b, l, h, p]``, the gate: the output is ``y · silu(z)``.
