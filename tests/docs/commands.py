@@ -1,8 +1,8 @@
 """The commands of the documentation, with their output: read, run, and written again.
 
 A ``console`` block holds commands after ``$`` and what they print. Numbers vary from run to run and
-are compared by their form; ``…`` stands for anything, and as a line for any lines. Progress bars are
-left out. To write the outputs anew::
+are compared by their form; ``…`` stands for anything, and as a line for any lines. Progress bars
+are left out. To write the outputs anew::
 
     python -m tests.docs.commands docs/verify.md
 
