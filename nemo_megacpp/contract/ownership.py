@@ -144,18 +144,19 @@ def _why(parameter: BuiltParameter, on: dict[str, str]) -> str:
 
 
 def _gradient(job: Job, parameter: BuiltParameter, on: dict[str, str]) -> list[str]:
+    """Return the sums in Megatron's order: in the backward pass, over replicas, at the end."""
     steps = []
-    if on.get("tp") == "replicated":
-        if job.layout.sp:
-            steps.append("all-reduced over tp, once per step (sequence_parallel tag)")
-        else:
-            steps.append("all-reduced over tp, in every backward pass")
+    partial_on_tp = on.get("tp") == "replicated"
+    if partial_on_tp and not job.layout.sp:
+        steps.append("all-reduced over tp, in every backward pass")
     group = "edp" if parameter.is_expert else "dp-cp"
     if group_size(job.layout, group) > 1:
         if job.use_distributed_optimizer:
-            steps.append(f"reduce-scattered over {group}; the parameter is gathered back")
+            steps.append(f"reduce-scattered over {group} (the parameter is gathered back)")
         else:
             steps.append(f"all-reduced over {group}")
+    if partial_on_tp and job.layout.sp:
+        steps.append("all-reduced over tp, once per step (sequence_parallel tag)")
     if parameter.shared_embedding and job.layout.pp > 1:
         steps.append("all-reduced between first and last stage (tied to the head)")
     return steps or ["complete on the rank"]
