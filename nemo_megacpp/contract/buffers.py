@@ -8,8 +8,11 @@ and gives each data-parallel rank an equal share of every bucket, wherever param
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 from nemo_megacpp.contract.build import BuiltChunk, BuiltParameter, BuiltStage
 from nemo_megacpp.contract.job import Job
@@ -38,8 +41,20 @@ class Bucket:
         have some there."""
         share = self.numel // replicas
         start, stop = rank * share, (rank + 1) * share
-        sizes = [min(stop, end) - max(start, begin) for begin, end in self.ranges]
-        return sum(size for size in sizes if size > 0), sum(size > 0 for size in sizes)
+        begins, ends, before = self._edges
+        first, last = bisect_right(ends, start), bisect_left(begins, stop)
+        if first >= last:
+            return 0, 0
+        cut_off = max(0, start - begins[first]) + max(0, ends[last - 1] - stop)
+        return before[last] - before[first] - cut_off, last - first
+
+    @cached_property
+    def _edges(self) -> tuple[list[int], list[int], list[int]]:
+        """Where parameters begin and end, and the elements of all before each; sorted, so that
+        the share of one of many replicas is found without reading all of them."""
+        begins, ends = map(list, zip(*self.ranges, strict=True))
+        before = [0, *accumulate(end - begin for begin, end in self.ranges)]
+        return begins, ends, before
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,12 @@ from nemo_megacpp.contract.activations import (
     head_activations,
     total,
 )
-from nemo_megacpp.contract.buffers import GRADIENT_BYTES, buffers_of, largest_optimizer_bytes
+from nemo_megacpp.contract.buffers import (
+    GRADIENT_BYTES,
+    Buffer,
+    buffers_of,
+    largest_optimizer_bytes,
+)
 from nemo_megacpp.contract.build import BuiltChunk, BuiltStage
 from nemo_megacpp.contract.job import Job
 from nemo_megacpp.contract.sizes import Sizes
@@ -49,12 +54,25 @@ class StageMemory:
 
 def stage_memory(sizes: Sizes, stage: BuiltStage) -> StageMemory:
     """Return the memory of a rank of ``stage``."""
-    job = sizes.job
-    buffers = buffers_of(job, stage)
-    elements = sum(buffer.numel for buffer in buffers)
     per_chunk = [chunk_activations(sizes, chunk) for chunk in stage.chunks]
     bytes_per_chunk = [sum(total(kept) for _, kept in places) for places in per_chunk]
-    peak, in_flight = peak_of_schedule(job, stage.pp_rank, bytes_per_chunk)
+    return memory_of(sizes, stage.pp_rank, buffers_of(sizes.job, stage), bytes_per_chunk)
+
+
+def memory_of(
+    sizes: Sizes, pp_rank: int, buffers: Sequence[Buffer], bytes_per_chunk: Sequence[int]
+) -> StageMemory:
+    """Return the memory of a rank of stage ``pp_rank``.
+
+    Args:
+        sizes: the job.
+        pp_rank: the stage.
+        buffers: its gradient buffers.
+        bytes_per_chunk: activations of one microbatch, by virtual stage.
+    """
+    job = sizes.job
+    elements = sum(buffer.numel for buffer in buffers)
+    peak, in_flight = peak_of_schedule(job, pp_rank, bytes_per_chunk)
     return StageMemory(
         elements * sizes.e,
         elements * GRADIENT_BYTES,

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from nemo_megacpp.contract.buffers import (
     GRADIENT_BYTES,
+    Buffer,
     buffers_of,
     summed_over_tp,
 )
@@ -83,8 +84,16 @@ def pipeline_messages(sizes: Sizes, stage: BuiltStage) -> list[Collective]:
     return messages
 
 
-def step_collectives(sizes: Sizes, stage: BuiltStage, model_has_experts: bool) -> list[Collective]:
-    """Return what a rank of ``stage`` sends once per step: gradients, parameters, norms."""
+def step_collectives(
+    sizes: Sizes,
+    stage: BuiltStage,
+    model_has_experts: bool,
+    buffers: Sequence[Buffer] | None = None,
+) -> list[Collective]:
+    """Return what a rank of ``stage`` sends once per step: gradients, parameters, norms.
+
+    ``buffers`` are the stage's gradient buffers, where the caller has them already.
+    """
     job, layout = sizes.job, sizes.layout
     made: list[Collective] = []
 
@@ -92,7 +101,7 @@ def step_collectives(sizes: Sizes, stage: BuiltStage, model_has_experts: bool) -
         made.append(Collective(kind, group, size, "step", role, what, count))
 
     optimizers = 2 if model_has_experts else 1
-    for buffer in buffers_of(job, stage):
+    for buffer in buffers_of(job, stage) if buffers is None else buffers:
         kinds = "expert" if buffer.is_expert else "dense"
         where = f"{kinds} parameters of chunk {buffer.chunk}"
         for bucket in buffer.buckets:
