@@ -12,6 +12,7 @@ from nemo_megacpp.checkpoint.commands import add_parser as add_checkpoint_parser
 from nemo_megacpp.data.commands import add_parser as add_data_parser
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.doctor.command import add_parser as add_doctor_parser
+from nemo_megacpp.recipes.layouts_command import add_parser as add_layouts_parser
 from nemo_megacpp.recipes.megatron.command import add_parser as add_megatron_args_parser
 from nemo_megacpp.recipes.plan_command import add_parser as add_plan_parser
 
@@ -110,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipes.set_defaults(run=_recipes)
 
     add_plan_parser(commands)
+    add_layouts_parser(commands)
     add_data_parser(commands)
     add_checkpoint_parser(commands)
     add_megatron_args_parser(commands)

@@ -1,0 +1,143 @@
+"""``nemo-megacpp layouts``: the legal layouts of a recipe, ranked, one of them to take along."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from nemo_megacpp.contract.report_layouts import layouts_document, print_layouts
+from nemo_megacpp.contract.search import Priced, Search, search_layouts
+from nemo_megacpp.contract.units import read_gpu_memory, show_bytes
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.layout.parallel import FIELD_OF
+from nemo_megacpp.recipes.check import check_model_of, shape_of
+from nemo_megacpp.recipes.plan import MAX_RANKS, job_of
+from nemo_megacpp.recipes.recipe import Recipe, resolve
+
+_WIDTH = 170
+"""Columns of the tables; a narrower terminal wraps their lines rather than lose numbers."""
+_DEGREES = ("tp", "sp", "cp", "pp", "vpp", "ep", "etp")
+
+
+def suggest_layouts(args: Namespace) -> int:
+    """Print the ranked layouts of a recipe, and write one as YAML if asked to.
+
+    Returns:
+        0, or 1 if no legal layout fits the GPU, or 2 if no layout is legal.
+
+    Raises:
+        UserError: an option or setting that cannot be read, or nothing to write.
+    """
+    hbm = None if args.hbm is None else read_gpu_memory(args.hbm)
+    gpus = read_count("--gpus-per-node", args.gpus_per_node)
+    top = read_count("--top", args.top)
+    if args.pick is not None and args.write is None:
+        raise UserError("--pick chooses what is written: give --write FILE.yaml as well.")
+    pick = read_count("--pick", args.pick or "1")
+    if args.write is not None:
+        _refuse_path(Path(args.write))
+    given = resolve(args.recipe, args.overrides)
+    world = _world(args.world_size, given)
+    fixed = _fixed(given.layout, args.overrides)
+    # The cuts are chosen anew, and so is the layout.
+    recipe = _in_layout(given, ParallelLayout(world_size=world), given.pattern.letters)
+    check_model_of(recipe)
+    job = job_of(recipe, gpus_per_node=gpus, hbm_bytes=hbm, kernels=args.kernels)
+    search = search_layouts(job, shape_of(recipe), world, fixed)
+    if not search.candidates.total:
+        kept = ", ".join(f"{name}={str(value).lower()}" for name, value in fixed.items())
+        raise UserError(f"No layout of {world:,} ranks has {kept}: the degrees must divide it.")
+    chosen = _choose(search, pick, hbm) if args.write is not None else None
+    if args.json:
+        print(json.dumps(layouts_document(job, search, top), indent=1))
+    else:
+        console = Console()
+        if not console.is_terminal or console.width < _WIDTH:
+            console = Console(width=_WIDTH)
+        if given.pattern.cuts:
+            console.print(f"The recipe's {len(given.pattern.cuts)} cuts are replaced: see below.")
+        print_layouts(console, job, search, top, args.rejected)
+    if chosen is not None:
+        _write(Path(args.write), _in_layout(given, chosen.layout, str(chosen.pattern)), chosen)
+        print(f"written: {args.write} ({chosen.layout.short()})", file=sys.stderr)
+    if not search.ranked:
+        print(f"nemo-megacpp: no layout of {world:,} ranks is legal.", file=sys.stderr)
+        return 2
+    if not search.fitting and hbm is not None:
+        least = show_bytes(search.too_big[0].memory)
+        print(
+            f"nemo-megacpp: none of {len(search.too_big):,} legal layouts fits {show_bytes(hbm)}; "
+            f"the smallest holds {least} on its fullest GPU.",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def read_count(option: str, text: str, most: int = MAX_RANKS) -> int:
+    """Read a number from 1 to ``most``.
+
+    Raises:
+        UserError: anything else.
+    """
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= most):
+        raise UserError(f"{option} {text!r} must be a whole number from 1 to {most:,}.")
+    return int(text)
+
+
+def _world(text: str | None, recipe: Recipe) -> int:
+    asked = recipe.layout.world_size
+    if text is None and asked is None:
+        raise UserError("Say how many ranks there are: --world-size N.")
+    world = read_count("--world-size", str(asked) if text is None else text)
+    if "world_size" in recipe.given and asked not in (None, world):
+        raise UserError(
+            f"The recipe has world_size={asked}, and --world-size is {world}. Give one of them."
+        )
+    return world
+
+
+def _fixed(layout: ParallelLayout, overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the degrees that the command line gave, by short name."""
+    named = {FIELD_OF.get(entry.partition("=")[0].strip().lower()) for entry in overrides}
+    return {name: getattr(layout, name) for name in _DEGREES if FIELD_OF[name] in named}
+
+
+def _in_layout(recipe: Recipe, layout: ParallelLayout, pattern: str) -> Recipe:
+    model = {**recipe.model, "hybrid_pattern": pattern, "num_layers": len(recipe.pattern)}
+    return dataclasses.replace(recipe, model=model, layout=layout)
+
+
+def _choose(search: Search, pick: int, hbm: int | None) -> Priced:
+    choices = search.fitting
+    if not choices:
+        what = "is legal" if not search.too_big else f"fits {show_bytes(hbm or 0)}"
+        raise UserError(f"There is nothing to write: no layout {what}.")
+    if pick > len(choices):
+        raise UserError(f"--pick {pick}: there are {len(choices):,} layouts to choose from.")
+    return choices[pick - 1]
+
+
+def _refuse_path(path: Path) -> None:
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--write {path}: a recipe's file name ends in .yaml.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--write {path}: there is no folder {path.parent}, or it is the file.")
+
+
+def _write(path: Path, recipe: Recipe, chosen: Priced) -> None:
+    sent = show_bytes(chosen.between_nodes or 0)
+    text = (
+        f"# {recipe.name} in {chosen.layout.describe()}\n"
+        f"# By plan: {show_bytes(chosen.memory)} on the fullest GPU, {sent} between nodes a step.\n"
+    )
+    path.write_text(text + yaml.safe_dump(recipe.to_mapping(), sort_keys=False), encoding="utf-8")

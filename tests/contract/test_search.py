@@ -1,0 +1,109 @@
+"""Composed prices equal the plan of the real modules; candidates are all there, each once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from itertools import product
+from typing import Any
+
+import pytest
+
+from nemo_megacpp.contract.candidates import all_layouts, divisors_of
+from nemo_megacpp.contract.job import Job
+from nemo_megacpp.contract.plan import make_plan
+from nemo_megacpp.contract.search import search_layouts
+from nemo_megacpp.layout import ParallelLayout, is_legal
+from nemo_megacpp.pattern import HybridPattern
+from nemo_megacpp.recipes.check import RecipeShape, shape_of
+from nemo_megacpp.recipes.plan import job_of
+from nemo_megacpp.recipes.recipe import resolve
+
+
+def _case(name: str, *overrides: str, **hardware: Any) -> tuple[Job, RecipeShape]:
+    recipe = dataclasses.replace(resolve(name, overrides), layout=ParallelLayout())
+    return job_of(recipe, **hardware), shape_of(recipe)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("share_embeddings_and_output_weights=true",),
+        ("use_distributed_optimizer=true", "precision=bf16"),
+        ("recipe=nam56r_tiny_mamba3",),
+        ("pattern=AMR", "num_layers=6"),
+    ],
+    ids=["tied", "distributed", "mamba3", "without-experts"],
+)
+def test_prices_equal_the_plan(overrides: tuple[str, ...]) -> None:
+    job, shape = _case(
+        "nam56r_tiny", *overrides, "micro_batch_size=1", "global_batch_size=16", gpus_per_node=4
+    )
+    found = search_layouts(job, shape, 8)
+    assert len(found.fitting) > 20
+    for priced in found.fitting[:: max(1, len(found.fitting) // 12)]:
+        model = {**job.model, "hybrid_pattern": str(priced.pattern)}
+        plan = make_plan(dataclasses.replace(job, layout=priced.layout, model=model))
+        assert [stage.memory for stage in plan.stages] == list(priced.stages)
+        sent = sum(item.sent_bytes * stage.ranks for stage in plan.stages for item in stage.traffic)
+        # Totals round once per group and stage; here once per group and node offset.
+        assert priced.sent == pytest.approx(sent, rel=1e-9, abs=1000)
+        assert priced.between_nodes == pytest.approx(plan.between_nodes, rel=1e-9, abs=1000)
+
+
+def test_every_layout_is_counted_once_and_legality_is_that_of_the_rules() -> None:
+    _, shape = _case("nam56r_tiny", "micro_batch_size=1", "num_moe_experts=4", "moe_router_topk=2")
+    world, gpus = 8, 4
+    halves = {n: HybridPattern(shape.pattern.families, _equal(n)) for n in range(1, 13)}
+    found = all_layouts(shape, world, gpus, halves.__getitem__)
+    expected = []
+    total = 0
+    for tp, cp, pp in product(divisors_of(world), repeat=3):
+        if world % (tp * cp * pp):
+            continue
+        for sp, vpp, ep, etp in product(
+            (True, False) if tp > 1 else (False,),
+            (None, 2, 4, 8) if pp > 1 else (None,),
+            *[divisors_of(world)] * 2,
+        ):
+            if world % (etp * ep * pp):
+                continue
+            total += 1
+            chunks = pp * (vpp or 1)
+            layout = ParallelLayout(tp, sp, cp, pp, vpp, ep, etp, world)
+            if chunks <= 12 and is_legal(
+                layout, dataclasses.replace(shape, pattern=halves[chunks]), gpus_per_node=gpus
+            ):
+                expected.append(layout)
+    assert found.total == total
+    assert expected and Counter(found.legal) == Counter(expected)
+    assert sum(rejection.layouts for rejection in found.rejected) == total - len(expected)
+    assert all(rejection.message and rejection.layouts > 0 for rejection in found.rejected)
+
+
+def _equal(n: int) -> tuple[int, ...]:
+    return tuple(round(12 * chunk / n) for chunk in range(1, n))
+
+
+def test_what_fits_comes_first_and_then_bytes_between_nodes() -> None:
+    job, shape = _case("nam56r", hbm_bytes=20 * 10**9)
+    found = search_layouts(job, shape, 16, {"vpp": None, "cp": 1})
+    assert found.fitting and found.too_big
+    assert all(priced.memory <= 20 * 10**9 for priced in found.fitting)
+    assert all(priced.memory > 20 * 10**9 for priced in found.too_big)
+    keys = [(p.between_nodes, p.sent, p.bubble, p.memory) for p in found.fitting]
+    assert keys == sorted(keys)
+    assert [p.memory for p in found.too_big] == sorted(p.memory for p in found.too_big)
+    assert all(p.layout.cp == 1 and p.layout.vpp is None for p in found.ranked)
+
+
+def test_cuts_by_memory_where_cuts_by_work_do_not_fit() -> None:
+    job, shape = _case("nam56r")
+    fixed = {"tp": 1, "cp": 1, "pp": 4, "vpp": None, "ep": 1, "etp": 1}
+    (by_work,) = search_layouts(job, shape, 4, fixed).fitting
+    limit = by_work.memory - 1
+    found = search_layouts(dataclasses.replace(job, hbm_bytes=limit), shape, 4, fixed)
+    (by_memory,) = found.ranked
+    assert by_memory.balance == "memory"
+    assert by_memory.memory <= limit
+    assert by_memory.heaviest > by_work.heaviest
