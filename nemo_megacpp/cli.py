@@ -11,6 +11,7 @@ from nemo_megacpp import __version__
 from nemo_megacpp.checkpoint.commands import add_parser as add_checkpoint_parser
 from nemo_megacpp.data.commands import add_parser as add_data_parser
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.recipes.compare_command import add_parser as add_compare_parser
 from nemo_megacpp.recipes.doctor.command import add_parser as add_doctor_parser
 from nemo_megacpp.recipes.layouts_command import add_parser as add_layouts_parser
 from nemo_megacpp.recipes.megatron.command import add_parser as add_megatron_args_parser
@@ -112,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_plan_parser(commands)
     add_layouts_parser(commands)
+    add_compare_parser(commands)
     add_data_parser(commands)
     add_checkpoint_parser(commands)
     add_megatron_args_parser(commands)

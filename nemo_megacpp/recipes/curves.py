@@ -49,13 +49,37 @@ def draw_phases(phases: list[tuple[str, Curve]], resumed_at: int, path: Path) ->
         resumed_at: step of the checkpoint that the second run resumed.
         path: of the PNG.
     """
+    figure, axes = _draw(phases)
+    axes.axvline(resumed_at, color="0.4", ls=":")
+    axes.annotate(
+        f" resumed from the checkpoint of step {resumed_at}",
+        (resumed_at, 1.0),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        color="0.3",
+    )
+    figure.savefig(path, dpi=120)
+
+
+def draw_runs(runs: list[tuple[str, Curve]], path: Path) -> None:
+    """Draw training and held-out loss of runs beside each other, as PNG.
+
+    Args:
+        runs: label and curve of each run.
+        path: of the PNG.
+    """
+    _draw(runs)[0].savefig(path, dpi=120)
+
+
+def _draw(runs: list[tuple[str, Curve]]) -> tuple[Any, Any]:
+    """Return a figure with all curves, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for index, (label, curve) in enumerate(phases):
+    for index, (label, curve) in enumerate(runs):
         color = f"C{index}"
         losses, heldout = curve.losses, curve.heldout
         axes.plot(list(losses), list(losses.values()), color=color, lw=1, label=f"{label}, train")
@@ -67,15 +91,7 @@ def draw_phases(phases: list[tuple[str, Curve]], resumed_at: int, path: Path) ->
             ms=4,
             label=f"{label}, held-out",
         )
-    axes.axvline(resumed_at, color="0.4", ls=":")
-    axes.annotate(
-        f" resumed from the checkpoint of step {resumed_at}",
-        (resumed_at, 1.0),
-        xycoords=("data", "axes fraction"),
-        va="top",
-        color="0.3",
-    )
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    return figure, axes

@@ -1,0 +1,218 @@
+"""``nemo-megacpp compare``: one axis at a time, in two recipes or two finished runs.
+
+The document of ``--json``, version 1::
+
+    schema: 1
+    a, b: {name, kind: "recipe" or "run", recipe, layout, world_size}
+    moved: [axis]
+    differences: [{axis, setting, a, b}]
+    conclusion: "one axis moved", "several axes moved" or "no axis moved"
+    contract: {memory: [PAIR], sent: [PAIR], added: [text], dropped: [text]}, sizes in bytes; null
+        unless one axis moved
+    runs: {steps, last_step, largest_loss_difference, at_step, mean_loss_difference, loss: PAIR,
+        heldout_loss: PAIR, heldout_step, seconds_per_step: PAIR, tokens_per_second: PAIR}; null
+        unless both are runs and at most one axis moved
+
+where PAIR is ``{name, a, b, ratio}``, the ratio being b / a, or null.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from nemo_megacpp.contract.plan import make_plan
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout import refuse_illegal
+from nemo_megacpp.recipes.axes import Difference, differences, moved_axes
+from nemo_megacpp.recipes.catalog import CATALOG
+from nemo_megacpp.recipes.check import check_model_of, shape_of
+from nemo_megacpp.recipes.compare_report import print_comparison
+from nemo_megacpp.recipes.curves import Curve, draw_runs, read_curve
+from nemo_megacpp.recipes.effects import (
+    ContractEffect,
+    Pair,
+    RunsEffect,
+    contract_effect,
+    runs_effect,
+)
+from nemo_megacpp.recipes.layouts import read_count
+from nemo_megacpp.recipes.plan import job_of, place
+from nemo_megacpp.recipes.recipe import Recipe, resolve
+from nemo_megacpp.recipes.run_folder import METRICS_FILE, RECIPE_FILE
+
+SCHEMA = 1
+_WIDTH = 150
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two.
+
+    Attributes:
+        name: as the user gave it.
+        recipe: resolved.
+        curve: what it recorded, if it is a run.
+    """
+
+    name: str
+    recipe: Recipe
+    curve: Curve | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What differs, and what that did.
+
+    Attributes:
+        a, b: the two sides.
+        differences: by axis.
+        contract: None unless exactly one axis moved.
+        runs: None unless both sides are runs and at most one axis moved. If none did, it is the
+            spread of one recipe from run to run.
+    """
+
+    a: Side
+    b: Side
+    differences: tuple[Difference, ...]
+    contract: ContractEffect | None
+    runs: RunsEffect | None
+
+    @property
+    def moved(self) -> list[str]:
+        """The axes that moved."""
+        return moved_axes(list(self.differences))
+
+
+def compare(args: Namespace) -> int:
+    """Print a comparison, as tables or JSON, and draw it if asked to.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: a side that is no recipe and no run, an illegal layout, a bad option.
+    """
+    gpus = read_count("--gpus-per-node", args.gpus_per_node)
+    world = None if args.world_size is None else read_count("--world-size", args.world_size)
+    a = _side("A", args.a, args.in_a, world)
+    b = _side("B", args.b, args.in_b, world)
+    if args.plot is not None:
+        _refuse_plot(Path(args.plot), a, b)
+    comparison = compare_sides(a, b, gpus_per_node=gpus, kernels=args.kernels)
+    if args.json:
+        print(json.dumps(comparison_document(comparison), indent=1))
+    else:
+        console = Console()
+        if not console.is_terminal or console.width < _WIDTH:
+            console = Console(width=_WIDTH)
+        print_comparison(console, comparison)
+    if args.plot is not None and a.curve is not None and b.curve is not None:
+        draw_runs([(f"A {a.name}", a.curve), (f"B {b.name}", b.curve)], Path(args.plot))
+    return 0
+
+
+def compare_sides(a: Side, b: Side, **hardware: Any) -> Comparison:
+    """Compare two sides whose layouts are legal; ``hardware`` are further fields of a `Job`."""
+    found = differences(a.recipe, b.recipe)
+    moved = moved_axes(found)
+    contract = runs = None
+    if len(moved) == 1:
+        plans = [make_plan(job_of(side.recipe, **hardware)) for side in (a, b)]
+        contract = contract_effect(*plans)
+    if len(moved) <= 1 and a.curve is not None and b.curve is not None:
+        runs = runs_effect(a.curve, b.curve)
+    return Comparison(a, b, tuple(found), contract, runs)
+
+
+def comparison_document(comparison: Comparison) -> dict[str, Any]:
+    """Return ``comparison`` as plain data."""
+    contract, runs = comparison.contract, comparison.runs
+    number = {0: "no axis", 1: "one axis"}.get(len(comparison.moved), "several axes")
+    return {
+        "schema": SCHEMA,
+        "a": _plain_side(comparison.a),
+        "b": _plain_side(comparison.b),
+        "moved": comparison.moved,
+        "differences": [dataclasses.asdict(item) for item in comparison.differences],
+        "conclusion": f"{number} moved",
+        "contract": contract
+        and {
+            "memory": [_plain_pair(pair) for pair in contract.memory],
+            "sent": [_plain_pair(pair) for pair in contract.sent],
+            "added": list(contract.added),
+            "dropped": list(contract.dropped),
+        },
+        "runs": runs
+        and {
+            "steps": runs.steps,
+            "last_step": runs.last_step,
+            "largest_loss_difference": runs.largest,
+            "at_step": runs.at_step,
+            "mean_loss_difference": runs.mean,
+            "loss": _plain_pair(runs.loss),
+            "heldout_loss": _plain_pair(runs.heldout),
+            "heldout_step": runs.heldout_step,
+            "seconds_per_step": _plain_pair(runs.seconds),
+            "tokens_per_second": _plain_pair(runs.tokens_per_second),
+        },
+    }
+
+
+def _side(letter: str, source: str, overrides: Iterable[str], world: int | None) -> Side:
+    folder = Path(source)
+    if source in CATALOG or not folder.is_dir():
+        recipe, curve = place(resolve(source, overrides), None, world), None
+    else:
+        if overrides or world is not None:
+            raise UserError(f"{letter} is a run, {folder}: its recipe cannot be changed any more.")
+        recipe, curve = _read_run(folder)
+    try:
+        refuse_illegal(recipe.layout, shape_of(recipe))
+        check_model_of(recipe)
+    except UserError as error:
+        raise UserError(f"{letter}, {source}: {error}") from None
+    return Side(source, recipe, curve)
+
+
+def _read_run(folder: Path) -> tuple[Recipe, Curve]:
+    for name in (RECIPE_FILE, METRICS_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is no folder of a finished run: it has no {name}.")
+    recipe = resolve(str(folder / RECIPE_FILE))
+    try:
+        curve = read_curve(folder)
+        losses = curve.losses
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / METRICS_FILE} cannot be read: {error!r}.") from None
+    if not losses:
+        raise UserError(f"{folder} is no folder of a finished run: it recorded no step.")
+    return recipe, curve
+
+
+def _refuse_plot(path: Path, a: Side, b: Side) -> None:
+    if a.curve is None or b.curve is None:
+        raise UserError("--plot draws the losses of two runs; A and B must be run folders.")
+    if path.suffix != ".png" or not path.absolute().parent.is_dir():
+        raise UserError(f"--plot {path}: give a file name that ends in .png, in a folder there is.")
+
+
+def _plain_side(side: Side) -> dict[str, Any]:
+    return {
+        "name": side.name,
+        "kind": "recipe" if side.curve is None else "run",
+        "recipe": side.recipe.name,
+        "layout": side.recipe.layout.short(),
+        "world_size": side.recipe.layout.world,
+    }
+
+
+def _plain_pair(pair: Pair) -> dict[str, Any]:
+    return {**pair._asdict(), "ratio": pair.ratio}
