@@ -1,13 +1,17 @@
 """Find text on disk and read it one document at a time.
 
-A text file is one document; each line of a JSONL file is one document. `.gz` is decompressed on the
-way. Nothing here imports torch, and no more than one document is held in memory.
+A text file is one document; each line of a JSONL file is one document. `.gz`, `.bz2`, `.xz` and
+`.zst` are decompressed on the way. Nothing here imports torch, and no more than one document is
+held in memory.
 """
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
 import zlib
 from collections import Counter
@@ -15,12 +19,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from nemo_megacpp.errors import UserError, nearest
 
 MAX_DOCUMENT_BYTES = 1 << 30
 """A byte is at most one token, and Megatron's index holds a document's length as an int32."""
+
+USUAL_DOCUMENT_BYTES = 100_000_000
+"""What a document may have unless asked otherwise: tokenizing takes 30 times its memory."""
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 MAX_REPLACED = 0.1
 """Above this share of undecodable characters a file is not text in UTF-8, but something else."""
@@ -28,12 +37,28 @@ MAX_REPLACED = 0.1
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file to read. ``key`` is its path below the root that the user named, with ``/``."""
+    """A file to read, or a span of lines of a plain ``.jsonl`` file.
+
+    Attributes:
+        key: its path below the root that the user named, with ``/``.
+        path, size, mtime_ns: of the file; ``size`` of the span.
+        start, first_line: where the span begins, in bytes, and the number of its first line.
+        stop: where it ends; None for the end of the file.
+    """
 
     key: str
     path: Path
     size: int
     mtime_ns: int
+    start: int = 0
+    stop: int | None = None
+    first_line: int = 1
+
+    @property
+    def is_jsonl(self) -> bool:
+        """Whether each line is a document."""
+        name = self.path.name.lower()
+        return name.endswith((".jsonl", *(f".jsonl{suffix}" for suffix in COMPRESSED)))
 
 
 @dataclass(frozen=True)
@@ -120,48 +145,62 @@ def iter_documents(
     files: Iterable[SourceFile],
     *,
     text_key: str = "text",
+    max_document_bytes: int = USUAL_DOCUMENT_BYTES,
     counts: Counter[str] | None = None,
-    on_file: Callable[[SourceFile], None] | None = None,
 ) -> Iterator[Document]:
     """Read the documents of ``files``, in their order.
 
     Args:
-        files: As found by `find_files`.
+        files: As found by `find_files`, or spans of them.
         text_key: The field of a JSONL line that holds the text.
-        counts: Where to count what was left out (``empty``, ``binary``) and what was kept with
-            replacement characters (``bad_utf8``).
-        on_file: Called after each file.
+        max_document_bytes: Leave out what is larger (of a JSONL line: with its JSON).
+        counts: Where to count what was left out (``empty``, ``binary``, ``huge``) and what was kept
+            with replacement characters (``bad_utf8``).
 
     Raises:
-        UserError: A file is unreadable or too large, a gzip stream is broken, or a JSONL line is
-            not an object with a string in ``text_key``.
+        UserError: A file is unreadable, a compressed stream is broken, or a JSONL line is not an
+            object with a string in ``text_key``.
     """
     tally: Counter[str] = Counter() if counts is None else counts
     for source in files:
-        name = source.path.name.lower().removesuffix(".gz")
         try:
             with _open(source.path) as stream:
-                if name.endswith(".jsonl"):
-                    yield from _json_lines(stream, source, text_key, tally)
+                if source.is_jsonl:
+                    yield from _json_lines(stream, source, text_key, max_document_bytes, tally)
                 else:
-                    yield from _whole_file(stream, source, tally)
-        # gzip raises EOFError on a cut stream and zlib.error on a broken one.
-        except (OSError, EOFError, zlib.error) as error:
+                    yield from _whole_file(stream, source, max_document_bytes, tally)
+        # A cut or broken stream: gzip's EOFError and zlib.error, lzma.LZMAError, bz2's EOFError.
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"Cannot read {str(source.path)!r}: {reason}.") from error
-        if on_file is not None:
-            on_file(source)
 
 
 def _open(path: Path) -> BinaryIO:
-    if path.name.lower().endswith(".gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    return path.open("rb")
+    name = path.name.lower()
+    if name.endswith(".zst"):
+        try:
+            import pyarrow
+        except ImportError:
+            raise UserError(
+                f"Reading {str(path)!r} needs pyarrow, which is not installed; decompress it, or "
+                f"install pyarrow."
+            ) from None
+        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(path, compression="zstd")))
+    readers: dict[str, Callable[..., Any]] = {
+        ".gz": gzip.open,
+        ".bz2": bz2.open,
+        ".xz": lzma.open,
+    }
+    return cast(BinaryIO, readers.get(path.suffix.lower(), open)(path, "rb"))
 
 
-def _whole_file(stream: BinaryIO, source: SourceFile, tally: Counter[str]) -> Iterator[Document]:
-    raw = stream.read(MAX_DOCUMENT_BYTES + 1)
-    _check_size(raw, str(source.path))
+def _whole_file(
+    stream: BinaryIO, source: SourceFile, max_bytes: int, tally: Counter[str]
+) -> Iterator[Document]:
+    raw = stream.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        tally["huge"] += 1
+        return
     text = None if b"\0" in raw else _decode(raw, tally)
     if text is None:
         tally["binary"] += 1
@@ -172,13 +211,23 @@ def _whole_file(stream: BinaryIO, source: SourceFile, tally: Counter[str]) -> It
 
 
 def _json_lines(
-    stream: BinaryIO, source: SourceFile, text_key: str, tally: Counter[str]
+    stream: BinaryIO, source: SourceFile, text_key: str, max_bytes: int, tally: Counter[str]
 ) -> Iterator[Document]:
-    number = 0
-    while raw := stream.readline(MAX_DOCUMENT_BYTES + 1):
-        number += 1
+    number, position = source.first_line - 1, source.start
+    if position:
+        stream.seek(position)
+    while source.stop is None or position < source.stop:
+        raw = stream.readline(max_bytes + 1)
+        if not raw:
+            break
+        number, position = number + 1, position + len(raw)
+        if len(raw) > max_bytes:
+            tally["huge"] += 1
+            while raw and not raw.endswith(b"\n"):
+                raw = stream.readline(max_bytes)
+                position += len(raw)
+            continue
         where = f"{source.path}:{number}"
-        _check_size(raw, where)
         if not raw.strip():
             continue
         line = _decode(raw, tally)
@@ -226,11 +275,3 @@ def _decode(raw: bytes, tally: Counter[str]) -> str | None:
         return None
     tally["bad_utf8"] += 1
     return text
-
-
-def _check_size(raw: bytes, where: str) -> None:
-    if len(raw) > MAX_DOCUMENT_BYTES:
-        raise UserError(
-            f"{where} is one document of more than {MAX_DOCUMENT_BYTES:,} bytes; "
-            "cut it into files or into the lines of a .jsonl file."
-        )

@@ -1,7 +1,8 @@
 """Turn text into a folder that Megatron and NeMo train on.
 
-Three passes over the text: count and split, train the BPE, encode. The folder appears at the end
-under its name, whole; a failure leaves nothing.
+Three passes over the text: survey and split, train the BPE, encode. Each goes shard by shard, in
+one process or several, with the same result. The folder appears at the end under its name, whole.
+An interrupted preparation goes on from its last whole shard when it is asked for again.
 """
 
 from __future__ import annotations
@@ -9,18 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_megacpp.data.corpus import Document, SourceFile, find_files, iter_documents
+from nemo_megacpp.data import shards as shards_module
+from nemo_megacpp.data.corpus import (
+    MAX_DOCUMENT_BYTES,
+    USUAL_DOCUMENT_BYTES,
+    SourceFile,
+    find_files,
+)
+from nemo_megacpp.data.encode import Encoding, Reading, Sampling, join_parts, part_folder
 from nemo_megacpp.data.prepared import PreparedData, SplitCounts, read_manifest
-from nemo_megacpp.data.split import SPLITS, Split, SplitPlan, plan_split
+from nemo_megacpp.data.shards import Run, Shard, cut, usual_workers, workers
+from nemo_megacpp.data.split import SPLITS, Places, SplitPlan, plan_split
+from nemo_megacpp.data.staging import Stage, clear_stage, staging
 from nemo_megacpp.data.tokenizer import (
-    LoadedTokenizer,
     check_vocab_size,
     copy_tokenizer,
     load_tokenizer,
@@ -36,10 +45,7 @@ DEFAULT_VOCAB_SIZE = 8192
 TOKENIZER_BYTES = 200_000_000
 """A BPE sees no more text than this: more changes few merges and costs time and memory."""
 
-_BATCH_BYTES = 1 << 22
-
-Read = Callable[[str, "Counter[str]"], Iterator[Document]]
-"""One pass over the documents, under a title, counting what is left out."""
+_SKIPPED = ("empty", "binary", "bad_utf8", "huge")
 
 
 def prepare(
@@ -51,6 +57,9 @@ def prepare(
     held_out: float = 0.05,
     text_key: str = "text",
     max_bytes: int | None = None,
+    max_document_bytes: int = USUAL_DOCUMENT_BYTES,
+    document_multiple: int = 1,
+    num_workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> PreparedData:
@@ -59,7 +68,7 @@ def prepare(
     A folder that an equal request made from unchanged files is checked and reused.
 
     Args:
-        paths: Files and folders of text, JSONL, either also as ``.gz``.
+        paths: Files and folders of text and JSONL, also as ``.gz``, ``.bz2``, ``.xz``, ``.zst``.
         out: The folder to make.
         vocab_size: Vocabulary of the BPE to train; default `DEFAULT_VOCAB_SIZE`, or what a small
             corpus yields. Only the training documents are seen.
@@ -67,6 +76,10 @@ def prepare(
         held_out: Share of documents to hold out.
         text_key: Field of a JSONL line that holds the text.
         max_bytes: Use no more text than this; which documents is decided by their hash.
+        max_document_bytes: Leave out documents that are larger, and count them.
+        document_multiple: End each document with as many EOS as make its length a multiple of this:
+            2·CP lets packed documents be dealt over CP ranks.
+        num_workers: Processes; as many as there are cores where the text is large, if not given.
         overwrite: Replace prepared data in ``out``.
         progress: Draw bars on standard error.
 
@@ -76,6 +89,7 @@ def prepare(
     """
     out = Path(out)
     _check_arguments(vocab_size, held_out, max_bytes)
+    _check_numbers(max_document_bytes, document_multiple, num_workers)
     known = load_tokenizer(tokenizer) if tokenizer is not None else None
     if known is not None and vocab_size not in (None, known.vocab_size):
         raise UserError(
@@ -91,52 +105,118 @@ def prepare(
         "held_out": held_out,
         "text_key": text_key,
         "max_bytes": max_bytes,
+        "max_document_bytes": max_document_bytes,
+        "document_multiple": document_multiple,
     }
     existing = _existing(out, request, overwrite)
     if existing is not None:
+        clear_stage(out)
         return existing
-    source = {"paths": [str(Path(path).absolute()) for path in paths], "files": len(files)}
-
-    with _publish(out) as folder, _bars(progress) as bars:
-
-        def read(title: str, counts: Counter[str]) -> Iterator[Document]:
-            task = bars.add_task(title, total=sum(file.size for file in files))
-            return iter_documents(
-                files,
-                text_key=text_key,
-                counts=counts,
-                on_file=lambda file: bars.advance(task, file.size),
-            )
-
-        skipped = Counter({"empty": 0, "binary": 0, "bad_utf8": 0})
-        plan = plan_split(
-            read("reading", skipped),
-            held_out=held_out,
-            max_bytes=max_bytes,
-            tokenizer_bytes=TOKENIZER_BYTES,
-        )
-        if tokenizer is None:
-            _train(read, plan, vocab_size, folder / "tokenizer")
-        else:
-            copy_tokenizer(Path(tokenizer), folder / "tokenizer")
-        # Loaded from where it will be read, so that the fingerprint is that of the written file.
-        loaded = load_tokenizer(folder / "tokenizer")
-        tokens = _encode(read("encoding", Counter()), plan, loaded, folder)
+    reading = Reading(text_key, max_document_bytes)
+    shards = cut(files)
+    count = usual_workers(shards) if num_workers is None else min(num_workers, len(shards))
+    under_way = {**request, "shard_bytes": shards_module.SHARD_BYTES}
+    with staging(out, under_way) as stage, _bars(progress) as bars:
+        with _interrupt_told(stage), workers(count) as run:
+            passes = _Passes(stage, shards, reading, run, bars)
+            plan, skipped = passes.plan(held_out, max_bytes)
+            folder = stage.folder / "tokenizer"
+            if not folder.exists():
+                begun = stage.folder / ".tokenizer"
+                if tokenizer is None:
+                    _train(passes.sample(plan), plan, vocab_size, begun)
+                else:
+                    copy_tokenizer(Path(tokenizer), begun)
+                begun.rename(folder)
+            # Loaded from where it will be read, so the fingerprint is that of the written file.
+            loaded = load_tokenizer(folder)
+            counts = passes.encode(plan, folder, loaded.vocab_size, document_multiple)
+        copy_tokenizer(folder, stage.whole / "tokenizer")
         data = PreparedData(
             root=out,
             vocab_size=loaded.vocab_size,
             eos_id=loaded.eos_id,
             tokenizer_fingerprint=loaded.fingerprint,
             splits={
-                name: SplitCounts(plan.documents[name], tokens[name], plan.bytes[name])
+                name: SplitCounts(
+                    plan.documents[name], counts[name][0], plan.bytes[name], counts[name][1]
+                )
                 for name in SPLITS
             },
-            skipped=dict(skipped),
-            source=source,
+            skipped={name: skipped[name] for name in _SKIPPED},
+            source={"paths": [str(Path(path).absolute()) for path in paths], "files": len(files)},
             request=request,
+            document_multiple=document_multiple,
         )
-        data.write_manifest(folder)
+        data.write_manifest(stage.whole)
     return PreparedData.open(out)
+
+
+class _Passes:
+    """The passes over the shards, each taking up what an interrupted one left."""
+
+    def __init__(
+        self, stage: Stage, shards: list[Shard], reading: Reading, run: Run, bars: Progress
+    ):
+        self.stage, self.shards, self.reading = stage, shards, reading
+        self.run, self.bars = run, bars
+        if stage.resumed:
+            done = sum(part_folder(stage.parts, shard).exists() for shard in shards)
+            print(f"Going on with an interrupted preparation: {done} of {len(shards)} shards done.")
+
+    def _over(self, title: str, function: Any, shards: list[Shard]) -> Iterator[Any]:
+        total = sum(shard.size for shard in self.shards)
+        left = sum(shard.size for shard in shards)
+        task = self.bars.add_task(title, total=total, completed=total - left)
+        for shard, result in zip(shards, self.run(function, shards), strict=True):
+            self.bars.advance(task, shard.size)
+            yield result
+
+    def plan(self, held_out: float, max_bytes: int | None) -> tuple[SplitPlan, Counter[str]]:
+        """Return the split, and what was left out of it."""
+        known = self.stage.read("plan.json")
+        if known is None:
+            surveyed = list(self._over("reading", self.reading.survey, self.shards))
+            plan = plan_split(
+                Places.joined([places for places, _ in surveyed]),
+                held_out=held_out,
+                max_bytes=max_bytes,
+                tokenizer_bytes=TOKENIZER_BYTES,
+            )
+            skipped = sum((counts for _, counts in surveyed), Counter[str]())
+            known = {"plan": asdict(plan), "skipped": dict(skipped)}
+            self.stage.write("plan.json", known)
+        return SplitPlan(**known["plan"]), Counter(known["skipped"])
+
+    def sample(self, plan: SplitPlan) -> Iterator[str]:
+        """Yield the texts to train a tokenizer on."""
+        for texts in self._over(
+            "training the tokenizer", Sampling(self.reading, plan), self.shards
+        ):
+            yield from texts
+
+    def encode(
+        self, plan: SplitPlan, tokenizer: Path, vocab_size: int, document_multiple: int
+    ) -> dict[Any, tuple[int, int]]:
+        """Encode what is not encoded yet, and join all of it; return tokens and padding."""
+        from megatron.core.datasets.indexed_dataset import DType
+
+        dtype = DType.optimal_dtype(vocab_size)
+        parts = self.stage.parts
+        encode = Encoding(self.reading, plan, tokenizer, dtype, document_multiple, parts)
+        missing = [shard for shard in self.shards if not part_folder(parts, shard).exists()]
+        for _ in self._over("encoding", encode, missing):
+            pass
+        return join_parts(parts, self.shards, dtype, self.stage.whole)
+
+
+@contextmanager
+def _interrupt_told(stage: Stage) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"Interrupted. The same command goes on from here (kept in {stage.folder}).")
+        raise
 
 
 def _check_arguments(vocab_size: int | None, held_out: float, max_bytes: int | None) -> None:
@@ -146,6 +226,18 @@ def _check_arguments(vocab_size: int | None, held_out: float, max_bytes: int | N
         raise UserError(f"The held-out share is {held_out}; it must lie between 0 and 1.")
     if max_bytes is not None and max_bytes < 1:
         raise UserError(f"The size cap is {max_bytes} bytes; it must be positive.")
+
+
+def _check_numbers(max_document_bytes: int, document_multiple: int, workers: int | None) -> None:
+    if not 0 < max_document_bytes <= MAX_DOCUMENT_BYTES:
+        raise UserError(
+            f"The largest document is set to {max_document_bytes:,} bytes; it must be positive and "
+            f"at most {MAX_DOCUMENT_BYTES:,}, what Megatron's index can hold."
+        )
+    if document_multiple < 1:
+        raise UserError(f"The document multiple is {document_multiple}; it must be at least 1.")
+    if workers is not None and workers < 1:
+        raise UserError(f"The number of workers is {workers}; it must be at least 1.")
 
 
 def _listing(files: list[SourceFile]) -> str:
@@ -184,12 +276,7 @@ def _existing(out: Path, request: dict[str, Any], overwrite: bool) -> PreparedDa
     return data
 
 
-def _train(read: Read, plan: SplitPlan, vocab_size: int | None, folder: Path) -> None:
-    texts = (
-        document.text
-        for document in read("training the tokenizer", Counter())
-        if plan.trains_tokenizer(document.key)
-    )
+def _train(texts: Iterator[str], plan: SplitPlan, vocab_size: int | None, folder: Path) -> None:
     trained = train_tokenizer(texts, vocab_size or DEFAULT_VOCAB_SIZE)
     reached = trained.get_vocab_size()
     if vocab_size is not None and reached != vocab_size:
@@ -203,78 +290,6 @@ def _train(read: Read, plan: SplitPlan, vocab_size: int | None, folder: Path) ->
     if plan.tokenizer_bytes < plan.bytes["train"]:
         print(f"Tokenizer trained on {plan.tokenizer_bytes:,} of {plan.bytes['train']:,} bytes.")
     save_tokenizer(trained, folder)
-
-
-def _encode(
-    documents: Iterable[Document], plan: SplitPlan, loaded: LoadedTokenizer, folder: Path
-) -> dict[Split, int]:
-    """Write both splits with Megatron's builder and return their tokens, EOS included."""
-    import torch
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    dtype = DType.optimal_dtype(loaded.vocab_size)
-    builders = {
-        name: IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=dtype) for name in SPLITS
-    }
-    tokens: dict[Split, int] = dict.fromkeys(SPLITS, 0)
-    for batch in _batches(documents, plan):
-        encodings = loaded.tokenizer.encode_batch_fast(
-            [document.text for _, document in batch], add_special_tokens=False
-        )
-        for (name, _), encoding in zip(batch, encodings, strict=True):
-            ids = [*encoding.ids, loaded.eos_id]
-            builders[name].add_item(torch.tensor(ids))
-            builders[name].end_document()
-            tokens[name] += len(ids)
-    for name, builder in builders.items():
-        builder.finalize(str(folder / f"{name}.idx"))
-    return tokens
-
-
-def _batches(
-    documents: Iterable[Document], plan: SplitPlan
-) -> Iterator[list[tuple[Split, Document]]]:
-    """Group documents so that tokenizers can use all cores on bounded memory."""
-    batch: list[tuple[Split, Document]] = []
-    size = 0
-    for document in documents:
-        name = plan.split(document.key)
-        if name is None:
-            continue
-        batch.append((name, document))
-        size += document.size
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-@contextmanager
-def _publish(out: Path) -> Iterator[Path]:
-    """Give a folder beside ``out`` that takes its name if all goes well, and vanishes if not."""
-    out = out.resolve()  # a link to a folder keeps pointing at it
-    parents = [folder for folder in out.parents if not folder.exists()]
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    replaced = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    try:
-        try:
-            partial.mkdir(parents=True)
-            yield partial
-            if out.exists():
-                out.rename(replaced)
-            partial.rename(out)
-        except OSError as error:
-            raise UserError(f"Cannot write {str(out)!r}: {error.strerror or error}.") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        for folder in parents:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager

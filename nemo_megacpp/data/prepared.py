@@ -29,11 +29,13 @@ COMMAND = "nemo-megacpp data prepare PATH… --out DIR"
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """Size of one split: documents, tokens with one EOS a document, bytes of UTF-8 text."""
+    """Size of one split: documents, tokens with EOS and padding, bytes of UTF-8 text."""
 
     documents: int
     tokens: int
     bytes: int
+    padding: int = 0
+    """EOS tokens beyond the one that ends each document."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,14 @@ class PreparedData:
     tokenizer_fingerprint: str
     splits: dict[Split, SplitCounts]
     skipped: dict[str, int]
-    """Files and lines left out (``empty``, ``binary``) or kept with replacements (``bad_utf8``)."""
+    """Files and lines left out (``empty``, ``binary``) or kept with replacements (``bad_utf8``);
+    documents left out for their size (``huge``)."""
     source: dict[str, Any]
     """Where the text came from, for people."""
     request: dict[str, Any]
     """What was asked for; the same request reuses the folder."""
+    document_multiple: int = 1
+    """Every document, with its EOS and further ones after it, has a multiple of this of tokens."""
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> PreparedData:
@@ -95,6 +100,7 @@ class PreparedData:
                 skipped=manifest["skipped"],
                 source=manifest["source"],
                 request=manifest["request"],
+                document_multiple=manifest.get("document_multiple", 1),
             )
         except (KeyError, TypeError) as error:
             raise UserError(

@@ -6,7 +6,7 @@ does not move when other documents come or go (but for the last resort in `plan_
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal
@@ -50,14 +50,49 @@ class SplitPlan:
         return _place(key, b"cap") < self.tokenizer_below and self.split(key) == "train"
 
 
+@dataclass(frozen=True)
+class Places:
+    """The places of documents in hash space, and their sizes: 24 bytes a document.
+
+    Attributes:
+        caps, splits: ``[documents]``, uint64.
+        sizes: bytes of text, ``[documents]``, int64.
+    """
+
+    caps: np.ndarray
+    splits: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def of(cls, documents: Iterable[Document]) -> Places:
+        """Read documents, keeping nothing else of them."""
+        caps, splits, sizes = [], [], []
+        for document in documents:
+            caps.append(_place(document.key, b"cap"))
+            splits.append(_place(document.key, b"split"))
+            sizes.append(document.size)
+        return cls(
+            np.array(caps, np.uint64), np.array(splits, np.uint64), np.array(sizes, np.int64)
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Places]) -> Places:
+        """Return the places of all parts, in their order."""
+        return cls(
+            np.concatenate([part.caps for part in parts]),
+            np.concatenate([part.splits for part in parts]),
+            np.concatenate([part.sizes for part in parts]),
+        )
+
+
 def plan_split(
-    documents: Iterable[Document],
+    documents: Places,
     *,
     held_out: float,
     max_bytes: int | None = None,
     tokenizer_bytes: int,
 ) -> SplitPlan:
-    """Plan the split in one pass, keeping 24 bytes a document.
+    """Plan the split.
 
     Where chance puts every document on one side, the one nearest to the threshold changes sides.
 
@@ -70,20 +105,12 @@ def plan_split(
     Raises:
         UserError: Fewer than two documents, in all or under the cap.
     """
-    caps, places, sizes = [], [], []
-    for document in documents:
-        caps.append(_place(document.key, b"cap"))
-        places.append(_place(document.key, b"split"))
-        sizes.append(document.size)
-    if len(sizes) < 2:
+    cap, place, size = documents.caps, documents.splits, documents.sizes
+    if len(size) < 2:
         raise UserError(
-            f"{len(sizes)} document(s) of text found; at least 2 are needed, one to train on and "
+            f"{len(size)} document(s) of text found; at least 2 are needed, one to train on and "
             "one to hold out."
         )
-    cap, place = np.array(caps, np.uint64), np.array(places, np.uint64)
-    size = np.array(sizes, np.int64)
-    del caps, places, sizes
-
     kept_below = _END if max_bytes is None else _below(cap, size, max_bytes)
     kept = cap <= np.uint64(kept_below - 1) if kept_below else np.zeros(len(cap), bool)
     if kept.sum() < 2:

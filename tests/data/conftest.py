@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from nemo_megacpp.data.prepare import prepare
@@ -18,6 +21,9 @@ TEXTS = {
     "lines.jsonl:1": "first line of words",
     "lines.jsonl:3": "third line\nwith a break and ünïcode",
     "more.jsonl.gz:1": "a line from a compressed file of words",
+    "words.txt.bz2": "words that bzip2 has compressed\n",
+    "words.jsonl.xz:1": "words of a line that xz has compressed",
+    "words.txt.zst": "words that zstandard has compressed\n",
 }
 REPAIRED = "caf\ufffd au lait, and enough letters to be text\n"
 
@@ -47,6 +53,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "lines.jsonl").write_text("\n".join(lines))
     line = json.dumps({"text": TEXTS["more.jsonl.gz:1"]})
     (root / "more.jsonl.gz").write_bytes(gzip.compress(line.encode()))
+    (root / "words.txt.bz2").write_bytes(bz2.compress(TEXTS["words.txt.bz2"].encode()))
+    line = json.dumps({"text": TEXTS["words.jsonl.xz:1"]})
+    (root / "words.jsonl.xz").write_bytes(lzma.compress(line.encode()))
+    zstd = pyarrow.Codec("zstd")
+    (root / "words.txt.zst").write_bytes(
+        zstd.compress(TEXTS["words.txt.zst"].encode(), asbytes=True)
+    )
     (root / "empty.txt").write_bytes(b"")
     (root / "picture.png").write_bytes(b"\x89PNG\0\0text")
     (root / "latin.txt").write_bytes(REPAIRED.replace("\ufffd", "\xe9").encode("latin-1"))

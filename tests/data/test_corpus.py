@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import bz2
 import gzip
+import json
+import lzma
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
 import pytest
 
-from nemo_megacpp.data import corpus as corpus_module
+from nemo_megacpp.data import shards
 from nemo_megacpp.data.corpus import find_files, iter_documents, torch_headers
 from nemo_megacpp.errors import UserError
 
@@ -77,19 +81,56 @@ def test_unreadable_input_is_named(tmp_path: Path) -> None:
         find_files([tmp_path])
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-12], lambda raw: b"text" + raw])
-def test_broken_gzip_is_named(tmp_path: Path, damage) -> None:
-    path = tmp_path / "x.txt.gz"
-    path.write_bytes(damage(gzip.compress(bytes(range(1, 120)) * 50)))
-    with pytest.raises(UserError, match=r"Cannot read .*x\.txt\.gz"):
+def cut(raw: bytes) -> bytes:
+    return raw[:-12]
+
+
+def foreign(raw: bytes) -> bytes:
+    return b"text" + raw
+
+
+@pytest.mark.parametrize("damage", [cut, foreign])
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
+def test_broken_stream_is_named(tmp_path: Path, suffix: str, damage) -> None:
+    compress = {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": lambda raw: pyarrow.Codec("zstd").compress(raw, asbytes=True),
+    }[suffix]
+    path = tmp_path / f"x.txt.{suffix}"
+    path.write_bytes(damage(compress(bytes(range(1, 120)) * 50)))
+    with pytest.raises(UserError, match=rf"Cannot read .*x\.txt\.{suffix}"):
         list(iter_documents(find_files([path])))
 
 
-def test_document_too_large_for_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "MAX_DOCUMENT_BYTES", 10)
-    (tmp_path / "x.txt").write_text("x" * 11)
-    with pytest.raises(UserError, match=r"x\.txt is one document of more than 10 bytes"):
-        list(iter_documents(find_files([tmp_path])))
+def test_huge_documents_are_left_out_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 41)
+    (tmp_path / "b.txt").write_text("x" * 40)
+    lines = ['{"text": "one"}', json.dumps({"text": "y" * 100}), '{"text": "three"}', "z" * 99]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    counts: Counter[str] = Counter()
+    found = iter_documents(find_files([tmp_path]), max_document_bytes=40, counts=counts)
+    assert {d.key: d.size for d in found} == {"b.txt": 40, "c.jsonl:1": 3, "c.jsonl:3": 5}
+    assert counts == {"huge": 3}
+
+
+def test_shards_hold_every_document_once(
+    corpus: Path, texts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 50)
+    monkeypatch.setattr(shards, "_CHUNK", 7)
+    lines = {f"long.jsonl:{n}": f"{n} words" + "!" * (n % 40) for n in range(1, 60)}
+    text = "".join(json.dumps({"text": text}) + "\n" for text in lines.values())
+    (tmp_path / "long.jsonl").write_text(text)
+    found = find_files([corpus, tmp_path / "long.jsonl"])
+    made = shards.cut(found)
+    assert [shard.number for shard in made] == list(range(len(made)))
+    assert sum(shard.size for shard in made) == sum(file.size for file in found)
+    assert len([1 for shard in made if shard.files[0].key == "long.jsonl"]) > 10
+    documents = [d for shard in made for d in iter_documents(shard.files)]
+    assert [d.key for d in documents] == [d.key for d in iter_documents(found)]
+    assert {d.key: d.text for d in documents} == texts | lines
 
 
 def test_torch_headers_without_importing_torch() -> None:

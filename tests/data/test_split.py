@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from nemo_megacpp.data.corpus import Document
-from nemo_megacpp.data.split import SplitPlan, plan_split
+from nemo_megacpp.data.split import Places, SplitPlan, plan_split
 from nemo_megacpp.errors import UserError
 
 KEYS = [f"folder/file{i}.h" for i in range(2000)]
@@ -11,7 +11,9 @@ KEYS = [f"folder/file{i}.h" for i in range(2000)]
 
 def plan(keys: list[str], **options) -> SplitPlan:
     documents = [Document(key, "x" * 10, 10) for key in keys]
-    return plan_split(documents, **{"held_out": 0.05, "tokenizer_bytes": 10**9} | options)
+    half = len(documents) // 2  # surveyed in two shards
+    places = Places.joined([Places.of(documents[:half]), Places.of(documents[half:])])
+    return plan_split(places, **{"held_out": 0.05, "tokenizer_bytes": 10**9} | options)
 
 
 def sides(keys: list[str], **options) -> dict[str, str | None]:

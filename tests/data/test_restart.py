@@ -1,0 +1,162 @@
+"""Several processes, interrupts and kills: the result is that of one undisturbed process."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_megacpp.data import encode, shards
+from nemo_megacpp.data.encode import Encoding
+from nemo_megacpp.data.prepare import prepare
+from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.errors import UserError
+
+OPTIONS: dict[str, Any] = {
+    "vocab_size": 300,
+    "held_out": 0.3,
+    "num_workers": 1,
+    "progress": False,
+}
+
+
+def killed(corpus: Path, out: Path) -> None:
+    """Prepare in a process that is killed amid the third shard."""
+
+    def work() -> None:
+        batches, calls = encode._batches, []
+
+        def kill(*args: Any) -> Iterator[Any]:
+            calls.append(None)
+            for batch in batches(*args):
+                yield batch
+                if len(calls) == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        encode._batches = kill
+        prepare([corpus], out, **OPTIONS)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 60)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The shards that this process encodes, by number."""
+    numbers: list[int] = []
+    whole = Encoding.__call__
+
+    def spy(self: Encoding, shard: shards.Shard) -> int:
+        numbers.append(shard.number)
+        return whole(self, shard)
+
+    monkeypatch.setattr(Encoding, "__call__", spy)
+    return numbers
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def test_two_workers_give_the_same_files(
+    corpus: Path, prepared: PreparedData, tmp_path: Path
+) -> None:
+    prepare([corpus], tmp_path / "out", **OPTIONS | {"num_workers": 2})
+    assert files(tmp_path / "out") == files(prepared.root)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_midway_goes_on(
+    corpus: Path,
+    prepared: PreparedData,
+    tmp_path: Path,
+    encoded: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    killed(corpus, out)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    with pytest.raises(UserError, match="is not prepared data"):
+        PreparedData.open(tmp_path / ".out.partial")
+    with pytest.raises(UserError, match="does not exist"):
+        PreparedData.open(out)
+
+    prepare([corpus], out, **OPTIONS)
+    assert "Going on with an interrupted preparation: 2 of " in capsys.readouterr().out
+    assert encoded[0] == 2  # two shards were there, the third was not whole
+    assert files(out) == files(prepared.root)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_request_starts_clean(
+    corpus: Path, prepared: PreparedData, tmp_path: Path, encoded: list[int]
+) -> None:
+    out = tmp_path / "out"
+    killed(corpus, out)
+    data = prepare([corpus], out, **OPTIONS | {"vocab_size": 290})
+    assert encoded[0] == 0
+    assert data.vocab_size == 290
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_interrupt_keeps_what_is_done(
+    corpus: Path,
+    prepared: PreparedData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "deep" / "out"
+    with monkeypatch.context() as patch:
+        encode = Encoding.__call__
+
+        def interrupted(self: Encoding, shard: shards.Shard) -> int:
+            if shard.number == 1:
+                raise KeyboardInterrupt
+            return encode(self, shard)
+
+        patch.setattr(Encoding, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([corpus], out, **OPTIONS)
+    assert "Interrupted. The same command goes on from here" in capsys.readouterr().out
+    assert not out.exists()
+    prepare([corpus], out, **OPTIONS)
+    assert "1 of " in capsys.readouterr().out
+    assert files(out) == files(prepared.root)
+
+
+def test_a_damaged_part_is_not_taken_for_whole(corpus: Path, tmp_path: Path) -> None:
+    out, stage = tmp_path / "out", tmp_path / ".out.partial"
+    killed(corpus, out)
+    part = max(stage.glob("parts/00000[01]/*.bin"), key=lambda path: path.stat().st_size)
+    part.write_bytes(part.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"00000[01]/\w+\.bin holds .* were written"):
+        prepare([corpus], out, **OPTIONS)
+    prepare([corpus], out, **OPTIONS)  # the refusal has cleared the stage away
+
+
+def test_one_process_at_a_time(corpus: Path, tmp_path: Path) -> None:
+    stage = tmp_path / ".out.partial"
+    stage.mkdir()
+    descriptor = os.open(stage, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="out' is being prepared by another process"):
+        prepare([corpus], tmp_path / "out", **OPTIONS)
+    assert stage.exists()
+    os.close(descriptor)
+    prepare([corpus], tmp_path / "out", **OPTIONS)
