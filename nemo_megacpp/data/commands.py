@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from nemo_megacpp.data.corpus import USUAL_DOCUMENT_BYTES
+
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
+    from tokenizers import Tokenizer
 
     from nemo_megacpp.data.prepared import PreparedData
 
@@ -25,7 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="text or JSONL to Megatron .bin/.idx, with a tokenizer",
         description="Split documents into train and held-out, train a byte-level BPE (or take one) "
         "and write Megatron .bin/.idx. A text file is a document; so is each line of a .jsonl "
-        "file. Folders are searched recursively, hidden files left out; .gz is decompressed.",
+        "file. Folders are searched recursively, hidden files left out; .gz, .bz2, .xz and .zst "
+        "are decompressed. Interrupted or killed, the same command goes on where it was.",
     )
     prepare.add_argument("paths", nargs="+", metavar="PATH", help="file or folder of text or JSONL")
     prepare.add_argument("--out", required=True, metavar="DIR", help="folder to make")
@@ -46,6 +50,27 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--text-key", default="text", metavar="K", help="JSONL field with the text (default text)"
     )
     prepare.add_argument("--max-bytes", type=int, metavar="N", help="use no more text than this")
+    prepare.add_argument(
+        "--max-document-bytes",
+        type=int,
+        default=USUAL_DOCUMENT_BYTES,
+        metavar="N",
+        help="leave out (and count) larger documents (default %(default)s)",
+    )
+    prepare.add_argument(
+        "--document-multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="fill each document with end tokens to a multiple of N, which packed_documents with "
+        "CP > 1 needs: N = 2 CP (default 1: no filling)",
+    )
+    prepare.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes (default: the cores where there is much text, else one)",
+    )
     prepare.add_argument("--overwrite", action="store_true", help="replace prepared data in DIR")
     prepare.set_defaults(run=_run_prepare)
 
@@ -55,6 +80,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument("folder", metavar="DIR", help="folder made by data prepare")
     inspect.add_argument(
         "--samples", type=int, default=3, metavar="N", help="documents to show (default 3)"
+    )
+    inspect.add_argument(
+        "--rows", type=int, default=0, metavar="N", help="training rows to show, by their documents"
+    )
+    inspect.add_argument(
+        "--seq-length", type=int, default=4096, metavar="S", help="tokens of a row (default 4096)"
     )
     inspect.set_defaults(run=_run_inspect)
 
@@ -72,6 +103,9 @@ def _run_prepare(args: argparse.Namespace) -> int:
         held_out=args.held_out,
         text_key=args.text_key,
         max_bytes=args.max_bytes,
+        max_document_bytes=args.max_document_bytes,
+        document_multiple=args.document_multiple,
+        num_workers=args.workers,
         overwrite=args.overwrite,
     )
     _print_counts(Console(), data)
@@ -98,7 +132,36 @@ def _run_inspect(args: argparse.Namespace) -> int:
         ids = train.document(number, _SAMPLE_TOKENS)
         console.rule(f"train document {number}, {train.lengths[number]:,} tokens", align="left")
         console.print(Text(tokenizer.decode(ids.tolist(), skip_special_tokens=False)))
+    if args.rows:
+        _print_rows(console, data, tokenizer, args.rows, args.seq_length)
     return 0
+
+
+def _print_rows(
+    console: Console, data: PreparedData, tokenizer: Tokenizer, rows: int, seq_length: int
+) -> None:
+    """Show which documents training rows hold, in the order of an epoch with the usual seed."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from nemo_megacpp.data.rows import read_rows
+
+    for row in read_rows(data, rows, seq_length):
+        title = f"train row {row.number}: {len(row.pieces)} documents in {seq_length:,} tokens"
+        table = Table("positions", title=title, title_justify="left")
+        for heading in ("tokens", "document", "of its tokens"):
+            table.add_column(heading, justify="right")
+        table.add_column("begins", no_wrap=True)
+        for piece in row.pieces:
+            begins = tokenizer.decode(piece.ids[:_SAMPLE_TOKENS], skip_special_tokens=False)
+            table.add_row(
+                f"{piece.start:,} – {piece.stop - 1:,}",
+                f"{piece.stop - piece.start:,}",
+                f"{piece.document:,}",
+                f"{piece.offset:,} – {piece.offset + piece.stop - piece.start - 1:,}",
+                Text(" ".join(begins.split())[:_BAR_WIDTH]),
+            )
+        console.print(table)
 
 
 def _print_counts(console: Console, data: PreparedData) -> None:
@@ -115,8 +178,21 @@ def _print_counts(console: Console, data: PreparedData) -> None:
             name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", f"{ratio:.2f}"
         )
     console.print(table)
-    left_out = {"empty": "empty", "binary": "binary", "bad_utf8": "repaired UTF-8"}
-    noted = [f"{data.skipped[key]:,} {word}" for key, word in left_out.items() if data.skipped[key]]
+    left_out = {
+        "empty": "empty",
+        "binary": "binary",
+        "bad_utf8": "repaired UTF-8",
+        "huge": f"larger than {data.request.get('max_document_bytes', 0):,} bytes",
+    }
+    noted = [
+        f"{data.skipped[key]:,} {word}" for key, word in left_out.items() if data.skipped.get(key)
+    ]
+    if data.document_multiple > 1:
+        padding = sum(split.padding for split in data.splits.values())
+        console.print(
+            f"Documents are filled to multiples of {data.document_multiple} tokens with "
+            f"{padding:,} end tokens."
+        )
     if noted:
         console.print("Left out or repaired: " + ", ".join(noted) + ".")
 

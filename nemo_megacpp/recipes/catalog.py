@@ -81,6 +81,9 @@ class Training:
         max_steps: optimizer steps of the whole run; also the length of the learning-rate schedule.
         stop_after: save and stop after this step, leaving the rest of the run to a resume.
         micro_batch_size, global_batch_size: rows of ``seq_length`` tokens.
+        packed_documents: attention, M and R, and positions, start anew at each document of a row,
+            and the end of a document predicts nothing; else they run across. Megatron's
+            ``reset_attention_mask``, ``reset_position_ids`` and ``eod_mask_loss``, and the states.
         lr, min_lr: peak and final learning rate of a cosine schedule.
         warmup_steps: linear warm-up.
         weight_decay, clip_grad, adam_beta2: of AdamW.
@@ -104,6 +107,7 @@ class Training:
     stop_after: int | None = None
     micro_batch_size: int = 1
     global_batch_size: int = 8
+    packed_documents: bool = False
     lr: float = 3e-4
     min_lr: float = 3e-5
     warmup_steps: int = 100

@@ -16,6 +16,7 @@ from nemo_megacpp.layout import refuse_illegal
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.recipes.catalog import NAM56R_MODEL
 from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.recipes.sources import check_packing_of, open_blend
 
 
 @dataclass(frozen=True)
@@ -114,33 +115,40 @@ def open_data(recipe: Recipe) -> tuple[Recipe, PreparedData | None]:
     """Open the recipe's data; the model takes its vocabulary unless the user gave another.
 
     Returns:
-        The recipe with the vocabulary settled, and the data; None for a built-in corpus that is
-        yet to be prepared.
+        The recipe with the vocabulary settled, and the data, of a blend its first; None for a
+        built-in corpus that is yet to be prepared.
 
     Raises:
-        UserError: data that is missing, unreadable, damaged, too short or of another vocabulary.
+        UserError: data that is missing, unreadable, damaged, too short or of another vocabulary; a
+            blend of several tokenizers; packed documents that CP cannot deal.
     """
-    built_in = recipe.data is None
-    folder = Path(recipe.data or builtin_folder(recipe.model["vocab_size"]))
-    if built_in and not (folder / MANIFEST).exists():
-        return recipe, None
-    data = PreparedData.open(folder)
+    if isinstance(recipe.data, dict):
+        sources = open_blend(recipe.data)
+    else:
+        folder = Path(recipe.data or builtin_folder(recipe.model["vocab_size"]))
+        if recipe.data is None and not (folder / MANIFEST).exists():
+            check_packing_of(recipe, {folder: 1})
+            return recipe, None
+        sources = [PreparedData.open(folder)]
+    data = sources[0]
     if data.vocab_size != recipe.model["vocab_size"]:
-        if built_in or "vocab_size" in recipe.given:
+        if recipe.data is None or "vocab_size" in recipe.given:
             raise UserError(
-                f"{folder} was made with a vocabulary of {data.vocab_size}, and vocab_size="
+                f"{data.root} was made with a vocabulary of {data.vocab_size}, and vocab_size="
                 f"{recipe.model['vocab_size']} was asked for. Leave vocab_size out, or prepare the "
                 f"data with --vocab-size {recipe.model['vocab_size']}."
             )
         model = {**recipe.model, "vocab_size": data.vocab_size}
         chosen = (*recipe.defaults, f"vocab_size: {data.vocab_size} (the data's)")
         recipe = dataclasses.replace(recipe, model=model, defaults=chosen)
-    for split, counts in data.splits.items():
-        if counts.tokens <= recipe.model["seq_length"]:
-            raise UserError(
-                f"The {split} split of {folder} has {counts.tokens} tokens; one sample of "
-                f"seq_length={recipe.model['seq_length']} needs one more than that."
-            )
+    for source in sources:
+        for split, counts in source.splits.items():
+            if counts.tokens <= recipe.model["seq_length"]:
+                raise UserError(
+                    f"The {split} split of {source.root} has {counts.tokens} tokens; one sample of "
+                    f"seq_length={recipe.model['seq_length']} needs one more than that."
+                )
+    check_packing_of(recipe, {data.root: data.document_multiple for data in sources})
     return recipe, data
 
 

@@ -16,6 +16,7 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.parallel import FIELD_OF
 from nemo_megacpp.pattern import CUT, HybridPattern
 from nemo_megacpp.recipes.catalog import CATALOG, Training
+from nemo_megacpp.recipes.sources import Sources, read_sources
 from nemo_megacpp.values import read_value
 
 DEFAULT_BASE = "nam56r_tiny"
@@ -39,6 +40,10 @@ _DERIVED = {
         "it follows from the other degrees (world / (tp x cp x pp)), and the world from the ranks "
         "that are started, or from world_size",
     ),
+    **dict.fromkeys(
+        ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
+        "packed_documents=true does all three, and starts the states of M and R anew as well",
+    ),
     "moe_router_dtype": "routers always compute in fp32",
     "use_cpu_initialization": "it follows from the machine",
 }
@@ -53,7 +58,8 @@ class Recipe:
         model: fields of :class:`nemo_megacpp.config.HybridConfig`.
         layout: the parallel layout.
         training: the run's settings.
-        data: folder written by ``nemo-megacpp data prepare``; None for the built-in corpus.
+        data: folder written by ``nemo-megacpp data prepare``, or a blend: weights by folder; None
+            for the built-in corpus.
         run_dir: where the run writes; None for a new folder under ``runs/``.
         resume: checkpoint to go on from, or ``auto`` for the newest in ``run_dir``.
         given: the full names of the settings that the user gave.
@@ -64,7 +70,7 @@ class Recipe:
     model: dict[str, Any]
     layout: ParallelLayout
     training: Training
-    data: str | None = None
+    data: Sources | None = None
     run_dir: str | None = None
     resume: str | None = None
     given: frozenset[str] = field(default=frozenset(), compare=False)
@@ -131,13 +137,16 @@ def from_mapping(settings: Mapping[str, Any]) -> Recipe:
         )
     base = CATALOG[base_name]
     owners = _field_owners()
-    model, layout, training, run = dict(base.model), {}, {}, {}
+    model, layout, training = dict(base.model), {}, {}
+    run: dict[str, Any] = {}
     for key, value in given.items():
         owner = owners[key]
         if owner == "layout":
             layout[key] = value
         elif owner == "training":
             training[key] = read_value(Training, key, value)
+        elif key == "data":
+            run[key] = read_sources(value)
         elif owner == "run":
             run[key] = None if value is None else str(value)
         else:
@@ -153,6 +162,9 @@ def from_mapping(settings: Mapping[str, Any]) -> Recipe:
         defaults.append(f"layout: {base.layout.short()}")
     resolved_layout = _over_base(layout, base.layout)
     settled = dataclasses.replace(base.training, **training)
+    if settled.packed_documents and "micro_batch_size" not in training:
+        settled = dataclasses.replace(settled, micro_batch_size=1)
+        defaults.append("micro_batch_size: 1 (a row is a pack of documents)")
     for key in ("max_steps", "global_batch_size", "lr", "precision"):
         if key not in training:
             defaults.append(f"{key}: {getattr(settled, key)}")
@@ -266,6 +278,12 @@ def _check_training(training: Training) -> None:
                 f"keep_every: {training.keep_every} is not a multiple of save_interval="
                 f"{training.save_interval}, so it would not name the checkpoints that are made."
             )
+    if training.packed_documents and training.micro_batch_size != 1:
+        raise UserError(
+            f"packed_documents: a microbatch of packed documents is one row, and micro_batch_size="
+            f"{training.micro_batch_size} was asked for. Leave it out, or set it to 1; "
+            f"global_batch_size may stay."
+        )
     if training.precision not in ("fp32", "bf16"):
         raise UserError(f"precision: {training.precision!r} is neither 'fp32' nor 'bf16'.")
     if training.lr <= 0:

@@ -98,8 +98,17 @@ def _check_order_is_honoured(
             f"MoELayer is not told the order of a pack. Leave the capacity factor unset, or use "
             f"CP=1."
         )
-    native = any(isinstance(mixer, MambaMixer) for mixer in mixers)
-    if native and mamba_context_parallel.tex is None:
+    if any(isinstance(mixer, MambaMixer) for mixer in mixers):
+        refuse_native_mamba(cp)
+
+
+def refuse_native_mamba(cp: int) -> None:
+    """Refuse packs for Megatron's ``MambaMixer`` with CP > 1 where it cannot take them.
+
+    Raises:
+        UserError: Transformer Engine is not installed, or too old.
+    """
+    if mamba_context_parallel.tex is None:
         raise UserError(
             f"Packed sequences with CP={cp}: Megatron's MambaMixer takes the order of a pack from "
             f"Transformer Engine >= 1.10 (thd_get_partitioned_indices), which is not installed. "

@@ -124,3 +124,9 @@ def test_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr()
     assert shown.out.count("train document ") == 3  # the histogram's title and two samples
     assert "█" in shown.out
+    args = parser.parse_args(["data", "inspect", out, "--rows", "2", "--seq-length", "32"])
+    assert args.run(args) == 0
+    assert capsys.readouterr().out.count("documents in 32 tokens") == 2
+    args = parser.parse_args(["data", "inspect", out, "--rows", "1"])
+    with pytest.raises(UserError, match="A row of 4,096 tokens: the train split of"):
+        args.run(args)

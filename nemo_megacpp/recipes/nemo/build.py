@@ -78,9 +78,13 @@ def _model_config(recipe: Recipe) -> run.Config:
 
 def _data_module(recipe: Recipe) -> run.Config:
     training, vocab_size = recipe.training, recipe.model["vocab_size"]
+    blend = recipe.data if isinstance(recipe.data, dict) else None
+    folder = next(iter(blend)) if blend else recipe.data
     return run.Config(
         HybridDataModule,
-        folder=recipe.data or str(builtin_folder(vocab_size)),
+        folder=folder or str(builtin_folder(vocab_size)),
+        blend=blend,
+        packed_documents=training.packed_documents,
         vocab_size=vocab_size,
         seq_length=recipe.model["seq_length"],
         micro_batch_size=training.micro_batch_size,

@@ -3,14 +3,17 @@
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 
 from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
+from nemo_megacpp.data.packed_rows import PackedDocuments
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.recipes.sources import open_blend
 
 
 class HybridDataModule(PreTrainingDataModule):
@@ -24,29 +27,53 @@ class HybridDataModule(PreTrainingDataModule):
             use.
         vocab_size: of the model; must be the tokenizer's.
         seq_length: tokens per sample.
+        blend: weights by folder, to draw from several in Megatron's ``BlendedDataset``; None for
+            all of them: by their tokens. ``folder`` is then the first, whose tokenizer all share.
+        packed_documents: mark where documents begin in a row, so that the model resets there.
         kwargs: of ``PreTrainingDataModule``.
 
     Raises:
         UserError: for data that is missing, unreadable, too short or of another vocabulary.
     """
 
-    def __init__(self, folder: str, vocab_size: int, seq_length: int, **kwargs: Any):
+    def __init__(
+        self,
+        folder: str,
+        vocab_size: int,
+        seq_length: int,
+        blend: Optional[dict[str, Optional[float]]] = None,  # noqa: UP045
+        packed_documents: bool = False,
+        **kwargs: Any,
+    ):
         self.folder = Path(folder)
-        if self.folder == builtin_folder(vocab_size):
-            prepared = ensure_builtin(self.folder, vocab_size)
+        if blend is not None:
+            sources = open_blend(blend)
+        elif self.folder == builtin_folder(vocab_size):
+            sources = [ensure_builtin(self.folder, vocab_size)]
         else:
-            prepared = PreparedData.open(self.folder)
-        refuse_unfit_data(prepared, self.folder, vocab_size, seq_length)
-        heldout = [str(prepared.heldout_prefix)]
+            sources = [PreparedData.open(self.folder)]
+        for data in sources:
+            refuse_unfit_data(data, data.root, vocab_size, seq_length)
+        weights = list((blend or {}).values()) or [None]
+        train = _weighted([data.train_prefix for data in sources], weights)
+        heldout = _weighted([data.heldout_prefix for data in sources], weights)
+        prepared = sources[0]
         super().__init__(
-            {"train": [str(prepared.train_prefix)], "validation": heldout, "test": heldout},
+            {"train": train, "validation": heldout, "test": heldout},
             seq_length=seq_length,
             tokenizer=AutoTokenizer(pretrained_model_name=str(prepared.tokenizer_dir)),
             split=None,  # type: ignore[arg-type]  # three separate files, nothing to split
+            dataset_cls=PackedDocuments if packed_documents else GPTDataset,
             **kwargs,
         )
         self.create_attention_mask = False
         self.tokenizer_fingerprint = prepared.tokenizer_fingerprint
+
+
+def _weighted(prefixes: list[str], weights: list[Optional[float]]) -> list[str]:  # noqa: UP045
+    """Return prefixes as NeMo takes them: each after its weight, if they have any."""
+    pairs = zip(weights, prefixes, strict=True)
+    return [str(item) for pair in pairs for item in pair if item is not None]
 
 
 def refuse_unfit_data(data: PreparedData, folder: Path, vocab_size: int, seq_length: int) -> None:

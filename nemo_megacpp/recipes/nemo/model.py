@@ -2,7 +2,7 @@
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,49 @@ from nemo.collections.llm.gpt.model.base import GPTModel, gpt_data_step
 from nemo.lightning import OptimizerModule, io
 
 from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.data.packed_rows import packed_seq_params
+from nemo_megacpp.mixers.sequence_layout import deal_batch
 from nemo_megacpp.specs.model import build_hybrid_model
 
 
-def hybrid_forward_step(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def hybrid_data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
+    """Return this rank's share of the next microbatch.
+
+    NeMo's ``gpt_data_step``, and the same for rows whose documents are marked
+    (:class:`nemo_megacpp.data.packed_rows.PackedDocuments`): the batch then carries
+    ``packed_seq_params``, on every pipeline stage.
+
+    Raises:
+        UserError: marked rows, several in a microbatch; documents that CP cannot deal.
+    """
+    batch = next(dataloader_iter)
+    if isinstance(batch, tuple) and len(batch) == 3:  # NeMo's loaders add two numbers
+        batch = batch[0]
+    if "document_start" not in batch:
+        return gpt_data_step(iter([batch]))
+    packed = packed_seq_params(batch["document_start"].cpu())
+    wanted: list[str] = []
+    if parallel_state.is_pipeline_first_stage():
+        wanted += ["tokens", "position_ids"]
+    if parallel_state.is_pipeline_last_stage():
+        wanted += ["labels", "loss_mask"]
+    here = {
+        name: batch[name].cuda(non_blocking=True) if name in wanted else None
+        for name in ("tokens", "position_ids", "labels", "loss_mask")
+    }
+    device = torch.cuda.current_device()
+    packed.cu_seqlens_q = packed.cu_seqlens_kv = packed.cu_seqlens_q.to(device)
+    return {**deal_batch(here, packed), "packed_seq_params": packed}
+
+
+def hybrid_forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Run one microbatch; attention is causal by its mask type, so no mask is passed."""
     return model(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
         attention_mask=None,
         labels=batch["labels"],
+        packed_seq_params=batch.get("packed_seq_params"),
     )
 
 
@@ -30,7 +63,7 @@ class HybridModelConfig(HybridConfig, io.IOMixin):
     """:class:`HybridConfig` as a NeMo model configuration (it serialises, and builds the model)."""
 
     forward_step_fn: Callable = hybrid_forward_step
-    data_step_fn: Callable = gpt_data_step
+    data_step_fn: Callable = hybrid_data_step
 
     def configure_model(
         self,

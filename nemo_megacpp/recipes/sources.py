@@ -1,0 +1,94 @@
+"""What a recipe trains on: one folder of prepared data, or a blend of several."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.errors import UserError
+
+if TYPE_CHECKING:
+    from nemo_megacpp.recipes.recipe import Recipe
+
+Sources = str | dict[str, float | None]
+"""A folder, or weights by folder: all numbers, or all None for each by its size."""
+
+
+def read_sources(value: Any) -> Sources | None:
+    """Return the ``data`` of a recipe as YAML gives it: a folder, a list, or weights by folder.
+
+    Raises:
+        UserError: an empty blend, a folder twice, or weights that are no positive numbers.
+    """
+    if isinstance(value, list):
+        names = [str(folder) for folder in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"data names {name} twice; give it a weight instead.")
+        value = dict.fromkeys(names)
+    if not isinstance(value, dict):
+        return None if value is None else str(value)
+    if not value:
+        raise UserError("data is an empty blend; name at least one folder, or leave it out.")
+    blend = {str(folder): _weight(str(folder), weight) for folder, weight in value.items()}
+    without = [folder for folder, weight in blend.items() if weight is None]
+    if 0 < len(without) < len(blend):
+        raise UserError(
+            f"data: {', '.join(without)} has no weight and others have. Give all of them one, or "
+            f"none: then each counts by its tokens."
+        )
+    return blend
+
+
+def _weight(folder: str, weight: Any) -> float | None:
+    if weight is None:
+        return None
+    if type(weight) not in (int, float) or not 0 < weight < math.inf:
+        raise UserError(f"data: {folder} has the weight {weight!r}; it must be a positive number.")
+    return float(weight)
+
+
+def open_blend(blend: dict[str, float | None]) -> list[PreparedData]:
+    """Open every folder of a blend.
+
+    Raises:
+        UserError: data that is missing or damaged, or made with another tokenizer than the first.
+    """
+    first, *others = opened = [PreparedData.open(Path(folder)) for folder in blend]
+    for data in others:
+        if data.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise UserError(
+                f"{data.root} and {first.root} were made with different tokenizers, so their "
+                f"tokens do not mean the same. Make one with the other's: nemo-megacpp data "
+                f"prepare PATH… --out DIR --tokenizer {first.tokenizer_dir}"
+            )
+    return opened
+
+
+def check_packing_of(recipe: Recipe, multiples: dict[Path, int]) -> None:
+    """Refuse packed documents that context parallelism cannot deal to its ranks.
+
+    Args:
+        recipe: what is to be trained.
+        multiples: of how many tokens every document is a multiple, by folder.
+
+    Raises:
+        UserError: with the legal choices.
+    """
+    cp = recipe.layout.cp
+    if not recipe.training.packed_documents or cp == 1:
+        return
+    for folder, multiple in multiples.items():
+        if multiple % (2 * cp):
+            raise UserError(
+                f"packed_documents with CP={cp}: each CP rank takes one chunk from either end of "
+                f"every document, so a document needs a multiple of {2 * cp} tokens, and those of "
+                f"{folder} have multiples of {multiple}. Prepare it with --document-multiple "
+                f"{2 * cp} (the rows are then the same in every layout), or use CP=1."
+            )
+    if "M" in recipe.pattern.letters and recipe.model.get("mode") != "mamba3":
+        from nemo_megacpp.specs.packs import refuse_native_mamba
+
+        refuse_native_mamba(cp)
