@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_megacpp.recipes.events import read_records
 from nemo_megacpp.recipes.run_folder import METRICS_FILE
 
 
@@ -32,8 +32,7 @@ def read_curve(run_dir: Path) -> Curve:
     """Read the metrics of a run; a step recorded twice counts as last written."""
     steps: dict[int, dict[str, Any]] = {}
     heldout: dict[int, float] = {}
-    for line in (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in read_records(run_dir / METRICS_FILE):
         if "heldout_loss" in record:
             heldout[record["step"]] = record["heldout_loss"]
         else:

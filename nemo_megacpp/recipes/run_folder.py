@@ -10,6 +10,7 @@ from pathlib import Path
 RECORD = "record"
 RECIPE_FILE = f"{RECORD}/recipe.yaml"
 METRICS_FILE = f"{RECORD}/metrics.jsonl"
+EVENTS_FILE = f"{RECORD}/events.jsonl"
 
 _calls = itertools.count(1)
 

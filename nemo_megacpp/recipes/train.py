@@ -56,21 +56,28 @@ def train_recipe(recipe: Recipe) -> Path:
         recipe = _in_world(recipe, here.world_size)
         from nemo_megacpp.recipes.nemo.worker import run_recipe
 
+        if speaks:
+            _write_recipe(recipe, run_dir)
         run_recipe(recipe, run_dir, devices=here.local_world_size)
         return run_dir
     refuse_too_few_devices(recipe.layout.world)
     if recipe.data is None:
         vocab_size = recipe.model["vocab_size"]
         ensure_builtin(builtin_folder(vocab_size), vocab_size)
-    file = run_dir / RECIPE_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(recipe.to_mapping(), sort_keys=False), encoding="utf-8")
+    file = _write_recipe(recipe, run_dir)
     launch(
         ["-m", "nemo_megacpp.recipes.nemo.worker", str(file), str(run_dir)],
         recipe.layout.world,
         run_dir / "logs",
     )
     return run_dir
+
+
+def _write_recipe(recipe: Recipe, run_dir: Path) -> Path:
+    file = run_dir / RECIPE_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(recipe.to_mapping(), sort_keys=False), encoding="utf-8")
+    return file
 
 
 def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:

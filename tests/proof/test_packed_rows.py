@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,9 @@ from nemo_megacpp.data.rows import open_epoch
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.sequence_layout import deal_batch
 from nemo_megacpp.proof.cases import tiny_model
-from nemo_megacpp.proof.step import StepSpec, build_chunks, make_config
+from nemo_megacpp.proof.step import StepSpec, build_chunks, make_config, save_initial_weights
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
-
-from .conftest import Reference
 
 SEQ_LENGTH = 64
 
@@ -92,18 +91,20 @@ def loss_of_row(spec: StepSpec, layout: ParallelLayout, weights: str, row: Row) 
 
 @pytest.mark.parametrize("mode", ["nemo_native", "mamba3"])
 def test_a_document_in_a_row_is_as_alone(
-    ranks: WorkerPool, reference: Reference, row: Row, mode: str
+    ranks: WorkerPool, tmp_path: Path, row: Row, mode: str
 ) -> None:
     spec = _spec("AMER", mode=mode)
-    weights, _ = reference(spec)
+    weights = str(tmp_path)
+    ranks.run(1, save_initial_weights, spec, ParallelLayout(), weights)
     together, alone = ranks.run(1, logits_of_documents, spec, weights, row)[0]
     assert together.dtype == np.float64
     np.testing.assert_allclose(together, alone, rtol=1e-9, atol=1e-9)
 
 
-def test_layouts_give_the_same_loss(ranks: WorkerPool, reference: Reference, row: Row) -> None:
+def test_layouts_give_the_same_loss(ranks: WorkerPool, tmp_path: Path, row: Row) -> None:
     spec = _spec("AMER", mode="mamba3")
-    weights, _ = reference(spec)
+    weights = str(tmp_path)
+    ranks.run(1, save_initial_weights, spec, ParallelLayout(), weights)
     expected = ranks.run(1, loss_of_row, spec, ParallelLayout(), weights, row)[0]
     assert expected > 1.0
     for text in ("tp=2,etp=1", "cp=2"):

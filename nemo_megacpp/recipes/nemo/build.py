@@ -18,6 +18,7 @@ from nemo_megacpp.recipes.catalog import Training
 from nemo_megacpp.recipes.nemo.callbacks import RunRecorder
 from nemo_megacpp.recipes.nemo.checkpoint import HybridCheckpoint
 from nemo_megacpp.recipes.nemo.data import HybridDataModule
+from nemo_megacpp.recipes.nemo.events import EventRecorder
 from nemo_megacpp.recipes.nemo.model import HybridModel, HybridModelConfig
 from nemo_megacpp.recipes.nemo.optimizer import HybridOptimizer
 from nemo_megacpp.recipes.nemo.stops import StopAfter, StopOnNonFinite, StopOnSigterm
@@ -162,8 +163,15 @@ def _callbacks(recipe: Recipe, run_dir: Path) -> list[run.Config]:
             tokens_per_step=training.global_batch_size * recipe.model["seq_length"],
             log_interval=training.log_interval,
         ),
+        run.Config(
+            EventRecorder,
+            run_dir=str(run_dir),
+            resumed=recipe.resume,
+            pattern=str(recipe.pattern),
+            layout=recipe.layout.describe(),
+        ),
         run.Config(StopOnNonFinite),
-        run.Config(StopOnSigterm),
+        run.Config(StopOnSigterm, run_dir=str(run_dir)),
     ]
     if training.stop_after is not None:
         callbacks.append(run.Config(StopAfter, step=training.stop_after))

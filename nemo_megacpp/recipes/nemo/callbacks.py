@@ -2,7 +2,7 @@
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
-import json
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,29 @@ import lightning.pytorch as pl
 import torch
 from nemo.lightning.io import IOMixin
 
-from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
+from nemo_megacpp.recipes.events import append_record
+from nemo_megacpp.recipes.summary import shown_memory
+from nemo_megacpp.runtime.host import current_host
 
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
+
+
+def peak_memory() -> float:
+    """Return the most memory that any rank has had, in bytes: of the device, or of the process.
+
+    A collective over all ranks.
+    """
+    device = torch.cuda.current_device()
+    if current_host().device == "cuda":
+        here = torch.cuda.max_memory_allocated()
+    else:
+        here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    most = torch.tensor(float(here), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return float(most)
 
 
 class RunRecorder(pl.Callback, IOMixin):
@@ -33,11 +50,10 @@ class RunRecorder(pl.Callback, IOMixin):
         self.tokens_per_step = tokens_per_step
         self.log_interval = log_interval
         self._started = 0.0
+        self._heldout: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
-        if trainer.is_global_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def on_train_batch_end(
         self,
@@ -54,39 +70,43 @@ class RunRecorder(pl.Callback, IOMixin):
         seconds, self._started = now - self._started, now
         for name, value in aux.items():
             pl_module.log(name, torch.tensor(value), batch_size=1, rank_zero_only=True)
+        step = trainer.global_step
+        shown = step % self.log_interval == 0 or step in (1, trainer.max_steps)
+        memory = peak_memory() if shown else None
         if not trainer.is_global_zero:
             return
         metrics = trainer.callback_metrics
         record = {
-            "step": trainer.global_step,
+            "step": step,
             "loss": _number(metrics.get("reduced_train_loss")),
             "grad_norm": _number(metrics.get("grad_norm")),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "seconds": seconds,
             "tokens_per_second": self.tokens_per_step / seconds,
             "aux": aux,
+            **({} if memory is None else {"memory": memory}),
         }
-        self._append(record)
-        shown_steps = (1, trainer.max_steps)
-        if trainer.global_step % self.log_interval == 0 or trainer.global_step in shown_steps:
-            shown = " ".join(f"{name} {value:.3f}" for name, value in aux.items())
-            print(
-                f"step {trainer.global_step:>5}/{trainer.max_steps}  loss {record['loss']:.4f}  "
-                f"{shown}  grad norm {record['grad_norm'] or 0.0:.3f}  "
-                f"{record['tokens_per_second']:,.0f} tokens/s",
-                flush=True,
-            )
+        append_record(self.path, record)
+        if memory is not None:
+            self._show(record, trainer.max_steps)
+
+    def _show(self, record: dict[str, Any], max_steps: int) -> None:
+        parts = [f"step {record['step']:>5}/{max_steps}", f"loss {record['loss']:.4f}"]
+        if self._heldout is not None:
+            parts.append(f"held-out {self._heldout:.4f}")
+        parts += [f"{name} {value:.3f}" for name, value in record["aux"].items()]
+        parts += [
+            f"grad norm {record['grad_norm'] or 0.0:.3f}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            f"{record['seconds']:.2f} s",
+            shown_memory(record["memory"]),
+        ]
+        print("  ".join(parts), flush=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
         loss = _number(trainer.callback_metrics.get("val_loss"))
         if trainer.is_global_zero and loss is not None:
-            self._append({"step": trainer.global_step, "heldout_loss": loss})
+            self._heldout = loss
+            append_record(self.path, {"step": trainer.global_step, "heldout_loss": loss})
             print(f"step {trainer.global_step:>5}  held-out loss {loss:.4f}", flush=True)
-
-    def _append(self, record: dict[str, Any]) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror}.") from None

@@ -21,6 +21,7 @@ from nemo_megacpp.checkpoint.lifecycle import (
     finish_checkpoint,
     prune,
 )
+from nemo_megacpp.recipes.events import record_event
 from nemo_megacpp.recipes.nemo.checkpoint_io import told_as_user_error
 
 
@@ -122,6 +123,8 @@ class HybridCheckpoint(ModelCheckpoint):
             finish()
             if trainer.is_global_zero:
                 print(f"step {global_step:>5}  saved {directory}", flush=True)
+                run_dir = directory.parent.parent
+                record_event(run_dir, "checkpoint", global_step, path=str(directory))
                 self._prune(directory)
 
         return finish_in_background if self.async_save else finish_now

@@ -3,6 +3,7 @@
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ import torch
 from nemo.lightning.io import IOMixin
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.recipes.events import record_event
 from nemo_megacpp.runtime import stopping
 
 
@@ -36,9 +38,13 @@ class StopOnSigterm(pl.Callback, IOMixin):
 
     In place of NeMo's ``PreemptionCallback``, which looks at rank 0 alone, saves only where a
     ``-last`` checkpoint is asked for, and ends the process in the middle of its callbacks.
+
+    Args:
+        run_dir: the run's folder, whose record says so.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = Path(run_dir)
         self._stopping = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -61,6 +67,7 @@ class StopOnSigterm(pl.Callback, IOMixin):
         trainer.limit_val_batches = 0  # Lightning would evaluate before it stops
         if trainer.is_global_zero:
             print(f"step {trainer.global_step:>5}  SIGTERM: saving, then stopping", flush=True)
+            record_event(self.run_dir, "sigterm", trainer.global_step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so when the checkpoint is there: one that is saved in the background is awaited."""
