@@ -63,10 +63,14 @@ def _in_domain(recipe: Recipe) -> None:
 
 
 def _data(recipe: Recipe) -> Finding:
+    blend = isinstance(recipe.data, dict)
+    folders = ", ".join(recipe.data) if isinstance(recipe.data, dict) else recipe.data or "built-in"
     try:
         recipe, data = open_data(recipe)
     except UserError as error:
-        return Finding("data", recipe.data or "built-in", "broken", str(error))
+        return Finding("data", folders, "broken", str(error))
+    if blend:
+        return Finding("data", folders)
     if data is not None:
         return Finding("data", f"{Path(data.root)}: {data.tokens:,} tokens")
     vocab_size = recipe.model["vocab_size"]
