@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _WRAPPERS = ("module.", "model.")
 """What NeMo and Megatron's script put in front of the names of a model's tensors."""
 _OPTIMIZER = "optimizer."
+_NOT_THE_MODEL = (_OPTIMIZER, "random_state.")
+"""Names of what is saved beside the model's tensors begin so."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class CheckpointContent:
     @property
     def prefix(self) -> str:
         """What stands in front of the names of the model's tensors: ``module.``, or nothing."""
-        model = [name for name in self.tensors if not name.startswith(_OPTIMIZER)]
+        model = [name for name in self.tensors if not name.startswith(_NOT_THE_MODEL)]
         for wrapper in _WRAPPERS:
             if model and all(name.startswith(wrapper) for name in model):
                 return wrapper
@@ -91,17 +93,21 @@ class CheckpointContent:
 
     @property
     def model_tensors(self) -> dict[str, TensorInfo]:
-        """The model's tensors, by the model's own names."""
+        """The model's tensors, by the model's own names, layer after layer."""
+        names = [name for name in self.tensors if not name.startswith(_NOT_THE_MODEL)]
         return {
-            name.removeprefix(self.prefix): info
-            for name, info in self.tensors.items()
-            if not name.startswith(_OPTIMIZER)
+            name.removeprefix(self.prefix): self.tensors[name] for name in sorted(names, key=_order)
         }
 
     @property
     def other_tensors(self) -> dict[str, TensorInfo]:
-        """The optimizer's tensors, by their saved names."""
-        return {n: info for n, info in self.tensors.items() if n.startswith(_OPTIMIZER)}
+        """Tensors of the optimizer and of random states, by their saved names."""
+        return {n: info for n, info in self.tensors.items() if n.startswith(_NOT_THE_MODEL)}
+
+    @property
+    def optimizer_tensors(self) -> list[str]:
+        """Names of the optimizer's tensors."""
+        return [name for name in self.tensors if name.startswith(_OPTIMIZER)]
 
     @property
     def objects(self) -> list[str]:
@@ -193,3 +199,8 @@ class CheckpointContent:
             reason = str(error).splitlines()[0]
             raise UserError(f"{file} is damaged at {name}: {reason}.") from None
         return shard
+
+
+def _order(name: str) -> list[tuple[int, str]]:
+    """Sort numbers in names as numbers: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

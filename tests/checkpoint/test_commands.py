@@ -32,6 +32,7 @@ from nemo_megacpp.checkpoint.export import CONFIG, INDEX, export, read_export
 from nemo_megacpp.checkpoint.identity import read_identity, write_identity
 from nemo_megacpp.checkpoint.inspect import describe
 from nemo_megacpp.checkpoint.manifest import FILE, check_manifest, is_complete, write_manifest
+from nemo_megacpp.checkpoint.random_state import random_state, sharded_random_state
 from nemo_megacpp.checkpoint.reshard import import_safetensors, reshard
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
@@ -75,6 +76,7 @@ def _save_run(folder: str) -> None:
                     data=torch.randn(part.local_shape, generator=generator),
                     dtype=torch.float32,
                 )
+    state["random_state"] = sharded_random_state(random_state())
     if rank == 0:
         state["bucket"] = ShardedTensor.from_rank_offsets("optimizer.bucket", torch.arange(13.0))
         state["rng"] = ShardedObject("rng_state", {"seed": 3}, (1,), (0,))
@@ -273,8 +275,9 @@ def test_reshard_keeps_every_bit(
     )
     there, here = CheckpointContent(run_checkpoint), CheckpointContent(out)
     assert same(values(run_checkpoint), values(out))
-    assert whole == 1, "the bucket, which belongs to no parameter"
-    assert split == len(there.tensors) - 1
+    states = sum(name.startswith("random_state.") for name in there.tensors)
+    assert whole == 1 + states > 1, "what belongs to no parameter: a bucket, random states"
+    assert split == len(there.tensors) - whole
     assert there.metadata.state_dict_metadata.keys() == here.metadata.state_dict_metadata.keys()
     assert here.common() == there.common()
     assert here.common()["content_metadata"] == {"kind": "a run"}
@@ -345,7 +348,8 @@ def test_export_and_back_is_exact(
     there = CheckpointContent(run_checkpoint)
     text = capsys.readouterr().out
     assert f"{len(there.model_tensors)} tensors" in text
-    assert f"{len(there.other_tensors) + 1} tensors and objects of the optimizer left out" in text
+    left_out = len(there.other_tensors) + 1
+    assert f"{left_out} tensors and objects of optimizer and random state left out" in text
     index = json.loads((out / INDEX).read_text())
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 2
