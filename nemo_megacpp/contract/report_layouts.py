@@ -64,9 +64,10 @@ def print_layouts(
         if limit is None
         else f"{len(search.fitting):,} fit {show_bytes(limit)}"
     )
+    ranks, total = job.layout.world, candidates.total
     console.print(
-        f"[bold]{job.name}[/bold] on {job.layout.world:,} ranks, {job.gpus_per_node} GPUs a node: "
-        f"{candidates.total:,} layouts, {len(candidates.legal):,} legal, {verdict}"
+        f"[bold]{job.name}[/bold] on {ranks:,} rank{'s' * (ranks > 1)}, {job.gpus_per_node} GPUs a "
+        f"node: {total:,} layout{'s' * (total > 1)}, {len(candidates.legal):,} legal, {verdict}"
     )
     if search.ranked:
         console.print(f"order: {ORDER}\n" if search.fitting else "order: memory\n")

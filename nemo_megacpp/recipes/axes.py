@@ -1,8 +1,8 @@
 """What differs between two recipes, sorted into axes.
 
-A comparison means something when one axis moved. SP is TP's activation layout: it counts only where
-both sides have TP > 1. What follows from a degree does not count on its own: the number of ranks
-where neither side says it, cuts where the number of pipeline chunks moved, DP.
+A comparison means something when one axis moved. SP is TP's activation layout: it counts only
+where both sides have TP > 1. What follows from a degree does not count on its own: cuts where the
+number of pipeline chunks moved, DP in one world, or in the worlds that the degrees need.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ AXES = (
     *("batch", "sequence", "precision", "kernels", "recompute", "optimizer", "data", "start"),
     "model",
 )
-"""``start`` is the checkpoint that a run begins from; ``DP`` the number of ranks, as given."""
+"""``start`` is the checkpoint that a run begins from; ``DP`` the number of replicas, where a number
+of ranks was given."""
 
 _MODEL_AXES = {
     "sequence": r"seq_length",
@@ -92,7 +93,7 @@ def _degrees(a: Recipe, b: Recipe) -> Iterator[Difference]:
                 name.upper(), name, _text(before) + follows[0], _text(after) + follows[1]
             )
     said = one.world_size is not None or two.world_size is not None
-    if said and one.world != two.world:
+    if said and one.world != two.world and one.data_parallel_size != two.data_parallel_size:
         yield Difference("DP", "world_size", str(one.world), str(two.world))
 
 

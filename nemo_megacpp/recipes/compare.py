@@ -9,9 +9,11 @@ The document of ``--json``, version 1::
     conclusion: "one axis moved", "several axes moved" or "no axis moved"
     contract: {memory: [PAIR], sent: [PAIR], added: [text], dropped: [text]}, sizes in bytes; null
         unless one axis moved
-    runs: {steps, last_step, largest_loss_difference, at_step, mean_loss_difference, loss: PAIR,
-        heldout_loss: PAIR, heldout_step, seconds_per_step: PAIR, tokens_per_second: PAIR}; null
+    runs: {steps, first_step, first_loss_difference, last_step, largest_loss_difference, at_step,
+        mean_loss_difference, loss: PAIR, heldout_loss: PAIR, heldout_step,
+        seconds_per_step: PAIR, tokens_per_second: PAIR}; null
         unless both are runs and at most one axis moved
+    notes: [text], what else the runs' numbers depend on
 
 where PAIR is ``{name, a, b, ratio}``, the ratio being b / a, or null.
 """
@@ -50,6 +52,8 @@ from nemo_megacpp.recipes.run_folder import METRICS_FILE, RECIPE_FILE
 
 SCHEMA = 1
 _WIDTH = 150
+_DRAW_WEIGHTS = {"TP", "EP", "ETP", "PP", "VPP"}
+"""Axes on which ranks hold different weights: Megatron seeds their generators apart."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,24 @@ class Comparison:
     def moved(self) -> list[str]:
         """The axes that moved."""
         return moved_axes(list(self.differences))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What else the numbers of two runs depend on."""
+        if self.runs is None:
+            return ()
+        found = []
+        a, b = self.a.recipe, self.b.recipe
+        if set(self.moved) & _DRAW_WEIGHTS and a.resume is None and b.resume is None:
+            found.append(
+                f"Both runs drew their own initial weights, rank by rank, and those depend on "
+                f"{self.moved[0]}: the losses differ as those of two seeds do. Start both from one "
+                f"checkpoint (resume=…) to see what the layout does to them."
+            )
+        one, two = (recipe.training.limit_val_batches for recipe in (a, b))
+        if one != two:
+            found.append(f"Held-out loss is over {one} batches in A, and over {two} in B.")
+        return tuple(found)
 
 
 def compare(args: Namespace) -> int:
@@ -153,6 +175,8 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "runs": runs
         and {
             "steps": runs.steps,
+            "first_step": runs.first_step,
+            "first_loss_difference": runs.first,
             "last_step": runs.last_step,
             "largest_loss_difference": runs.largest,
             "at_step": runs.at_step,
@@ -163,6 +187,7 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
             "seconds_per_step": _plain_pair(runs.seconds),
             "tokens_per_second": _plain_pair(runs.tokens_per_second),
         },
+        "notes": list(comparison.notes),
     }
 
 

@@ -42,6 +42,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         _contract(console, comparison.contract)
     if comparison.runs is not None:
         _runs(console, comparison.runs)
+    for note in comparison.notes:
+        console.print(f"[yellow]{note}[/yellow]", highlight=False)
 
 
 def _differences(console: Console, comparison: Comparison) -> None:
@@ -78,8 +80,9 @@ def _runs(console: Console, effect: RunsEffect) -> None:
             lambda value: f"{value:.7f}",
         )
         console.print(
-            f"training loss over {effect.steps} common steps: largest difference "
-            f"{effect.largest:.2e} (step {effect.at_step}), mean {effect.mean:.2e}\n"
+            f"training loss over {effect.steps} common steps: first difference {effect.first:.2e} "
+            f"(step {effect.first_step}), largest {effect.largest:.2e} (step {effect.at_step}), "
+            f"mean {effect.mean:.2e}\n"
         )
     _pairs(
         console,

@@ -52,6 +52,8 @@ class RunsEffect:
 
     Attributes:
         steps: how many steps both recorded with a finite loss.
+        first_step, first: the first of them, and the absolute difference of training loss there:
+            that of the initial weights, if it is the runs' first step.
         last_step: the last of them.
         largest, at_step: largest absolute difference of training loss, in nats, and where.
         mean: mean absolute difference.
@@ -63,6 +65,8 @@ class RunsEffect:
     """
 
     steps: int
+    first_step: int | None
+    first: float | None
     last_step: int | None
     largest: float | None
     at_step: int | None
@@ -114,6 +118,8 @@ def runs_effect(a: Curve, b: Curve) -> RunsEffect:
     final = evaluated[-1] if evaluated else None
     return RunsEffect(
         len(common),
+        common[0] if common else None,
+        gaps[common[0]] if common else None,
         last,
         None if worst is None else gaps[worst],
         worst,

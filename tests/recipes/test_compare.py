@@ -52,6 +52,8 @@ def _moved(one: tuple[str, ...], two: tuple[str, ...], name: str = "nam56r_tiny"
         (("pp=2",), ("pp=2", "vpp=3"), ["VPP"]),
         (("world_size=4",), ("world_size=8",), ["DP"]),
         (("world_size=8",), ("world_size=8", "tp=4"), ["TP"]),
+        (("world_size=4",), ("world_size=8", "tp=4"), ["TP"]),
+        (("world_size=2",), ("world_size=8", "tp=4"), ["TP", "DP"]),
         ((), ("global_batch_size=16",), ["batch"]),
         ((), ("seq_length=512",), ["sequence"]),
         ((), ("precision=bf16",), ["precision"]),
@@ -153,7 +155,18 @@ def test_runs_that_differ_on_one_axis(tmp_path: Path, capsys: pytest.CaptureFixt
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert _run(str(a), str(b)) == 0
     out = capsys.readouterr().out
-    assert "largest difference 1.20e-02 (step 4), mean 2.00e-03" in out
+    assert "first difference 0.00e+00 (step 1), largest 1.20e-02 (step 4), mean 2.00e-03" in out
+    assert "drew their own initial weights" in out
+
+
+def test_runs_from_one_checkpoint_started_with_the_same_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = _run_folder(tmp_path / "a", ("resume=runs/x", "limit_val_batches=2"))
+    b = _run_folder(tmp_path / "b", ("resume=runs/x", "tp=4"))
+    found = _json(capsys, str(a), str(b))
+    assert found["moved"] == ["TP"]
+    assert found["notes"] == ["Held-out loss is over 2 batches in A, and over 4 in B."]
 
 
 def test_two_runs_of_one_recipe_show_the_spread(
