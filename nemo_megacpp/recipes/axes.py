@@ -35,13 +35,20 @@ _MODEL_AXES = {
     r"moe_(grouped_gemm|token_dispatcher_type)|persist_layer_norm|batch_p2p_.*|tp_comm_.*|"
     r".*cuda_graph.*|deterministic_mode|cross_entropy_fusion_impl|deallocate_pipeline_outputs",
 }
-_TRAINING_AXES = {
+TRAINING_AXES = {
     **dict.fromkeys(("micro_batch_size", "global_batch_size"), "batch"),
+    **dict.fromkeys(("lr", "min_lr", "warmup_steps", "max_steps"), "optimizer"),
+    **dict.fromkeys(("weight_decay", "clip_grad", "adam_beta2"), "optimizer"),
+    "use_distributed_optimizer": "optimizer",
     "precision": "precision",
-    "seed": "data",
+    **dict.fromkeys(("seed", "packed_documents"), "data"),
 }
-_NO_AXIS = frozenset(
-    ("stop_after", "val_check_interval", "limit_val_batches", "save_interval", "log_interval")
+NO_AXIS = frozenset(
+    (
+        *("stop_after", "val_check_interval", "limit_val_batches", "log_interval"),
+        *("save_interval", "async_save", "keep_last", "keep_every", "verify_checkpoint"),
+        *("tensorboard", "wandb_project", "wandb_name"),
+    )
 )
 """They decide how long and how often a run is looked at, not what a step computes."""
 
@@ -117,9 +124,8 @@ def _fields(a: Recipe, b: Recipe) -> Iterator[Difference]:
             yield Difference(_model_axis(name), name, _text(before), _text(after))
     for name in (f.name for f in dataclasses.fields(Training)):
         before, after = getattr(a.training, name), getattr(b.training, name)
-        if before != after and name not in _NO_AXIS:
-            axis = _TRAINING_AXES.get(name, "optimizer")
-            yield Difference(axis, name, _text(before), _text(after))
+        if before != after and name not in NO_AXIS:
+            yield Difference(TRAINING_AXES[name], name, _text(before), _text(after))
     for axis, name in (("data", "data"), ("start", "resume")):
         before, after = getattr(a, name), getattr(b, name)
         if before != after:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ import yaml
 
 from nemo_megacpp.cli import read_arguments
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.recipes.axes import differences, moved_axes
+from nemo_megacpp.recipes.axes import (
+    AXES,
+    NO_AXIS,
+    TRAINING_AXES,
+    differences,
+    moved_axes,
+)
+from nemo_megacpp.recipes.catalog import Training
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.run_folder import METRICS_FILE, RECIPE_FILE
 
@@ -76,6 +84,13 @@ def test_differences_are_sorted_into_axes(
 ) -> None:
     assert _moved(one, two) == axes
     assert _moved(two, one) == axes
+
+
+def test_every_training_setting_has_an_axis_or_none() -> None:
+    fields = {field.name for field in dataclasses.fields(Training)}
+    assert fields <= {*TRAINING_AXES, *NO_AXIS}
+    assert not {*TRAINING_AXES} & NO_AXIS
+    assert {*TRAINING_AXES.values()} <= {*AXES}
 
 
 def test_a_default_that_is_written_out_is_no_difference(tmp_path: Path) -> None:
@@ -212,14 +227,14 @@ def test_bad_input(tmp_path: Path) -> None:
     run = str(_run_folder(tmp_path / "run"))
     empty = tmp_path / "empty"
     empty.mkdir()
-    torn = _run_folder(tmp_path / "torn")
-    (torn / METRICS_FILE).write_text('{"step": 1, "loss": 7.0}\n{"step": 2, "lo')
+    silent = _run_folder(tmp_path / "silent")
+    (silent / METRICS_FILE).write_text("")
     strange = _run_folder(tmp_path / "strange")
     (strange / METRICS_FILE).write_text('{"step": 1}\n')
     for words, message in (
         (("nam56r", "nam57r"), "There is no recipe 'nam57r'"),
         (("nam56r", str(empty)), "it has no record/recipe.yaml"),
-        (("nam56r", str(torn)), "cannot be read"),
+        (("nam56r", str(silent)), "it recorded no step"),
         (("nam56r", str(strange)), "cannot be read"),
         ((run, run, "--in-a", "tp=4"), "cannot be changed"),
         ((run, run, "--world-size", "8"), "cannot be changed"),
