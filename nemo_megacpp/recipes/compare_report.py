@@ -72,13 +72,12 @@ def _runs(console: Console, effect: RunsEffect) -> None:
     if effect.largest is None or effect.mean is None:
         console.print("The runs have no step in common.")
     else:
-        _pairs(
-            console,
-            f"Loss, in nats per token (training at step {effect.last_step}, held-out at step "
-            f"{effect.heldout_step})",
-            [effect.loss, effect.heldout],
-            lambda value: f"{value:.7f}",
-        )
+        where = f"training at step {effect.last_step}"
+        losses = [effect.loss]
+        if effect.heldout_step is not None:
+            where += f", held-out at step {effect.heldout_step}"
+            losses.append(effect.heldout)
+        _pairs(console, f"Loss, in nats per token ({where})", losses, lambda x: f"{x:.7f}")
         console.print(
             f"training loss over {effect.steps} common steps: first difference {effect.first:.2e} "
             f"(step {effect.first_step}), largest {effect.largest:.2e} (step {effect.at_step}), "

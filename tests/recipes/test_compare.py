@@ -192,7 +192,13 @@ def test_two_runs_of_one_recipe_show_the_spread(
     assert found["moved"] == [] and found["contract"] is None
     assert found["runs"]["largest_loss_difference"] == pytest.approx(0.5)
     assert _run(str(a), str(b)) == 0
-    assert "the spread from run to run" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the spread from run to run" in out
+    assert "(training at step 6, held-out at step 6)" in out
+    (b / METRICS_FILE).write_text('{"step": 1, "loss": 7.0, "seconds": 1.0}')
+    assert _run(str(a), str(b)) == 0
+    out = capsys.readouterr().out
+    assert "(training at step 1)" in out and "held-out" not in out
 
 
 def test_runs_that_differ_on_two_axes_are_not_compared(
