@@ -223,13 +223,6 @@ def _precision(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
             "A_log, dt_bias and D to bf16: Megatron's Float16Module converts every parameter, also "
             "those that the mixers make in float32",
         )
-    if _has(sizes, Family.EXPERT) and sizes.config.moe_router_enable_expert_bias:
-        yield Cost(
-            "PRECISION",
-            "rounds",
-            "the router's token counts to bf16, exact up to 256 only: Float16Module converts the "
-            "buffer that the expert bias is updated from",
-        )
 
 
 def _nodes(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:

@@ -8,7 +8,10 @@ from typing import Any, Literal
 import torch
 
 from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.families import load_families
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.pattern import BUILT_IN, HybridPattern
 
 Precision = Literal["fp32", "bf16"]
 Kernels = Literal["gpu", "torch"]
@@ -30,6 +33,10 @@ class Job:
         gpus_per_node: ranks of one NVLink domain.
         hbm_bytes: memory of one GPU; None: not compared.
         name: what to call the job in a report.
+
+    Raises:
+        UserError: the pattern has blocks of a family that a user added: what those send and keep is
+            not known here.
     """
 
     model: dict[str, Any] = field(hash=False)
@@ -42,6 +49,17 @@ class Job:
     gpus_per_node: int = 8
     hbm_bytes: int | None = None
     name: str = "model"
+
+    def __post_init__(self) -> None:
+        load_families(self.model.get("family_modules"))
+        letters = HybridPattern.parse(self.model["hybrid_pattern"]).families
+        added = sorted({family.value for family in letters} - {f.value for f in BUILT_IN})
+        if added:
+            raise UserError(
+                f"The pattern has {', '.join(added)} blocks, of a family from family_modules: what "
+                f"they send and keep is not known, so a plan would be wrong. It knows A, M, E and "
+                f"R. 'nemo-megacpp verify' proves a layout of any family."
+            )
 
     @property
     def element_size(self) -> int:

@@ -19,7 +19,8 @@ class CapacityRouter(TopKRouter):
     Stock Megatron-Core drops over the tokens that a rank happens to hold: with SP or CP the
     capacity is a smaller number and other tokens are dropped. Here the routing probabilities of a
     microbatch are gathered over tp and cp, and the stock rule is applied to all of them.
-    Without ``moe_expert_capacity_factor`` this is ``TopKRouter``.
+    Without ``moe_expert_capacity_factor`` this is ``TopKRouter``, but for one thing: the counts
+    that move the expert bias stay exact in a bfloat16 model.
     """
 
     def __init__(
@@ -29,6 +30,14 @@ class CapacityRouter(TopKRouter):
         undropped.moe_expert_capacity_factor = None
         super().__init__(config=undropped, pg_collection=pg_collection)
         self.capacity_factor = config.moe_expert_capacity_factor
+
+    def _maintain_float32_expert_bias(self) -> None:
+        """Keep the token counts in float32, as Megatron keeps the bias: ``Float16Module`` converts
+        both, and bfloat16 counts to 256 only."""
+        super()._maintain_float32_expert_bias()
+        counts = self.local_tokens_per_expert
+        if counts is not None and counts.dtype != torch.float32:
+            counts.data = counts.data.to(torch.float32)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from nemo_megacpp.contract.build import build_rank, build_stages
 from nemo_megacpp.contract.job import Job
 from nemo_megacpp.contract.ownership import ownership, parameter_count
+from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step import StepSpec, build_chunks, make_config
@@ -109,3 +111,10 @@ def _build_within_a_group() -> tuple[int, int]:
 def test_a_callers_process_group_is_not_disturbed(ranks: WorkerPool) -> None:
     expected = parameter_count(build_stages(job_of("tp=1")))
     assert ranks.run(1, _build_within_a_group) == [(expected, 1)]
+
+
+def test_a_users_own_family_is_not_priced_by_guess() -> None:
+    example = str(Path(__file__).parents[2] / "examples" / "short_conv.py")
+    model = tiny_model("AC", family_modules=[example])
+    with pytest.raises(UserError, match="C blocks, of a family from family_modules"):
+        Job(model)
