@@ -16,6 +16,7 @@ from nemo_megacpp.recipes.doctor.command import add_parser as add_doctor_parser
 from nemo_megacpp.recipes.layouts_command import add_parser as add_layouts_parser
 from nemo_megacpp.recipes.megatron.command import add_parser as add_megatron_args_parser
 from nemo_megacpp.recipes.plan_command import add_parser as add_plan_parser
+from nemo_megacpp.recipes.report import add_parser as add_report_parser
 
 _STACK = ("torch", "megatron", "nemo", "nemo_run", "lightning", "einops")
 """What a bare installation does not bring."""
@@ -118,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_parser(commands)
     add_megatron_args_parser(commands)
     add_doctor_parser(commands)
+    add_report_parser(commands)
     return parser
 
 

@@ -1,0 +1,130 @@
+"""Blends of prepared data, and packed documents: what a recipe accepts and makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_megacpp.data.prepare import prepare
+from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.data.rows import read_rows
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.recipes.check import open_data
+from nemo_megacpp.recipes.recipe import Recipe, from_mapping, resolve
+
+
+@pytest.fixture(scope="module")
+def other(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    """Other text with the tokenizer of `small_data`, in multiples of four tokens."""
+    texts = tmp_path_factory.mktemp("texts")
+    for number in range(6):
+        (texts / f"{number}.txt").write_text(f"other {number} " * 60)
+    out = tmp_path_factory.mktemp("other") / "data"
+    options: dict[str, Any] = {"tokenizer": small_data.tokenizer_dir, "document_multiple": 4}
+    return prepare([texts], out, **options, held_out=0.3, progress=False)
+
+
+def recipe_of(**settings: Any) -> Recipe:
+    return from_mapping({"recipe": "nam56r_tiny", "seq_length": 32, **settings})
+
+
+@pytest.mark.parametrize(
+    ("text", "data"),
+    [
+        ("data=mine", "mine"),
+        ("data=[a, b]", {"a": None, "b": None}),
+        ("data={a: 0.7, b: 3}", {"a": 0.7, "b": 3.0}),
+        ("data=null", None),
+    ],
+)
+def test_spellings(text: str, data: object) -> None:
+    recipe = resolve("nam56r_tiny", [text])
+    assert recipe.data == data
+    assert from_mapping(recipe.to_mapping()).data == data
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data=[]", "empty blend"),
+        ("data={}", "empty blend"),
+        ("data=[a, a]", "names a twice"),
+        ("data={a: 1, b: }", "b has no weight and others have"),
+        ("data={a: 0}", "a has the weight 0; it must be a positive number"),
+        ("data={a: much}", "a has the weight 'much'"),
+        ("packed_documents=true micro_batch_size=4", "one row, and micro_batch_size=4"),
+        ("reset_position_ids=true", "packed_documents=true does all three"),
+        ("eod_mask_loss=true", "packed_documents=true does all three"),
+    ],
+)
+def test_refused_settings(text: str, message: str) -> None:
+    settings = [text] if text.startswith("data") else text.split()
+    with pytest.raises(UserError, match=message):
+        resolve("nam56r_tiny", settings)
+
+
+def test_a_pack_is_a_microbatch_of_its_own() -> None:
+    recipe = recipe_of(packed_documents=True)
+    assert recipe.training.micro_batch_size == 1
+    assert "micro_batch_size: 1 (a row is a pack of documents)" in recipe.defaults
+    assert from_mapping(recipe.to_mapping()).training == recipe.training
+
+
+def test_blends_are_opened_and_refused(
+    small_data: PreparedData, other: PreparedData, tmp_path: Path
+) -> None:
+    blend = {str(small_data.root): 1, str(other.root): 3}
+    recipe, data = open_data(recipe_of(data=blend))
+    assert data == small_data
+    assert recipe.model["vocab_size"] == small_data.vocab_size
+    with pytest.raises(UserError, match=r"train split of .* one sample of seq_length=100000"):
+        open_data(recipe_of(data=blend, seq_length=100000))
+    with pytest.raises(UserError, match="nowhere' does not exist"):
+        open_data(recipe_of(data=[str(small_data.root), "nowhere"]))
+    (tmp_path / "a.txt").write_text("some other words " * 60)
+    (tmp_path / "b.txt").write_text("and some more of them " * 60)
+    foreign = prepare([tmp_path], tmp_path / "out", vocab_size=270, held_out=0.5, progress=False)
+    with pytest.raises(UserError, match=r"different tokenizers, .* --tokenizer .*/tokenizer"):
+        open_data(recipe_of(data=[str(small_data.root), str(foreign.root)]))
+
+
+def test_packs_over_cp_need_filled_documents(small_data: PreparedData, other: PreparedData) -> None:
+    settings: dict[str, Any] = {"packed_documents": True, "tp": 1, "cp": 2, "mode": "mamba3"}
+    settings |= {"mamba_num_heads": 56}
+    message = r"multiple of 4 tokens, and those of .* have multiples of 1\. .*--document-multiple 4"
+    with pytest.raises(UserError, match=message):
+        open_data(recipe_of(data=str(small_data.root), **settings))
+    open_data(recipe_of(data=str(other.root), **settings))
+    with pytest.raises(UserError, match="needs a multiple of 8 tokens"):
+        open_data(recipe_of(data=str(other.root), **settings | {"cp": 4}))
+    with pytest.raises(UserError, match=r"CP=2: Megatron's MambaMixer .* mode='mamba3'"):
+        open_data(recipe_of(data=str(other.root), **settings | {"mode": "nemo_native"}))
+
+
+def _module(data: str, **options: Any) -> Any:
+    from nemo_megacpp.recipes.nemo.data import HybridDataModule
+
+    module = HybridDataModule(data, 300, 32, num_workers=0, output_log=False, **options)
+    module.build(16, 16, 4, 4)
+    return module
+
+
+def test_blend_and_packs_through_nemo(small_data: PreparedData, other: PreparedData) -> None:
+    blend = {str(small_data.root): 1.0, str(other.root): 3.0}
+    module = _module(str(small_data.root), blend=blend, packed_documents=True)
+    drawn = [int(module._train_ds[number]["dataset_id"]) for number in range(128)]
+    assert drawn.count(1) == pytest.approx(96, abs=2)
+    assert "document_start" in module._train_ds[0]
+    assert module.tokenizer.eod == small_data.eos_id
+    by_size = _module(str(small_data.root), blend=dict.fromkeys(blend))
+    assert "document_start" not in by_size._train_ds[0]
+
+
+def test_inspected_rows_are_those_of_a_run(small_data: PreparedData) -> None:
+    module = _module(str(small_data.root), packed_documents=True)
+    for row, sample in zip(read_rows(small_data, 5, 32), module._train_ds, strict=False):
+        ids = [token for piece in row.pieces for token in piece.ids]
+        assert torch.equal(sample["tokens"], torch.tensor(ids))
