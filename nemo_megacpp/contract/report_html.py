@@ -46,8 +46,6 @@ def html_report(plan: Plan) -> str:
         if job.kernels == "gpu"
         else "plain torch kernels; their activations are formulas held to recorded runs"
     )
-    present = set(plan.sizes.config.pattern.letters)
-    families = {k: v for k, v in FAMILY_COLOURS.items() if k in present}
     sections = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{plan.parameters:,} parameters. {escape(job.layout.describe())}, {job.gpus_per_node} "
@@ -55,11 +53,9 @@ def html_report(plan: Plan) -> str:
         f"{plan.sizes.config.seq_length:,} tokens a step, in {job.num_microbatches} microbatches "
         f"of {job.micro_batch_size} a replica. {_verdict(plan)}</p>",
         "<h2>Stages and blocks</h2>",
-        legend({**families, "": END_COLOUR}, {**_FAMILY_NAMES, "": "embedding, head"}),
-        stages_picture(plan),
+        _stages(plan),
         "<h2>Memory of one rank</h2>",
-        legend(MEMORY_COLOURS),
-        memory_picture(plan),
+        _memory(plan),
         f'<p class="note">Parameters, gradients and optimizer are exact. Activations are by '
         f"formula, at the peak of Megatron's schedule: {kernels}. Not counted: temporaries, "
         f"fragmentation, the communication library's buffers.</p>",
@@ -81,6 +77,35 @@ def html_report(plan: Plan) -> str:
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
         f"<body>{''.join(sections)}</body></html>\n"
     )
+
+
+def plan_summary(plan: Plan) -> str:
+    """Return the pictures of stages and memory and what the layout costs, for another page."""
+    style = (
+        "svg text { font: 13px system-ui, sans-serif; } svg .b { font-weight: 600; } "
+        "svg .s { font-size: 11px; } svg .on { fill: #fff; } .legend .key { margin-right: 1.4em; } "
+        ".legend i { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }"
+    )
+    return "\n".join(
+        (
+            f"<style>{style}</style>",
+            f"<p>{plan.parameters:,} parameters; activations by formula.</p>",
+            _stages(plan),
+            _memory(plan),
+            _list(f"<b>{c.axis}</b> {c.effect} {escape(c.message)}" for c in plan.costs),
+        )
+    )
+
+
+def _stages(plan: Plan) -> str:
+    present = set(plan.sizes.config.pattern.letters)
+    families = {k: v for k, v in FAMILY_COLOURS.items() if k in present}
+    names = {**_FAMILY_NAMES, "": "embedding, head"}
+    return legend({**families, "": END_COLOUR}, names) + stages_picture(plan)
+
+
+def _memory(plan: Plan) -> str:
+    return legend(MEMORY_COLOURS) + memory_picture(plan)
 
 
 def _verdict(plan: Plan) -> str:

@@ -63,7 +63,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _run(args: argparse.Namespace) -> int:
-    print(write_report(Path(args.run_dir), args.out and Path(args.out)))
+    from nemo_megacpp.recipes.report_plan import plan_section
+
+    run_dir = Path(args.run_dir)
+    recipe = read_run(run_dir).recipe
+    sections = [] if recipe is None else [plan_section(recipe)]
+    print(write_report(run_dir, args.out and Path(args.out), sections))
     return 0
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from nemo_megacpp.checkpoint.identity import write_identity
+from nemo_megacpp.cli import build_parser
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes import report_page
 from nemo_megacpp.recipes.curves import read_curve
@@ -165,3 +166,14 @@ def test_refusals(tmp_path: Path, run_dir: Path) -> None:
     (run_dir / METRICS_FILE).write_text("")
     with pytest.raises(UserError, match="has not made a step yet"):
         write_report(run_dir)
+
+
+def test_the_command_adds_the_plan(run_dir: Path) -> None:
+    recipe = from_mapping({"recipe": "nam56r_tiny", "tp": 2, "etp": 1})
+    (run_dir / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_mapping()))
+    args = build_parser().parse_args(["report", str(run_dir)])
+    assert args.run(args) == 0
+    text = (run_dir / "record" / "report.html").read_text()
+    plan = text[text.index("<h2>Plan</h2>") : text.index("<h2>Events</h2>")]
+    assert plan.count("<svg") == 2
+    assert "embedding, head" in plan
