@@ -7,12 +7,12 @@ INSTALLED := $(VENV)/.installed
 ORACLES := $(VENV)/oracles/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: train test lint install oracles clean
+.PHONY: train test lint docs install oracles clean
 
 train: $(INSTALLED)
 	$(BIN)/nemo-megacpp demo --out runs/demo
 
-test: lint $(ORACLES)
+test: lint docs $(ORACLES)
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -20,6 +20,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check nemo_megacpp tests examples benchmarks
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile
+
+docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 install: $(INSTALLED)
@@ -45,4 +47,4 @@ $(ORACLES): requirements-oracles.txt | $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs data
+	rm -rf $(VENV) runs data build

@@ -19,7 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+
+
+def _pages() -> list[Path]:
+    """Return the pages in the order of the navigation: a later one may use what an earlier made."""
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    names = re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)
+    return [*(ROOT / "docs" / name for name in names), ROOT / "README.md"]
+
+
+PAGES = _pages()
 
 _BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
