@@ -111,14 +111,15 @@ def _points(chunk: Any, config: HybridConfig) -> Iterator[tuple[Point, torch.nn.
 
 
 def _taps(family: Family, config: HybridConfig) -> list[_Tap]:
-    """Return what is watched in a layer of ``family``, in the order of execution."""
+    """Return what is watched in a layer of ``family``, in the order of execution; of a family that
+    a user added, the layer's output."""
     inside = {
         Family.ATTENTION: _attention_taps,
         Family.MAMBA: _mamba3_taps if config.mode == "mamba3" else _mamba_taps,
         Family.EXPERT: _expert_taps,
         Family.RECURRENT: _recurrent_taps,
-    }[family](config)
-    return [*inside, _Tap("", _HIDDEN)]
+    }
+    return [*(inside[family](config) if family in inside else ()), _Tap("", _HIDDEN)]
 
 
 def _attention_taps(config: HybridConfig) -> list[_Tap]:
