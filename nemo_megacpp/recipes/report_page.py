@@ -29,7 +29,8 @@ p.pattern { font: 14px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; col
 .failed { background: #fad7d7; }
 table { border-collapse: collapse; }
 td, th { text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top;
-  border-bottom: 1px solid #eef0f3; overflow-wrap: anywhere; }
+  border-bottom: 1px solid #eef0f3; }
+td:last-child { overflow-wrap: anywhere; }
 th { font-weight: 600; white-space: nowrap; }
 svg { width: 100%; height: auto; }
 pre { background: #f5f7f9; padding: .8rem; overflow-x: auto; font-size: 13px; }
@@ -104,7 +105,7 @@ def _layout(report: RunReport) -> str:
 
 
 def _degrees(layout: ParallelLayout) -> list[tuple[str, str]]:
-    return [(name, str(value)) for name, value in layout.megatron_fields().items()]
+    return [(name, str(value).lower()) for name, value in layout.megatron_fields().items()]
 
 
 def _batch(recipe: Recipe) -> list[tuple[str, str]]:
