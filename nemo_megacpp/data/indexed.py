@@ -19,6 +19,11 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, type[np.generic]] = {4: np.int32, 8: np.uint16}
 
 
+def token_dtype(vocab_size: int) -> type[np.generic]:
+    """Return the type that Megatron stores ids in (its ``DType.optimal_dtype``)."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
 @dataclass(frozen=True)
 class IndexedTokens:
     """Token ids of one split, one sequence a document."""

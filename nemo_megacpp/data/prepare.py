@@ -25,6 +25,7 @@ from nemo_megacpp.data.corpus import (
     find_files,
 )
 from nemo_megacpp.data.encode import Encoding, Reading, Sampling, join_parts, part_folder
+from nemo_megacpp.data.indexed import token_dtype
 from nemo_megacpp.data.prepared import PreparedData, SplitCounts, read_manifest
 from nemo_megacpp.data.shards import Run, Shard, cut, usual_workers, workers
 from nemo_megacpp.data.split import SPLITS, Places, SplitPlan, plan_split
@@ -199,9 +200,7 @@ class _Passes:
         self, plan: SplitPlan, tokenizer: Path, vocab_size: int, document_multiple: int
     ) -> dict[Any, tuple[int, int]]:
         """Encode what is not encoded yet, and join all of it; return tokens and padding."""
-        from megatron.core.datasets.indexed_dataset import DType
-
-        dtype = DType.optimal_dtype(vocab_size)
+        dtype = token_dtype(vocab_size)
         parts = self.stage.parts
         encode = Encoding(self.reading, plan, tokenizer, dtype, document_multiple, parts)
         missing = [shard for shard in self.shards if not part_folder(parts, shard).exists()]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_megacpp.data import commands
-from nemo_megacpp.data.indexed import IndexedTokens
+from nemo_megacpp.data.indexed import IndexedTokens, token_dtype
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
 
@@ -107,6 +107,13 @@ def test_index_agrees_with_megatron(prepared: PreparedData) -> None:
     for i in range(len(theirs)):
         assert ours.document(i).tolist() == theirs[i].tolist()
         assert ours.document(i, 3).tolist() == theirs[i][:3].tolist()
+
+
+def test_token_types_are_megatrons() -> None:
+    from megatron.core.datasets.indexed_dataset import DType
+
+    for size in (300, 65499, 65500, 65536, 200_000):
+        assert token_dtype(size) is DType.optimal_dtype(size)
 
 
 def test_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
