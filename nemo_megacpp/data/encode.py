@@ -82,7 +82,7 @@ class Encoding:
     def __call__(self, shard: Shard) -> int:
         """Encode a shard; return its number of bytes on the disk."""
         part = part_folder(self.parts, shard)
-        begun = part.with_name(f".{part.name}")
+        begun = part.with_name(f".{part.name}-{os.getpid()}")
         shutil.rmtree(begun, ignore_errors=True)
         begun.mkdir(parents=True)
         loaded = load_tokenizer(self.tokenizer)

@@ -17,6 +17,7 @@ SHARD_BYTES = 32 << 20
 """Size of a shard, where files or lines allow it."""
 
 _CHUNK = 1 << 20
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def workers(count: int) -> Iterator[Run]:
         yield map
         return
     # Tokenizers have threads, which a fork would leave behind.
-    with multiprocessing.get_context("spawn").Pool(count, _begin) as pool:
+    with multiprocessing.get_context("spawn").Pool(count, _begin, (os.getpid(),)) as pool:
         yield pool.imap
 
 
@@ -101,9 +102,13 @@ def usual_workers(shards: list[Shard]) -> int:
     return min(cores, len(shards)) if len(shards) > 2 else 1
 
 
-def _begin() -> None:
-    # Each worker is one of many already; Ctrl-C is for the process that started them.
+def _begin(parent: int) -> None:
+    """Begin a worker: it leaves Ctrl-C to its parent, and does not outlive it to write on."""
+    import ctypes
     import signal
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one of many already
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before it was watched
+        os._exit(1)
