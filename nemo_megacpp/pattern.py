@@ -190,8 +190,10 @@ class HybridPattern:
         return len(self.families)
 
     def counts(self) -> dict[Family, int]:
-        """The number of layers of every known family, zeros included."""
-        return {family: self.families.count(family) for family in known_families()}
+        """The number of layers of each of the four families, zeros included, and of others that
+        are there."""
+        families = dict.fromkeys((*BUILT_IN, *self.families))
+        return {family: self.families.count(family) for family in families}
 
     def chunks(self, n: int) -> tuple[range, ...]:
         """The global layer indices of each of ``n`` pipeline chunks, in depth order.

@@ -8,14 +8,14 @@ import sys
 import pytest
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.pattern import Family, HybridPattern, known_families
+from nemo_megacpp.pattern import BUILT_IN, Family, HybridPattern
 
 A, M, E, R = Family.ATTENTION, Family.MAMBA, Family.EXPERT, Family.RECURRENT
 UNIT = "AEMEAEMEAEMR"
 
 
 def test_families_have_letters_long_names_and_megatron_symbols() -> None:
-    assert [(f.value, f.long_name, f.megatron_symbol) for f in known_families()] == [
+    assert [(f.value, f.long_name, f.megatron_symbol) for f in BUILT_IN] == [
         ("A", "ablock", "*"),
         ("M", "mblock", "M"),
         ("E", "eblock", "E"),

@@ -66,9 +66,11 @@ class Divides:
     why: str
 
     def __call__(self, case: Case) -> Iterator[Broken]:
+        if not case.has(self.family):
+            return
         size = getattr(case.shape, self.size)
         degree = getattr(case.layout, self.degree)
-        if case.has(self.family) and size and size % degree:
+        if size and size % degree:
             yield Broken(
                 self.degree.upper(),
                 self.rule,

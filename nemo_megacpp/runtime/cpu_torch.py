@@ -111,8 +111,14 @@ def _return_self(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def _nothing() -> Callable[..., None]:
+    """Return a function that does nothing: a new one for each name, because torch's compiler keeps
+    a table by function and refuses one that stands under two names."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    return stand_in
 
 
 def install() -> None:
@@ -123,8 +129,8 @@ def install() -> None:
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
     cuda.current_device = lambda: cpu
-    cuda.set_device = _nothing
-    cuda.synchronize = _nothing
+    cuda.set_device = _nothing()
+    cuda.synchronize = _nothing()
     # On this host one generator serves both roles. Megatron's tracker saves and restores its state
     # around every fork, so the streams of random numbers stay separate.
     cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
@@ -141,7 +147,7 @@ def install() -> None:
     tensor: Any = torch.Tensor
     tensor.cuda = _return_self
     tensor.pin_memory = _return_self
-    tensor.record_stream = _nothing
+    tensor.record_stream = _nothing()
     module: Any = torch.nn.Module
     module.cuda = _return_self
 

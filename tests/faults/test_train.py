@@ -114,7 +114,9 @@ def test_a_full_disk_is_one_line(start: Start, killed: tuple[Run, int]) -> None:
     assert run.end() == 2, run.output
     assert "a run ended while it was being saved" in run.output, "left by the killed run"
     said = run.output.splitlines()[-1]
-    assert said.startswith("The checkpoint ") and "File too large" in said
+    assert said.startswith("The checkpoint ")
+    # Which of a checkpoint's files meets the limit first differs from run to run.
+    assert "File too large" in said or "a limit on file sizes" in said
     assert said.endswith("Earlier ones are as they were.")
     assert "Traceback" not in run.output
     assert newest_step(run) == saved

@@ -81,7 +81,9 @@ def test_packs_of_families_together_under_cp(
 
 
 def _dealt_as_one_document(spec: StepSpec, layout: ParallelLayout, weights: str) -> Any:
-    with mock.patch("nemo_megacpp.proof.step.deal_batch", lambda batch, packed: deal_batch(batch)):
+    with mock.patch(
+        "nemo_megacpp.proof.objective.deal_batch", lambda batch, packed: deal_batch(batch)
+    ):
         return run_step(spec, layout, weights)
 
 

@@ -99,4 +99,8 @@ def _reason(error: BaseException) -> str:
         failures = [failure for failure, _ in error.failures.values()]
         return _reason(failures[0]) if failures else "another rank could not write"
     cause = error.__cause__
-    return _reason(cause) if isinstance(cause, OSError) else str(error).rstrip(".")
+    if isinstance(cause, OSError):
+        return _reason(cause)
+    if "unexpected pos" in str(error):  # torch's writer, of a file that did not grow
+        return "a file could not be written on (a full disk, a quota, or a limit on file sizes)"
+    return str(error).rstrip(".")
