@@ -193,13 +193,13 @@ def test_loggers_and_checkpoints(
         wandb_project="hybrids",
         run_dir="first",
         keep_last=3,
-        keep_every=50,
+        keep_every=160,
         async_save=True,
     )
     log = task.log
     assert log.tensorboard is None
     assert (log.wandb.project, log.wandb.name) == ("hybrids", "first")
-    assert (log.ckpt.keep_last, log.ckpt.keep_every) == (3, 50)
+    assert (log.ckpt.keep_last, log.ckpt.keep_every) == (3, 160)
     assert task.trainer.strategy.ckpt_async_save
     with pytest.raises(UserError, match="wandb_name is given without wandb_project"):
         factories.nam56r_tiny(wandb_name="first")

@@ -105,11 +105,11 @@ def _same_end(one: Path, other: Path, step: int = STEPS) -> None:
 
 
 def _records(run: Path) -> dict[int, dict[str, Any]]:
-    """Return loss, gradient norm, learning rate and auxiliary losses by step, without times."""
-    timing = ("seconds", "tokens_per_second")
+    """Return loss, gradient norm, learning rate and auxiliary losses by step, without what the host decides."""
+    host = ("seconds", "tokens_per_second", "memory")
     steps = read_curve(run).steps
     return {
-        step: {key: value for key, value in record.items() if key not in timing}
+        step: {key: value for key, value in record.items() if key not in host}
         for step, record in steps.items()
     }
 
