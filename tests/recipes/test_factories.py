@@ -203,7 +203,10 @@ def test_loggers_and_checkpoints(
     assert task.trainer.strategy.ckpt_async_save
     with pytest.raises(UserError, match="wandb_name is given without wandb_project"):
         factories.nam56r_tiny(wandb_name="first")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "wandb" else find(name)
+    )
     with pytest.raises(UserError, match="wandb is not installed: pip install wandb"):
         factories.nam56r_tiny(wandb_project="hybrids")
 

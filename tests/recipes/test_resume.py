@@ -105,7 +105,7 @@ def _same_end(one: Path, other: Path, step: int = STEPS) -> None:
 
 
 def _records(run: Path) -> dict[int, dict[str, Any]]:
-    """Return loss, gradient norm, learning rate and auxiliary losses by step, without what the host decides."""
+    """Return what each step computed, without what its host decides."""
     host = ("seconds", "tokens_per_second", "memory")
     steps = read_curve(run).steps
     return {
