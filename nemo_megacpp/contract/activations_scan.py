@@ -8,6 +8,7 @@ rank holds all tokens of its heads, so that tokens times heads stay what they we
 from __future__ import annotations
 
 from nemo_megacpp.contract.sizes import MAMBA_CHUNK, MAMBA_CONV_KERNEL, Sizes
+from nemo_megacpp.mixers.kernels.m2rnn_triton import CHECKPOINT_EVERY
 from nemo_megacpp.mixers.mamba3_rows import rank_share, rows_per_head, split_rows
 
 Items = list[tuple[str, int]]
@@ -140,14 +141,19 @@ def recurrent_scan(sizes: Sizes) -> Items:
         ("convolution: before SiLU", tokens * channels * wide),
         ("convolution: output", tokens * channels * e),
         ("forget gates", 3 * tokens * heads * wide + 2 * heads * wide),
-        (
-            "every state of the recurrence",
-            batch * (length + 1) * heads * dims.key_head_dim * dims.value_head_dim * wide,
-        ),
         ("output, gate and gated output", 3 * tokens * inner * e),
         ("norm: input and scale", sizes.tokens * (sizes.m2rnn_heads * dims.value_head_dim + 1) * 4),
         ("norm: normed and output", 2 * tokens * inner * e),
     ]
+    state = heads * dims.key_head_dim * dims.value_head_dim
+    if sizes.m2rnn_in_triton:
+        kept = batch * -(-length // CHECKPOINT_EVERY)
+        items.append((f"states of the recurrence, one in {CHECKPOINT_EVERY}", kept * state * 4))
+        items.append(("q, k and v, each by itself", tokens * channels * e))
+        if e != wide:
+            items.append(("gates as the kernel takes them", tokens * heads * e))
+        return items
+    items.append(("every state of the recurrence", batch * (length + 1) * state * wide))
     if e != wide:
         items.append(("q, k, v and gates in float32", tokens * (channels + heads) * wide))
         items.append(

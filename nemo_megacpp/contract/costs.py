@@ -182,12 +182,11 @@ def _optimizer(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
 
 
 def _kernels(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
-    if _has(sizes, Family.RECURRENT):
+    if _has(sizes, Family.RECURRENT) and not sizes.m2rnn_in_triton:
         yield Cost(
             "MODEL",
             "forces",
-            "R to keep the state after every token for its backward pass (torch kernel; our Triton "
-            "kernel keeps one in 64)",
+            "R to keep the state after every token for its backward pass (torch kernel)",
         )
     if sizes.config.recompute_granularity == "selective":
         again = ", ".join(sizes.config.recompute_modules)

@@ -14,6 +14,7 @@ from nemo_megacpp.config import (
 )
 from nemo_megacpp.contract.job import Job
 from nemo_megacpp.layout import ParallelLayout, padded_vocab_size
+from nemo_megacpp.mixers.kernels.m2rnn_triton import unfit_for_triton
 
 # Of Megatron's MambaMixer and of mamba_ssm, which the configuration cannot change.
 MAMBA_CONV_KERNEL = 4
@@ -118,6 +119,12 @@ class Sizes:
         asked = self.m2rnn.context_parallel
         cp = self.layout.cp
         return cp > 1 and (asked == "serial" or self.m2rnn_heads % cp != 0)
+
+    @property
+    def m2rnn_in_triton(self) -> bool:
+        """Whether the recurrence runs in our Triton kernels."""
+        fits = unfit_for_triton(self.m2rnn.value_head_dim, self.config.params_dtype) is None
+        return self.job.kernels == "gpu" and self.m2rnn.kernel != "torch" and fits
 
     # --- E
 

@@ -12,6 +12,7 @@ from nemo_megacpp.contract.activations import (
     head_activations,
     total,
 )
+from nemo_megacpp.contract.job import Job
 from nemo_megacpp.contract.sizes import sizes_of_job
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import Family
@@ -66,3 +67,14 @@ def test_a_family(ranks: WorkerPool, model: dict[str, Any], layout: str, precisi
     assert planned == {
         place: pytest.approx(size, rel=WITHIN) for place, size in run.saved.items()
     }, {place: planned[place] / size for place, size in run.saved.items()}
+
+
+def test_a_gpu_keeps_one_state_in_64_of_the_recurrence() -> None:
+    def states(**changes: object) -> dict[str, int]:
+        job = Job(tiny_model("R", seq_length=1000, **changes), kernels="gpu")
+        kept = block_activations(sizes_of_job(job), Family.RECURRENT)
+        return {item.what: item.bytes for item in kept if "of the recurrence" in item.what}
+
+    size = 12 * 5 * 4 * 4  # heads, K, V, bytes
+    assert states()["states of the recurrence, one in 64"] == 16 * size
+    assert states(m2rnn_kernel="torch")["every state of the recurrence"] == 1001 * size

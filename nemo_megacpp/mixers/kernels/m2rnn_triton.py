@@ -22,6 +22,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # W and its gradient are V×V numbers each, and stay in the registers of one program.
 _LARGEST_VALUE_DIM = 64
 _SMALLEST_TILE = 16
+CHECKPOINT_EVERY = 64
+"""One state in so many is kept for the backward pass, if nothing else is asked for."""
 _TENSOR_CORES = (8, 0)
 
 
@@ -47,6 +49,18 @@ def m2rnn_triton_reason(
     """
     if device is not None and device.type != "cuda":
         return f"it needs a CUDA device, and the activations are on {device.type}"
+    if (unfit := unfit_for_triton(value_dim, dtype)) is not None:
+        return unfit
+    kernels = _kernels()
+    if isinstance(kernels, str):
+        return kernels
+    if device is not None and (found := torch.cuda.get_device_capability(device)) < _TENSOR_CORES:
+        return f"it wants compute capability 8.0, and {device} has {found[0]}.{found[1]}"
+    return None
+
+
+def unfit_for_triton(value_dim: int, dtype: torch.dtype) -> str | None:
+    """Say what of a model the Triton kernels cannot do, on whatever machine; None if nothing."""
     if value_dim > _LARGEST_VALUE_DIM:
         return (
             f"it holds value head dims up to {_LARGEST_VALUE_DIM}, and m2rnn_value_head_dim is "
@@ -54,11 +68,6 @@ def m2rnn_triton_reason(
         )
     if dtype not in _DTYPES:
         return f"it computes in float32, and the activations are {str(dtype).split('.')[-1]}"
-    kernels = _kernels()
-    if isinstance(kernels, str):
-        return kernels
-    if device is not None and (found := torch.cuda.get_device_capability(device)) < _TENSOR_CORES:
-        return f"it wants compute capability 8.0, and {device} has {found[0]}.{found[1]}"
     return None
 
 
@@ -73,7 +82,7 @@ def m2rnn_triton(
     seq_idx: Tensor | None = None,
     state_gradient_clip: float | None = None,
     clip_order: ClipOrder = "before_output",
-    checkpoint_every: int = 64,
+    checkpoint_every: int = CHECKPOINT_EVERY,
     block_k: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """:func:`nemo_megacpp.mixers.kernels.m2rnn.m2rnn_scan` on a GPU; computes in float32.
