@@ -145,8 +145,10 @@ class CheckpointContent:
         try:
             with path.open("rb") as stream:
                 scan_torch_file(stream, str(path))
-            with torch.serialization.safe_globals(SAFE_GLOBALS):
-                held = torch.load(path, map_location="cpu", weights_only=True)
+            # Megatron's list stays registered: torch's context manager would take off at its end
+            # what Megatron put on when it was imported, and Megatron's own load would then fail.
+            torch.serialization.add_safe_globals(list(SAFE_GLOBALS))
+            held = torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from None
         except UserError:

@@ -289,8 +289,9 @@ def _scan_byte_tensors(stream: IO[bytes]) -> None:
     import torch
 
     stream.seek(0)
-    with torch.serialization.safe_globals([io.BytesIO, bytes]):
-        held = torch.load(stream, map_location="cpu", weights_only=True)
+    # For good, as Megatron has it: torch's context manager would take Megatron's entry off again.
+    torch.serialization.add_safe_globals([io.BytesIO, bytes])
+    held = torch.load(stream, map_location="cpu", weights_only=True)
     for value in held if isinstance(held, list) else [held]:
         if isinstance(value, torch.Tensor) and value.numel():
             _scan(value.contiguous().view(torch.uint8).numpy().tobytes())

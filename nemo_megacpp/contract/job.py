@@ -52,7 +52,8 @@ class Job:
 
     def __post_init__(self) -> None:
         load_families(self.model.get("family_modules"))
-        letters = HybridPattern.parse(self.model["hybrid_pattern"]).families
+        pattern = self.model.get("hybrid_pattern")
+        letters = HybridPattern.parse(pattern).families if pattern else ()
         added = sorted({family.value for family in letters} - {f.value for f in BUILT_IN})
         if added:
             raise UserError(

@@ -123,7 +123,7 @@ def step_collectives(
     letters = "".join(chunk.letters for chunk in stage.chunks)
     blocks = letters.count(Family.EXPERT.value)
     if blocks and sizes.config.moe_router_enable_expert_bias:
-        size = blocks * sizes.experts * sizes.e
+        size = blocks * sizes.experts * 4  # float32 whatever the model is
         once("all_reduce", "tp-cp-dp", size, "routing", "tokens per expert, for the router's bias")
     if job.use_distributed_optimizer:
         once("all_reduce", "world", 4, "sum", "gradient norm")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.runtime.host import current_host
 
 if TYPE_CHECKING:
     from nemo_megacpp.recipes.recipe import Recipe
@@ -88,7 +89,8 @@ def check_packing_of(recipe: Recipe, multiples: dict[Path, int]) -> None:
                 f"{folder} have multiples of {multiple}. Prepare it with --document-multiple "
                 f"{2 * cp} (the rows are then the same in every layout), or use CP=1."
             )
-    if "M" in recipe.pattern.letters and recipe.model.get("mode") != "mamba3":
+    native = "M" in recipe.pattern.letters and recipe.model.get("mode") != "mamba3"
+    if native and current_host().device != "cpu":  # that host brings what Megatron's mixer asks for
         from nemo_megacpp.specs.packs import refuse_native_mamba
 
         refuse_native_mamba(cp)

@@ -34,6 +34,7 @@ from nemo_megacpp.checkpoint.inspect import describe
 from nemo_megacpp.checkpoint.manifest import FILE, check_manifest, is_complete, write_manifest
 from nemo_megacpp.checkpoint.random_state import random_state, sharded_random_state
 from nemo_megacpp.checkpoint.reshard import import_safetensors, reshard
+from nemo_megacpp.checkpoint.safe_pickle import scan_checkpoint
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.step import build_chunks, make_config
@@ -415,3 +416,13 @@ def test_an_export_of_damaged_weights_says_where(own_run: Path, tmp_path: Path) 
     with pytest.raises(UserError, match=r"is damaged at module\.decoder\.final_norm\.weight"):
         export(own_run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_reading_leaves_megatron_what_it_may_load(run_checkpoint: Path) -> None:
+    """Megatron's loads after it, in the same process, need the classes that it has registered."""
+    from megatron.core.safe_globals import SAFE_GLOBALS
+
+    torch.serialization.add_safe_globals(list(SAFE_GLOBALS))
+    CheckpointContent(run_checkpoint).common()
+    scan_checkpoint(run_checkpoint / "weights")
+    assert set(SAFE_GLOBALS) <= set(torch.serialization.get_safe_globals())

@@ -14,6 +14,7 @@ from nemo_megacpp.data.rows import read_rows
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.check import open_data
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping, resolve
+from nemo_megacpp.runtime.host import Host
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,9 @@ def test_blends_are_opened_and_refused(
         open_data(recipe_of(data=[str(small_data.root), str(foreign.root)]))
 
 
-def test_packs_over_cp_need_filled_documents(small_data: PreparedData, other: PreparedData) -> None:
+def test_packs_over_cp_need_filled_documents(
+    small_data: PreparedData, other: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings: dict[str, Any] = {"packed_documents": True, "tp": 1, "cp": 2, "mode": "mamba3"}
     settings |= {"mamba_num_heads": 56}
     message = r"multiple of 4 tokens, and those of .* have multiples of 1\. .*--document-multiple 4"
@@ -100,8 +103,12 @@ def test_packs_over_cp_need_filled_documents(small_data: PreparedData, other: Pr
     open_data(recipe_of(data=str(other.root), **settings))
     with pytest.raises(UserError, match="needs a multiple of 8 tokens"):
         open_data(recipe_of(data=str(other.root), **settings | {"cp": 4}))
+    native = recipe_of(data=str(other.root), **settings | {"mode": "nemo_native"})
+    open_data(native)  # the no-GPU host tells Megatron's mixer the order of a pack
+    monkeypatch.setattr("nemo_megacpp.recipes.sources.current_host", lambda: Host("cuda", "nccl"))
+    monkeypatch.setattr("megatron.core.ssm.mamba_context_parallel.tex", None)
     with pytest.raises(UserError, match=r"CP=2: Megatron's MambaMixer .* mode='mamba3'"):
-        open_data(recipe_of(data=str(other.root), **settings | {"mode": "nemo_native"}))
+        open_data(native)
 
 
 def _module(data: str, **options: Any) -> Any:
