@@ -7,7 +7,6 @@ by that, and is cleared away at the next start.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +47,7 @@ def finish_checkpoint(directory: Path, identity: Mapping[str, Any], step: int) -
     """
     write_identity(directory, {**identity, "manifest": manifest.FILE}, step)
     manifest.write_manifest(directory)
-    _sync_folder(directory.parent)
+    manifest.sync(directory.parent)
 
 
 def remove_checkpoint(directory: Path) -> None:
@@ -57,7 +56,7 @@ def remove_checkpoint(directory: Path) -> None:
     if doomed.exists():
         shutil.rmtree(doomed)
     directory.rename(doomed)
-    _sync_folder(doomed.parent)
+    manifest.sync(doomed.parent)
     shutil.rmtree(doomed)
 
 
@@ -109,11 +108,3 @@ def clear_leftovers(folder: Path) -> list[str]:
             told.append(f"removed {directory}: a run ended while it was being saved")
         mark.unlink()
     return told
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

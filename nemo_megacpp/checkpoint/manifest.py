@@ -96,16 +96,16 @@ def write_manifest(directory: Path) -> None:
     content = {"schema": SCHEMA, "hash": _HASH, "files": files}
     text = json.dumps({**content, "own_checksum": _own_checksum(content)}, indent=0)
     for path in paths:
-        _sync(directory / path)
+        sync(directory / path)
     for folder in {(directory / path).parent for path in paths}:
-        _sync(folder)
+        sync(folder)
     partial = directory / _PARTIAL
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     partial.rename(directory / FILE)
-    _sync(directory)
+    sync(directory)
 
 
 def _shards(directory: Path) -> dict[str, list[tuple[int, int, str]]]:
@@ -289,7 +289,7 @@ def _own_checksum(content: dict[str, Any]) -> str:
     return hashlib.new(_HASH, json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -107,7 +107,9 @@ def _begin(parent: int) -> None:
     import ctypes
     import signal
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one of many already
+    # Threads of the tokenizers library, for which it has no other switch: each worker is one of
+    # many already. What it returns does not depend on it.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it has ended before it was watched
