@@ -1,4 +1,4 @@
-"""`nemo-megacpp data prepare` and `data inspect`. Building the parser loads no heavy library."""
+"""`nemo-megacpp data prepare`, `adopt` and `inspect`. The parser loads no heavy library."""
 
 from __future__ import annotations
 
@@ -39,13 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     prepare.add_argument(
         "--tokenizer", metavar="DIR", help="use this Hugging Face tokenizer instead of training one"
     )
-    prepare.add_argument(
-        "--held-out",
-        type=float,
-        default=0.05,
-        metavar="F",
-        help="share of documents (default 0.05)",
-    )
+    _add_held_out(prepare)
     prepare.add_argument(
         "--text-key", default="text", metavar="K", help="JSONL field with the text (default text)"
     )
@@ -74,6 +68,24 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     prepare.add_argument("--overwrite", action="store_true", help="replace prepared data in DIR")
     prepare.set_defaults(run=_run_prepare)
 
+    adopt = commands.add_parser(
+        "adopt",
+        help="train on .bin/.idx that Megatron's preprocess_data.py made, without a copy",
+        description="Make a folder of prepared data over PREFIX.bin and PREFIX.idx: an index for "
+        "each split and links to the tokens, each of which is checked once.",
+    )
+    adopt.add_argument("prefix", metavar="PREFIX", help="both files without .bin and .idx")
+    adopt.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    adopt.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer that made them"
+    )
+    _add_held_out(adopt)
+    adopt.add_argument(
+        "--held-out-prefix", metavar="PREFIX", help="files to hold out instead of a share"
+    )
+    adopt.add_argument("--overwrite", action="store_true", help="replace prepared data in DIR")
+    adopt.set_defaults(run=_run_adopt)
+
     inspect = commands.add_parser(
         "inspect", help="check prepared data; show counts, document lengths and samples"
     )
@@ -88,6 +100,33 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--seq-length", type=int, default=4096, metavar="S", help="tokens of a row (default 4096)"
     )
     inspect.set_defaults(run=_run_inspect)
+
+
+def _add_held_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="share of documents (default %(default)s)",
+    )
+
+
+def _run_adopt(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from nemo_megacpp.data.adopt import adopt
+
+    data = adopt(
+        args.prefix,
+        args.out,
+        tokenizer=args.tokenizer,
+        held_out=args.held_out,
+        held_out_prefix=args.held_out_prefix,
+        overwrite=args.overwrite,
+    )
+    _print_counts(Console(), data)
+    return 0
 
 
 def _run_prepare(args: argparse.Namespace) -> int:
@@ -173,10 +212,10 @@ def _print_counts(console: Console, data: PreparedData) -> None:
     for heading in ("documents", "tokens", "bytes", "bytes/token"):
         table.add_column(heading, justify="right")
     for name, split in data.splits.items():
-        ratio = split.bytes / split.tokens
-        table.add_row(
-            name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", f"{ratio:.2f}"
-        )
+        size, ratio = "", ""
+        if split.bytes is not None:
+            size, ratio = f"{split.bytes:,}", f"{split.bytes / split.tokens:.2f}"
+        table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", size, ratio)
     console.print(table)
     left_out = {
         "empty": "empty",

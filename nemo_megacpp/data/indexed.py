@@ -26,20 +26,28 @@ def token_dtype(vocab_size: int) -> type[np.generic]:
 
 @dataclass(frozen=True)
 class IndexedTokens:
-    """Token ids of one split, one sequence a document."""
+    """Token ids of one split, one sequence a document.
+
+    Attributes:
+        path: of the ``.bin``.
+        dtype: of a token id.
+        lengths: tokens of each document, EOS included: int32 ``[documents]``.
+        offsets: bytes before each document in the file: int64 ``[documents]``. Documents may be
+            left out of an index, and several indices may share one file.
+    """
 
     path: Path
     dtype: type[np.generic]
     lengths: np.ndarray
-    """Tokens of each document, EOS included: int32 [documents]."""
+    offsets: np.ndarray
 
     @classmethod
     def open(cls, prefix: str | Path) -> IndexedTokens:
         """Open ``prefix.bin`` and ``prefix.idx``.
 
         Raises:
-            UserError: A file is missing or unreadable, is not of this format, or has another size
-                than the index says.
+            UserError: A file is missing or unreadable, is not of this format, has documents of
+                several sequences, or has another size than the index says.
         """
         index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         try:
@@ -55,12 +63,20 @@ class IndexedTokens:
         expected = _HEADER.size + 12 * sequences + 8 * documents
         if len(raw) != expected:
             raise UserError(f"{index} has {len(raw):,} bytes; its header says {expected:,}.")
+        if documents != sequences + 1:
+            raise UserError(
+                f"{index} has {sequences:,} sequences in {max(documents - 1, 0):,} documents; "
+                f"here a document is one sequence (preprocess_data.py without --split-sentences)."
+            )
         dtype = _DTYPES[code]
         lengths = np.frombuffer(raw, np.int32, sequences, _HEADER.size)
-        expected = int(lengths.sum(dtype=np.int64)) * np.dtype(dtype).itemsize
-        if data_size != expected:
+        offsets = np.frombuffer(raw, np.int64, sequences, _HEADER.size + lengths.nbytes)
+        sizes = lengths.astype(np.int64) * np.dtype(dtype).itemsize
+        expected = int((offsets + sizes).max(initial=0))
+        # A link leads to a file that other indices share.
+        if data_size < expected or (data_size > expected and not data.is_symlink()):
             raise UserError(f"{data} has {data_size:,} bytes; its index says {expected:,}.")
-        return cls(data, dtype, lengths)
+        return cls(data, dtype, lengths, offsets)
 
     @property
     def tokens(self) -> int:
@@ -69,8 +85,27 @@ class IndexedTokens:
 
     def document(self, number: int, limit: int | None = None) -> np.ndarray:
         """Return the first ``limit`` token ids of a document: [tokens]."""
-        start = int(self.lengths[:number].sum(dtype=np.int64))
         length = int(self.lengths[number])
         count = length if limit is None else min(length, limit)
-        offset = start * np.dtype(self.dtype).itemsize
-        return np.fromfile(self.path, self.dtype, count=count, offset=offset)
+        return np.fromfile(self.path, self.dtype, count=count, offset=int(self.offsets[number]))
+
+
+def write_index(
+    path: Path, dtype: type[np.generic], lengths: np.ndarray, offsets: np.ndarray
+) -> None:
+    """Write an index of documents that lie anywhere in their ``.bin``.
+
+    Megatron's own writer has no offsets: it takes documents to lie end to end.
+
+    Args:
+        path: of the ``.idx``.
+        dtype: of a token id in the ``.bin``.
+        lengths: tokens of each document, ``[documents]``.
+        offsets: bytes before each document, ``[documents]``.
+    """
+    code = next(code for code, known in _DTYPES.items() if known is dtype)
+    with path.open("wb") as file:
+        file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        file.write(lengths.astype(np.int32).tobytes())
+        file.write(offsets.astype(np.int64).tobytes())
+        file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())

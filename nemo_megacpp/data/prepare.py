@@ -26,9 +26,10 @@ from nemo_megacpp.data.corpus import (
 )
 from nemo_megacpp.data.encode import Encoding, Reading, Sampling, join_parts, part_folder
 from nemo_megacpp.data.indexed import token_dtype
-from nemo_megacpp.data.prepared import PreparedData, SplitCounts, read_manifest
+from nemo_megacpp.data.prepared import PreparedData, SplitCounts, reusable
+from nemo_megacpp.data.progress import bars
 from nemo_megacpp.data.shards import Run, Shard, cut, usual_workers, workers
-from nemo_megacpp.data.split import SPLITS, Places, SplitPlan, plan_split
+from nemo_megacpp.data.split import SPLITS, Places, SplitPlan, check_held_out, plan_split
 from nemo_megacpp.data.staging import Stage, clear_stage, staging
 from nemo_megacpp.data.tokenizer import (
     check_vocab_size,
@@ -109,7 +110,7 @@ def prepare(
         "max_document_bytes": max_document_bytes,
         "document_multiple": document_multiple,
     }
-    existing = _existing(out, request, overwrite)
+    existing = reusable(out, request, overwrite)
     if existing is not None:
         clear_stage(out)
         return existing
@@ -117,9 +118,9 @@ def prepare(
     shards = cut(files)
     count = usual_workers(shards) if num_workers is None else min(num_workers, len(shards))
     under_way = {**request, "shard_bytes": shards_module.SHARD_BYTES}
-    with staging(out, under_way) as stage, _bars(progress) as bars:
+    with staging(out, under_way) as stage, bars(progress) as drawn:
         with _interrupt_told(stage), workers(count) as run:
-            passes = _Passes(stage, shards, reading, run, bars)
+            passes = _Passes(stage, shards, reading, run, drawn)
             plan, skipped = passes.plan(held_out, max_bytes)
             folder = stage.folder / "tokenizer"
             if not folder.exists():
@@ -221,8 +222,7 @@ def _interrupt_told(stage: Stage) -> Iterator[None]:
 def _check_arguments(vocab_size: int | None, held_out: float, max_bytes: int | None) -> None:
     if vocab_size is not None:
         check_vocab_size(vocab_size)
-    if not 0 < held_out < 1:
-        raise UserError(f"The held-out share is {held_out}; it must lie between 0 and 1.")
+    check_held_out(held_out)
     if max_bytes is not None and max_bytes < 1:
         raise UserError(f"The size cap is {max_bytes} bytes; it must be positive.")
 
@@ -245,36 +245,6 @@ def _listing(files: list[SourceFile]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _existing(out: Path, request: dict[str, Any], overwrite: bool) -> PreparedData | None:
-    """Return reusable data in ``out``, None if ``out`` may be written, and refuse otherwise."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    try:
-        read_manifest(out)
-    except UserError as error:
-        raise UserError(
-            f"{str(out)!r} exists and is not prepared data, so it is left alone; name another "
-            "folder."
-        ) from error
-    if overwrite:
-        return None
-    data = PreparedData.open(out)
-    changed = [name for name, value in request.items() if data.request.get(name) != value]
-    if changed:
-        details = ", ".join(
-            "the source files"
-            if name == "files"
-            else f"{name} {data.request.get(name)} (now {request[name]})"
-            for name in changed
-        )
-        raise UserError(
-            f"{str(out)!r} holds data prepared otherwise; different: {details}. "
-            "Name another folder, or replace it with --overwrite."
-        )
-    print(f"Reusing {out}: {data.tokens:,} tokens prepared earlier from the same files.")
-    return data
-
-
 def _train(texts: Iterator[str], plan: SplitPlan, vocab_size: int | None, folder: Path) -> None:
     trained = train_tokenizer(texts, vocab_size or DEFAULT_VOCAB_SIZE)
     reached = trained.get_vocab_size()
@@ -289,26 +259,3 @@ def _train(texts: Iterator[str], plan: SplitPlan, vocab_size: int | None, folder
     if plan.tokenizer_bytes < plan.bytes["train"]:
         print(f"Tokenizer trained on {plan.tokenizer_bytes:,} of {plan.bytes['train']:,} bytes.")
     save_tokenizer(trained, folder)
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
-        yield progress

@@ -25,17 +25,23 @@ MANIFEST = "data.json"
 FORMAT = "nemo_megacpp.data"
 VERSION = 1
 COMMAND = "nemo-megacpp data prepare PATH… --out DIR"
+ADOPT = "nemo-megacpp data adopt PREFIX --tokenizer DIR --out DIR"
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """Size of one split: documents, tokens with EOS and padding, bytes of UTF-8 text."""
+    """Size of one split.
+
+    Attributes:
+        documents, tokens: with EOS and padding.
+        bytes: of the text in UTF-8; None where the text was not seen.
+        padding: EOS tokens beyond the one that ends each document.
+    """
 
     documents: int
     tokens: int
-    bytes: int
+    bytes: int | None
     padding: int = 0
-    """EOS tokens beyond the one that ends each document."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,9 @@ class PreparedData:
         root = Path(folder)
         data = cls._from_manifest(root, read_manifest(root))
         try:
+            for state in data.request.get("adopted", []):
+                if file_state(Path(state[0])) != state:
+                    raise UserError(f"{state[0]} was changed since it was adopted.")
             for name in SPLITS:
                 found, said = IndexedTokens.open(root / name), data.splits[name]
                 if (len(found.lengths), found.tokens) != (said.documents, said.tokens):
@@ -77,9 +86,10 @@ class PreparedData:
                     )
             data.check_tokenizer(data.tokenizer_dir)
         except UserError as error:
+            again = ADOPT if "adopted" in data.request else COMMAND
             raise UserError(
                 f"Prepared data in {str(root)!r} is damaged. {error} "
-                f"Make it again: {COMMAND} --overwrite"
+                f"Make it again: {again} --overwrite"
             ) from error
         return data
 
@@ -154,6 +164,15 @@ class PreparedData:
         return self.splits["train"].tokens
 
 
+def file_state(path: Path) -> list[Any] | None:
+    """Return what shows that a file was changed, as `make` sees it; None if it is not there."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return [str(path), stat.st_size, stat.st_mtime_ns]
+
+
 def read_manifest(root: Path) -> dict[str, Any]:
     """Read ``data.json``, whatever its version.
 
@@ -161,6 +180,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
         UserError: The folder is missing or is not prepared data.
     """
     if not root.is_dir():
+        if Path(f"{root}.idx").exists():
+            raise UserError(
+                f"{str(root)!r} are files of Megatron's preprocess_data.py. Take them as they are, "
+                f"once: {ADOPT.replace('PREFIX', str(root))}; then data=DIR."
+            )
         what = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"Prepared data {str(root)!r} {what}. Make it: {COMMAND}")
     path = root / MANIFEST
@@ -177,3 +201,37 @@ def read_manifest(root: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} does not describe prepared data. Make it: {COMMAND}")
     return manifest
+
+
+def reusable(out: Path, request: dict[str, Any], overwrite: bool) -> PreparedData | None:
+    """Return data in ``out`` that an equal request made; None if ``out`` may be written.
+
+    Raises:
+        UserError: ``out`` holds something else, or what another request made.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        read_manifest(out)
+    except UserError as error:
+        raise UserError(
+            f"{str(out)!r} exists and is not prepared data, so it is left alone; name another "
+            "folder."
+        ) from error
+    if overwrite:
+        return None
+    data = PreparedData.open(out)
+    changed = [name for name, value in request.items() if data.request.get(name) != value]
+    if changed:
+        details = ", ".join(
+            "the source files"
+            if name in ("files", "adopted")
+            else f"{name} {data.request.get(name)} (now {request[name]})"
+            for name in changed
+        )
+        raise UserError(
+            f"{str(out)!r} holds data prepared otherwise; different: {details}. "
+            "Name another folder, or replace it with --overwrite."
+        )
+    print(f"Reusing {out}: {data.tokens:,} tokens prepared earlier from the same files.")
+    return data

@@ -22,6 +22,12 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 _END = 1 << 64
 
 
+def check_held_out(share: float) -> None:
+    """Refuse a share of documents to hold out that leaves nothing on one side."""
+    if not 0 < share < 1:
+        raise UserError(f"The held-out share is {share}; it must lie between 0 and 1.")
+
+
 def _place(key: str, purpose: bytes) -> int:
     """Return a number in [0, 2^64). Two purposes give independent numbers: a cap is unbiased."""
     digest = blake2b(key.encode(errors="surrogateescape"), digest_size=8, person=purpose).digest()

@@ -16,7 +16,7 @@ from nemo_megacpp.layout import refuse_illegal
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.recipes.catalog import NAM56R_MODEL
 from nemo_megacpp.recipes.recipe import Recipe
-from nemo_megacpp.recipes.sources import check_packing_of, open_blend
+from nemo_megacpp.recipes.sources import check_packing_of, check_tokenizer_of, open_blend
 
 
 @dataclass(frozen=True)
@@ -111,25 +111,28 @@ def check_loggers_of(recipe: Recipe) -> None:
         raise UserError("wandb_name is given without wandb_project, which turns the logging on.")
 
 
-def open_data(recipe: Recipe) -> tuple[Recipe, PreparedData | None]:
+def open_data(recipe: Recipe) -> tuple[Recipe, list[PreparedData]]:
     """Open the recipe's data; the model takes its vocabulary unless the user gave another.
 
     Returns:
-        The recipe with the vocabulary settled, and the data, of a blend its first; None for a
-        built-in corpus that is yet to be prepared.
+        The recipe with the vocabulary settled, and the data: one folder, or those of the blend;
+        none for a built-in corpus that is yet to be prepared.
 
     Raises:
-        UserError: data that is missing, unreadable, damaged, too short or of another vocabulary; a
-            blend of several tokenizers; packed documents that CP cannot deal.
+        UserError: data that is missing, unreadable, damaged, too short, of another vocabulary or
+            of another tokenizer than asked; a blend of several; packed documents that CP cannot
+            deal.
     """
     if isinstance(recipe.data, dict):
         sources = open_blend(recipe.data)
     else:
         folder = Path(recipe.data or builtin_folder(recipe.model["vocab_size"]))
         if recipe.data is None and not (folder / MANIFEST).exists():
+            check_tokenizer_of(recipe, [])
             check_packing_of(recipe, {folder: 1})
-            return recipe, None
+            return recipe, []
         sources = [PreparedData.open(folder)]
+    check_tokenizer_of(recipe, sources)
     data = sources[0]
     if data.vocab_size != recipe.model["vocab_size"]:
         if recipe.data is None or "vocab_size" in recipe.given:
@@ -149,11 +152,15 @@ def open_data(recipe: Recipe) -> tuple[Recipe, PreparedData | None]:
                     f"seq_length={recipe.model['seq_length']} needs one more than that."
                 )
     check_packing_of(recipe, {data.root: data.document_multiple for data in sources})
-    return recipe, data
+    return recipe, sources
 
 
-def find_resume(recipe: Recipe, data: PreparedData | None) -> Recipe:
+def find_resume(recipe: Recipe, sources: list[PreparedData]) -> Recipe:
     """Return the recipe with ``resume`` turned into the path of a checkpoint that fits.
+
+    Args:
+        recipe: resolved.
+        sources: its data, of :func:`open_data`.
 
     Raises:
         UserError: no such checkpoint, or one of another model or tokenizer.
@@ -172,7 +179,7 @@ def find_resume(recipe: Recipe, data: PreparedData | None) -> Recipe:
         found,
         recipe.model,
         recipe.pattern.letters,
-        data.tokenizer_fingerprint if data is not None else None,
+        sources[0].tokenizer_fingerprint if sources else None,
     )
     return dataclasses.replace(recipe, resume=str(found.absolute()))
 

@@ -6,13 +6,13 @@ of the catalogue, checks it as ``nemo-megacpp train`` does, and returns its NeMo
 
 # NeMo-Run reads a command-line value by its parameter's annotation at run time, and knows
 # Optional[int], but neither "int | None" nor postponed annotations.
-# ruff: noqa: UP045
+# ruff: noqa: UP007, UP045
 
 import dataclasses
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, Optional
+from typing import Any, NoReturn, Optional, Union
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import refuse_illegal
@@ -96,7 +96,9 @@ def _parameters(
     wandb_project: Optional[str] = None,
     wandb_name: Optional[str] = None,
     seed: Optional[int] = None,
-    data: Optional[str] = None,
+    data: Optional[Union[dict[str, float], list[str], str]] = None,
+    tokenizer: Optional[str] = None,
+    packed_documents: Optional[bool] = None,
     run_dir: Optional[str] = None,
     resume: Optional[str] = None,
     verify_checkpoint: Optional[bool] = None,
@@ -145,7 +147,10 @@ def _parameters(
         wandb_project: Weights & Biases project to log to. None: it is not used.
         wandb_name: of the run there. None: the run folder's.
         seed: of weights and data order.
-        data: folder of ``nemo-megacpp data prepare``. None: the built-in corpus.
+        data: folder of ``nemo-megacpp data prepare``, or a blend: a list of folders, weights by
+            folder, or Megatron's ``0.7 code 0.3 prose``. None: the built-in corpus.
+        tokenizer: folder of the tokenizer that the data must have been made with. None: its own.
+        packed_documents: start attention, M and R anew at each document of a row. None: no.
         run_dir: where the run writes. None: a new folder under ``runs/``.
         resume: checkpoint or run folder to go on from, or ``auto`` for the newest in ``run_dir``.
         verify_checkpoint: compare every byte of it with its manifest first. None: yes.

@@ -22,7 +22,7 @@ from nemo_megacpp.values import read_value
 DEFAULT_BASE = "nam56r_tiny"
 """The base of a YAML file that names none."""
 
-_RUN_KEYS = ("recipe", "data", "run_dir", "resume")
+_RUN_KEYS = ("recipe", "data", "tokenizer", "run_dir", "resume")
 _MODEL_ALIASES = {"pattern": "hybrid_pattern", "depth": "num_layers"}
 _TRAINING_ALIASES = {
     "learning_rate": "lr",
@@ -60,6 +60,8 @@ class Recipe:
         training: the run's settings.
         data: folder written by ``nemo-megacpp data prepare``, or a blend: weights by folder; None
             for the built-in corpus.
+        tokenizer: folder of the tokenizer that the data must have been made with; None for the
+            data's own.
         run_dir: where the run writes; None for a new folder under ``runs/``.
         resume: checkpoint to go on from, or ``auto`` for the newest in ``run_dir``.
         given: the full names of the settings that the user gave.
@@ -71,6 +73,7 @@ class Recipe:
     layout: ParallelLayout
     training: Training
     data: Sources | None = None
+    tokenizer: str | None = None
     run_dir: str | None = None
     resume: str | None = None
     given: frozenset[str] = field(default=frozenset(), compare=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +19,18 @@ Sources = str | dict[str, float | None]
 
 
 def read_sources(value: Any) -> Sources | None:
-    """Return the ``data`` of a recipe as YAML gives it: a folder, a list, or weights by folder.
+    """Return the ``data`` of a recipe: a folder, a list, or weights by folder.
+
+    A list may hold weights as Megatron's ``--data-path`` and NeMo's ``paths`` do, each before its
+    folder; so may one string, ``0.7 code 0.3 prose``.
 
     Raises:
         UserError: an empty blend, a folder twice, or weights that are no positive numbers.
     """
+    if isinstance(value, str) and len(value.split()) > 1 and not Path(value).exists():
+        value = value.split()
     if isinstance(value, list):
-        names = [str(folder) for folder in value]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"data names {name} twice; give it a weight instead.")
-        value = dict.fromkeys(names)
+        value = _read_list(value)
     if not isinstance(value, dict):
         return None if value is None else str(value)
     if not value:
@@ -41,6 +43,25 @@ def read_sources(value: Any) -> Sources | None:
             f"none: then each counts by its tokens."
         )
     return blend
+
+
+def _read_list(items: list[Any]) -> dict[str, Any]:
+    weighted = bool(items) and _number(items[0]) is not None
+    if weighted and len(items) % 2:
+        raise UserError(f"data: {items[-1]} stands alone; a weight goes before each folder.")
+    weights = [_number(item) or item for item in items[::2]] if weighted else [None] * len(items)
+    folders = [str(folder) for folder in (items[1::2] if weighted else items)]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise UserError(f"data names {folder} twice; give it a weight instead.")
+    return dict(zip(folders, weights, strict=True))
+
+
+def _number(item: Any) -> float | None:
+    try:
+        return float(item)
+    except (TypeError, ValueError):
+        return None
 
 
 def _weight(folder: str, weight: Any) -> float | None:
@@ -66,6 +87,30 @@ def open_blend(blend: dict[str, float | None]) -> list[PreparedData]:
                 f"prepare PATH… --out DIR --tokenizer {first.tokenizer_dir}"
             )
     return opened
+
+
+def weighted_prefixes(prefixes: list[str], weights: Iterable[float | None]) -> list[str]:
+    """Return prefixes as Megatron and NeMo take them: each after its weight, if they have any."""
+    pairs = zip(weights, prefixes, strict=True)
+    return [str(item) for pair in pairs for item in pair if item is not None]
+
+
+def check_tokenizer_of(recipe: Recipe, sources: list[PreparedData]) -> None:
+    """Refuse data of another tokenizer than the one that the recipe names.
+
+    Raises:
+        UserError: with both fingerprints.
+    """
+    if recipe.tokenizer is None:
+        return
+    if recipe.data is None:
+        raise UserError(
+            f"tokenizer={recipe.tokenizer} says what data must have been made with, and no data is "
+            f"given. Make some with it: nemo-megacpp data prepare PATH… --out DIR --tokenizer "
+            f"{recipe.tokenizer}; then data=DIR."
+        )
+    for data in sources:
+        data.check_tokenizer(recipe.tokenizer)
 
 
 def check_packing_of(recipe: Recipe, multiples: dict[Path, int]) -> None:

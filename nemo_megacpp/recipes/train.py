@@ -97,9 +97,9 @@ def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
     check_layout_of(recipe)
     check_model_of(recipe)
     check_loggers_of(recipe)
-    recipe, data = open_data(recipe)
+    recipe, sources = open_data(recipe)
     goes_on = recipe.resume is not None  # even if resume=auto finds that nothing was saved yet
-    recipe = find_resume(recipe, data)
+    recipe = find_resume(recipe, sources)
     run_dir = Path(recipe.run_dir or new_run_dir(recipe.name, launched() is not None))
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not existing.is_dir():

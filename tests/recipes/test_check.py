@@ -150,13 +150,13 @@ def test_experts_are_not_counted_where_there_are_none() -> None:
 
 def test_the_built_in_corpus_is_not_prepared_by_a_check(elsewhere: Path) -> None:
     recipe = tiny()
-    assert open_data(recipe) == (recipe, None)
+    assert open_data(recipe) == (recipe, [])
     assert list(elsewhere.iterdir()) == []
 
 
 def test_the_model_takes_the_vocabulary_of_its_data(small_data: PreparedData) -> None:
-    recipe, data = open_data(tiny(f"data={small_data.root}"))
-    assert data == small_data
+    recipe, sources = open_data(tiny(f"data={small_data.root}"))
+    assert sources == [small_data]
     assert recipe.model["vocab_size"] == VOCAB_SIZE
     assert recipe.defaults[-1] == f"vocab_size: {VOCAB_SIZE} (the data's)"
     same, _ = open_data(tiny(f"data={small_data.root}", f"vocab_size={VOCAB_SIZE}"))
@@ -196,8 +196,7 @@ def test_missing_and_damaged_data(small_data: PreparedData, elsewhere: Path) -> 
 def test_a_built_in_corpus_is_checked_like_any_other(small_data: PreparedData) -> None:
     folder = builtin.builtin_folder(VOCAB_SIZE)
     shutil.copytree(small_data.root, folder)
-    recipe, data = open_data(tiny(f"vocab_size={VOCAB_SIZE}"))
-    assert data is not None
+    recipe, (data,) = open_data(tiny(f"vocab_size={VOCAB_SIZE}"))
     assert data.tokens == small_data.tokens
     assert recipe.model["vocab_size"] == VOCAB_SIZE
     message = refusal(open_data, f"vocab_size={VOCAB_SIZE}", "seq_length=1000000")
@@ -225,7 +224,7 @@ def test_a_vocabulary_that_the_built_in_corpus_cannot_give(
 
 
 def resumed(recipe: Recipe, data: PreparedData | None = None) -> str | None:
-    return find_resume(recipe, data).resume
+    return find_resume(recipe, [] if data is None else [data]).resume
 
 
 def test_no_resume_is_no_resume() -> None:
@@ -287,12 +286,11 @@ def test_resume_of_another_model(save: Save) -> None:
 
 
 def test_resume_with_another_tokenizer(small_data: PreparedData, save: Save) -> None:
-    recipe, data = open_data(tiny(f"data={small_data.root}"))
-    assert data is not None
+    recipe, (data,) = open_data(tiny(f"data={small_data.root}"))
     mine, foreign = save(recipe, 20, data.tokenizer_fingerprint), save(recipe, 80, "f" * 64)
     assert resumed(dataclasses.replace(recipe, resume=str(mine)), data) == str(mine)
     with pytest.raises(UserError) as refused:
-        find_resume(dataclasses.replace(recipe, resume=str(foreign)), data)
+        find_resume(dataclasses.replace(recipe, resume=str(foreign)), [data])
     assert "its data was made with another tokenizer (ffffffffffff there, " in str(refused.value)
     assert f"{data.tokenizer_fingerprint[:12]} here)" in str(refused.value)
 

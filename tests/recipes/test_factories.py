@@ -243,6 +243,26 @@ def test_command_line_values_get_their_types(
     assert (task.optim.config.lr, task.model.config.moe_aux_loss_coeff) == (2e-3, 0.01)
 
 
+def test_data_of_a_factory(factories: Any, here: Path, small_data: PreparedData) -> None:
+    from nemo.collections import llm
+    from nemo_run.cli.cli_parser import parse_factory
+
+    (here / "second").symlink_to(small_data.root)
+    blend = {str(small_data.root): 0.7, "second": 0.3}
+    tokenizer = str(small_data.tokenizer_dir)
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "packed_documents": True}
+    task = factories.nam56r_tiny(data=blend, seq_length=64, **settings)
+    assert (task.data.blend, task.data.folder) == (blend, str(small_data.root))
+    assert (task.data.made_with, task.data.packed_documents) == (tokenizer, True)
+    assert factories.nam56r_tiny(data=list(blend), seq_length=64).data.blend == dict.fromkeys(blend)
+    # NeMo-Run cuts the text of a factory at commas, so a blend is told without them there.
+    text = f"nam56r_tiny(data=0.7 {small_data.root} 0.3 second, seq_length=64, tokenizer="
+    told = parse_factory(llm.pretrain, "", llm.pretrain, f"{text}{tokenizer}, packed_documents=1)")
+    assert told.data == task.data
+    with pytest.raises(UserError, match="No tokenizer in 'nowhere'"):
+        factories.nam56r_tiny(data=blend, tokenizer="nowhere")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_configuration_travels(factories: Any, here: Path, precision: str) -> None:
     from nemo_run.cli.config import ConfigSerializer

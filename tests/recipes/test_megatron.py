@@ -190,6 +190,16 @@ def test_data_and_training(small_data: PreparedData) -> None:
     assert (mock.mock_data, mock.vocab_size, mock.padded_vocab_size) == (True, "2047", "2048")
 
 
+def test_a_blend(small_data: PreparedData, tmp_path: Path) -> None:
+    (tmp_path / "second").symlink_to(small_data.root)
+    first, second = str(small_data.root), str(tmp_path / "second")
+    args = _parse(_words("nam56r_tiny", f"data=0.7 {first} 0.3 {second}", "seq_length=64"))
+    assert args.train_data_path == ["0.7", small_data.train_prefix, "0.3", f"{second}/train"]
+    assert args.valid_data_path == ["0.7", small_data.heldout_prefix, "0.3", f"{second}/heldout"]
+    args = _parse(_words("nam56r_tiny", f"data={first} {second}", "seq_length=64"))
+    assert args.train_data_path == [small_data.train_prefix, f"{second}/train"]
+
+
 def test_what_cannot_be_said_is_listed_at_once() -> None:
     with pytest.raises(UserError) as refusal:
         _words(

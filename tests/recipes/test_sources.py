@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ def recipe_of(**settings: Any) -> Recipe:
         ("data=mine", "mine"),
         ("data=[a, b]", {"a": None, "b": None}),
         ("data={a: 0.7, b: 3}", {"a": 0.7, "b": 3.0}),
+        ("data=[0.7, a, '3', b]", {"a": 0.7, "b": 3.0}),
+        ("data=0.7 a 3 b", {"a": 0.7, "b": 3.0}),
+        ("data=a b", {"a": None, "b": None}),
         ("data=null", None),
     ],
 )
@@ -55,6 +59,10 @@ def test_spellings(text: str, data: object) -> None:
         ("data=[a, a]", "names a twice"),
         ("data={a: 1, b: }", "b has no weight and others have"),
         ("data={a: 0}", "a has the weight 0; it must be a positive number"),
+        ("data=0.7 a b", "b stands alone; a weight goes before each folder"),
+        ("data=0.7 a b 0.3", "0.3 has the weight 'b'"),
+        ("data=0.7 a 0.3 a", "a twice"),
+        ("data=0 a 1 b", "a has the weight '0'"),
         ("data={a: much}", "a has the weight 'much'"),
         ("packed_documents=true micro_batch_size=4", "one row, and micro_batch_size=4"),
         ("reset_position_ids=true", "packed_documents=true does all three"),
@@ -78,8 +86,8 @@ def test_blends_are_opened_and_refused(
     small_data: PreparedData, other: PreparedData, tmp_path: Path
 ) -> None:
     blend = {str(small_data.root): 1, str(other.root): 3}
-    recipe, data = open_data(recipe_of(data=blend))
-    assert data == small_data
+    recipe, sources = open_data(recipe_of(data=blend))
+    assert sources == [small_data, other]
     assert recipe.model["vocab_size"] == small_data.vocab_size
     with pytest.raises(UserError, match=r"train split of .* one sample of seq_length=100000"):
         open_data(recipe_of(data=blend, seq_length=100000))
@@ -90,6 +98,34 @@ def test_blends_are_opened_and_refused(
     foreign = prepare([tmp_path], tmp_path / "out", vocab_size=270, held_out=0.5, progress=False)
     with pytest.raises(UserError, match=r"different tokenizers, .* --tokenizer .*/tokenizer"):
         open_data(recipe_of(data=[str(small_data.root), str(foreign.root)]))
+
+
+def test_a_folder_with_a_blank_in_its_name_is_no_blend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my data").mkdir()
+    assert recipe_of(data="my data").data == "my data"
+
+
+def test_the_tokenizer_that_is_asked_for(
+    small_data: PreparedData, other: PreparedData, tmp_path: Path
+) -> None:
+    mine = str(small_data.tokenizer_dir)
+    blend = [str(small_data.root), str(other.root)]
+    recipe, _ = open_data(recipe_of(data=blend, tokenizer=mine))
+    assert from_mapping(recipe.to_mapping()).tokenizer == mine
+    with pytest.raises(UserError, match=r"no data is given\. Make some with it: .* --tokenizer"):
+        open_data(recipe_of(tokenizer=mine))
+    tokenizer = json.loads((small_data.tokenizer_dir / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="made with another tokenizer than the one in"):
+        open_data(recipe_of(data=blend, tokenizer=str(tmp_path)))
+    with pytest.raises(UserError, match="made with another tokenizer than the one in"):
+        _module(str(small_data.root), made_with=str(tmp_path))
+    with pytest.raises(UserError, match="No tokenizer in 'nowhere'"):
+        open_data(recipe_of(data=blend, tokenizer="nowhere"))
 
 
 def test_packs_over_cp_need_filled_documents(

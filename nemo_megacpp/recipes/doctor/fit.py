@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from nemo_megacpp.data.builtin import MAX_VOCAB_SIZE
 from nemo_megacpp.errors import UserError
@@ -63,16 +62,14 @@ def _in_domain(recipe: Recipe) -> None:
 
 
 def _data(recipe: Recipe) -> Finding:
-    blend = isinstance(recipe.data, dict)
     folders = ", ".join(recipe.data) if isinstance(recipe.data, dict) else recipe.data or "built-in"
     try:
-        recipe, data = open_data(recipe)
+        recipe, sources = open_data(recipe)
     except UserError as error:
         return Finding("data", folders, "broken", str(error))
-    if blend:
-        return Finding("data", folders)
-    if data is not None:
-        return Finding("data", f"{Path(data.root)}: {data.tokens:,} tokens")
+    if sources:
+        found = ", ".join(f"{data.root}: {data.tokens:,} tokens" for data in sources)
+        return Finding("data", found)
     vocab_size = recipe.model["vocab_size"]
     if vocab_size > MAX_VOCAB_SIZE:
         return Finding(

@@ -25,6 +25,7 @@ from nemo_megacpp.recipes.megatron.dialect import Dialect
 from nemo_megacpp.recipes.megatron.model_options import model_options
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.settings import model_settings
+from nemo_megacpp.recipes.sources import weighted_prefixes
 
 Device = Literal["cuda", "cpu"]
 
@@ -69,19 +70,19 @@ def megatron_arguments(
     check_layout_of(recipe)
     check_model_of(recipe)
     check_loggers_of(recipe)
-    recipe, data = open_data(recipe)
+    recipe, sources = open_data(recipe)
     config = HybridConfig(**model_settings(recipe, device))
     model, unsaid = model_options(config, dialect)
     refusals = [*unsaid, *_refusals(recipe, config)]
     if refusals:
         listed = "\n".join(f"  {refusal}" for refusal in refusals)
         raise UserError(f"{dialect.script} cannot be told this of {recipe.name}:\n{listed}")
-    words = [*model, *_data(config, data), *_training(recipe.training)]
+    words = [*model, *_data(recipe, sources), *_training(recipe.training)]
     words += _outputs(recipe, Path(run_dir).absolute())
     if device == "cpu":
         words += ["--transformer-impl", "local", "--distributed-backend", "gloo"]
     remarks = []
-    if data is None:
+    if not sources:
         remarks.append("no data=FOLDER in the recipe: mock data")
     if Family.RECURRENT in config.pattern.families:
         remarks.append("the script's TFLOP/s leave out the R blocks, which it does not know")
@@ -124,24 +125,27 @@ def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
     ]
 
 
-def _data(config: HybridConfig, data: PreparedData | None) -> list[str]:
+def _data(recipe: Recipe, sources: list[PreparedData]) -> list[str]:
     # The stack's attention is causal by its mask type.
     words = ["--no-create-attention-mask-in-dataloader"]
-    if data is None:
+    if not sources:
         # The null tokenizer adds an end-of-document token to the vocabulary that it is given.
         return [
             *words,
             "--mock-data",
             *("--tokenizer-type", "NullTokenizer"),
-            *("--vocab-size", str(config.vocab_size - 1)),
+            *("--vocab-size", str(recipe.model["vocab_size"] - 1)),
         ]
+    weights = list(recipe.data.values()) if isinstance(recipe.data, dict) else [None]
+    train = weighted_prefixes([data.train_prefix for data in sources], weights)
+    heldout = weighted_prefixes([data.heldout_prefix for data in sources], weights)
     return [
         *words,
-        *("--train-data-path", data.train_prefix),
-        *("--valid-data-path", data.heldout_prefix),
-        *("--test-data-path", data.heldout_prefix),
+        *("--train-data-path", *train),
+        *("--valid-data-path", *heldout),
+        *("--test-data-path", *heldout),
         *("--tokenizer-type", "HuggingFaceTokenizer"),
-        *("--tokenizer-model", str(data.tokenizer_dir.absolute())),
+        *("--tokenizer-model", str(sources[0].tokenizer_dir.absolute())),
     ]
 
 

@@ -85,6 +85,7 @@ def _data_module(recipe: Recipe) -> run.Config:
         HybridDataModule,
         folder=folder or str(builtin_folder(vocab_size)),
         blend=blend,
+        made_with=recipe.tokenizer,
         packed_documents=training.packed_documents,
         vocab_size=vocab_size,
         seq_length=recipe.model["seq_length"],

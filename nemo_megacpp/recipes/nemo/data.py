@@ -13,7 +13,7 @@ from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
 from nemo_megacpp.data.packed_rows import PackedDocuments
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.recipes.sources import open_blend
+from nemo_megacpp.recipes.sources import open_blend, weighted_prefixes
 
 
 class HybridDataModule(PreTrainingDataModule):
@@ -29,11 +29,13 @@ class HybridDataModule(PreTrainingDataModule):
         seq_length: tokens per sample.
         blend: weights by folder, to draw from several in Megatron's ``BlendedDataset``; None for
             all of them: by their tokens. ``folder`` is then the first, whose tokenizer all share.
+        made_with: folder of the tokenizer that the data must have been made with; None for its own.
         packed_documents: mark where documents begin in a row, so that the model resets there.
         kwargs: of ``PreTrainingDataModule``.
 
     Raises:
-        UserError: for data that is missing, unreadable, too short or of another vocabulary.
+        UserError: for data that is missing, unreadable, too short, or of another vocabulary or
+            tokenizer.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class HybridDataModule(PreTrainingDataModule):
         vocab_size: int,
         seq_length: int,
         blend: Optional[dict[str, Optional[float]]] = None,  # noqa: UP045
+        made_with: Optional[str] = None,  # noqa: UP045
         packed_documents: bool = False,
         **kwargs: Any,
     ):
@@ -54,9 +57,11 @@ class HybridDataModule(PreTrainingDataModule):
             sources = [PreparedData.open(self.folder)]
         for data in sources:
             refuse_unfit_data(data, data.root, vocab_size, seq_length)
+            if made_with is not None:
+                data.check_tokenizer(made_with)
         weights = list((blend or {}).values()) or [None]
-        train = _weighted([data.train_prefix for data in sources], weights)
-        heldout = _weighted([data.heldout_prefix for data in sources], weights)
+        train = weighted_prefixes([data.train_prefix for data in sources], weights)
+        heldout = weighted_prefixes([data.heldout_prefix for data in sources], weights)
         prepared = sources[0]
         super().__init__(
             {"train": train, "validation": heldout, "test": heldout},
@@ -68,12 +73,6 @@ class HybridDataModule(PreTrainingDataModule):
         )
         self.create_attention_mask = False
         self.tokenizer_fingerprint = prepared.tokenizer_fingerprint
-
-
-def _weighted(prefixes: list[str], weights: list[Optional[float]]) -> list[str]:  # noqa: UP045
-    """Return prefixes as NeMo takes them: each after its weight, if they have any."""
-    pairs = zip(weights, prefixes, strict=True)
-    return [str(item) for pair in pairs for item in pair if item is not None]
 
 
 def refuse_unfit_data(data: PreparedData, folder: Path, vocab_size: int, seq_length: int) -> None:
