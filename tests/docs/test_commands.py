@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from .commands import PAGES, Command, blocks, missing, run, workplace
+from .commands import PAGES, ROOT, Command, blocks, missing, run, workplace
 
 COMMANDS = [
     pytest.param(command, id=f"{page.stem}-{index}")
@@ -37,3 +38,17 @@ def test_the_comparison_sees_other_words() -> None:
     assert not missing(["saved …/run"], ["saved /somewhere/run"])
     assert missing(["loss 7.61"], ["gain 7.61"]) == ["loss 7.61"]
     assert missing(["b", "a"], ["a", "b"]) == ["a"]
+
+
+def test_what_a_page_includes_is_included() -> None:
+    """The strict build misses a marker that is spelled otherwise, and shows it as text."""
+    included = [
+        line
+        for page in PAGES
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if "8<" in line.replace(" ", "")
+    ]
+    assert len(included) == 4
+    for line in included:
+        path = re.fullmatch(r'--8<-- "(\S+)"', line)
+        assert path is not None and (ROOT / path[1]).is_file(), line
