@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from nemo_megacpp import __version__
 from nemo_megacpp.checkpoint.commands import add_parser as add_checkpoint_parser
 from nemo_megacpp.data.commands import add_parser as add_data_parser
-from nemo_megacpp.errors import UserError
+from nemo_megacpp.errors import RankFailed, UserError
 from nemo_megacpp.recipes.compare_command import add_parser as add_compare_parser
 from nemo_megacpp.recipes.doctor.command import add_parser as add_doctor_parser
 from nemo_megacpp.recipes.layouts_command import add_parser as add_layouts_parser
@@ -23,25 +23,16 @@ _STACK = ("torch", "megatron", "nemo", "nemo_run", "lightning", "einops")
 
 
 def _train(args: argparse.Namespace) -> int:
-    from nemo_megacpp.recipes.train import RankFailed, train
+    from nemo_megacpp.recipes.train import train
 
-    try:
-        train(args.recipe, args.overrides)
-    except RankFailed as failure:
-        print(failure, file=sys.stderr)
-        return 2 if failure.user_error else 1
+    train(args.recipe, args.overrides)
     return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
     from nemo_megacpp.recipes.demo import demo
-    from nemo_megacpp.recipes.train import RankFailed
 
-    try:
-        return demo(args.out)
-    except RankFailed as failure:
-        print(failure, file=sys.stderr)
-        return 2 if failure.user_error else 1
+    return demo(args.out)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -145,6 +136,9 @@ def main() -> None:
     except UserError as error:
         print(f"nemo-megacpp: {error}", file=sys.stderr)
         code = 2
+    except RankFailed as failure:
+        print(failure, file=sys.stderr)
+        code = 2 if failure.user_error else 1
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _STACK:
             raise

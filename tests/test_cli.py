@@ -20,11 +20,11 @@ import nemo_megacpp
 from nemo_megacpp import cli
 from nemo_megacpp.checkpoint.identity import write_identity
 from nemo_megacpp.data.prepared import PreparedData
-from nemo_megacpp.errors import UserError
+from nemo_megacpp.errors import RankFailed, UserError
 from nemo_megacpp.recipes import train
 from nemo_megacpp.recipes.catalog import CATALOG, NAM56R_TINY_MODEL
 from nemo_megacpp.recipes.recipe import resolve
-from nemo_megacpp.runtime.launch import RankFailed
+from nemo_megacpp.runtime.workers import WorkerError
 
 ARTICLES_YAML = """\
 mode: nemo_native
@@ -245,12 +245,19 @@ def test_what_the_ranks_read_is_what_was_asked(
     assert yaml.safe_load(Path("out/record/recipe.yaml").read_text())["data"] == str(small_data)
 
 
-@pytest.mark.parametrize(("user_error", "code"), [(True, 2), (False, 1)])
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (RankFailed("Rank 1 ended", user_error=True), 2),
+        (RankFailed("Rank 1 ended"), 1),
+        (WorkerError("Rank 1 ended"), 1),
+    ],
+)
 def test_a_rank_that_fails(
-    user_error: bool, code: int, run: Run, started: list[Any], monkeypatch: pytest.MonkeyPatch
+    failure: RankFailed, code: int, run: Run, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        raise RankFailed("Rank 1 ended", user_error)
+        raise failure
 
     monkeypatch.setattr(train, "launch", fail)
     assert run("train", "nam56r_tiny", "run_dir=out")[::2] == (code, "Rank 1 ended\n")

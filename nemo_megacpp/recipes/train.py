@@ -23,7 +23,6 @@ from nemo_megacpp.recipes.check import (
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.recipes.run_folder import RECIPE_FILE, new_run_dir
 from nemo_megacpp.runtime.launch import (
-    RankFailed,
     launch,
     launched,
     refuse_too_few_devices,
@@ -135,6 +134,3 @@ def _in_world(recipe: Recipe, world_size: int) -> Recipe:
     recipe = dataclasses.replace(recipe, layout=layout)
     check_layout_of(recipe)
     return recipe
-
-
-__all__ = ["RankFailed", "settle", "train", "train_recipe"]

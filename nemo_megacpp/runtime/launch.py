@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_megacpp.errors import UserError
+from nemo_megacpp.errors import RankFailed, UserError
 from nemo_megacpp.runtime.stopping import passed_on
 
 _LAST_WORDS = "NEMO_MEGACPP_LAST_WORDS"
@@ -57,14 +57,6 @@ def devices_here() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else sys.maxsize
-
-
-class RankFailed(RuntimeError):
-    """A rank ended with an error; ``user_error`` says whether it was one for the user."""
-
-    def __init__(self, message: str, user_error: bool):
-        super().__init__(message)
-        self.user_error = user_error
 
 
 def launch(arguments: Sequence[str], ranks: int, log_dir: Path) -> None:

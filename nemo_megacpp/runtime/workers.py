@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import multiprocessing as mp
 
-from nemo_megacpp.errors import UserError
+from nemo_megacpp.errors import RankFailed, UserError
 
 Device = Literal["cuda", "cpu"]
 
@@ -33,7 +33,7 @@ _POLL = 0.005
 """Seconds between two looks at a running task."""
 
 
-class WorkerError(RuntimeError):
+class WorkerError(RankFailed):
     """A task raised on a worker; carries the first failing rank's traceback."""
 
 
@@ -173,6 +173,8 @@ def _work(pipe: Any, rank: int, threads: int, device: Device) -> None:
             return
         child = os.fork()
         if child == 0:
+            # What the task leaves there goes with the pool: a fork runs no clean-up of Python's.
+            tempfile.tempdir = os.path.dirname(rendezvous.removeprefix("file://"))
             pipe.send(_run_task(rank, world_size, rendezvous, task, args))
             for started in mp.active_children():  # Megatron's saving leaves a manager behind
                 started.terminate()

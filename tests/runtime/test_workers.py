@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +85,14 @@ def test_one_rank_hangs_outside_collectives(
         pool.run(2, _hang_on_one_rank)
     assert time.monotonic() - start < 60
     assert pool.run(2, _sum, 4) == [12, 12]
+
+
+def _leave_a_folder() -> str:
+    return tempfile.mkdtemp()
+
+
+def test_what_tasks_leave_in_the_temporary_folder_goes_with_the_pool() -> None:
+    with WorkerPool(1) as pool:
+        (left,) = pool.run(1, _leave_a_folder)
+        assert Path(left).is_dir()
+    assert not Path(left).exists()
