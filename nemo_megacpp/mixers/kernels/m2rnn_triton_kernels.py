@@ -28,6 +28,14 @@ def _candidate(state, weight, key, value):
 
 
 @triton.jit
+def _places(part, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Rows and columns of a program's part of the state, and where they lie in it and in W."""
+    rows = part * BLOCK_K + tl.arange(0, BLOCK_K)
+    cols = tl.arange(0, BLOCK_V)
+    return rows, cols, rows[:, None] * V + cols[None, :], cols[:, None] * V + cols[None, :]
+
+
+@triton.jit
 def m2rnn_forward(
     q,  # [b, l, q_heads, k]
     k,  # [b, l, k_heads, k]
@@ -53,13 +61,9 @@ def m2rnn_forward(
     head = tl.program_id(0)
     row = tl.program_id(1)
     part = tl.program_id(2)
-    rows = part * BLOCK_K + tl.arange(0, BLOCK_K)
-    cols = tl.arange(0, BLOCK_V)
-    has_row = rows < K
-    has_col = cols < V
+    rows, cols, in_state, in_weight = _places(part, V, BLOCK_K, BLOCK_V)
+    has_row, has_col = rows < K, cols < V
     has_state = has_row[:, None] & has_col[None, :]
-    in_state = rows[:, None] * V + cols[None, :]
-    in_weight = cols[:, None] * V + cols[None, :]
     has_weight = has_col[:, None] & has_col[None, :]
     # Offsets grow beyond 32 bits.
     sequence = row.to(tl.int64) * heads + head
@@ -122,13 +126,9 @@ def m2rnn_backward(
     head = tl.program_id(0)
     row = tl.program_id(1)
     part = tl.program_id(2)
-    rows = part * BLOCK_K + tl.arange(0, BLOCK_K)
-    cols = tl.arange(0, BLOCK_V)
-    has_row = rows < K
-    has_col = cols < V
+    rows, cols, in_state, in_weight = _places(part, V, BLOCK_K, BLOCK_V)
+    has_row, has_col = rows < K, cols < V
     has_state = has_row[:, None] & has_col[None, :]
-    in_state = rows[:, None] * V + cols[None, :]
-    in_weight = cols[:, None] * V + cols[None, :]
     has_weight = has_col[:, None] & has_col[None, :]
     sequence = row.to(tl.int64) * heads + head
     slab = part.to(tl.int64) * tl.num_programs(1) + row
