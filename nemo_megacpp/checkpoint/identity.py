@@ -19,9 +19,7 @@ DELETING = ".deleting"
 
 _log = logging.getLogger(__name__)
 
-# What decides the shape or the meaning of a saved tensor. Everything else of a model (coefficients,
-# clips, sequence length) may change between two runs from one checkpoint.
-_STRUCTURE = (
+STRUCTURE = (
     "mode",
     "num_layers",
     "hidden_size",
@@ -55,6 +53,8 @@ _STRUCTURE = (
     "moe_shared_expert_gate",
     "share_embeddings_and_output_weights",
 )
+"""What decides the shape or the meaning of a saved tensor. Everything else of a model
+(coefficients, clips, sequence length) may change between two runs from one checkpoint."""
 
 
 def write_identity(directory: Path, identity: Mapping[str, Any], step: int) -> None:
@@ -157,15 +157,15 @@ def refuse_another_model(
     saved_letters = HybridPattern.parse(saved["hybrid_pattern"], depth=saved["num_layers"]).letters
     differences = [
         f"{name} is {saved.get(name)} there and {model.get(name)} here"
-        for name in _STRUCTURE
+        for name in STRUCTURE
         if saved.get(name) != model.get(name)
     ]
     if saved_letters != letters:
         differences.append(f"the pattern is {saved_letters} there and {letters} here")
-    if tokenizer is not None and identity["tokenizer"] != tokenizer:
+    other = identity["tokenizer"]  # None where the run had data of another kind
+    if tokenizer is not None and other is not None and other != tokenizer:
         differences.append(
-            f"its data was made with another tokenizer ({identity['tokenizer'][:12]} there, "
-            f"{tokenizer[:12]} here)"
+            f"its data was made with another tokenizer ({other[:12]} there, {tokenizer[:12]} here)"
         )
     if differences:
         raise UserError(

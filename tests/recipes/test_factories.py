@@ -393,6 +393,7 @@ def test_nemo_runs_executors(tmp_path: Path, small_data: PreparedData) -> None:
 
 
 def test_the_program_trains_on_two_ranks(tmp_path: Path, small_data: PreparedData) -> None:
+    """In the layout and the model that its overrides make of the factory's."""
     done = subprocess.run(
         [
             *(NEMO, "llm", "pretrain", "--yes"),
@@ -401,6 +402,10 @@ def test_the_program_trains_on_two_ranks(tmp_path: Path, small_data: PreparedDat
                 f"nam56r_tiny(data={small_data.root}, seq_length=64, global_batch_size=4)",
             ),
             *("trainer.max_steps=2", "trainer.callbacks[0].log_interval=1"),
+            "trainer.strategy.tensor_model_parallel_size=1",
+            "trainer.strategy.sequence_parallel=False",
+            "trainer.strategy.pipeline_model_parallel_size=2",
+            "model.config.add_qkv_bias=True",
         ],
         cwd=tmp_path,
         env=NO_GPU,
@@ -416,10 +421,12 @@ def test_the_program_trains_on_two_ranks(tmp_path: Path, small_data: PreparedDat
         json.loads(line) for line in (run / "record" / "metrics.jsonl").read_text().splitlines()
     ]
     assert [record["step"] for record in records] == [1, 2]
-    uniform = math.log(padded_vocab_size(small_data.vocab_size, divisible_by=128, tp=2))
+    uniform = math.log(padded_vocab_size(small_data.vocab_size, divisible_by=128, tp=1))
     first, second = (record["loss"] for record in records)
     assert first == pytest.approx(uniform, abs=0.5), "an untrained model's guess is about uniform"
     assert second < first
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert checkpoint.name == "step=2"
-    assert json.loads((checkpoint / "nemo_megacpp.json").read_text())["step"] == 2
+    identity = json.loads((checkpoint / "nemo_megacpp.json").read_text())
+    assert (identity["step"], identity["layout"]) == (2, "pp=2,etp=1")
+    assert identity["model"]["add_qkv_bias"] is True

@@ -161,15 +161,12 @@ def _callbacks(recipe: Recipe, run_dir: Path) -> list[run.Config]:
         run.Config(
             RunRecorder,
             path=str(run_dir / METRICS_FILE),
-            tokens_per_step=training.global_batch_size * recipe.model["seq_length"],
             log_interval=training.log_interval,
         ),
         run.Config(
             EventRecorder,
             run_dir=str(run_dir),
             resumed=recipe.resume,
-            pattern=str(recipe.pattern),
-            layout=recipe.layout.describe(),
         ),
         run.Config(StopOnNonFinite),
         run.Config(StopOnSigterm, run_dir=str(run_dir)),
@@ -203,7 +200,7 @@ def _logger(recipe: Recipe, run_dir: Path) -> run.Config:
         ),
         ckpt=run.Config(
             HybridCheckpoint,
-            identity={"model": dict(recipe.model), "layout": recipe.layout.short()},
+            model_fields=sorted(recipe.model),
             keep_last=training.keep_last,
             keep_every=training.keep_every,
             dirpath=str(run_dir / "checkpoints"),

@@ -41,13 +41,11 @@ class RunRecorder(pl.Callback, IOMixin):
 
     Args:
         path: the file; only global rank 0 writes it.
-        tokens_per_step: tokens of a global batch.
         log_interval: steps between progress lines.
     """
 
-    def __init__(self, path: str, tokens_per_step: int, log_interval: int = 10):
+    def __init__(self, path: str, log_interval: int = 10):
         self.path = Path(path)
-        self.tokens_per_step = tokens_per_step
         self.log_interval = log_interval
         self._started = 0.0
         self._heldout: float | None = None
@@ -76,13 +74,14 @@ class RunRecorder(pl.Callback, IOMixin):
         if not trainer.is_global_zero:
             return
         metrics = trainer.callback_metrics
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         record = {
             "step": step,
             "loss": _number(metrics.get("reduced_train_loss")),
             "grad_norm": _number(metrics.get("grad_norm")),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "seconds": seconds,
-            "tokens_per_second": self.tokens_per_step / seconds,
+            "tokens_per_second": data.global_batch_size * data.seq_length / seconds,
             "aux": aux,
             **({} if memory is None else {"memory": memory}),
         }

@@ -22,6 +22,7 @@ from nemo_megacpp.checkpoint.lifecycle import (
     prune,
 )
 from nemo_megacpp.recipes.events import record_event
+from nemo_megacpp.recipes.nemo.actual import actual_layout, actual_model, tokenizer_of
 from nemo_megacpp.recipes.nemo.checkpoint_io import told_as_user_error
 
 
@@ -38,21 +39,21 @@ class HybridCheckpoint(ModelCheckpoint):
     after everything else is on the disk. Only then are older ones removed.
 
     Args:
-        identity: written into each checkpoint's folder once its weights are there.
+        model_fields: what each checkpoint says of its model, beside what shapes its tensors.
         keep_last: how many of the newest checkpoints are kept; None: all.
         keep_every: checkpoints of multiples of this step are kept as well.
     """
 
     def __init__(
         self,
-        identity: dict[str, Any],
+        model_fields: list[str],
         keep_last: Optional[int] = None,  # noqa: UP045
         keep_every: Optional[int] = None,  # noqa: UP045
         **kwargs: Any,
     ):
         require_psutil()
         super().__init__(**kwargs)
-        self.identity = identity
+        self.model_fields = model_fields
         self.keep_last = keep_last
         self.keep_every = keep_every
 
@@ -99,8 +100,7 @@ class HybridCheckpoint(ModelCheckpoint):
         """Return what follows when all ranks have written their part: at once, or later."""
         directory = ckpt_to_dir(filepath)
         finish = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
-        tokenizer = trainer.datamodule.tokenizer_fingerprint  # type: ignore[attr-defined]
-        arguments = (directory, {**self.identity, "tokenizer": tokenizer}, global_step)
+        arguments = (directory, self._identity(trainer), global_step)
 
         def finish_in_background() -> None:
             # Reading the checkpoint for its checksums would hold up the training.
@@ -128,6 +128,14 @@ class HybridCheckpoint(ModelCheckpoint):
                 self._prune(directory)
 
         return finish_in_background if self.async_save else finish_now
+
+    def _identity(self, trainer: pl.Trainer) -> dict[str, Any]:
+        config: Any = trainer.lightning_module.config
+        return {
+            "model": actual_model(config, self.model_fields),
+            "layout": actual_layout(config, trainer.world_size).short(),
+            "tokenizer": tokenizer_of(trainer.datamodule),  # type: ignore[attr-defined]
+        }
 
     def _prune(self, saved: Path) -> None:
         if self.keep_last is None:

@@ -10,6 +10,7 @@ import torch
 from nemo.lightning.io import IOMixin
 
 from nemo_megacpp.recipes.events import record_event
+from nemo_megacpp.recipes.nemo.actual import actual_layout
 from nemo_megacpp.recipes.summary import summarize
 
 
@@ -19,28 +20,24 @@ class EventRecorder(pl.Callback, IOMixin):
     Args:
         run_dir: the run's folder; only global rank 0 writes it.
         resumed: the checkpoint that the run goes on from.
-        pattern, layout: of the model, for people.
     """
 
     def __init__(
         self,
         run_dir: str,
         resumed: Optional[str] = None,  # noqa: UP045
-        pattern: str = "",
-        layout: str = "",
     ):
         self.run_dir = Path(run_dir)
         self.resumed = resumed
-        self.pattern = pattern
-        self.layout = layout
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        ranks = torch.distributed.get_world_size()
         details = {
-            "pattern": self.pattern,
-            "layout": self.layout,
-            "ranks": torch.distributed.get_world_size(),
+            "pattern": str(pl_module.config.pattern),
+            "layout": actual_layout(pl_module.config, ranks).describe(),
+            "ranks": ranks,
             "max_steps": trainer.max_steps,
         }
         if self.resumed is not None:

@@ -11,6 +11,7 @@ from nemo.lightning import MegatronStrategy, megatron_init
 from nemo.lightning.io.pl import MegatronCheckpointIO, ckpt_to_weights_subdir
 
 from nemo_megacpp.checkpoint.guard import guard_load
+from nemo_megacpp.checkpoint.identity import refuse_another_model
 from nemo_megacpp.checkpoint.optimizer_state import content_metadata
 from nemo_megacpp.checkpoint.random_state import (
     RandomState,
@@ -20,6 +21,12 @@ from nemo_megacpp.checkpoint.random_state import (
     sharded_random_state,
 )
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.recipes.nemo.actual import (
+    actual_layout,
+    actual_model,
+    refuse_incoherent,
+    tokenizer_of,
+)
 from nemo_megacpp.recipes.nemo.checkpoint_io import AcrossBackends, AsyncCheckpointIO
 from nemo_megacpp.recipes.nemo.stops import told
 from nemo_megacpp.runtime.host import ensure_host
@@ -66,6 +73,18 @@ class HybridStrategy(MegatronStrategy):
                     parallel_load=self.parallel_load,
                 )
             )
+
+    def connect(self, model: Any) -> None:
+        """Take the model, if it can be trained in this layout and on these data.
+
+        Raises:
+            UserError: an override has made the layout illegal, or model and data unlike.
+        """
+        trainer = model.trainer
+        layout = actual_layout(self.parallelism, trainer.world_size)
+        node = trainer.num_devices if trainer.num_nodes > 1 else 0
+        refuse_incoherent(layout, model.config, trainer.datamodule, node)
+        super().connect(model)
 
     def setup_distributed(self) -> None:
         """Start the process groups, then seed this rank."""
@@ -114,6 +133,10 @@ class HybridStrategy(MegatronStrategy):
         Its bytes were compared with its manifest before the ranks were started.
         """
         guard_load(Path(checkpoint_path), verify=False)
+        config: Any = self.lightning_module.config
+        tokenizer = tokenizer_of(self.lightning_module.trainer.datamodule)
+        model, letters = actual_model(config, ()), config.pattern.letters
+        refuse_another_model(Path(checkpoint_path), model, letters, tokenizer)
         usual = self.checkpoint_io  # type: ignore[has-type]
         self.checkpoint_io = AcrossBackends(usual)
         try:

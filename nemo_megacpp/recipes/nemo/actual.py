@@ -1,0 +1,78 @@
+"""What a run is, once NeMo's overrides have had their say.
+
+A factory's configuration can be changed afterwards (``model.config.add_qkv_bias=true``,
+``trainer.strategy.tensor_model_parallel_size=1``), so what is checked before the ranks start, and
+what a checkpoint says of itself, is read from the objects that train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from nemo_megacpp.checkpoint.identity import STRUCTURE
+from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout import ParallelLayout, refuse_illegal
+from nemo_megacpp.recipes.check import RecipeShape
+
+
+def actual_layout(degrees: Any, ranks: int) -> ParallelLayout:
+    """Return the layout of ``degrees``, an object with Megatron's fields, on ``ranks`` ranks."""
+    names = [f.name for f in dataclasses.fields(ParallelLayout) if f.name != "world_size"]
+    layout = ParallelLayout(**{name: getattr(degrees, name) for name in names})
+    return layout if layout.world == ranks else dataclasses.replace(layout, world_size=ranks)
+
+
+def actual_model(config: HybridConfig, names: Iterable[str]) -> dict[str, Any]:
+    """Return what a checkpoint says of its model.
+
+    Args:
+        config: of the model.
+        names: the fields that its recipe gave; what decides the shape of a tensor is added.
+    """
+    return {name: getattr(config, name) for name in {*names, *STRUCTURE, "hybrid_pattern"}}
+
+
+def tokenizer_of(data: Any) -> str | None:
+    """Return the fingerprint of the tokenizer of our data; None for another data module."""
+    return getattr(data, "tokenizer_fingerprint", None)
+
+
+def refuse_incoherent(layout: ParallelLayout, config: HybridConfig, data: Any, node: int) -> None:
+    """Refuse a layout that is illegal for the model, and data that are not for it.
+
+    Args:
+        layout: of the ranks that are about to start.
+        config: of the model.
+        data: NeMo's data module.
+        node: ranks of a node, where there are several nodes; else 0.
+
+    Raises:
+        UserError: with the numbers and the legal choices.
+    """
+    if data.seq_length != config.seq_length:
+        raise UserError(
+            f"data.seq_length={data.seq_length} and model.config.seq_length={config.seq_length} "
+            f"are two names of one number; give the factory seq_length=…, which sets both."
+        )
+    vocab_size = getattr(data.tokenizer, "vocab_size", config.vocab_size)
+    if vocab_size != config.vocab_size:
+        raise UserError(
+            f"The tokenizer of the data has {vocab_size} tokens and model.config.vocab_size is "
+            f"{config.vocab_size}. Give the factory data=…, whose vocabulary the model takes."
+        )
+    given = {f.name for f in dataclasses.fields(config)}
+    sizes: dict[str, Any] = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(RecipeShape)
+        if f.name in given or f.name == "pattern"
+    }
+    shape = RecipeShape(
+        **sizes, micro_batch_size=data.micro_batch_size, global_batch_size=data.global_batch_size
+    )
+    if node:
+        refuse_illegal(layout, shape, gpus_per_node=node)
+    else:
+        refuse_illegal(layout, shape)
