@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -133,6 +134,7 @@ def main() -> None:
     sys.warnoptions.append("ignore")  # here and in the processes started from here
     try:
         code = args.run(args)
+        sys.stdout.flush()
     except UserError as error:
         print(f"nemo-megacpp: {error}", file=sys.stderr)
         code = 2
@@ -146,6 +148,9 @@ def main() -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # the reader, such as head, has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        code = 141
     sys.exit(code)
 
 

@@ -284,6 +284,17 @@ def test_an_interrupt_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert run("train", "nam56r_tiny") == (130, "", "")
 
 
+def test_a_reader_that_stops_reading_is_no_traceback() -> None:
+    """As ``nemo-megacpp recipes nam56r | head -1``, whose pipe closes while more is to come."""
+    code = (
+        "import sys; from nemo_megacpp import cli; sys.argv = ['x', 'recipes', 'nam56r']; "
+        "import os; os.close(0); read, write = os.pipe(); os.close(read); os.dup2(write, 1); "
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 # --- refusals: exit code 2, one message, nothing written
 
 
