@@ -53,7 +53,7 @@ except Exception as error:
     _refuse_to_load(f"{requirement()}. They are installed but do not load: {error}")
 
 
-def _parameters(
+def factory_parameters(
     *,
     tensor_model_parallel_size: Optional[int] = None,
     sequence_parallel: Optional[bool] = None,
@@ -103,7 +103,7 @@ def _parameters(
     resume: Optional[str] = None,
     verify_checkpoint: Optional[bool] = None,
 ) -> dict[str, Any]:
-    """Return the parameters that are given: one signature and one text for every factory here.
+    """Return the parameters that are given: one signature and one text for every factory.
 
     Args:
         tensor_model_parallel_size: TP. None, here and below: the recipe's own value.
@@ -168,15 +168,15 @@ def _factory(name: str) -> Callable[..., run.Partial]:
     """Return the factory of recipe ``name``, registered with NeMo-Run."""
 
     def factory(**settings: Any) -> run.Partial:
-        return _pretrain(name, **_parameters(**settings))
+        return _pretrain(name, **factory_parameters(**settings))
 
     factory.__name__ = factory.__qualname__ = name
-    factory.__annotations__ = {**_parameters.__annotations__, "return": run.Partial}
+    factory.__annotations__ = {**factory_parameters.__annotations__, "return": run.Partial}
     # NeMo-Run reads names and types of parameters from the signature.
-    factory.__signature__ = inspect.signature(_parameters).replace(  # type: ignore[attr-defined]
+    factory.__signature__ = inspect.signature(factory_parameters).replace(  # type: ignore[attr-defined]
         return_annotation=run.Partial
     )
-    _, rest = (_parameters.__doc__ or "").split("\n", 1)
+    _, rest = (factory_parameters.__doc__ or "").split("\n", 1)
     factory.__doc__ = f"Pre-train {CATALOG[name].summary}.\n{rest}"
     return run.cli.factory(factory, target=llm.pretrain, name=name)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from nemo_megacpp.data.builtin import MAX_VOCAB_SIZE
 from nemo_megacpp.errors import UserError, nearest
 from nemo_megacpp.families import load_families
 from nemo_megacpp.layout import ParallelLayout
@@ -172,7 +173,8 @@ def from_mapping(settings: Mapping[str, Any]) -> Recipe:
         if key not in training:
             defaults.append(f"{key}: {getattr(settled, key)}")
     if run.get("data") is None:
-        defaults.append("data: torch's C++ headers")
+        builtin = model["vocab_size"] <= MAX_VOCAB_SIZE
+        defaults.append("data: torch's C++ headers" if builtin else "data: none, which a run needs")
     _check_training(settled)
     return Recipe(
         base_name,

@@ -297,10 +297,9 @@ def test_another_nemo_is_named(
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def test_the_program_lists_shows_and_refuses(tmp_path: Path) -> None:
+def test_the_program_writes_and_refuses(tmp_path: Path) -> None:
+    """What it lists, shows and prints as it trains is in docs/nemo.md, whose commands are run."""
     commands = {
-        "help": ["--help"],
-        "dryrun": ["--factory", "nam56r(devices=8, num_nodes=2)", "--dryrun"],
         "refusal": ["--factory", "nam56r_tiny(tensor_model_parallel_size=3)", "--yes"],
         "yaml": ["--factory", "nam52_mamba3", "--to-yaml", "task.yaml"],
         "mismatch": ["--factory", "nam52", "--yes"],
@@ -329,11 +328,7 @@ def test_the_program_lists_shows_and_refuses(tmp_path: Path) -> None:
         for process in running.values():
             process.kill()
     codes = {name: process.returncode for name, process in running.items()}
-    assert codes == {"help": 0, "dryrun": 0, "refusal": 2, "yaml": 0, "mismatch": 2}, said
-    for name in CATALOG:
-        assert f"{name} " in said["help"][0]
-    assert "layout: TP=2 SP CP=1 EP=1 ETP=1 PP=1 (16 ranks" in said["dryrun"][0]
-    assert "num_layers=52" in said["dryrun"][0]
+    assert codes == {"refusal": 2, "yaml": 0, "mismatch": 2}, said
     assert "nam56r_tiny: Layout tp=3,sp=true,etp=1 is illegal" in said["refusal"][1]
     assert "Traceback" not in said["refusal"][1]
     written = (empty / "task.yaml").read_text()
