@@ -387,10 +387,11 @@ def test_nemo_runs_executors(tmp_path: Path, small_data: PreparedData) -> None:
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step=2"]
 
 
-def test_the_program_trains_on_two_ranks(tmp_path: Path, small_data: PreparedData) -> None:
+def test_the_program_trains_under_torchrun(tmp_path: Path, small_data: PreparedData) -> None:
     """In the layout and the model that its overrides make of the factory's."""
     done = subprocess.run(
         [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"),
             *(NEMO, "llm", "pretrain", "--yes"),
             *(
                 "--factory",
@@ -406,7 +407,7 @@ def test_the_program_trains_on_two_ranks(tmp_path: Path, small_data: PreparedDat
         env=NO_GPU,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=400,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.count("run folder: ") == 1, "only rank 0 announces the run"
