@@ -218,6 +218,7 @@ class HybridConfig(TransformerConfig):
             "mode": Mode,
             "m2rnn_clip_order": ClipOrder,
             "m2rnn_context_parallel": SequenceExchange,
+            "m2rnn_kernel": Kernel,
             "mamba3_A_activation": AActivation,
             "mamba3_pairs": Pairs,
             "mamba3_kernel": Kernel,
