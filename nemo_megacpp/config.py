@@ -143,7 +143,8 @@ class HybridConfig(TransformerConfig):
     """``TransformerConfig`` of a hybrid A/M/E/R model.
 
     ``num_layers`` is the depth to which ``hybrid_pattern`` is tiled; left at 0 it is the pattern's
-    own length. Fields without a comment below are Megatron's and keep Megatron's meaning.
+    own length. The ``m2rnn_*`` and ``mamba3_*`` fields are those of :class:`M2RNNDimensions` and
+    :class:`Mamba3Dimensions`; other fields without a comment are Megatron's, with its meaning.
 
     Raises:
         UserError: for a pattern that cannot be read, or a field that no backend supports.
