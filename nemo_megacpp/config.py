@@ -163,7 +163,8 @@ class HybridConfig(TransformerConfig):
     vocab_size: int = 0
     """Tokens of the tokenizer, before padding."""
     make_vocab_size_divisible_by: int = 128
-    """The embedding is padded to a multiple of this times the tensor-parallel size."""
+    """The embedding is padded to a multiple of this and of the tensor-parallel size: not of their
+    product, as Megatron's is, so that the rows are the same in every layout. 0: no padding."""
     seq_length: int = 4096
     """Tokens per sample, ``s``."""
     position_embedding_type: Literal["rope", "none"] = "rope"
