@@ -16,8 +16,8 @@ test: lint docs $(ORACLES)
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check nemo_megacpp tests examples benchmarks
-	$(BIN)/ruff format --check nemo_megacpp tests examples benchmarks
+	$(BIN)/ruff check nemo_megacpp tests examples benchmarks docs/hooks.py
+	$(BIN)/ruff format --check nemo_megacpp tests examples benchmarks docs/hooks.py
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile
 

@@ -12,6 +12,7 @@ With ``[B, C, x]`` for every channel from ``W_in u``, the block is ``W_out (C âŠ
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from nemo_megacpp.families import BlockFamily, register
-from nemo_megacpp.layout.rules import Divides
+from nemo_megacpp.layout.rules import Broken, Case, Divides
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d
 from nemo_megacpp.mixers.sequence_layout import heads_to_sequence, sequence_to_heads, token_order
 from nemo_megacpp.mixers.sharding import sharded_by_head
@@ -146,13 +147,22 @@ def short_conv_layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
 
 WHY = "each rank of a C block holds whole channels"
 
+
+def channels_over_tp_and_cp(case: Case) -> Iterator[Broken]:
+    """CP shares out the channels that TP left to a rank; `Divides` looks at one degree only."""
+    width, tp, cp = case.shape.hidden_size, case.layout.tp, case.layout.cp
+    if case.has(Family("C")) and cp > 1 and width % (tp * cp):
+        message = f"hidden_size = {width} is not divisible by TP x CP = {tp * cp}: {WHY}."
+        yield Broken("CP", "short-conv-channels-cp", message, knobs=("cp", "tp"))
+
+
 register(
     BlockFamily(
         letter="C",
         layer_spec=short_conv_layer_spec,
         rules=(
             Divides("short-conv-channels", Family("C"), "hidden_size", "tp", WHY),
-            Divides("short-conv-channels-cp", Family("C"), "hidden_size", "cp", WHY),
+            channels_over_tp_and_cp,
         ),
     )
 )

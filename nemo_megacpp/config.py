@@ -143,7 +143,8 @@ class HybridConfig(TransformerConfig):
     """``TransformerConfig`` of a hybrid A/M/E/R model.
 
     ``num_layers`` is the depth to which ``hybrid_pattern`` is tiled; left at 0 it is the pattern's
-    own length. Fields without a comment below are Megatron's and keep Megatron's meaning.
+    own length. The ``m2rnn_*`` and ``mamba3_*`` fields are those of :class:`M2RNNDimensions` and
+    :class:`Mamba3Dimensions`; other fields without a comment are Megatron's, with its meaning.
 
     Raises:
         UserError: for a pattern that cannot be read, or a field that no backend supports.
@@ -162,7 +163,8 @@ class HybridConfig(TransformerConfig):
     vocab_size: int = 0
     """Tokens of the tokenizer, before padding."""
     make_vocab_size_divisible_by: int = 128
-    """The embedding is padded to a multiple of this times the tensor-parallel size."""
+    """The embedding is padded to a multiple of this and of the tensor-parallel size: not of their
+    product, as Megatron's is, so that the rows are the same in every layout. 0: no padding."""
     seq_length: int = 4096
     """Tokens per sample, ``s``."""
     position_embedding_type: Literal["rope", "none"] = "rope"
@@ -218,6 +220,7 @@ class HybridConfig(TransformerConfig):
             "mode": Mode,
             "m2rnn_clip_order": ClipOrder,
             "m2rnn_context_parallel": SequenceExchange,
+            "m2rnn_kernel": Kernel,
             "mamba3_A_activation": AActivation,
             "mamba3_pairs": Pairs,
             "mamba3_kernel": Kernel,

@@ -20,6 +20,8 @@ from nemo_megacpp.proof.cases import tiny_model
         ("recompute_granularity", "full"),
         ("moe_router_load_balancing_type", "sinkhorn"),
         ("mode", "mamba9"),
+        ("m2rnn_kernel", "cuda"),
+        ("mamba3_kernel", "cuda"),
     ],
 )
 def test_refused(field: str, value: object) -> None:

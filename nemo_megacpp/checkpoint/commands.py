@@ -106,8 +106,7 @@ def _export(args: argparse.Namespace) -> int:
         print(f"{content.directory}: {check_manifest(content.directory)}")
     index = export(args.directory, args.out)
     files = len(set(index["weight_map"].values()))
-    others = len(content.other_tensors) + len(content.objects)
-    left_out = f"; {others} tensors and objects of optimizer and random state left out"
+    left_out = len(content.other_tensors) + len(content.objects)
     print(
         f"{args.out}: {len(index['weight_map'])} tensors, {index['metadata']['total_size']:,} "
         f"bytes, in {files} file{'s' if files > 1 else ''}"

@@ -47,10 +47,10 @@ def _tensor(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
             "TP",
             "forces",
             f"{padding} rows of padding in embedding and head: {config.vocab_size} tokens are no "
-            f"multiple of {config.make_vocab_size_divisible_by} x TP {layout.tp}",
+            f"multiple of {config.make_vocab_size_divisible_by} and of TP {layout.tp}",
         )
     if layout.tp > 1 and layout.sp and _has(sizes, Family.EXPERT):
-        yield Cost("SP", "forces", "sequence parallelism: Megatron's MoE layer trains with it only")
+        yield Cost("TP", "forces", "SP: Megatron's MoE layer trains at TP > 1 with SP only")
     if layout.tp > 1 and not layout.sp:
         yield Cost(
             "SP",

@@ -29,8 +29,8 @@ class StagePlan:
 
     Attributes:
         built: its chunks and parameters, as one rank holds them.
-        first_rank, ranks: the lowest global rank on the stage, and how many there are; Megatron
-            numbers them consecutively.
+        first_rank: the lowest global rank on the stage.
+        ranks: how many there are; Megatron numbers them consecutively.
         memory: of the rank that holds most.
         microbatch: ``(place, how many layers, collectives of one layer in one microbatch)``.
         step: collectives once per step.

@@ -33,7 +33,8 @@ class SplitCounts:
     """Size of one split.
 
     Attributes:
-        documents, tokens: with EOS and padding.
+        documents: how many.
+        tokens: of all documents, with EOS and padding.
         bytes: of the text in UTF-8; None where the text was not seen.
         padding: EOS tokens beyond the one that ends each document.
     """

@@ -80,13 +80,17 @@ class Training:
     Attributes:
         max_steps: optimizer steps of the whole run; also the length of the learning-rate schedule.
         stop_after: save and stop after this step, leaving the rest of the run to a resume.
-        micro_batch_size, global_batch_size: rows of ``seq_length`` tokens.
+        micro_batch_size: rows of ``seq_length`` tokens in a forward pass.
+        global_batch_size: rows in an optimizer step.
         packed_documents: attention, M and R, and positions, start anew at each document of a row,
             and the end of a document predicts nothing; else they run across. Megatron's
             ``reset_attention_mask``, ``reset_position_ids`` and ``eod_mask_loss``, and the states.
-        lr, min_lr: peak and final learning rate of a cosine schedule.
-        warmup_steps: linear warm-up.
-        weight_decay, clip_grad, adam_beta2: of AdamW.
+        lr: peak learning rate of a cosine schedule.
+        min_lr: its final learning rate.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: of AdamW.
+        clip_grad: bound on the gradient's norm.
+        adam_beta2: of AdamW.
         precision: ``fp32`` or ``bf16``.
         val_check_interval: steps between evaluations on held-out data.
         limit_val_batches: global batches per evaluation.

@@ -64,8 +64,12 @@ def test_a_recipe_names_its_module_and_layouts_obey_its_rules() -> None:
     assert recipe.pattern.letters == "CECM" * 3
     shape = shape_of(recipe)
     assert check_layout(ParallelLayout.parse("tp=2,cp=2"), shape) == []
-    broken = check_layout(ParallelLayout.parse("tp=3,sp=false"), shape)
-    assert "short-conv-channels" in {violation.rule for violation in broken}
+    for layout, rule in (
+        ("tp=3,sp=false", "short-conv-channels"),
+        ("tp=4,cp=16", "short-conv-channels-cp"),  # each of them divides 224, both together do not
+    ):
+        broken = check_layout(ParallelLayout.parse(layout), shape)
+        assert rule in {violation.rule for violation in broken}
 
 
 def test_a_pattern_of_another_model_does_not_heed_its_rules() -> None:
