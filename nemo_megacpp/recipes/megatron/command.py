@@ -15,7 +15,7 @@ _DESCRIPTION = """\
 Print the arguments with which Megatron-LM's pretrain_mamba.py trains a recipe, as one line of shell
 words. Remarks go to standard error."""
 _EPILOG = """\
-nemo-megacpp megatron-args nam56r | xargs torchrun --nproc-per-node 2 pretrain_mamba.py
+nemo-megacpp megatron-args nam56r data=DIR | xargs torchrun --nproc-per-node 2 pretrain_mamba.py
 With tensor or context parallelism Megatron-LM wants CUDA_DEVICE_MAX_CONNECTIONS=1 around it.
 Without a GPU: … | xargs torchrun --nproc-per-node 2 -m nemo_megacpp.runtime pretrain_mamba.py"""
 
