@@ -18,17 +18,17 @@ def axes_alone(layout: ParallelLayout) -> list[tuple[str, ParallelLayout]]:
 
 def axes_in_pairs(layout: ParallelLayout) -> list[tuple[str, ParallelLayout]]:
     """Return two axes at a time, where that is more than one of them and less than ``layout``."""
-    known = {_spelled_out(place) for _, place in axes_alone(layout)} | {_spelled_out(layout)}
+    known = {spelled_out(place) for _, place in axes_alone(layout)} | {spelled_out(layout)}
     pairs = []
     for (first, a), (second, b) in combinations(_degrees(layout), 2):
         place = ParallelLayout(**{**a, **b})
-        if place.world <= layout.world and _spelled_out(place) not in known:
-            known.add(_spelled_out(place))
+        if place.world <= layout.world and spelled_out(place) not in known:
+            known.add(spelled_out(place))
             pairs.append((f"{first} with {second}", place))
     return pairs
 
 
-def _spelled_out(layout: ParallelLayout) -> ParallelLayout:
+def spelled_out(layout: ParallelLayout) -> ParallelLayout:
     """Return ``layout`` with its defaults filled in, so that equal ones compare equal."""
     return dataclasses.replace(
         layout, expert_tensor_parallel_size=layout.etp, world_size=layout.world

@@ -12,7 +12,7 @@ from typing import Any
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, refuse_illegal
 from nemo_megacpp.pattern import HybridPattern
-from nemo_megacpp.proof.axes import axes_alone, axes_in_pairs, axes_of
+from nemo_megacpp.proof.axes import axes_alone, axes_in_pairs, axes_of, spelled_out
 from nemo_megacpp.proof.bench import Bench
 from nemo_megacpp.proof.canary import canary
 from nemo_megacpp.proof.step_spec import Dtype
@@ -30,6 +30,8 @@ def verify(
     pool: WorkerPool | None = None,
 ) -> Iterator[Trial]:
     """Yield trials, in order: each axis of ``layout`` alone, each family in it, everything in it.
+
+    A layout of one axis is tried once.
 
     Args:
         model: fields of the recipe's ``HybridConfig``.
@@ -53,8 +55,10 @@ def verify(
     cases += [("all", axis, single, "float64") for axis, single in axes_alone(layout)]
     for letter in letters if len(letters) > 1 else "":
         cases.append((letter, "together", axes_of(letter, layout), "float64"))
-    dtypes: tuple[Dtype, ...] = ("float64", "float32", "bfloat16")
-    cases += [("all", "together", layout, dtype) for dtype in dtypes]
+    alone = {spelled_out(single) for _, single in axes_alone(layout)}
+    if spelled_out(layout) not in alone:
+        cases.append(("all", "together", layout, "float64"))
+    cases += [("all", "together", layout, "float32"), ("all", "together", layout, "bfloat16")]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if pool is None:

@@ -107,7 +107,6 @@ def test_a_recipe_verified(capsys: pytest.CaptureFixture[str]) -> None:
         ("all", "TP", "float64"),
         ("A", "together", "float64"),
         ("R", "together", "float64"),
-        ("all", "together", "float64"),
         ("all", "together", "float32"),
         ("all", "together", "bfloat16"),
     ]
