@@ -93,6 +93,28 @@ def test_a_missing_part_has_a_price(
         assert without_gpu == Finding(part, "not needed without a GPU")
 
 
+@pytest.mark.parametrize(
+    ("error", "part", "status"),
+    [
+        (ModuleNotFoundError("No module named 'megatron'", name="megatron"), "absent", "limited"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "does not load", "broken"),
+        (AttributeError("torch has no y"), "does not load", "broken"),
+    ],
+)
+def test_a_megatron_that_does_not_load_is_broken(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, part: str, status: str
+) -> None:
+    """Its version alone says nothing of that."""
+
+    def find_spec(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr("importlib.util.find_spec", find_spec)
+    found = packages._index_builder()
+    assert (found.found, found.status) == (part, status)
+    assert status == "limited" or found.cost == f"nothing runs: {error}"
+
+
 def test_the_table_keeps_its_brackets(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,13 +96,22 @@ def _index_builder() -> Finding:
     part = "dataset index builder"
     try:
         compiled = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
-    except ImportError:
-        return Finding(part, "absent", "limited", "comes with megatron-core")
+    except ModuleNotFoundError as error:
+        if error.name == "megatron":
+            return Finding(part, "absent", "limited", "comes with megatron-core")
+        return _not_loading(error)
+    except Exception as error:  # whatever the libraries under Megatron raise at their import
+        return _not_loading(error)
     if compiled:
         return Finding(part, "compiled")
     return Finding(
         part, "source", "limited", "Megatron compiles it at start: wants make, g++ and pybind11"
     )
+
+
+def _not_loading(error: Exception) -> Finding:
+    reason = str(error) or type(error).__name__
+    return Finding("megatron.core", "does not load", "broken", f"nothing runs: {reason}")
 
 
 def _entry_point() -> Finding:
