@@ -110,12 +110,7 @@ def _export(args: argparse.Namespace) -> int:
     left_out = f"; {others} tensors and objects of optimizer and random state left out"
     print(
         f"{args.out}: {len(index['weight_map'])} tensors, {index['metadata']['total_size']:,} "
-        f"bytes, in {files} file{'s' if files > 1 else ''}"
-        + (
-            f"; {left_out} tensors and objects of optimizer and random state left out"
-            if left_out
-            else ""
-        )
+        f"bytes, in {files} file{'s' if files > 1 else ''}{left_out if others else ''}"
     )
     return 0
 
