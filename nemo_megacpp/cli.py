@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -133,6 +135,7 @@ def main() -> None:
     sys.warnoptions.append("ignore")  # here and in the processes started from here
     try:
         code = args.run(args)
+        sys.stdout.flush()
     except UserError as error:
         print(f"nemo-megacpp: {error}", file=sys.stderr)
         code = 2
@@ -146,6 +149,14 @@ def main() -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # whoever read the output, such as head, has had enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes it at its end)
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"nemo-megacpp: {error.filename}: {error.strerror}.", file=sys.stderr)
+        code = 2
     sys.exit(code)
 
 
