@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -404,6 +405,21 @@ def test_a_job_on_several_nodes_is_held_to_what_they_share(
         train("nam56r_tiny", overrides)
     assert not started
     assert not Path("here").exists()
+
+
+def test_an_interrupted_rank_leaves_its_launcher_to_speak(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    _start(monkeypatch, 0, 2, 2)
+    monkeypatch.setattr(worker, "run_recipe", interrupted)
+    monkeypatch.setattr(worker, "end_with_parent", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["worker", "nam56r_tiny", "here"])
+    with pytest.raises(SystemExit) as stop:
+        worker.main()
+    assert (stop.value.code, capsys.readouterr().err) == (130, "")
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "n\0"])
