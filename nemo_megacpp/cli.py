@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -150,7 +151,12 @@ def main() -> None:
         code = 130
     except BrokenPipeError:  # the reader, such as head, has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        code = 141
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"nemo-megacpp: {error.filename}: {error.strerror}.", file=sys.stderr)
+        code = 2
     sys.exit(code)
 
 

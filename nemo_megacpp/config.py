@@ -5,10 +5,10 @@
 # ruff: noqa: UP045
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, Optional, get_args
+from typing import Any, Literal, Optional, get_args, get_origin
 
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import load_families
 from nemo_megacpp.pattern import Family, HybridPattern
+from nemo_megacpp.refusals import refuse_meaningless, refuse_routing, refuse_unread
 
 Mode = Literal["nemo_native", "mamba3"]
 ClipOrder = Literal["before_output", "after_output"]
@@ -23,20 +24,8 @@ SequenceExchange = Literal["auto", "all_to_all", "serial"]
 AActivation = Literal["softplus", "heavy_tail"]
 Pairs = Literal["interleaved", "halves"]
 Kernel = Literal["auto", "torch", "triton"]
-# Not Megatron's "sinkhorn": it normalises over the tokens that a rank happens to hold, so that
-# every layout would route differently.
-LoadBalancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"]
 
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
-
-# Megatron's other ways to place layers on stages; a pattern carries its own cuts.
-_OTHER_CUTS = (
-    "pipeline_model_parallel_layout",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
 
 
 @dataclass(frozen=True)
@@ -58,6 +47,9 @@ class M2RNNDimensions:
             ``auto``: ``triton`` where it can run.
         a_init_range: range of ``A`` at initialisation.
         dt_init_range: range of ``softplus(dt_bias)`` at initialisation (log-uniform).
+
+    Raises:
+        UserError: a size or setting is illegal.
     """
 
     num_heads: int
@@ -70,6 +62,16 @@ class M2RNNDimensions:
     kernel: Kernel = "auto"
     a_init_range: tuple[float, float] = (0.0, 16.0)
     dt_init_range: tuple[float, float] = (1e-3, 0.1)
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "key_head_dim", "value_head_dim", "conv_kernel"):
+            if getattr(self, name) < 1:
+                raise UserError(f"m2rnn_{name}={getattr(self, name)} must be at least 1.")
+        clip = self.state_gradient_clip
+        if clip is not None and not clip > 0:
+            raise UserError(
+                f"m2rnn_state_gradient_clip={clip} must be above 0, or null for no bound."
+            )
 
 
 @dataclass(frozen=True)
@@ -216,21 +218,7 @@ class HybridConfig(TransformerConfig):
         depth: int = self.num_layers
         pattern = HybridPattern.parse(self.hybrid_pattern, depth=depth or None)
         self.num_layers: int = len(pattern)
-        choices = {
-            "mode": Mode,
-            "m2rnn_clip_order": ClipOrder,
-            "m2rnn_context_parallel": SequenceExchange,
-            "m2rnn_kernel": Kernel,
-            "mamba3_A_activation": AActivation,
-            "mamba3_pairs": Pairs,
-            "mamba3_kernel": Kernel,
-        }
-        for name, choice in choices.items():
-            if name == "mamba3_pairs" and self.mamba3_pairs is None:
-                continue
-            if getattr(self, name) not in get_args(choice):
-                known = ", ".join(get_args(choice))
-                raise UserError(f"{name}={getattr(self, name)!r}: the choices are {known}.")
+        self._check_own_fields()
         if (
             self.virtual_pipeline_model_parallel_size is not None
             and self.pipeline_model_parallel_size == 2
@@ -243,6 +231,15 @@ class HybridConfig(TransformerConfig):
         refuse_unsupported(self, pattern)
         if Family.MAMBA in pattern.families and self.mode == "mamba3":
             mamba3_dimensions(self)
+        if Family.RECURRENT in pattern.families:
+            m2rnn_dimensions(self)
+        if Family.ATTENTION in pattern.families and self.position_embedding_type == "rope":
+            head_dim = self.kv_channels or self.hidden_size // self.num_attention_heads
+            if (turned := int(head_dim * self.rotary_percent)) % 2 or not turned:
+                raise UserError(
+                    f"rotary_percent={self.rotary_percent} turns {turned} of kv_channels={head_dim}"
+                    f" channels: it must be an even number, and at least 2."
+                )
         if Family.EXPERT not in pattern.families:
             # Megatron refuses sizes of experts that are not there.
             self.num_moe_experts = None
@@ -256,6 +253,38 @@ class HybridConfig(TransformerConfig):
         if self.m2rnn_num_heads is None:
             self.m2rnn_num_heads = _heads_that_fill(self.hidden_size, self.m2rnn_value_head_dim)
 
+    def _check_own_fields(self) -> None:
+        """Refuse values of the hybrid fields that nothing would read as they are meant."""
+        for field in fields(HybridConfig):
+            value, choices = getattr(self, field.name), _choices(field.type)
+            if choices and value not in choices and value != field.default:
+                known = ", ".join(choices)
+                raise UserError(f"{field.name}={value!r}: the choices are {known}.")
+            if (
+                self.mode != "mamba3"
+                and field.name.startswith("mamba3_")
+                and value != field.default
+            ):
+                raise UserError(
+                    f"{field.name}={value!r} is a setting of mode='mamba3'; here mode="
+                    f"{self.mode!r}, whose M blocks are Megatron's own. Set the mode, or leave it "
+                    f"out."
+                )
+        if not 0 < self.rotary_percent <= 1:
+            raise UserError(f"rotary_percent: {self.rotary_percent} must be above 0, at most 1.")
+        if self.make_vocab_size_divisible_by < 0:
+            raise UserError(
+                f"make_vocab_size_divisible_by: {self.make_vocab_size_divisible_by} must be at "
+                f"least 0, which turns padding off."
+            )
+        if not self.parallel_output and self.tensor_model_parallel_size > 1:
+            # The loss takes each rank's logits for its share of the vocabulary.
+            raise UserError(
+                f"parallel_output=False gathers the logits over TP="
+                f"{self.tensor_model_parallel_size}, and the loss would count them as many times. "
+                f"Leave it at True."
+            )
+
     @property
     def pattern(self) -> HybridPattern:
         """The parsed pattern, one family per layer."""
@@ -265,6 +294,14 @@ class HybridConfig(TransformerConfig):
     def num_expert_blocks(self) -> int:
         """E blocks in the whole model: what an auxiliary loss is averaged over."""
         return self.pattern.counts()[Family.EXPERT]
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """Return the values of a field that has a few, and no others."""
+    for option in (hint, *get_args(hint)):
+        if get_origin(option) is Literal:
+            return get_args(option)
+    return ()
 
 
 def refuse_unsupported(
@@ -282,30 +319,9 @@ def refuse_unsupported(
     Raises:
         UserError: for the first such setting.
     """
-    if config.moe_expert_capacity_factor is not None and (
-        config.moe_pad_expert_input_to_capacity or config.moe_token_drop_policy != "probs"
-    ):
-        raise UserError(
-            "moe_expert_capacity_factor drops the least probable tokens of a microbatch: "
-            "moe_token_drop_policy must be 'probs' and moe_pad_expert_input_to_capacity false. "
-            "The other forms depend on which rank holds a token."
-        )
-    balancing = config.moe_router_load_balancing_type
-    for kind in balancing if isinstance(balancing, list) else [balancing]:
-        if kind not in get_args(LoadBalancing):
-            known = ", ".join(get_args(LoadBalancing))
-            raise UserError(f"moe_router_load_balancing_type={kind!r}: it is one of {known}.")
-    for name in _OTHER_CUTS:
-        if getattr(config, name):
-            raise UserError(
-                f"{name} is not read by the hybrid stack. Write the pipeline cuts into the "
-                f"pattern, as in 'AEME|AEMEAEMR'."
-            )
-    if config.recompute_granularity == "full":
-        raise UserError(
-            "recompute_granularity='full' is not supported by the hybrid stack; "
-            "'selective' (core_attn, moe, shared_experts, …) and None are."
-        )
+    refuse_unread(config)
+    refuse_routing(config)
+    refuse_meaningless(config)
     clip = _hybrid_field(config, settings, "m2rnn_state_gradient_clip")
     if Family.RECURRENT in pattern.families and clip is not None:
         for name in ("fp16", "calculate_per_token_loss"):

@@ -15,6 +15,8 @@ from typing import ClassVar
 from nemo_megacpp.errors import UserError
 
 CUT = "|"
+MAX_DEPTH = 65_536
+"""Layers that a pattern is tiled to: a thousand times those of any model."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ class HybridPattern:
             return cls(unit, cuts)
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise UserError(f"The depth must be a positive number of layers; got {depth!r}.")
+        if depth > MAX_DEPTH:
+            raise UserError(f"A depth of {depth:,} is more than {MAX_DEPTH:,} layers.")
         if depth < len(unit):
             raise UserError(
                 f"A depth of {depth} cuts short the unit {_join(unit, cuts)!r} of {len(unit)} "

@@ -19,14 +19,55 @@ from nemo_megacpp.proof.cases import tiny_model
         ("pipeline_model_parallel_layout", "Et|tL"),
         ("recompute_granularity", "full"),
         ("moe_router_load_balancing_type", "sinkhorn"),
+        ("recompute_modules", ["moe"]),
         ("mode", "mamba9"),
         ("m2rnn_kernel", "cuda"),
         ("mamba3_kernel", "cuda"),
+        ("m2rnn_kernel", "tritn"),
+        ("position_embedding_type", "learned_absolute"),
+        ("qk_layernorm", True),
+        ("qk_clip", True),
+        ("mtp_num_layers", 1),
+        ("multi_latent_attention", True),
+        ("rotary_interleaved", True),
+        ("moe_layer_freq", 2),
+        ("cpu_offloading", True),
+        ("delay_wgrad_compute", True),
+        ("mamba3_mimo_rank", 4),
     ],
 )
 def test_refused(field: str, value: object) -> None:
     with pytest.raises(UserError, match=field):
         HybridConfig(**tiny_model("AEMR", **{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_dropout", 1.0),
+        ("attention_dropout", -0.1),
+        ("layernorm_epsilon", 0.0),
+        ("softmax_scale", -1.0),
+        ("init_method_std", -0.02),
+        ("rotary_percent", 1.5),
+        ("rotary_percent", 0.1),
+        ("make_vocab_size_divisible_by", -8),
+        ("moe_expert_capacity_factor", -1.0),
+        ("moe_aux_loss_coeff", -1e-3),
+        ("moe_aux_loss_coeff", [1e-3, 1e-3]),
+        ("m2rnn_conv_kernel", 0),
+        ("m2rnn_state_gradient_clip", 0.0),
+    ],
+)
+def test_numbers_that_mean_nothing(field: str, value: object) -> None:
+    with pytest.raises(UserError, match=field):
+        HybridConfig(**tiny_model("AEMR", **{field: value}))
+
+
+def test_gathered_logits_are_refused_where_they_would_change_the_loss() -> None:
+    assert not HybridConfig(**tiny_model("A", parallel_output=False)).parallel_output
+    with pytest.raises(UserError, match="parallel_output=False gathers the logits over TP=2"):
+        HybridConfig(**tiny_model("A", parallel_output=False, tensor_model_parallel_size=2))
 
 
 def test_accepted() -> None:

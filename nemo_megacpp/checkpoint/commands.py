@@ -106,15 +106,11 @@ def _export(args: argparse.Namespace) -> int:
         print(f"{content.directory}: {check_manifest(content.directory)}")
     index = export(args.directory, args.out)
     files = len(set(index["weight_map"].values()))
-    left_out = len(content.other_tensors) + len(content.objects)
+    others = len(content.other_tensors) + len(content.objects)
+    left_out = f"; {others} tensors and objects of optimizer and random state left out"
     print(
         f"{args.out}: {len(index['weight_map'])} tensors, {index['metadata']['total_size']:,} "
-        f"bytes, in {files} file{'s' if files > 1 else ''}"
-        + (
-            f"; {left_out} tensors and objects of optimizer and random state left out"
-            if left_out
-            else ""
-        )
+        f"bytes, in {files} file{'s' if files > 1 else ''}{left_out if others else ''}"
     )
     return 0
 

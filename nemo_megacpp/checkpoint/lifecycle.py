@@ -19,15 +19,24 @@ from nemo_megacpp.checkpoint.identity import (
     whole_checkpoints,
     write_identity,
 )
+from nemo_megacpp.errors import UserError
 
 UNFINISHED = "-unfinished"
 """NeMo's mark, a file beside the checkpoint's folder: its saving has begun and not ended."""
 
 
 def begin_checkpoint(directory: Path) -> None:
-    """Make an empty folder for a checkpoint; what a crashed save left there is removed first."""
+    """Make an empty folder for a checkpoint; what a crashed save left there is removed first.
+
+    Raises:
+        UserError: a whole checkpoint is there.
+    """
     if directory.exists():
-        assert not is_whole(directory), f"{directory} would be overwritten"
+        if is_whole(directory):
+            raise UserError(
+                f"{directory} is there already, and would be overwritten by a run that went on "
+                f"from an earlier step. Give it another run_dir."
+            )
         remove_checkpoint(directory)
     directory.mkdir(parents=True)
 

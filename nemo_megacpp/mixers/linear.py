@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
-from nemo_megacpp.mixers.norm import require_rms_norm
+from nemo_megacpp.mixers.norm import refuse_what_torch_lacks
 from nemo_megacpp.mixers.replicated import mark_replicated, replicated
 
 
@@ -34,7 +34,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         init_method: Callable,
         **kwargs: Any,
     ):
-        require_rms_norm(config)
+        refuse_what_torch_lacks(config)
         super().__init__(input_size, output_size, config=config, init_method=init_method, **kwargs)
         self.layer_norm_weight = torch.nn.Parameter(
             torch.ones(input_size, dtype=config.params_dtype, device=self.weight.device)

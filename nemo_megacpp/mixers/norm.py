@@ -8,12 +8,19 @@ from megatron.core.transformer import TransformerConfig
 from nemo_megacpp.errors import UserError
 
 
-def require_rms_norm(config: TransformerConfig) -> None:
-    """Refuse what the torch backend's norms do not do.
+def refuse_what_torch_lacks(config: TransformerConfig) -> None:
+    """Refuse what the torch backend's modules do not do.
 
     Raises:
-        UserError: for a normalisation other than plain RMSNorm.
+        UserError: for a normalisation other than plain RMSNorm, or FP8 or FP4, which Megatron
+            leaves out without a word where there is no Transformer Engine.
     """
+    if config.fp8 or config.fp4:
+        name = "fp8" if config.fp8 else "fp4"
+        raise UserError(
+            f"{name}={getattr(config, name)!r} needs Transformer Engine, which is not installed. "
+            f"Install it, or leave {name} out."
+        )
     if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
         raise UserError(
             f"The torch backend has normalization='RMSNorm' with a gain around one; asked for "
@@ -37,7 +44,7 @@ class TorchRMSNorm(torch.nn.RMSNorm):
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float | None = None):
-        require_rms_norm(config)
+        refuse_what_torch_lacks(config)
         super().__init__(
             hidden_size,
             eps=config.layernorm_epsilon if eps is None else eps,

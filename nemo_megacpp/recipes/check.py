@@ -83,6 +83,7 @@ def check_model_of(recipe: Recipe) -> None:
         raise UserError(
             f"moe_router_topk={chosen} experts per token are more than num_moe_experts={experts}."
         )
+    _check_low_precision(model)
     degrees = dataclasses.asdict(recipe.layout)
     del degrees["world_size"]
     bf16 = recipe.training.precision == "bf16"
@@ -93,6 +94,19 @@ def check_model_of(recipe: Recipe) -> None:
         raise
     except (AssertionError, ImportError, ValueError) as error:
         raise UserError(f"Megatron refuses this model: {error}") from None
+
+
+def _check_low_precision(model: dict[str, Any]) -> None:
+    """Megatron's configuration fails on these without Transformer Engine, and does not say why."""
+    for name in ("fp8", "fp4"):
+        if model.get(name) is not None:
+            from nemo_megacpp.specs.backend import TorchBackend, default_backend
+
+            if isinstance(default_backend(), TorchBackend):
+                raise UserError(
+                    f"{name}={model[name]!r} needs Transformer Engine, which is not installed. "
+                    f"Install it, or leave {name} out."
+                )
 
 
 def check_loggers_of(recipe: Recipe) -> None:

@@ -94,6 +94,8 @@ def demo(out: str | Path) -> int:
 def _clear(out: Path) -> None:
     """Remove an earlier demo; refuse a folder that is anything else."""
     mark = out / ".nemo-megacpp-demo"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder. Choose another --out.")
     if out.exists() and any(out.iterdir()) and not mark.exists():
         raise UserError(f"{out} is not empty and not an earlier demo. Choose another --out.")
     shutil.rmtree(out, ignore_errors=True)

@@ -20,7 +20,7 @@ from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.check import shape_of
 from nemo_megacpp.recipes.nemo.versions import describe_mismatch, requirement
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping
-from nemo_megacpp.recipes.run_folder import new_run_dir
+from nemo_megacpp.recipes.run_folder import new_run_dir, refuse_unshared
 from nemo_megacpp.recipes.train import settle
 from nemo_megacpp.runtime.launch import launched
 
@@ -228,11 +228,7 @@ def _place(
         nodes = here.world_size // here.local_world_size
         _refuse_other("devices", devices, here.local_world_size)
         _refuse_other("num_nodes", num_nodes, nodes)
-        if nodes > 1 and recipe.run_dir is None:
-            raise UserError(
-                f"A run on {nodes} nodes needs run_dir=FOLDER, a folder that all nodes see: each "
-                f"node would choose one of its own."
-            )
+        refuse_unshared(recipe.run_dir, nodes)
         devices, num_nodes = here.local_world_size, nodes
     num_nodes = 1 if num_nodes is None else num_nodes
     ranks = recipe.layout.world

@@ -24,6 +24,9 @@ DEFAULT_BASE = "nam56r_tiny"
 """The base of a YAML file that names none."""
 
 _RUN_KEYS = ("recipe", "data", "tokenizer", "run_dir", "resume")
+_TEXTS = ("tokenizer", "run_dir", "resume", "wandb_project", "wandb_name")
+_LARGEST_SEED = 2**31 - 1
+"""NumPy takes 32 bits, and NeMo adds a hundred for each pipeline stage."""
 _MODEL_ALIASES = {"pattern": "hybrid_pattern", "depth": "num_layers"}
 _TRAINING_ALIASES = {
     "learning_rate": "lr",
@@ -117,10 +120,16 @@ def resolve(source: str, overrides: Iterable[str] = ()) -> Recipe:
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise UserError(f"{override!r} is not an override: write key=value.")
+        name = _canonical(key.strip())
         try:
-            settings[_canonical(key.strip())] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"{key}: cannot read {value!r} as a YAML value: {error}") from None
+            read = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+            if name not in _TEXTS:
+                raise UserError(f"{key}: cannot read {value!r} as a YAML value: {error}") from None
+            read = value
+        # What was typed is the name, although YAML reads 0123 as the number 83.
+        as_typed = name in _TEXTS and not isinstance(read, str | None)
+        settings[name] = value if as_typed else read
     return from_mapping(settings)
 
 
@@ -152,7 +161,11 @@ def from_mapping(settings: Mapping[str, Any]) -> Recipe:
         elif key == "data":
             run[key] = read_sources(value)
         elif owner == "run":
-            run[key] = None if value is None else str(value)
+            if not isinstance(value, str | None):
+                raise UserError(
+                    f"{key}: {value!r} is not a text; put it in quotes if that is its name."
+                )
+            run[key] = value or None
         else:
             model[key] = read_value(HybridConfig, key, value)
     load_families(model.get("family_modules"))
@@ -201,7 +214,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(text)
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a date that is none
         raise UserError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(settings, dict):
         found = "nothing" if settings is None else f"a {type(settings).__name__}"
@@ -272,6 +285,8 @@ def _check_training(training: Training) -> None:
         value = getattr(training, name)
         if value is not None and value < least:
             raise UserError(f"{name}: {value} must be at least {least}.")
+    if training.seed > _LARGEST_SEED:
+        raise UserError(f"seed: {training.seed} must be at most {_LARGEST_SEED}.")
     if training.keep_every is not None:
         if training.keep_last is None:
             raise UserError(

@@ -6,6 +6,8 @@ import datetime
 import itertools
 from pathlib import Path
 
+from nemo_megacpp.errors import UserError
+
 # In a folder of their own: NeMo moves the files that it finds in a run folder out of the way.
 RECORD = "record"
 RECIPE_FILE = f"{RECORD}/recipe.yaml"
@@ -13,6 +15,19 @@ METRICS_FILE = f"{RECORD}/metrics.jsonl"
 EVENTS_FILE = f"{RECORD}/events.jsonl"
 
 _calls = itertools.count(1)
+
+
+def refuse_unshared(run_dir: str | None, nodes: int) -> None:
+    """Refuse to let each node of a job choose a folder.
+
+    Raises:
+        UserError: several nodes, and no folder that all of them write.
+    """
+    if nodes > 1 and run_dir is None:
+        raise UserError(
+            f"A run on {nodes} nodes needs run_dir=FOLDER, a folder that all nodes see: each node "
+            f"would choose one of its own."
+        )
 
 
 def new_run_dir(name: str, started_by_parent: bool) -> str:

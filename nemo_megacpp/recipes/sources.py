@@ -31,8 +31,13 @@ def read_sources(value: Any) -> Sources | None:
         value = value.split()
     if isinstance(value, list):
         value = _read_list(value)
+    if not isinstance(value, dict | str | None):
+        raise UserError(
+            f"data: {value!r} is neither a folder nor a blend; put a name in quotes that "
+            f"YAML reads as something else."
+        )
     if not isinstance(value, dict):
-        return None if value is None else str(value)
+        return value or None
     if not value:
         raise UserError("data is an empty blend; name at least one folder, or leave it out.")
     blend = {str(folder): _weight(str(folder), weight) for folder, weight in value.items()}

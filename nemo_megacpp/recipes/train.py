@@ -11,18 +11,22 @@ from pathlib import Path
 import yaml
 
 from nemo_megacpp.checkpoint.guard import inspect_before_load
+from nemo_megacpp.checkpoint.identity import newest_checkpoint
 from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout import refuse_illegal
 from nemo_megacpp.recipes.check import (
     check_layout_of,
     check_loggers_of,
     check_model_of,
     find_resume,
     open_data,
+    shape_of,
 )
 from nemo_megacpp.recipes.recipe import Recipe, resolve
-from nemo_megacpp.recipes.run_folder import RECIPE_FILE, new_run_dir
+from nemo_megacpp.recipes.run_folder import RECIPE_FILE, new_run_dir, refuse_unshared
 from nemo_megacpp.runtime.launch import (
+    Launched,
     launch,
     launched,
     refuse_too_few_devices,
@@ -50,9 +54,10 @@ def train_recipe(recipe: Recipe) -> Path:
     """Train a resolved recipe; see :func:`train`."""
     here = launched()
     speaks = here is None or here.rank == 0
+    if here is not None:
+        recipe = _in_world(recipe, here)
     recipe, run_dir = settle(recipe, announce=speaks)
     if here is not None:
-        recipe = _in_world(recipe, here.world_size)
         from nemo_megacpp.recipes.nemo.worker import run_recipe
 
         if speaks:
@@ -100,15 +105,18 @@ def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
     goes_on = recipe.resume is not None  # even if resume=auto finds that nothing was saved yet
     recipe = find_resume(recipe, sources)
     run_dir = Path(recipe.run_dir or new_run_dir(recipe.name, launched() is not None))
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"run_dir={run_dir} cannot be made: {existing} is not a folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"run_dir={run_dir} cannot be written: {existing} is read-only.")
+    _check_run_dir(run_dir)
     if not goes_on and (run_dir / "checkpoints").exists():
         raise UserError(
             f"{run_dir} already holds a run. Go on from it with resume=auto, or choose another "
             f"run_dir."
+        )
+    newest = newest_checkpoint(run_dir / "checkpoints")
+    if newest is not None and newest.resolve() != Path(str(recipe.resume)).resolve():
+        raise UserError(
+            f"{run_dir} already holds a run, whose newest checkpoint is {newest.name}: a run that "
+            f"goes on from {recipe.resume} would come to overwrite it. Go on from the newest with "
+            f"resume=auto, or choose another run_dir."
         )
     if announce:
         if recipe.defaults:
@@ -123,14 +131,32 @@ def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
     return recipe, run_dir
 
 
-def _in_world(recipe: Recipe, world_size: int) -> Recipe:
+def _check_run_dir(run_dir: Path) -> None:
+    """Refuse a folder that cannot be made or written."""
+    try:
+        run_dir.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"run_dir={str(run_dir)!r} cannot be made: {reason}.") from None
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"run_dir={run_dir} cannot be made: {existing} is not a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir={run_dir} cannot be written: {existing} is read-only.")
+
+
+def _in_world(recipe: Recipe, here: Launched) -> Recipe:
     """The launcher has decided the number of ranks: more of them are data-parallel."""
-    if recipe.layout.world_size not in (None, world_size):
+    if recipe.layout.world_size not in (None, here.world_size):
         raise UserError(
             f"world_size={recipe.layout.world_size} was asked for, and the launcher has started "
-            f"{world_size} ranks. Leave world_size out, or start the job otherwise."
+            f"{here.world_size} ranks. Leave world_size out, or start the job otherwise."
         )
-    layout = dataclasses.replace(recipe.layout, world_size=world_size)
-    recipe = dataclasses.replace(recipe, layout=layout)
-    check_layout_of(recipe)
-    return recipe
+    nodes = here.world_size // here.local_world_size
+    refuse_unshared(recipe.run_dir, nodes)
+    layout = dataclasses.replace(recipe.layout, world_size=here.world_size)
+    if nodes > 1:
+        refuse_illegal(layout, shape_of(recipe), gpus_per_node=here.local_world_size)
+    return dataclasses.replace(recipe, layout=layout)

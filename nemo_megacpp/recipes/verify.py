@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from nemo_megacpp.config import HybridConfig
-from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.layout import ParallelLayout, refuse_illegal
 from nemo_megacpp.proof.verify import verify
 from nemo_megacpp.recipes.check import check_model_of, shape_of
 from nemo_megacpp.recipes.recipe import Recipe, resolve
@@ -47,15 +47,19 @@ def verify_recipe(
     recipe = resolve(source, overrides)
     if layout is not None:
         recipe = dataclasses.replace(recipe, layout=ParallelLayout.parse(layout))
-    check_model_of(recipe)
-    model = {**recipe.model}
-    if model.get("m2rnn_num_heads") is None:
-        model["m2rnn_num_heads"] = HybridConfig(**recipe.model).m2rnn_num_heads
 
     def shape(small: Any) -> Any:
         rows = 2 * recipe.layout.pp * recipe.layout.data_parallel_size
         training = dataclasses.replace(recipe.training, micro_batch_size=1, global_batch_size=rows)
         return shape_of(_with(recipe, dict(small), training))
+
+    if recipe.model.get("m2rnn_num_heads") is not None:
+        # Before Megatron's checks of the model, which end at the first thing wrong with a layout.
+        refuse_illegal(recipe.layout, shape(recipe.model))
+    check_model_of(recipe)
+    model = {**recipe.model}
+    if model.get("m2rnn_num_heads") is None:
+        model["m2rnn_num_heads"] = HybridConfig(**recipe.model).m2rnn_num_heads
 
     device = device_for(recipe.layout.world) if pool is None else pool.device
     console = Console(stderr=as_json, highlight=False)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ _LAST_WORDS = "NEMO_MEGACPP_LAST_WORDS"
 in the run's folder, whose disk may be what is full."""
 
 _TAIL = 12
+_ELASTIC_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,7 @@ def launch(arguments: Sequence[str], ranks: int, log_dir: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # What failed is reported below, in one place.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _silence_elastic()
     log_dir.mkdir(parents=True, exist_ok=True)
     logs = Path(tempfile.mkdtemp(prefix="attempt-", dir=log_dir))
     config = LaunchConfig(
@@ -92,12 +93,12 @@ def launch(arguments: Sequence[str], ranks: int, log_dir: Path) -> None:
             tee={0: Std.ERR},
         ),
         log_line_prefix_template=" ",
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        signals_to_handle=",".join(signal.Signals(number).name for number in _ELASTIC_SIGNALS),
     )
     with tempfile.TemporaryDirectory(prefix="nemo-megacpp-ranks-") as words:
         settings = {**_worker_environment(ranks), _LAST_WORDS: words}
         try:
-            with _environment(settings), passed_on() as asked_to_stop:
+            with _environment(settings), _own_signals(), passed_on() as asked_to_stop:
                 elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
@@ -111,6 +112,25 @@ def launch(arguments: Sequence[str], ranks: int, log_dir: Path) -> None:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             sys.exit(128 + error.sigval)
+
+
+def _silence_elastic() -> None:
+    """What failed is reported in one place, and here. Each of torch's loggers has its own level."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Put this process's handlers back at the end: torch's launcher leaves its own there."""
+    own = {number: signal.getsignal(number) for number in _ELASTIC_SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in own.items():
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

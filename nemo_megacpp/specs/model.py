@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +15,11 @@ from megatron.core.models.mamba import MambaModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import padded_vocab_size
 from nemo_megacpp.specs.stack import build_hybrid_stack_spec
+
+_WHILE_BUILDING = re.compile(r"( when instantiating \w+)+$")
 
 
 class HybridModel(MambaModel):
@@ -56,7 +63,40 @@ def build_hybrid_model(
         vp_stage: virtual pipeline stage of the chunk.
         backend: where modules come from; this installation's default if not given.
         pg_collection: process groups; Megatron's global ones if not given.
+
+    Raises:
+        UserError: settings that one of the modules refuses, Megatron's own included.
     """
+    with _refusals_told():
+        return _build(config, pre_process, post_process, vp_stage, backend, pg_collection)
+
+
+@contextlib.contextmanager
+def _refusals_told() -> Iterator[None]:
+    """Tell what a module refuses; Megatron does so by assertions.
+
+    Megatron's builder adds the modules that were being built to every message.
+    """
+    try:
+        yield
+    except (UserError, AssertionError) as error:
+        message = _WHILE_BUILDING.sub("", str(error))
+        if isinstance(error, UserError):
+            raise UserError(message) from error
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals["__name__"].startswith("megatron."):
+            raise
+        raise UserError(f"Megatron refuses this model: {message.rstrip(' ,.')}.") from error
+
+
+def _build(
+    config: HybridConfig,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+    backend: BackendSpecProvider | None,
+    pg_collection: ProcessGroupCollection | None,
+) -> HybridModel:
     return HybridModel(
         config,
         mamba_stack_spec=build_hybrid_stack_spec(backend, vp_stage, config.mode),

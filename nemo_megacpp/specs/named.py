@@ -62,7 +62,8 @@ def read_spec_name(name: str) -> tuple[Mode, dict[str, Any]]:
     """Return the mode and the settings that a name carries.
 
     Raises:
-        UserError: an unknown name or setting, or a value of the wrong type.
+        UserError: an unknown name or setting, a value of the wrong type, or a setting of the other
+            mode.
     """
     match = _WITH_SETTINGS.fullmatch(name)
     base, text = (match[1], match[2]) if match else (name, "")
@@ -78,6 +79,8 @@ def read_spec_name(name: str) -> tuple[Mode, dict[str, Any]]:
                 f"Spec {name!r} cannot carry {key!r}.{nearest(key, carried_fields())} It carries "
                 f"what Megatron has no option for: {', '.join(carried_fields())}."
             )
+        if key.startswith("mamba3_") and MODES[base] != "mamba3":
+            raise UserError(f"Spec {name!r}: {key} is a setting of hybrid_mamba3_stack_spec.")
         settings[key] = read_value(HybridConfig, key, yaml.safe_load(value))
     return MODES[base], settings
 

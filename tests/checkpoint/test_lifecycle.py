@@ -22,6 +22,7 @@ from nemo_megacpp.checkpoint.lifecycle import (
     prune,
     remove_checkpoint,
 )
+from nemo_megacpp.errors import UserError
 
 IDENTITY = {"model": {}, "tokenizer": "a" * 64}
 
@@ -88,7 +89,7 @@ def test_a_half_saved_one_is_begun_anew_and_a_whole_one_never(tmp_path: Path) ->
     assert names(tmp_path) == ["step=20"]
     assert names(path) == []
     whole = saved(tmp_path, 40)
-    with pytest.raises(AssertionError):
+    with pytest.raises(UserError, match="is there already, and would be overwritten"):
         begin_checkpoint(whole)
     assert is_whole(whole)
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from nemo_megacpp.recipes.check import (
     open_data,
     shape_of,
 )
+from nemo_megacpp.recipes.nemo import worker
 from nemo_megacpp.recipes.recipe import Recipe, resolve
-from nemo_megacpp.recipes.train import settle
+from nemo_megacpp.recipes.train import settle, train
 
 VOCAB_SIZE = 300
 Save = Callable[..., Path]
@@ -356,6 +358,75 @@ def test_a_run_is_not_written_over(save: Save, elsewhere: Path) -> None:
     assert message.startswith("run already holds a run. Go on from it with resume=auto")
     recipe, _ = settle(tiny("run_dir=run", "resume=auto"), announce=False)
     assert recipe.resume == str(checkpoint)
+
+
+def test_a_run_does_not_go_back_in_its_own_folder(save: Save, elsewhere: Path) -> None:
+    """At the step of the newer checkpoint it would come to write that one again."""
+    older = save(tiny())
+    newer = save(tiny(), 80)
+    assert newer.parent == older.parent
+    message = refusal(settle, f"resume={older}", "run_dir=run")
+    assert message.startswith(f"run already holds a run, whose newest checkpoint is {newer.name}:")
+    for resume, run_dir in ((older, "next"), (newer, "run"), ("auto", "run")):
+        settle(tiny(f"resume={resume}", f"run_dir={run_dir}"), announce=False)
+
+
+def _start(monkeypatch: pytest.MonkeyPatch, rank: int, world: int, node: int) -> list[Recipe]:
+    """Be a rank that torchrun has started; return where what it would train is put."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", node)):
+        monkeypatch.setenv(name, str(value))
+    started: list[Recipe] = []
+    monkeypatch.setattr(worker, "run_recipe", lambda recipe, *_, **__: started.append(recipe))
+    return started
+
+
+def test_a_launcher_decides_on_the_ranks_and_they_are_announced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = _start(monkeypatch, 0, 4, 4)
+    train("nam56r_tiny", ["run_dir=here"])
+    assert started[0].layout.world == 4
+    assert "(4 ranks: DP=2, expert DP=4)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("node", "overrides", "message"),
+    [
+        (2, (), "A run on 2 nodes needs run_dir=FOLDER"),
+        (1, ("run_dir=here",), "does not fit the NVLink domain of 1 GPUs a node"),
+        (4, ("run_dir=here", "world_size=2"), "world_size=2 was asked for, and the launcher"),
+    ],
+)
+def test_a_job_on_several_nodes_is_held_to_what_they_share(
+    node: int, overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = _start(monkeypatch, 0, 4, node)
+    with pytest.raises(UserError, match=message):
+        train("nam56r_tiny", overrides)
+    assert not started
+    assert not Path("here").exists()
+
+
+def test_an_interrupted_rank_leaves_its_launcher_to_speak(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    _start(monkeypatch, 0, 2, 2)
+    monkeypatch.setattr(worker, "run_recipe", interrupted)
+    monkeypatch.setattr(worker, "end_with_parent", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["worker", "nam56r_tiny", "here"])
+    with pytest.raises(SystemExit) as stop:
+        worker.main()
+    assert (stop.value.code, capsys.readouterr().err) == (130, "")
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "n\0"])
+def test_a_run_folder_with_an_impossible_name(name: str) -> None:
+    recipe = dataclasses.replace(tiny(), run_dir=name)
+    with pytest.raises(UserError, match=r"cannot be made: (File name too long|embedded null byte)"):
+        settle(recipe)
 
 
 def test_a_run_folder_that_cannot_be_made(elsewhere: Path) -> None:

@@ -65,7 +65,7 @@ def _moved(one: tuple[str, ...], two: tuple[str, ...], name: str = "nam56r_tiny"
         ((), ("global_batch_size=16",), ["batch"]),
         ((), ("seq_length=512",), ["sequence"]),
         ((), ("precision=bf16",), ["precision"]),
-        ((), ("mamba3_kernel=torch",), ["kernels"]),
+        ((), ("m2rnn_kernel=torch",), ["kernels"]),
         ((), ("moe_token_dispatcher_type=allgather",), ["kernels"]),
         ((), ("recompute_granularity=selective", "recompute_modules=[moe]"), ["recompute"]),
         ((), ("lr=1e-3",), ["optimizer"]),

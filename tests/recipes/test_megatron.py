@@ -306,6 +306,7 @@ def test_a_spec_name_carries_settings() -> None:
         ("hybrid_stack_spce()", "no spec .* Did you mean 'hybrid_stack_spec'"),
         ("hybrid_stack_spec(m2rnn_key_head=3)", "Did you mean 'm2rnn_key_head_dim'"),
         ("hybrid_stack_spec(hidden_size=3)", "cannot carry 'hidden_size'"),
+        ("hybrid_stack_spec(mamba3_mimo_rank=2)", "a setting of hybrid_mamba3_stack_spec"),
         ("hybrid_stack_spec(m2rnn_num_heads)", "is not name=value"),
         ("hybrid_stack_spec(m2rnn_num_heads=many)", "m2rnn_num_heads: 'many' is not a whole"),
     ],

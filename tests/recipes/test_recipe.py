@@ -378,6 +378,7 @@ def test_values_of_a_wrong_type(override: str, message: str) -> None:
         ("save_interval=0", "save_interval: 0 must be at least 1."),
         ("warmup_steps=-1", "warmup_steps: -1 must be at least 0."),
         ("seed=-1", "seed: -1 must be at least 0."),
+        ("seed=4294967296", "seed: 4294967296 must be at most 2147483647."),
         ("lr=0", "must be"),
         ("lr=1e-5", "min_lr: 0.0004 is above lr=1e-05"),
         ("adam_beta2=1", "adam_beta2: 1.0 must be at least 0 and below 1."),
@@ -392,6 +393,17 @@ def test_an_unknown_letter_is_pointed_at() -> None:
     message = refused("pattern=AEXE")
     assert "'X' is not a letter of the pattern (position 3):\n  AEXE\n    ^" in message
     assert "Legal letters: A (ablock)" in message
+
+
+def test_texts_are_taken_as_they_are_typed(tmp_path: Path) -> None:
+    """YAML reads these names as the numbers 83 and 750, a truth, and a date that is none."""
+    for name in ("0123", "12:30", "on", "2024-99-99"):
+        assert resolve("nam56r_tiny", [f"run_dir={name}"]).run_dir == name
+    for value in ("0123", "[a, b]", "true"):
+        path = written(tmp_path, f"run_dir: {value}\n")
+        assert "is not a text; put it in quotes" in refused(source=path)
+    assert resolve(written(tmp_path, "run_dir: '0123'\n")).run_dir == "0123"
+    assert "neither a folder nor a blend" in refused("data=0123")
 
 
 @pytest.mark.parametrize("override", ["lr", "=3", ""])
@@ -415,6 +427,7 @@ def test_an_override_that_yaml_cannot_read() -> None:
         ("tp: [2\n", "cannot be read as YAML"),
         ("tp: 2\n---\ntp: 4\n", "cannot be read as YAML"),
         ("a: *b\n", "cannot be read as YAML"),
+        ("run_dir: 2024-99-99\n", "cannot be read as YAML: month must be in 1..12"),
         ("3: 4\n", "There is no setting '3'"),
     ],
 )

@@ -20,6 +20,7 @@ ROOMS = (
     "pattern",
     "layout",
     "families",
+    "refusals",
     "config",
     "mixers",
     "specs",

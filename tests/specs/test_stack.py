@@ -19,7 +19,9 @@ from nemo_megacpp.mixers.m2rnn import M2RNNMixer
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step import StepSpec, build_chunks, make_config
 from nemo_megacpp.runtime.distributed import start_model_parallel
+from nemo_megacpp.runtime.fake import fake_rank
 from nemo_megacpp.runtime.workers import WorkerPool
+from nemo_megacpp.specs.model import build_hybrid_model
 from nemo_megacpp.specs.stack import HybridStack
 
 TWELVE = "AEMEAEMEAEMR"
@@ -136,3 +138,21 @@ def test_layers_that_do_not_divide_are_refused(ranks: WorkerPool) -> None:
     assert len(messages) == 1
     (message,) = messages
     assert "3 layers" in message and "1, 3" in message, message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"moe_token_dispatcher_type": "flex"},
+            "Megatron refuses this model: Flex token dispatcher requires TPxEP > 1.",
+        ),
+        ({"normalization": "LayerNorm"}, "Install Transformer Engine or change these."),
+    ],
+)
+def test_what_a_module_refuses_is_said_to_the_user(settings: dict[str, Any], message: str) -> None:
+    """Without the names of the modules that were being built."""
+    config = make_config(StepSpec(tiny_model("AE", **settings)), ParallelLayout())
+    with fake_rank(ParallelLayout(), 0), pytest.raises(UserError) as refusal:
+        build_hybrid_model(config)
+    assert str(refusal.value).endswith(message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
+import signal
 import sys
 import tempfile
 import warnings
@@ -76,6 +77,8 @@ def main() -> None:
     except UserError as error:
         leave_last_words(str(error))
         sys.exit(2)
+    except KeyboardInterrupt:  # a terminal interrupts the ranks along with their launcher
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
