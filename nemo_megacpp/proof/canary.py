@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from nemo_megacpp.layout import ParallelLayout
@@ -20,12 +21,23 @@ _NARROW = {
     "m2rnn_key_head_dim": 8,
     "m2rnn_value_head_dim": 2,
 }
+DRAWN: Mapping[str, Any] = MappingProxyType(
+    {
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "moe_input_jitter_eps": None,
+        "moe_router_force_load_balancing": False,
+    }
+)
+"""Settings by which each rank draws random numbers of its own, and their value without: in another
+layout the draws are others, for no fault of it."""
 _DIVIDED = ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 _DEEP = 16
 
 
 def canary(model: Mapping[str, Any], layout: ParallelLayout) -> dict[str, Any]:
-    """Return fields of a small ``HybridConfig`` with the proportions that ``layout`` splits.
+    """Return fields of a small ``HybridConfig`` with the proportions that ``layout`` splits, and
+    without what :data:`DRAWN` names.
 
     Args:
         model: fields of the recipe's ``HybridConfig``, with ``m2rnn_num_heads`` given.
@@ -38,6 +50,7 @@ def canary(model: Mapping[str, Any], layout: ParallelLayout) -> dict[str, Any]:
     for name in _DIVIDED:
         if small.get(name):
             small[name] = math.gcd(small[name], 64)
+    small |= {name: value for name, value in DRAWN.items() if name in small}
     small["vocab_size"] = 250
     small["make_vocab_size_divisible_by"] = math.lcm(16, layout.tp)
     small["seq_length"] = _tokens_of_a_rank(model) * layout.tp * layout.cp

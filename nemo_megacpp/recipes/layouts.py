@@ -20,7 +20,7 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.parallel import FIELD_OF
 from nemo_megacpp.recipes.check import check_model_of, shape_of
-from nemo_megacpp.recipes.plan import MAX_RANKS, job_of
+from nemo_megacpp.recipes.plan import MAX_RANKS, job_of, say_assumed
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 
 _WIDTH = 170
@@ -46,6 +46,7 @@ def suggest_layouts(args: Namespace) -> int:
     if args.write is not None:
         _refuse_path(Path(args.write))
     given = resolve(args.recipe, args.overrides)
+    say_assumed(given)
     world = _world(args.world_size, given)
     fixed = _fixed(given.layout, args.overrides)
     # The cuts are chosen anew, and so is the layout.

@@ -40,6 +40,7 @@ def plan_recipe(args: Namespace) -> int:
     """
     hbm = None if args.hbm is None else read_gpu_memory(args.hbm)
     recipe = place(resolve(args.recipe, args.overrides), args.layout, args.world_size)
+    say_assumed(recipe)
     if args.gpus_per_node < 1:
         raise UserError(f"--gpus-per-node {args.gpus_per_node} must be at least 1.")
     shape = shape_of(recipe)
@@ -68,6 +69,12 @@ def plan_recipe(args: Namespace) -> int:
     if args.html is not None:
         console.print(f"\nwritten: {args.html}")
     return 0
+
+
+def say_assumed(recipe: Recipe) -> None:
+    """Say on standard error which model was assumed, where the user left that open."""
+    if recipe.assumed:
+        print(f"defaults taken: {'; '.join(recipe.assumed)}", file=sys.stderr)
 
 
 def place(recipe: Recipe, layout: str | None, world_size: int | None) -> Recipe:

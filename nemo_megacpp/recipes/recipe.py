@@ -88,6 +88,11 @@ class Recipe:
         """The parsed pattern, one family per layer."""
         return HybridPattern.parse(self.model["hybrid_pattern"], depth=self.model["num_layers"])
 
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """What of ``defaults`` decides which model it is: the base, and the depth."""
+        return tuple(line for line in self.defaults if line.startswith(("recipe:", "num_layers:")))
+
     def to_mapping(self) -> dict[str, Any]:
         """Return the recipe as a flat mapping that resolves to it again."""
         layout = dataclasses.asdict(self.layout)  # with its Nones: the base may have a degree there

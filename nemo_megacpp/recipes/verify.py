@@ -11,6 +11,7 @@ from rich.console import Console
 
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import ParallelLayout, refuse_illegal
+from nemo_megacpp.proof.canary import DRAWN
 from nemo_megacpp.proof.verify import verify
 from nemo_megacpp.recipes.check import check_model_of, shape_of
 from nemo_megacpp.recipes.recipe import Recipe, resolve
@@ -68,6 +69,8 @@ def verify_recipe(
         f"{recipe.name}: {recipe.layout.describe()}, on a canary of its proportions; ranks on "
         f"{'GPUs' if device == 'cuda' else 'the CPU'} ({BACKENDS[device]})"
     )
+    for line in _left_out(recipe):
+        console.print(line)
     trials = list(
         verify(model, recipe.layout, shape, lambda line: console.print(f"  {line}"), pool)
     )
@@ -77,6 +80,19 @@ def verify_recipe(
     else:
         print_table(console, trials)
     return 0 if answer["holds"] else 1
+
+
+def _left_out(recipe: Recipe) -> list[str]:
+    """Return what of the recipe is not part of the proof."""
+    drawn = [
+        f"{name}={value}" for name, value in recipe.model.items() if value != DRAWN.get(name, value)
+    ]
+    lines = [f"defaults taken: {'; '.join(recipe.assumed)}"] if recipe.assumed else []
+    if drawn:
+        lines.append(f"without {', '.join(drawn)}: each rank draws random numbers of its own")
+    if recipe.training.packed_documents:
+        lines.append("without packed_documents: the rows of the proof are one document each")
+    return lines
 
 
 def _with(recipe: Recipe, model: dict[str, Any], training: Any) -> Recipe:

@@ -199,3 +199,21 @@ def test_what_is_no_number_is_worst() -> None:
     )
     grads = next(rung for rung in rungs if rung.name == "gradients")
     assert (grads.where, grads.holds) == ("a", False)
+
+
+def test_what_is_not_part_of_the_proof_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ranks draw dropout masks of their own: compared, they would accuse every layout."""
+    proved: list[Any] = []
+    monkeypatch.setattr(
+        "nemo_megacpp.recipes.verify.verify", lambda model, *_: proved.append(model) or []
+    )
+    overrides = ["hidden_dropout=0.1", "packed_documents=true", "pattern=AEM"]
+    assert verify_recipe("nam56r_tiny", "tp=2", overrides, as_json=True) == 0
+    told = capsys.readouterr().err
+    assert "without hidden_dropout=0.1: each rank draws" in told
+    assert "without packed_documents" in told
+    assert "defaults taken: num_layers: 12 (depth of the recipe)" in told
+    assert proved[0]["hidden_dropout"] == 0.1
+    assert canary(proved[0], ParallelLayout())["hidden_dropout"] == 0.0

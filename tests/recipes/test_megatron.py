@@ -341,6 +341,8 @@ def _plain_stack(settings: dict[str, Any]) -> str:
     [
         ({"recompute_granularity": "full"}, "recompute_granularity='full' is not supported"),
         ({"virtual_pipeline_model_parallel_size": 2}, "2 virtual pipeline stages"),
+        ({"qk_layernorm": True}, "qk_layernorm=True is not read by the hybrid stack"),
+        ({"hidden_dropout": 1.0}, "hidden_dropout: 1.0 must be at least 0 and below 1"),
         ({"calculate_per_token_loss": True}, "calculate_per_token_loss=True scales gradients"),
     ],
 )

@@ -157,3 +157,18 @@ def test_scale(tmp_path: Path) -> None:
         spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         assert spent < 15 * (1 if world == 1024 else 2)
         assert after.ru_maxrss < 2 * 2**20  # KiB; of the largest child so far
+
+
+def test_which_model_was_assumed_is_said(capsys: Any, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("pattern: AEMR\ntp: 1\n", encoding="utf-8")
+    said = "defaults taken: recipe: nam56r_tiny; num_layers: 12 (depth of the recipe)\n"
+    for line in (f"plan {mine} --json", f"layouts {mine} --world-size 1 --json"):
+        args = read_arguments(line.split())
+        assert args.run(args) == 0
+        printed = capsys.readouterr()
+        json.loads(printed.out)
+        assert printed.err == said
+    args = read_arguments(["megatron-args", str(mine)])
+    assert args.run(args) == 0
+    assert said in capsys.readouterr().err

@@ -81,7 +81,7 @@ def megatron_arguments(
     words += _outputs(recipe, Path(run_dir).absolute())
     if device == "cpu":
         words += ["--transformer-impl", "local", "--distributed-backend", "gloo"]
-    remarks = []
+    remarks = [f"defaults taken: {'; '.join(recipe.assumed)}"] if recipe.assumed else []
     if not sources:
         remarks.append("no data=FOLDER in the recipe: mock data")
     if Family.RECURRENT in config.pattern.families:
