@@ -13,6 +13,7 @@ from nemo.lightning.io import IOMixin
 
 from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
 from nemo_megacpp.recipes.events import append_record
+from nemo_megacpp.recipes.nemo.stops import StopOnSigterm
 from nemo_megacpp.recipes.summary import shown_memory
 from nemo_megacpp.runtime.host import current_host
 
@@ -104,6 +105,9 @@ class RunRecorder(pl.Callback, IOMixin):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(stop, StopOnSigterm) and stop.stopping for stop in callbacks):
+            return  # broken off: the loss is of a part
         loss = _number(trainer.callback_metrics.get("val_loss"))
         if trainer.is_global_zero and loss is not None:
             self._heldout = loss

@@ -36,6 +36,8 @@ class StopAfter(pl.Callback, IOMixin):
 class StopOnSigterm(pl.Callback, IOMixin):
     """Stop after the step in which SIGTERM has reached any rank; the checkpoint follows.
 
+    An evaluation is broken off, as it may take longer than the time that a scheduler leaves.
+
     In place of NeMo's ``PreemptionCallback``, which looks at rank 0 alone, saves only where a
     ``-last`` checkpoint is asked for, and ends the process in the middle of its callbacks.
 
@@ -45,7 +47,7 @@ class StopOnSigterm(pl.Callback, IOMixin):
 
     def __init__(self, run_dir: str) -> None:
         self.run_dir = Path(run_dir)
-        self._stopping = False
+        self.stopping = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen here too: Lightning has taken the signal, to raise before anything is saved."""
@@ -59,11 +61,27 @@ class StopOnSigterm(pl.Callback, IOMixin):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        self._obey(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._obey(trainer)
+        if self.stopping:
+            raise StopIteration  # by which Lightning's loop knows the end of its data
+
+    def _obey(self, trainer: pl.Trainer) -> None:
         asked = torch.tensor(int(stopping.stop_asked()), device=torch.cuda.current_device())
         torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
         if not asked.item():
             return
-        self._stopping = trainer.should_stop = True
+        self.stopping = trainer.should_stop = True
         trainer.limit_val_batches = 0  # Lightning would evaluate before it stops
         if trainer.is_global_zero:
             print(f"step {trainer.global_step:>5}  SIGTERM: saving, then stopping", flush=True)
@@ -71,7 +89,7 @@ class StopOnSigterm(pl.Callback, IOMixin):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so when the checkpoint is there: one that is saved in the background is awaited."""
-        if self._stopping and trainer.is_global_zero:
+        if self.stopping and trainer.is_global_zero:
             print("stopped by SIGTERM; resume=auto goes on from here", flush=True)
 
 
