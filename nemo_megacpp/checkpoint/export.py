@@ -108,6 +108,9 @@ def read_config(source: Path) -> dict[str, Any]:
             f"{source / CONFIG} is not of an export of nemo-megacpp: model_type is "
             f"{config.get('model_type')!r}."
         )
+    identity = config.get("identity", "")
+    if identity is not None and not (isinstance(identity, dict) and "step" in identity):
+        raise UserError(f"{source / CONFIG} is damaged: it does not say which checkpoint it is of.")
     return config
 
 

@@ -401,6 +401,11 @@ def test_a_damaged_export_is_not_imported(
     (out / INDEX).write_text(json.dumps(index))
     assert command("import", out, back, "--no-verify") == 2
     assert "differ in more" in capsys.readouterr().err
+    config = json.loads((out / CONFIG).read_text())
+    for identity in ("", {}):
+        (out / CONFIG).write_text(json.dumps({**config, "identity": identity}))
+        assert command("import", out, back, "--no-verify") == 2
+        assert "does not say which checkpoint it is of" in capsys.readouterr().err
     (out / CONFIG).write_text(json.dumps({"model_type": "llama"}))
     assert command("import", out, back, "--no-verify") == 2
     assert "model_type is 'llama'" in capsys.readouterr().err
