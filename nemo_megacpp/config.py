@@ -16,7 +16,12 @@ from torch.nn import functional as F
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import load_families
 from nemo_megacpp.pattern import Family, HybridPattern
-from nemo_megacpp.refusals import refuse_meaningless, refuse_routing, refuse_unread
+from nemo_megacpp.refusals import (
+    refuse_biases,
+    refuse_meaningless,
+    refuse_routing,
+    refuse_unread,
+)
 
 Mode = Literal["nemo_native", "mamba3"]
 ClipOrder = Literal["before_output", "after_output"]
@@ -322,6 +327,8 @@ def refuse_unsupported(
     refuse_unread(config)
     refuse_routing(config)
     refuse_meaningless(config)
+    present = dict.fromkeys(pattern.families)
+    refuse_biases(config, [family.value for family in present if _unbiased(config, family)])
     clip = _hybrid_field(config, settings, "m2rnn_state_gradient_clip")
     if Family.RECURRENT in pattern.families and clip is not None:
         for name in ("fp16", "calculate_per_token_loss"):
@@ -330,6 +337,11 @@ def refuse_unsupported(
                     f"{name}=True scales gradients during the backward pass, where the R block "
                     f"bounds them. Turn it off, or set m2rnn_state_gradient_clip to null."
                 )
+
+
+def _unbiased(config: TransformerConfig, family: Family) -> bool:
+    mamba3 = isinstance(config, HybridConfig) and config.mode == "mamba3"
+    return family is Family.RECURRENT or (family is Family.MAMBA and mamba3)
 
 
 def _heads_that_fill(hidden_size: int, value_head_dim: int) -> int:

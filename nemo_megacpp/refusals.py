@@ -108,6 +108,23 @@ def refuse_routing(config: TransformerConfig) -> None:
             raise UserError(f"moe_router_load_balancing_type={kind!r}: it is one of {known}.")
 
 
+def refuse_biases(config: TransformerConfig, unbiased: list[str]) -> None:
+    """Refuse biases that some blocks of the pattern would have and others not.
+
+    Args:
+        config: as for :func:`refuse_unread`.
+        unbiased: letters of the pattern whose mixers have no biases.
+
+    Raises:
+        UserError: with the letters.
+    """
+    if config.add_bias_linear and unbiased:
+        raise UserError(
+            f"add_bias_linear=True: the projections of {' and '.join(unbiased)} have no biases, so "
+            f"only some blocks of this pattern would have them. Leave add_bias_linear at False."
+        )
+
+
 def refuse_meaningless(config: TransformerConfig) -> None:
     """Refuse numbers outside their range.
 

@@ -34,6 +34,7 @@ from nemo_megacpp.proof.cases import tiny_model
         ("cpu_offloading", True),
         ("delay_wgrad_compute", True),
         ("mamba3_mimo_rank", 4),
+        ("add_bias_linear", True),
     ],
 )
 def test_refused(field: str, value: object) -> None:

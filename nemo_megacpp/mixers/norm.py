@@ -12,14 +12,20 @@ def refuse_what_torch_lacks(config: TransformerConfig) -> None:
     """Refuse what the torch backend's modules do not do.
 
     Raises:
-        UserError: for a normalisation other than plain RMSNorm, or FP8 or FP4, which Megatron
-            leaves out without a word where there is no Transformer Engine.
+        UserError: for a normalisation other than plain RMSNorm, FP8 or FP4, which Megatron leaves
+            out without a word where there is no Transformer Engine, or experts with biases, which
+            its own cannot add.
     """
     if config.fp8 or config.fp4:
         name = "fp8" if config.fp8 else "fp4"
         raise UserError(
             f"{name}={getattr(config, name)!r} needs Transformer Engine, which is not installed. "
             f"Install it, or leave {name} out."
+        )
+    if config.add_bias_linear and config.num_moe_experts:
+        raise UserError(
+            "add_bias_linear=True with E blocks needs Transformer Engine, which is not installed. "
+            "Install it, or leave add_bias_linear at False."
         )
     if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
         raise UserError(

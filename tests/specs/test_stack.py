@@ -148,6 +148,7 @@ def test_layers_that_do_not_divide_are_refused(ranks: WorkerPool) -> None:
             "Megatron refuses this model: Flex token dispatcher requires TPxEP > 1.",
         ),
         ({"normalization": "LayerNorm"}, "Install Transformer Engine or change these."),
+        ({"add_bias_linear": True}, "Install it, or leave add_bias_linear at False."),
     ],
 )
 def test_what_a_module_refuses_is_said_to_the_user(settings: dict[str, Any], message: str) -> None:
