@@ -292,6 +292,11 @@ def _check_training(training: Training) -> None:
             raise UserError(f"{name}: {value} must be at least {least}.")
     if training.seed > _LARGEST_SEED:
         raise UserError(f"seed: {training.seed} must be at most {_LARGEST_SEED}.")
+    if training.stop_after is not None and training.stop_after > training.max_steps:
+        raise UserError(
+            f"stop_after: {training.stop_after} is past the end of the run, max_steps="
+            f"{training.max_steps}."
+        )
     if training.keep_every is not None:
         if training.keep_last is None:
             raise UserError(

@@ -380,6 +380,7 @@ def test_values_of_a_wrong_type(override: str, message: str) -> None:
         ("seed=-1", "seed: -1 must be at least 0."),
         ("seed=4294967296", "seed: 4294967296 must be at most 2147483647."),
         ("lr=0", "must be"),
+        ("stop_after=161", "stop_after: 161 is past the end of the run, max_steps=160"),
         ("lr=1e-5", "min_lr: 0.0004 is above lr=1e-05"),
         ("adam_beta2=1", "adam_beta2: 1.0 must be at least 0 and below 1."),
         ("precision=fp8", "precision: 'fp8' is neither 'fp32' nor 'bf16'."),
