@@ -151,7 +151,7 @@ WHY = "each rank of a C block holds whole channels"
 def channels_over_tp_and_cp(case: Case) -> Iterator[Broken]:
     """CP shares out the channels that TP left to a rank; `Divides` looks at one degree only."""
     width, tp, cp = case.shape.hidden_size, case.layout.tp, case.layout.cp
-    if case.has(Family("C")) and cp > 1 and width % (tp * cp):
+    if cp > 1 and width % (tp * cp):
         message = f"hidden_size = {width} is not divisible by TP x CP = {tp * cp}: {WHY}."
         yield Broken("CP", "short-conv-channels-cp", message, knobs=("cp", "tp"))
 

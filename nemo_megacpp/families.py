@@ -8,7 +8,7 @@ calls :func:`register` defines it; a recipe (or ``HybridConfig``) names the modu
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.layout.rules import RULES, Rule
+from nemo_megacpp.layout.rules import RULES, Broken, Case, Rule
 from nemo_megacpp.pattern import Family, add_family
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class BlockFamily:
         layer_spec: from the backend to the spec of one layer: a ``MambaLayer`` around a mixer, or a
             ``TransformerLayer``.
         rules: what a layout must divide, beside the rules of the four families
-            (:mod:`nemo_megacpp.layout.rules`). Without a rule, every layout counts as legal.
+            (:mod:`nemo_megacpp.layout.rules`), asked of models that have the family. Without a
+            rule, every layout counts as legal.
     """
 
     letter: str
@@ -61,8 +62,18 @@ def register(block: BlockFamily) -> BlockFamily:
         raise UserError(f"Two block families are registered under the letter {block.letter!r}.")
     if block.letter not in _registered:
         _registered[block.letter] = block
-        RULES.extend(block.rules)
+        RULES.extend(_where_there_is(block.family, rule) for rule in block.rules)
     return block
+
+
+def _where_there_is(family: Family, rule: Rule) -> Rule:
+    """Return ``rule`` for the models that have ``family``: others need not have its sizes."""
+
+    def asked(case: Case) -> Iterator[Broken]:
+        if case.has(family):
+            yield from rule(case)
+
+    return asked
 
 
 def registered() -> tuple[BlockFamily, ...]:

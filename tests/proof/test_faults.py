@@ -133,8 +133,8 @@ def test_command_says_it(ranks: WorkerPool, capsys: pytest.CaptureFixture[str]) 
     assert verify_recipe("nam56r_tiny", "tp=2", overrides, as_json=False, pool=pool) == 1
     text = capsys.readouterr().out
     assert "ranks on the CPU (gloo)" in text
-    for dtype in ("f64", "f32", "bf16"):
-        assert f"all in tp=2,sp=true ({dtype}): gradients differs by" in text
+    for trial in ("tp=2,sp=true,etp=2 (f64)", "tp=2,sp=true (f32)", "tp=2,sp=true (bf16)"):
+        assert f"all in {trial}: gradients differs by" in text
     assert "parameter: decoder.layers.0.mixer.in_proj.shared_weight" in text
     assert "first: the parameter gradient of decoder.layers.0.mixer.in_proj (R, layer 1)" in text
     assert "axis: TP alone" in text
