@@ -42,6 +42,14 @@ def test_refused(field: str, value: object) -> None:
         HybridConfig(**tiny_model("AEMR", **{field: value}))
 
 
+def test_biases_where_every_block_has_them() -> None:
+    assert HybridConfig(**tiny_model("AM", add_bias_linear=True)).add_bias_linear
+    with pytest.raises(
+        UserError, match=r"add_bias_linear=True: the projections of M have no biases"
+    ):
+        HybridConfig(**tiny_model("AM", add_bias_linear=True, mode="mamba3"))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -110,8 +110,11 @@ def _check(source: IndexedTokens, loaded: LoadedTokenizer, advance: Callable[[in
     """Read every token, and return how many end tokens there are.
 
     Raises:
-        UserError: an id beyond the vocabulary, an empty document, or one without an end token.
+        UserError: no documents, an id beyond the vocabulary, an empty document, or one without an
+            end token.
     """
+    if not len(source.lengths):
+        raise UserError(f"{source.path} has no documents.")
     if not source.lengths.all():
         raise UserError(f"{source.path} has a document without a token.")
     ids = np.memmap(source.path, source.dtype, "r")

@@ -79,8 +79,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     adopt.add_argument(
         "--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer that made them"
     )
-    _add_held_out(adopt)
-    adopt.add_argument(
+    held_out = adopt.add_mutually_exclusive_group()
+    _add_held_out(held_out)
+    held_out.add_argument(
         "--held-out-prefix", metavar="PREFIX", help="files to hold out instead of a share"
     )
     adopt.add_argument("--overwrite", action="store_true", help="replace prepared data in DIR")
@@ -102,7 +103,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.set_defaults(run=_run_inspect)
 
 
-def _add_held_out(parser: argparse.ArgumentParser) -> None:
+def _add_held_out(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--held-out",
         type=float,

@@ -25,7 +25,8 @@ def read_sources(value: Any) -> Sources | None:
     folder; so may one string, ``0.7 code 0.3 prose``.
 
     Raises:
-        UserError: an empty blend, a folder twice, or weights that are no positive numbers.
+        UserError: an empty blend, a folder twice, weights that are no positive numbers, or one
+            that may as well be a folder.
     """
     if isinstance(value, str) and len(value.split()) > 1 and not Path(value).exists():
         value = value.split()
@@ -54,6 +55,12 @@ def _read_list(items: list[Any]) -> dict[str, Any]:
     weighted = bool(items) and _number(items[0]) is not None
     if weighted and len(items) % 2:
         raise UserError(f"data: {items[-1]} stands alone; a weight goes before each folder.")
+    for item in items[::2] if weighted else ():
+        if Path(str(item)).is_dir():
+            raise UserError(
+                f"data: {item} stands where a weight goes, and is a folder too. Write ./{item} if "
+                f"the folder is meant, or give weights by folder: {{FOLDER: 0.7, …}}."
+            )
     weights = [_number(item) or item for item in items[::2]] if weighted else [None] * len(items)
     folders = [str(folder) for folder in (items[1::2] if weighted else items)]
     for folder in folders:

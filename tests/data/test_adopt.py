@@ -108,6 +108,7 @@ def test_lengths_allow_for_context_parallelism_if_no_text_has_an_end_token(
         ([[5, 300, 0], [6, 0]], r"has the token 300, and the tokenizer has 300: it was made with"),
         ([[5, 0], [6, 7], [8, 9]], r"2 of the 3 documents .* first number 1, do not end in .* 0:"),
         ([[5, 0]], r"has 1 document; at least 2 are needed"),
+        ([], r"web\.bin has no documents"),
         ([[5, 0], [], [6, 0]], r"has a document without a token"),
     ],
 )
@@ -150,3 +151,7 @@ def test_the_command_and_the_hint_that_leads_to_it(
         args = parser.parse_args(["data", *words])
         assert args.run(args) == 0
     assert "train row 0" in capsys.readouterr().out
+    both = ["--held-out", "0.1", "--held-out-prefix", str(prefix)]
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["data", "adopt", str(prefix), *tokenizer, "--out", str(out), *both])
+    assert "not allowed with argument --held-out" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from nemo_megacpp.recipes.nemo.actual import (
     refuse_incoherent,
     tokenizer_of,
 )
+from nemo_megacpp.recipes.recipe import from_mapping
 
 
 def config_of(**changes: Any) -> HybridConfig:
@@ -72,6 +75,34 @@ def test_what_does_not_is_refused(
     vars(data).update(changes)
     with pytest.raises(UserError, match=message):
         refuse_incoherent(ParallelLayout.parse(layout), config_of(), data, node)
+
+
+def _fake_run(**data: Any) -> SimpleNamespace:
+    """A model with its trainer, as Lightning has put them together."""
+    places = {"world_size": 1, "num_devices": 1, "num_nodes": 1}
+    return SimpleNamespace(
+        config=config_of(), trainer=SimpleNamespace(datamodule=data_of(**data), **places)
+    )
+
+
+def test_the_strategy_refuses_before_it_takes_the_model() -> None:
+    from nemo_megacpp.recipes.nemo.strategy import HybridStrategy
+
+    with pytest.raises(UserError, match=r"data\.seq_length=64 and model\.config\.seq_length=256"):
+        HybridStrategy.connect(SimpleNamespace(parallelism=config_of()), _fake_run(seq_length=64))
+
+
+def test_the_strategy_loads_no_checkpoint_of_another_model(
+    save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_megacpp.recipes.nemo import strategy
+
+    monkeypatch.setattr(strategy, "guard_load", lambda *_, **__: None)  # its scan wants ranks
+    other = save(from_mapping({"recipe": "nam56r_tiny", "add_qkv_bias": True}))
+    with pytest.raises(UserError, match="add_qkv_bias is True there and False here"):
+        strategy.HybridStrategy.load_checkpoint(
+            SimpleNamespace(lightning_module=_fake_run()), other
+        )
 
 
 def test_data_of_another_kind_have_no_fingerprint() -> None:

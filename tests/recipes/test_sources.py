@@ -108,6 +108,20 @@ def test_a_folder_with_a_blank_in_its_name_is_no_blend(
     assert recipe_of(data="my data").data == "my data"
 
 
+def test_a_folder_named_like_a_number_is_no_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read as a weight, one folder of the two would be left out without a word."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("2024", "2025"):
+        Path(name).mkdir()
+    for data in ("2024 2025", [2024, 2025], ["2024", "2025"]):
+        with pytest.raises(UserError, match=r"2024 stands where a weight goes, and is a folder"):
+            recipe_of(data=data)
+    assert recipe_of(data=["./2024", "2025"]).data == {"./2024": None, "2025": None}
+    assert recipe_of(data="0.7 2024 0.3 2025").data == {"2024": 0.7, "2025": 0.3}
+
+
 def test_the_tokenizer_that_is_asked_for(
     small_data: PreparedData, other: PreparedData, tmp_path: Path
 ) -> None:
