@@ -19,8 +19,9 @@ class CapacityRouter(TopKRouter):
     Stock Megatron-Core drops over the tokens that a rank happens to hold: with SP or CP the
     capacity is a smaller number and other tokens are dropped. Here the routing probabilities of a
     microbatch are gathered over tp and cp, and the stock rule is applied to all of them.
-    Without ``moe_expert_capacity_factor`` this is ``TopKRouter``, but for one thing: the counts
-    that move the expert bias stay exact in a bfloat16 model.
+    Without ``moe_expert_capacity_factor`` this is ``TopKRouter``, but for two things: the counts
+    that move the expert bias stay exact in a bfloat16 model, and with ``calculate_per_token_loss``
+    the auxiliary losses weigh as they do on one rank (:func:`_scale_auxiliary_losses`).
     """
 
     def __init__(
@@ -30,6 +31,8 @@ class CapacityRouter(TopKRouter):
         undropped.moe_expert_capacity_factor = None
         super().__init__(config=undropped, pg_collection=pg_collection)
         self.capacity_factor = config.moe_expert_capacity_factor
+        if config.calculate_per_token_loss:
+            _scale_auxiliary_losses(undropped, self.tp_cp_group.size())
 
     def _maintain_float32_expert_bias(self) -> None:
         """Keep the token counts in float32, as Megatron keeps the bias: ``Float16Module`` converts
@@ -68,3 +71,21 @@ class CapacityRouter(TopKRouter):
         )
         mine = order.positions.chunk(group.size())[group.rank()]
         return kept.view(length, batch, -1)[mine].flatten(0, 1)
+
+
+def _scale_auxiliary_losses(config: TransformerConfig, shares: int) -> None:
+    """Make the auxiliary losses of a router's own ``config`` weigh alike in every layout.
+
+    With ``calculate_per_token_loss`` Megatron-Core 0.16.1 multiplies them by the tokens that one
+    rank routes, and later divides all gradients by the tokens of the global batch: where ``shares``
+    ranks route one microbatch, their part is that many times too small. What is logged is divided
+    by the coefficients, so it does not change.
+    """
+    balancing = config.moe_aux_loss_coeff
+    config.moe_aux_loss_coeff = (
+        [coefficient * shares for coefficient in balancing]
+        if isinstance(balancing, list)
+        else balancing * shares
+    )
+    if config.moe_z_loss_coeff is not None:
+        config.moe_z_loss_coeff *= shares

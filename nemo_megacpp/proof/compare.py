@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -99,11 +99,11 @@ def compare(reference: StepResult, result: StepResult, limits: Limits) -> list[R
 def step_differences(reference: StepResult, result: StepResult) -> dict[RungName, dict[str, float]]:
     """Return the relative difference of every number that a step gave, by rung and key."""
     return {
-        "forward": {"": _relative(reference.objective, result.objective)},
+        "forward": _series(reference.losses, result.losses),
         "aux loss": _aux_losses(reference.aux_losses, result.aux_losses),
         "gradients": _tensors(reference.gradients, result.gradients),
         "replicas": dict(result.gradients.replica_spread),
-        "gradient norm": {"": _relative(reference.grad_norm, result.grad_norm)},
+        "gradient norm": _series(reference.grad_norms, result.grad_norms),
         "step": _tensors(reference.parameters, result.parameters),
     }
 
@@ -130,6 +130,14 @@ def _excess(rung: Rung) -> tuple[float, float]:
 
 def _relative(reference: float, value: float) -> float:
     return abs(value - reference) / max(abs(reference), np.finfo(float).tiny)
+
+
+def _series(reference: Sequence[float], result: Sequence[float]) -> dict[str, float]:
+    """Return the difference of one number a step, by the step's number if there are several."""
+    if len(reference) != len(result):
+        return {"": np.inf}
+    names = [""] if len(reference) == 1 else [f"step {n + 1}" for n in range(len(reference))]
+    return dict(zip(names, map(_relative, reference, result), strict=True))
 
 
 def _aux_losses(reference: Mapping[str, float], result: Mapping[str, float]) -> dict[str, float]:

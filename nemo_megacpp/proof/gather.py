@@ -1,4 +1,4 @@
-"""Reassemble per-parameter values of a sharded model to their global shapes."""
+"""Per-parameter values of a sharded model in their global shapes: gathered, and dealt again."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_inplace,
+    dict_list_map_outplace,
+    nested_values,
+)
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
     apply_factories,
 )
 
-from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict
+from nemo_megacpp.checkpoint.dcp import fill_model, model_sharded_state_dict
 
 
 @dataclass
@@ -78,6 +82,32 @@ def gather_values(
         for key in [k for k, v in part.items() if getattr(v, "data", v) is None]:
             del part[key]
     return gather_sharded(state)
+
+
+def deal_values(chunks: Sequence[torch.nn.Module], values: GlobalValues) -> None:
+    """Give this rank's chunks their part of the values that :func:`gather_values` gathered.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        values: of every saved tensor, on every rank.
+    """
+
+    def part(item: Any) -> Any:
+        if not isinstance(item, ShardedTensor):
+            return item
+        mine = torch.from_numpy(values.values[item.key][item.global_slice()].copy())
+        return mine.reshape(item.data.shape).to(item.data)
+
+    state = model_sharded_state_dict(chunks)
+    for chunk in state.values():
+        for name, item in chunk.items():
+            if isinstance(item, ShardedTensorFactory):
+                chunk[name] = item.merge_fn(dict_list_map_outplace(part, item.build()))
+            elif isinstance(item, ShardedTensor):
+                chunk[name] = part(item)
+            else:
+                chunk[name] = getattr(item, "data", item)
+    fill_model(chunks, state)
 
 
 def gather_sharded(state: dict[str, Any]) -> GlobalValues | None:

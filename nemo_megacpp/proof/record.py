@@ -16,7 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.step import StepSpec, Trainee, prepare
+from nemo_megacpp.proof.bare import Trainee, prepare
+from nemo_megacpp.proof.step_spec import StepSpec
 
 # What torch.distributed's functions become, and which argument holds the larger side.
 _KINDS: dict[str, tuple[str, int]] = {

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.mixers.sequence_layout import token_order
 from nemo_megacpp.proof.gather import GlobalValues, Piece, gather_pieces, to_numpy
 from nemo_megacpp.proof.points import Alignment, Point, tap
+from nemo_megacpp.proof.step_spec import StepSpec
 
 
 @dataclass
@@ -33,18 +36,17 @@ class Recorder:
     Args:
         chunks: this rank's model chunks, unwrapped.
         config: of the model.
-        micro_batch_size, global_batch_size: rows.
+        spec: of the step; a single one.
     """
 
     def __init__(
         self,
         chunks: Sequence[torch.nn.Module],
         config: HybridConfig,
-        micro_batch_size: int,
-        global_batch_size: int,
+        spec: StepSpec,
     ):
-        self._config = config
-        self._rows, self._all_rows = micro_batch_size, global_batch_size
+        self._config, self._spec = config, spec
+        self._rows, self._all_rows = spec.micro_batch_size, spec.global_batch_size
         self._points: dict[str, Point] = {}
         self._seen: dict[str, int] = {}
         self._outputs: list[Piece] = []
@@ -60,8 +62,9 @@ class Recorder:
         self._outputs.append(self._piece(point, microbatch, tensor, partial=False))
 
         def keep(gradient: torch.Tensor) -> None:
-            # A rank's backward pass runs on the mean of its own tokens.
-            mean = gradient / (self._dp * self._cp)
+            # Without calculate_per_token_loss, gradients are averaged over dp·cp ranks later.
+            ranks = 1 if self._config.calculate_per_token_loss else self._dp * self._cp
+            mean = gradient / ranks
             partial = point.alignment.partial_gradient
             self._gradients.append(self._piece(point, microbatch, mean, partial))
 
@@ -73,16 +76,20 @@ class Recorder:
         first = (microbatch * self._dp + parallel_state.get_data_parallel_rank()) * self._rows
         channels, width = _channels(point.alignment, tensor.size(-1))
         place = np.ix_(
-            self._positions(point.alignment).numpy(),
+            self._positions(point.alignment, first).numpy(),
             np.arange(first, first + self._rows),
             channels,
         )
         shape = (self._config.seq_length, self._all_rows, width)
         return Piece(point.name, shape, place, to_numpy(tensor), partial)
 
-    def _positions(self, alignment: Alignment) -> torch.Tensor:
+    def _positions(self, alignment: Alignment, row: int) -> torch.Tensor:
         rank = parallel_state.get_context_parallel_rank()
-        held = token_order(self._config.seq_length, self._cp).of_rank(rank)
+        packed = None
+        if documents := self._spec.documents_of(row):
+            bounds = torch.tensor([0, *accumulate(documents)], dtype=torch.int32)
+            packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+        held = token_order(self._config.seq_length, self._cp, packed).of_rank(rank)
         if not (alignment.scattered and self._config.sequence_parallel):
             return held
         tp = parallel_state.get_tensor_model_parallel_world_size()

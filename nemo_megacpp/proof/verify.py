@@ -13,7 +13,7 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, refuse_illegal
 from nemo_megacpp.pattern import HybridPattern
 from nemo_megacpp.proof.axes import axes_alone, axes_in_pairs, axes_of, spelled_out
-from nemo_megacpp.proof.bench import Bench
+from nemo_megacpp.proof.bench import Bench, TrainingPath
 from nemo_megacpp.proof.canary import canary
 from nemo_megacpp.proof.step_spec import Dtype
 from nemo_megacpp.proof.trial import Trial
@@ -26,6 +26,8 @@ def verify(
     model: Mapping[str, Any],
     layout: ParallelLayout,
     shape_of: Callable[[Mapping[str, Any]], Any],
+    path: TrainingPath,
+    training: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda line: None,
     pool: WorkerPool | None = None,
 ) -> Iterator[Trial]:
@@ -37,6 +39,9 @@ def verify(
         model: fields of the recipe's ``HybridConfig``.
         layout: the layout to prove.
         shape_of: returns the sizes that the layout rules read.
+        path: takes the steps, by what trains.
+        training: fields of every :class:`StepSpec` that the recipe's training settles; with
+            ``packed=True`` rows are packs of documents that every CP of ``layout`` can deal.
         progress: called with a line before each trial.
         pool: ranks to run on, left open; started and ended here if not given.
 
@@ -48,7 +53,10 @@ def verify(
             f"The layout needs {layout.world} ranks; verify starts at most {MAX_RANKS} here. Give "
             f"a smaller one with --layout: the axes are proved by their kind, not their size."
         )
-    small = canary(model, layout)
+    small, training = canary(model, layout), dict(training or {})
+    if training.pop("packed", False):
+        quarter = small["seq_length"] // 4
+        training["documents"] = (2 * quarter, quarter, quarter)
     refuse_illegal(layout, shape_of(small))
     letters = "".join(dict.fromkeys(HybridPattern.parse(small["hybrid_pattern"]).letters))
     cases: list[tuple[str, str, ParallelLayout, Dtype]] = []
@@ -63,7 +71,7 @@ def verify(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if pool is None:
             pool = stack.enter_context(WorkerPool(layout.world, device=device_for(layout.world)))
-        bench, axes = Bench(pool, folder, small), _Axes(layout, progress)
+        bench, axes = Bench(pool, path, folder, small, training), _Axes(layout, progress)
         for name, axis, place, dtype in cases:
             progress(f"{name} in {place.short()} ({dtype})")
             yield axes.blame(bench.run(name, axis, place, dtype), bench)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import ParallelLayout, refuse_illegal
+from nemo_megacpp.proof.bench import TrainingPath
 from nemo_megacpp.proof.canary import DRAWN
 from nemo_megacpp.proof.verify import verify
 from nemo_megacpp.recipes.check import check_model_of, shape_of
@@ -18,6 +19,8 @@ from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.recipes.verify_report import BACKENDS, document, print_table
 from nemo_megacpp.runtime.workers import WorkerPool, device_for
 
+_ROWS = 2
+"""Most rows of a microbatch of the proof; what several rows may get wrong, two show."""
 _WIDTH = 130
 """Columns of the table; a narrower terminal wraps its lines rather than lose numbers."""
 
@@ -49,9 +52,13 @@ def verify_recipe(
     if layout is not None:
         recipe = dataclasses.replace(recipe, layout=ParallelLayout.parse(layout))
 
+    size = min(recipe.training.micro_batch_size, _ROWS)
+
     def shape(small: Any) -> Any:
-        rows = 2 * recipe.layout.pp * recipe.layout.data_parallel_size
-        training = dataclasses.replace(recipe.training, micro_batch_size=1, global_batch_size=rows)
+        rows = 2 * size * recipe.layout.pp * recipe.layout.data_parallel_size
+        training = dataclasses.replace(
+            recipe.training, micro_batch_size=size, global_batch_size=rows
+        )
         return shape_of(_with(recipe, dict(small), training))
 
     if recipe.model.get("m2rnn_num_heads") is not None:
@@ -71,9 +78,14 @@ def verify_recipe(
     )
     for line in _left_out(recipe):
         console.print(line)
-    trials = list(
-        verify(model, recipe.layout, shape, lambda line: console.print(f"  {line}"), pool)
-    )
+    training = {
+        "micro_batch_size": size,
+        "loss_mask": "uneven",
+        "packed": recipe.training.packed_documents,
+        "use_distributed_optimizer": recipe.training.use_distributed_optimizer,
+    }
+    say = lambda line: console.print(f"  {line}")  # noqa: E731
+    trials = list(verify(model, recipe.layout, shape, _path(), training, say, pool))
     answer = document(recipe.name, recipe.layout, device, trials)
     if as_json:
         print(json.dumps(answer, indent=1, allow_nan=False))
@@ -90,9 +102,14 @@ def _left_out(recipe: Recipe) -> list[str]:
     lines = [f"defaults taken: {'; '.join(recipe.assumed)}"] if recipe.assumed else []
     if drawn:
         lines.append(f"without {', '.join(drawn)}: each rank draws random numbers of its own")
-    if recipe.training.packed_documents:
-        lines.append("without packed_documents: the rows of the proof are one document each")
     return lines
+
+
+def _path() -> TrainingPath:
+    """Return what trains; importing NeMo takes seconds."""
+    from nemo_megacpp.recipes.nemo.proof_run import NEMO
+
+    return NEMO
 
 
 def _with(recipe: Recipe, model: dict[str, Any], training: Any) -> Recipe:

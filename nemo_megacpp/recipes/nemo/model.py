@@ -14,6 +14,7 @@ from nemo.lightning import OptimizerModule, io
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.data.packed_rows import packed_seq_params
 from nemo_megacpp.mixers.sequence_layout import deal_batch
+from nemo_megacpp.recipes.nemo.loss import HybridLossReduction
 from nemo_megacpp.specs.model import build_hybrid_model
 
 
@@ -107,3 +108,21 @@ class HybridModel(GPTModel):
         model_transform: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
     ):
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
+
+    @property
+    def training_loss_reduction(self) -> HybridLossReduction:
+        """What a training step averages over, and what it logs."""
+        if not self._training_loss_reduction:
+            self._training_loss_reduction = HybridLossReduction(
+                self.config.calculate_per_token_loss
+            )
+        return self._training_loss_reduction
+
+    @property
+    def validation_loss_reduction(self) -> HybridLossReduction:
+        """The mean over all tokens of the held-out rows."""
+        if not self._validation_loss_reduction:
+            self._validation_loss_reduction = HybridLossReduction(
+                self.config.calculate_per_token_loss, validation_step=True
+            )
+        return self._validation_loss_reduction

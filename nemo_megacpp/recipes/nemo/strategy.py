@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from nemo.lightning import MegatronStrategy, megatron_init
+from nemo.lightning._strategy_lib import init_model_parallel
 from nemo.lightning.io.pl import MegatronCheckpointIO, ckpt_to_weights_subdir
 
 from nemo_megacpp.checkpoint.guard import guard_load
@@ -87,9 +89,14 @@ class HybridStrategy(MegatronStrategy):
         super().connect(model)
 
     def setup_distributed(self) -> None:
-        """Start the process groups, then seed this rank."""
+        """Start the process groups, or use the caller's default one; then seed this rank."""
         bind_helpers()
+        joined = torch.distributed.is_initialized()
         super().setup_distributed()
+        if joined:  # NeMo then leaves out what follows
+            init_model_parallel(self.model)
+            if self.data_sampler:
+                self.data_sampler.setup(torch.distributed.get_rank())
         megatron_init._set_random_seed(self.seed)
 
     def training_step(self, dataloader_iter: Any, *args: Any, **kwargs: Any) -> Any:

@@ -48,23 +48,28 @@ def _import_quietly() -> None:
     try:
         with contextlib.redirect_stderr(remarks):
             from nemo.collections import llm  # noqa: F401
-            from nemo.utils import logging as nemo_logging
     except ImportError:
         remarks.seek(0)
         print(remarks.read(), file=sys.stderr)
         raise
     faulthandler.enable()  # again, on the real stderr
-    # After the import: Lightning sets its own levels when it is imported.
-    for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "megatron"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    nemo_logging.setLevel(nemo_logging.ERROR)
-    logging.getLogger("nv_one_logger").setLevel(logging.CRITICAL)  # an error ends its spans too
+    quiet_libraries()
     place = launched()
     if place is None or place.rank == 0:
         ours = logging.getLogger("nemo_megacpp")
         ours.setLevel(logging.INFO)
         ours.addHandler(logging.StreamHandler(sys.stdout))
         ours.propagate = False
+
+
+def quiet_libraries() -> None:
+    """Leave only errors of the libraries' logs; Lightning sets its own levels when imported."""
+    from nemo.utils import logging as nemo_logging
+
+    for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    nemo_logging.setLevel(nemo_logging.ERROR)
+    logging.getLogger("nv_one_logger").setLevel(logging.CRITICAL)  # an error ends its spans too
 
 
 def main() -> None:

@@ -1,0 +1,189 @@
+"""Megatron's own parts without NeMo: what records and tests of single modules need.
+
+No proof of a layout comes from here: those take the path that trains
+(:mod:`nemo_megacpp.recipes.nemo.proof_run`). Here a step is nothing but Megatron's schedule and
+optimizer, so that what it allocates and sends can be counted (:mod:`nemo_megacpp.proof.record`)
+without what NeMo logs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch.utils.data import default_collate
+
+from nemo_megacpp.checkpoint.dcp import save_model
+from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.data.packed_rows import packed_seq_params
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.mixers.sequence_layout import deal_batch
+from nemo_megacpp.proof.objective import device
+from nemo_megacpp.proof.rows import Rows
+from nemo_megacpp.proof.step import disturb
+from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.runtime.distributed import start_model_parallel
+from nemo_megacpp.specs.model import build_hybrid_chunks
+
+
+def make_config(spec: StepSpec, layout: ParallelLayout) -> HybridConfig:
+    """Return the model configuration of ``spec`` in ``layout``."""
+    dtype = getattr(torch, spec.dtype)
+    return HybridConfig(
+        **spec.model,
+        **layout.megatron_fields(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=True,
+        moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
+    )
+
+
+def build_chunks(config: HybridConfig, layout: ParallelLayout) -> list[torch.nn.Module]:
+    """Build this rank's pipeline chunks, one per virtual stage, on its device.
+
+    Megatron keeps a few parameters of its Mamba mixer in float32; in a float64 model they become
+    float64 here, so that their gradients are accumulated and reduced exactly as well.
+    """
+    chunks = build_hybrid_chunks(config)
+    for chunk in chunks:
+        chunk.to(device())
+        for parameter in chunk.parameters():
+            parameter.data = parameter.data.to(config.params_dtype)
+    return chunks
+
+
+def save_initial_weights(spec: StepSpec, layout: ParallelLayout, directory: str) -> None:
+    """Build the model of ``spec`` in ``layout`` (on every rank of it) and save its weights,
+    disturbed."""
+    start_model_parallel(layout, spec.seed)
+    chunks = build_chunks(make_config(spec, layout), layout)
+    disturb(spec, chunks)
+    save_model(chunks, directory)
+
+
+@dataclass
+class Trainee:
+    """What is trained on this rank.
+
+    Attributes:
+        spec: what a step computes.
+        num_microbatches: of this rank.
+        config: of the model.
+        chunks: its pipeline chunks, one per virtual stage.
+        wrapped: the same, each in Megatron's data-parallel wrapper, which owns the gradients.
+        optimizer: over all of them.
+    """
+
+    spec: StepSpec
+    num_microbatches: int
+    config: HybridConfig
+    chunks: list[torch.nn.Module]
+    wrapped: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+
+    def forward_backward(self) -> None:
+        """Run Megatron's pipeline schedule over the global batch; gradients end up reduced."""
+        self.optimizer.zero_grad()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=[_microbatches(self.spec) for _ in self.wrapped],
+            model=self.wrapped,
+            num_microbatches=self.num_microbatches,
+            seq_length=self.config.seq_length,
+            micro_batch_size=self.spec.micro_batch_size,
+            forward_only=False,
+        )
+
+
+def prepare(spec: StepSpec, layout: ParallelLayout) -> Trainee:
+    """Build the model of ``spec`` in ``layout`` with its optimizer, ready for a step."""
+    start_model_parallel(layout, spec.seed)
+    config = make_config(spec, layout)
+    chunks = build_chunks(config, layout)
+    wrapped = _wrap(spec, config, chunks)
+    count = spec.global_batch_size // (spec.micro_batch_size * layout.data_parallel_size)
+    return Trainee(spec, count, config, chunks, wrapped, _optimizer(spec, config, wrapped))
+
+
+def _microbatches(spec: StepSpec) -> Iterator[dict[str, Any]]:
+    """Yield this data-parallel rank's microbatches, dealt to its context-parallel rank."""
+    rows, size = Rows(spec), spec.micro_batch_size
+    dp, rank = (
+        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    for start in range(rank * size, spec.global_batch_size, dp * size):
+        batch = default_collate([rows[index] for index in range(start, start + size)])
+        begins = batch.pop("document_start", None)
+        packed = None if begins is None else packed_seq_params(begins)
+        batch = {name: tensor.to(device()) for name, tensor in batch.items()}
+        yield {**deal_batch(batch, packed), "packed_seq_params": packed}
+
+
+def _forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Any, Any]:
+    batch = next(data)
+    losses = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        packed_seq_params=batch["packed_seq_params"],
+    )
+    return losses, lambda output: (output.mean(), {})
+
+
+def _wrap(
+    spec: StepSpec, config: HybridConfig, chunks: Sequence[torch.nn.Module]
+) -> list[DistributedDataParallel]:
+    """Wrap model chunks as Megatron's training does, and tell the schedules of it."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.bf16,
+        use_distributed_optimizer=spec.use_distributed_optimizer,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            config,
+            ddp_config,
+            Float16Module(config, chunk) if config.bf16 else chunk,
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = [chunk.no_sync for chunk in wrapped]
+    if len(wrapped) == 1:
+        config.no_sync_func = config.no_sync_func[0]
+    return wrapped
+
+
+def _optimizer(
+    spec: StepSpec, config: HybridConfig, wrapped: list[DistributedDataParallel]
+) -> MegatronOptimizer:
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=spec.learning_rate,
+            weight_decay=0.01,
+            clip_grad=spec.clip_grad,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=spec.use_distributed_optimizer,
+        ),
+        wrapped,
+        use_gloo_process_groups=False,
+    )

@@ -1,0 +1,62 @@
+"""The rows that a proof trains on, in the form in which a run's dataset gives them."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.data import Dataset
+
+from nemo_megacpp.data.packed_rows import pack_row
+from nemo_megacpp.proof.step_spec import StepSpec
+
+_EOD = 0
+"""The token that ends a document; no other token of a packed row is 0."""
+
+
+class Rows(Dataset):
+    """Random rows with the keys of Megatron's ``GPTDataset``, or of ``PackedDocuments``.
+
+    A row depends on its number only. Where the objective is a linear form of the logits, ``labels``
+    number the tokens of all rows: the form reads its coefficients by them.
+
+    Args:
+        spec: how many rows, of which lengths, masks and documents.
+    """
+
+    def __init__(self, spec: StepSpec):
+        self._spec = spec
+        self._length: int = spec.model["seq_length"]
+        self._vocab_size: int = spec.model["vocab_size"]
+
+    def __len__(self) -> int:
+        return self._spec.global_batch_size * self._spec.steps
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1_000_003 * self._spec.seed + index)
+        text = torch.randint(1, self._vocab_size, (self._length + 1,), generator=generator)
+        if self._spec.documents:
+            row = pack_row(self._with_ends(text, index), _EOD)
+        else:
+            row = {
+                "tokens": text[:-1].contiguous(),
+                "labels": text[1:].contiguous(),
+                "loss_mask": torch.ones(self._length),
+                "position_ids": torch.arange(self._length),
+            }
+        if self._spec.loss_mask == "uneven":
+            row["loss_mask"] *= self._uneven_mask(index, generator)
+        if self._spec.objective == "logits":
+            row["labels"] = index * self._length + torch.arange(self._length)
+        return row
+
+    def _with_ends(self, text: torch.Tensor, index: int) -> torch.Tensor:
+        lengths = self._spec.documents_of(index)
+        assert sum(lengths) == self._length, (lengths, self._length)
+        text[torch.tensor(lengths).cumsum(0) - 1] = _EOD
+        return text
+
+    def _uneven_mask(self, index: int, generator: torch.Generator) -> torch.Tensor:
+        """Mask the start of a row, ever more of it from row to row, and a few tokens more."""
+        mask = (torch.rand(self._length, generator=generator) < 0.7).float()
+        mask[: 1 + index % 4 * self._length // 5] = 0
+        mask[-1] = 1
+        return mask
