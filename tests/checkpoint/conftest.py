@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.bare import save_initial_weights
 from nemo_megacpp.proof.cases import tiny_model
-from nemo_megacpp.proof.step import StepSpec, save_initial_weights
+from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
 
 SMALL = StepSpec(tiny_model("AEMR"), dtype="float32")

@@ -11,8 +11,9 @@ from nemo_megacpp.contract.build import build_stages
 from nemo_megacpp.contract.job import Job
 from nemo_megacpp.contract.memory import peak_of_schedule
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.bare import prepare
 from nemo_megacpp.proof.cases import tiny_model
-from nemo_megacpp.proof.step import StepSpec, prepare
+from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
 
 

@@ -22,7 +22,7 @@ from nemo_megacpp.contract.step import Message, messages_of_rank
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.record import Recorded, record_step
-from nemo_megacpp.proof.step import StepSpec
+from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
 
 BALANCED = {"moe_router_topk": 8}  # every token to every expert: routing sends equal shares

@@ -20,8 +20,9 @@ from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d_naive
 from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_naive
 from nemo_megacpp.mixers.m2rnn import M2RNNMixer
 from nemo_megacpp.mixers.sequence_layout import token_order
+from nemo_megacpp.proof.bare import build_chunks, make_config
 from nemo_megacpp.proof.cases import tiny_model
-from nemo_megacpp.proof.step import StepSpec, build_chunks, make_config
+from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 

@@ -22,16 +22,12 @@ from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.kernels.mamba3 import mamba3_naive
 from nemo_megacpp.mixers.kernels.mamba3_state import negative_decay_rate
 from nemo_megacpp.mixers.mamba3_rows import rank_share, rows_in_mamba_ssm_order, split_rows
+from nemo_megacpp.proof.bare import build_chunks, make_config
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, compare
-from nemo_megacpp.proof.step import (
-    StepResult,
-    StepSpec,
-    build_chunks,
-    make_config,
-    run_step,
-    save_initial_weights,
-)
+from nemo_megacpp.proof.step import StepResult
+from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.recipes.nemo.proof_run import run_step
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 
@@ -288,14 +284,12 @@ def test_triton_is_refused_while_building(
 
 @pytest.fixture(scope="module")
 def references(
-    ranks: WorkerPool, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[StepSpec, str, StepResult]]:
+    ranks: WorkerPool,
+) -> dict[str, tuple[StepSpec, StepResult]]:
     known = {}
     for name, model in (("siso", SISO), ("mimo", MIMO)):
         spec = StepSpec(model, objective="logits", dtype="float64")
-        folder = str(tmp_path_factory.mktemp(name))
-        ranks.run(1, save_initial_weights, spec, ParallelLayout(), folder)
-        known[name] = spec, folder, ranks.run(1, run_step, spec, ParallelLayout(), folder)[0]
+        known[name] = spec, ranks.run(1, run_step, spec, ParallelLayout())[0]
     return known
 
 
@@ -310,15 +304,15 @@ def references(
 )
 def test_layouts_give_the_same_step(
     ranks: WorkerPool,
-    references: dict[str, tuple[StepSpec, str, StepResult]],
+    references: dict[str, tuple[StepSpec, StepResult]],
     name: str,
     text: str,
 ) -> None:
     """Objective, every gradient, replicas, and every parameter after the step."""
-    spec, weights, expected = references[name]
+    spec, expected = references[name]
     shared = [key for key in expected.gradients.values if "B_norm_weight" in key]
     assert shared and all(abs(expected.gradients.values[key]).max() > 1e-6 for key in shared)
     layout = ParallelLayout.parse(text)
-    result = ranks.run(layout.world, run_step, spec, layout, weights)[0]
+    result = ranks.run(layout.world, run_step, spec, layout, expected.initial)[0]
     broken = [rung for rung in compare(expected, result, FLOAT64) if not rung.holds]
     assert not broken, broken

@@ -6,8 +6,9 @@ import torch
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.router import CapacityRouter
+from nemo_megacpp.proof.bare import prepare
 from nemo_megacpp.proof.cases import tiny_model
-from nemo_megacpp.proof.step import StepSpec, prepare
+from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
 
 TOKENS = 301  # bfloat16 has no 301

@@ -7,7 +7,8 @@ import pytest
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, Rung, compare
-from nemo_megacpp.proof.step import StepSpec, run_step
+from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.recipes.nemo.proof_run import run_step
 from nemo_megacpp.runtime.workers import WorkerPool
 
 from .conftest import Reference

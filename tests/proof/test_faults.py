@@ -13,6 +13,7 @@ from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.trial import Trial
 from nemo_megacpp.proof.verify import verify
 from nemo_megacpp.recipes.check import shape_of
+from nemo_megacpp.recipes.nemo.proof_run import NEMO
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.verify import verify_recipe
 from nemo_megacpp.runtime.workers import WorkerPool
@@ -27,6 +28,7 @@ def _first_that_fails(ranks: WorkerPool, fault: str, pattern: str, layout: str) 
         tiny_model(pattern, num_layers=1),
         place,
         lambda model: shape_of(dataclasses.replace(recipe, model=dict(model), training=training)),
+        NEMO,
         pool=BrokenRanks(ranks, fault),
     )
     return next(trial for trial in trials if not trial.holds)
@@ -112,13 +114,13 @@ def test_bfloat16_tells_a_fault_from_rounding(ranks: WorkerPool, tmp_path: Path)
     """A correct layout stays within its estimated rounding; one missing sum does not."""
     layout = ParallelLayout.parse("tp=2,cp=2,etp=1")
     fields = tiny_model("AMER", num_layers=4)
-    good = Bench(ranks, tmp_path / "good", fields).run("all", "together", layout, "bfloat16")
+    good = Bench(ranks, NEMO, tmp_path, fields).run("all", "together", layout, "bfloat16")
     assert good.holds, good
     grads = next(rung for rung in good.rungs if rung.name == "gradients")
     assert grads.rounding is not None and 1e-4 < grads.difference < grads.tolerance < 1.0
 
     broken = BrokenRanks(ranks, "gradient of replicated rows not summed")
-    bad = Bench(broken, tmp_path / "bad", fields).run("all", "together", layout, "bfloat16")
+    bad = Bench(broken, NEMO, tmp_path, fields).run("all", "together", layout, "bfloat16")
     assert bad.finding is not None and bad.finding.first is not None
     assert bad.finding.rung == "gradients"
     assert bad.finding.parameter == "decoder.layers.3.mixer.in_proj.shared_weight"

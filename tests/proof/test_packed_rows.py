@@ -18,8 +18,9 @@ from nemo_megacpp.data.prepare import prepare
 from nemo_megacpp.data.rows import open_epoch
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.sequence_layout import deal_batch
+from nemo_megacpp.proof.bare import build_chunks, make_config, save_initial_weights
 from nemo_megacpp.proof.cases import tiny_model
-from nemo_megacpp.proof.step import StepSpec, build_chunks, make_config, save_initial_weights
+from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 

@@ -16,18 +16,20 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from nemo_megacpp.checkpoint.dcp import load_model
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.sequence_layout import deal_batch, token_order
+from nemo_megacpp.proof.bare import build_chunks, make_config
 from nemo_megacpp.proof.cases import FAMILIES, tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, compare
-from nemo_megacpp.proof.step import StepSpec, build_chunks, make_config, run_step
+from nemo_megacpp.proof.gather import GlobalValues, deal_values
+from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.recipes.nemo.proof_run import run_step
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 
 from .conftest import Reference
 
-DOCUMENTS = (5, 1, 7, 3)
+DOCUMENTS = (5, 2, 7, 2)
 
 
 def _spec(model: dict[str, Any], documents: tuple[int, ...], **changes: Any) -> StepSpec:
@@ -80,9 +82,9 @@ def test_packs_of_families_together_under_cp(
     _hold(ranks, reference, spec, *layouts)
 
 
-def _dealt_as_one_document(spec: StepSpec, layout: ParallelLayout, weights: str) -> Any:
+def _dealt_as_one_document(spec: StepSpec, layout: ParallelLayout, weights: GlobalValues) -> Any:
     with mock.patch(
-        "nemo_megacpp.proof.objective.deal_batch", lambda batch, packed: deal_batch(batch)
+        "nemo_megacpp.recipes.nemo.model.deal_batch", lambda batch, packed: deal_batch(batch)
     ):
         return run_step(spec, layout, weights)
 
@@ -110,22 +112,22 @@ def _tokens(document: int) -> torch.Tensor:
     return torch.randint(tiny_model("A")["vocab_size"], (1, REAL[document]), generator=generator)
 
 
-def _model(spec: StepSpec, cp: int, weights: str) -> torch.nn.Module:
+def _model(spec: StepSpec, cp: int, weights: GlobalValues) -> torch.nn.Module:
     layout = ParallelLayout(context_parallel_size=cp)
     start_model_parallel(layout, spec.seed)
     chunks = build_chunks(make_config(spec, layout), layout)
-    load_model(chunks, weights)
+    deal_values(chunks, weights)
     return chunks[0]
 
 
-def _alone(spec: StepSpec, weights: str) -> list[np.ndarray]:
+def _alone(spec: StepSpec, weights: GlobalValues) -> list[np.ndarray]:
     """Logits ``[s, v]`` of each document as a row of its own."""
     model = _model(spec, 1, weights)
     with torch.no_grad():
         return [model(_tokens(i), None, None)[0].numpy() for i in range(len(REAL))]
 
 
-def _packed(spec: StepSpec, cp: int, weights: str) -> tuple[np.ndarray, np.ndarray]:
+def _packed(spec: StepSpec, cp: int, weights: GlobalValues) -> tuple[np.ndarray, np.ndarray]:
     """On a rank: logits ``[s/cp, v]`` of its tokens of the padded pack, and their positions."""
     model = _model(spec, cp, weights)
     starts = [torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (REAL, PADDED)]
@@ -171,7 +173,7 @@ def test_a_document_in_a_pack_is_as_if_alone(
 @pytest.mark.parametrize(
     ("changes", "layout", "message"),
     [
-        ({}, "cp=2", "Packed documents with CP=2: .* document 0 has 5, 1 has 1, 2 has 7, 3 has 3"),
+        ({}, "cp=2", "Packed documents with CP=2: .* document 0 has 5, 1 has 2, 2 has 7, 3 has 2"),
         ({"micro_batch_size": 2}, "cp=1", "one row; this one has 2"),
     ],
 )

@@ -9,7 +9,8 @@ import pytest
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.cases import FAMILIES, MIXED
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Tolerances, compare
-from nemo_megacpp.proof.step import StepSpec, run_step
+from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.recipes.nemo.proof_run import run_step
 
 from .conftest import Reference
 

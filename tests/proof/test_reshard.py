@@ -1,4 +1,7 @@
-"""A training state saved in one layout goes on in another: the same data, the same next step."""
+"""A run saved in one layout goes on in another: the same data, the same next step.
+
+Saved and resumed by what runs use: NeMo's trainer, our checkpoint callback, strategy and optimizer.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,18 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from megatron.core import dist_checkpointing
 
-from nemo_megacpp.checkpoint.dcp import fill_model, model_sharded_state_dict, save_sharded
+from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict, save_sharded
 from nemo_megacpp.checkpoint.training_state import load_training_state
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.bare import prepare
 from nemo_megacpp.proof.cases import RESHARDINGS, SHARDED_RESHARDINGS, Place, tiny_model
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Tolerances, compare
-from nemo_megacpp.proof.reshard import Carried, load_and_step, save_after_steps
-from nemo_megacpp.proof.step import StepSpec, prepare
+from nemo_megacpp.proof.reshard import Carried, checkpoint_of
+from nemo_megacpp.proof.step import StepResult
+from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.recipes.nemo.proof_run import resume_and_train, train_and_save
 from nemo_megacpp.runtime.workers import WorkerPool
 
 Source = Callable[[StepSpec, str], tuple[str, Carried]]
@@ -27,17 +32,16 @@ Source = Callable[[StepSpec, str], tuple[str, Carried]]
 
 @pytest.fixture(scope="module")
 def source(ranks: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Return a function from a spec and a layout to a saved training state and what it was."""
+    """Return a function from a spec of two steps and a layout to the checkpoint after the first and
+    the state that it holds."""
     known: dict[str, tuple[str, Carried]] = {}
 
     def of(spec: StepSpec, text: str) -> tuple[str, Carried]:
         key = f"{spec} {text}"
         if key not in known:
-            folder, layout = str(tmp_path_factory.mktemp("state")), ParallelLayout.parse(text)
-            known[key] = (
-                folder,
-                ranks.run(layout.world, save_after_steps, spec, layout, folder)[0],
-            )
+            run_dir, layout = str(tmp_path_factory.mktemp("run")), ParallelLayout.parse(text)
+            carried: Carried = ranks.run(layout.world, train_and_save, spec, layout, run_dir, 1)[0]
+            known[key] = checkpoint_of(run_dir, 1), carried
         return known[key]
 
     return of
@@ -55,32 +59,53 @@ def _name(place: Place) -> str:
     return place if isinstance(place, str) else " ".join(place)
 
 
+def _next_step(carried: Carried, after: int) -> StepResult:
+    """Return what the second step gave, of a run of both or of that one only."""
+    step = carried.following
+    assert step is not None
+    gradients = step.gradients
+    if after == 0 or len(step.losses) == 2:
+        suffix = "@2"
+        gradients = dataclasses.replace(
+            gradients,
+            values={
+                key.removesuffix(suffix): value
+                for key, value in gradients.values.items()
+                if key.endswith(suffix)
+            },
+        )
+    aux = {name: value for name, value in step.aux_losses.items() if name.endswith("@2")}
+    return dataclasses.replace(
+        step,
+        losses=step.losses[-1:],
+        grad_norms=step.grad_norms[-1:],
+        aux_losses=aux,
+        gradients=gradients,
+    )
+
+
 def _hold(
     ranks: WorkerPool,
     before: tuple[str, Carried],
     spec: StepSpec,
     place: Place,
     within: Tolerances,
-    gradients: bool = True,
-    steps: int = 1,
+    after: int = 1,
 ) -> Carried:
-    """Load in ``place`` what was saved, and compare everything; the distributed optimizer has no
-    gradients to compare with the plain one's."""
+    """Resume in ``place`` what was saved, and compare everything."""
     text, pattern = (place, None) if isinstance(place, str) else place
     if pattern is not None:
         spec = dataclasses.replace(spec, model={**spec.model, "hybrid_pattern": pattern})
-    folder, saved = before
+    checkpoint, saved = before
     layout = ParallelLayout.parse(text)
-    loaded: Carried = ranks.run(layout.world, load_and_step, spec, layout, folder)[0]
-    assert loaded.steps == saved.steps == steps
+    loaded: Carried = ranks.run(layout.world, resume_and_train, spec, layout, checkpoint, after)[0]
+    assert loaded.steps == saved.steps == after
     assert loaded.settings == saved.settings
     assert not any(loaded.state.replica_spread.values()), "replicas are equal"
     shared = saved.state.values.keys() & loaded.state.values.keys()
     assert [k for k in shared if not _same(saved.state.values[k], loaded.state.values[k])] == []
-    assert saved.next_step is not None and loaded.next_step is not None
-    rungs = compare(saved.next_step, loaded.next_step, within)
-    broken = [r for r in rungs if not r.holds and (gradients or r.name != "gradients")]
-    assert broken == []
+    rungs = compare(_next_step(saved, after), _next_step(loaded, after), within)
+    assert [rung for rung in rungs if not rung.holds] == []
     return loaded
 
 
@@ -92,7 +117,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 def test_float64(
     ranks: WorkerPool, source: Source, model: dict[str, Any], saved: str, loaded: Place
 ) -> None:
-    spec = StepSpec(model, objective="logits", dtype="float64")
+    spec = StepSpec(model, objective="logits", dtype="float64", steps=2)
     before = source(spec, saved)
     after = _hold(ranks, before, spec, loaded, FLOAT64)
     assert after.state.values.keys() == before[1].state.values.keys()
@@ -103,7 +128,7 @@ def test_distributed_optimizer(
     ranks: WorkerPool, source: Source, model: dict[str, Any], saved: str, loaded: Place
 ) -> None:
     """Through Megatron's cross entropy and gradient clipping, in float32."""
-    spec = StepSpec(model, use_distributed_optimizer=True)
+    spec = StepSpec(model, use_distributed_optimizer=True, steps=2)
     before = source(spec, saved)
     after = _hold(ranks, before, spec, loaded, FLOAT32)
     assert after.state.values.keys() == before[1].state.values.keys()
@@ -111,7 +136,7 @@ def test_distributed_optimizer(
 
 def test_the_saved_moments_are_of_all_families(source: Source) -> None:
     """What is carried is something: moments of every family, none of them zero."""
-    spec = StepSpec(tiny_model("AEMR"), use_distributed_optimizer=True)
+    spec = StepSpec(tiny_model("AEMR"), use_distributed_optimizer=True, steps=2)
     _, saved = source(spec, "world=4,tp=2,etp=1")
     for moment in ("exp_avg", "exp_avg_sq"):
         for key in (
@@ -130,39 +155,37 @@ def test_the_kind_of_optimizer_may_change(
     ranks: WorkerPool, source: Source, sharded: bool, saved: str
 ) -> None:
     """From the distributed optimizer to the plain one, and from that to the distributed."""
-    spec = StepSpec(tiny_model("AEMR"), use_distributed_optimizer=sharded)
-    folder, carried = source(spec, saved)
+    spec = StepSpec(tiny_model("AEMR"), use_distributed_optimizer=sharded, steps=2)
+    before = source(spec, saved)
     other = dataclasses.replace(spec, use_distributed_optimizer=not sharded)
-    after = _hold(ranks, (folder, carried), other, "world=2", FLOAT32, gradients=False)
-    assert after.state.values.keys() == carried.state.values.keys()
+    after = _hold(ranks, before, other, "world=2", FLOAT32)
+    assert after.state.values.keys() == before[1].state.values.keys()
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_before_the_first_step(ranks: WorkerPool, tmp_path: Path, sharded: bool) -> None:
     """A run that is stopped at once has moments too: zeros, after no step."""
-    spec = StepSpec(tiny_model("AEMR"), use_distributed_optimizer=sharded)
-    folder, layout = str(tmp_path / "state"), ParallelLayout.parse("pp=2")
-    carried: Carried = ranks.run(2, save_after_steps, spec, layout, folder, 0)[0]
-    _hold(ranks, (folder, carried), spec, "world=2", FLOAT32, steps=0)
+    spec = StepSpec(tiny_model("AEMR"), use_distributed_optimizer=sharded, steps=2)
+    run_dir, layout = str(tmp_path), ParallelLayout.parse("pp=2")
+    carried: Carried = ranks.run(2, train_and_save, spec, layout, run_dir, 0)[0]
+    _hold(ranks, (checkpoint_of(run_dir, 0), carried), spec, "world=2", FLOAT32, after=0)
 
 
-def _load_weights_only(spec: StepSpec, layout: ParallelLayout, folder: str) -> Any:
-    def load(chunks: Any, optimizer: Any, directory: str) -> None:
-        state = {"model": model_sharded_state_dict(chunks)}
-        fill_model(chunks, dist_checkpointing.load(state, directory)["model"])
-
-    with mock.patch("nemo_megacpp.proof.reshard.load_training_state", load):
-        return load_and_step(spec, layout, folder)
+def _resume_without_moments(spec: StepSpec, layout: ParallelLayout, checkpoint: str) -> Any:
+    with mock.patch(
+        "nemo_megacpp.recipes.nemo.optimizer.load_optimizer_state_dict", lambda *_: None
+    ):
+        return resume_and_train(spec, layout, checkpoint, 1)
 
 
 def test_lost_moments_are_seen(ranks: WorkerPool, source: Source) -> None:
     """The comparison can fail: without the optimizer's state the next step is another one."""
-    spec = StepSpec(tiny_model("AEMR"), objective="logits", dtype="float64")
-    folder, saved = source(spec, "tp=2,etp=1")
-    lost: Carried = ranks.run(2, _load_weights_only, spec, ParallelLayout.parse("pp=2"), folder)[0]
-    assert saved.next_step is not None and lost.next_step is not None
-    broken = [r.name for r in compare(saved.next_step, lost.next_step, FLOAT64) if not r.holds]
-    assert broken == ["step"]
+    spec = StepSpec(tiny_model("AEMR"), objective="logits", dtype="float64", steps=2)
+    checkpoint, saved = source(spec, "tp=2,etp=1")
+    place = ParallelLayout.parse("pp=2")
+    lost: Carried = ranks.run(2, _resume_without_moments, spec, place, checkpoint)[0]
+    rungs = compare(_next_step(saved, 1), _next_step(lost, 1), FLOAT64)
+    assert [rung.name for rung in rungs if not rung.holds] == ["step"]
 
 
 def _load_foreign(layout: ParallelLayout, spec: StepSpec, folder: str, metadata: Any) -> str:

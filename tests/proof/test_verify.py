@@ -21,6 +21,7 @@ from nemo_megacpp.proof.trial import Difference, Finding, Trial
 from nemo_megacpp.proof.verify import verify
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.check import shape_of
+from nemo_megacpp.recipes.nemo.proof_run import NEMO
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.verify import verify_recipe
 from nemo_megacpp.recipes.verify_report import document
@@ -79,7 +80,7 @@ def test_one_family_fills_every_chunk() -> None:
 def test_too_many_ranks() -> None:
     layout = ParallelLayout.parse("tp=8,pp=4")
     with pytest.raises(UserError, match="32 ranks"):
-        next(verify(tiny_model("AEMR"), layout, lambda model: None))
+        next(verify(tiny_model("AEMR"), layout, lambda model: None, NEMO))
 
 
 def test_a_trial_that_could_not_run_does_not_hold() -> None:
@@ -181,7 +182,7 @@ def test_every_expert_is_chosen() -> None:
 def test_build_rung() -> None:
     def step(**shapes: tuple[int, ...]) -> StepResult:
         values = {key: np.ones(shape) for key, shape in shapes.items()}
-        return StepResult(1.0, {}, 1.0, GlobalValues(values), GlobalValues(values))
+        return StepResult([1.0], [1.0], {}, GlobalValues(values), GlobalValues(values))
 
     def build(result: StepResult) -> Rung:
         return compare(step(a=(2, 2), b=(3,)), result, FLOAT64)[0]
@@ -195,7 +196,9 @@ def test_what_is_no_number_is_worst() -> None:
     values = GlobalValues({"a": np.ones(2), "b": np.ones(2)})
     broken = GlobalValues({"a": np.array([1.0, np.nan]), "b": np.ones(2) + 0.5})
     rungs = compare(
-        StepResult(1.0, {}, 1.0, values, values), StepResult(1.0, {}, 1.0, broken, values), FLOAT64
+        StepResult([1.0], [1.0], {}, values, values),
+        StepResult([1.0], [1.0], {}, broken, values),
+        FLOAT64,
     )
     grads = next(rung for rung in rungs if rung.name == "gradients")
     assert (grads.where, grads.holds) == ("a", False)
@@ -213,7 +216,7 @@ def test_what_is_not_part_of_the_proof_is_said(
     assert verify_recipe("nam56r_tiny", "tp=2", overrides, as_json=True) == 0
     told = capsys.readouterr().err
     assert "without hidden_dropout=0.1: each rank draws" in told
-    assert "without packed_documents" in told
+    assert "packed" not in told, "packs are part of the proof"
     assert "defaults taken: num_layers: 12 (depth of the recipe)" in told
     assert proved[0]["hidden_dropout"] == 0.1
     assert canary(proved[0], ParallelLayout())["hidden_dropout"] == 0.0

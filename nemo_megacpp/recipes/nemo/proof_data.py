@@ -3,16 +3,20 @@
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
+from nemo.lightning.io import IOMixin
 
 from nemo_megacpp.proof.rows import Rows
 from nemo_megacpp.proof.step_spec import StepSpec
 
 
-class _Tokenizer(NamedTuple):
-    vocab_size: int
+class ProofTokenizer(IOMixin):
+    """The size of a vocabulary; NeMo builds later virtual stages from what it serialises."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
 
 
 class ProofData(PreTrainingDataModule):
@@ -27,9 +31,9 @@ class ProofData(PreTrainingDataModule):
 
     def __init__(self, spec: StepSpec):
         super().__init__(
-            dict.fromkeys(("train", "validation", "test"), [os.devnull]),  # no files are read
+            {split: [os.devnull] for split in ("train", "validation", "test")},  # none is read
             seq_length=spec.model["seq_length"],
-            tokenizer=_Tokenizer(spec.model["vocab_size"]),  # type: ignore[arg-type]
+            tokenizer=ProofTokenizer(spec.model["vocab_size"]),  # type: ignore[arg-type]
             micro_batch_size=spec.micro_batch_size,
             global_batch_size=spec.global_batch_size,
             num_workers=0,

@@ -130,8 +130,8 @@ class Probe(pl.Callback):
         if trainer.global_step == self._state_at:
             self._keep_state(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gather the parameters, and what was noted, to rank 0."""
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After the last step, gather the parameters, and what was noted, to rank 0."""
         for chunk in self._wrapped:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
@@ -140,7 +140,7 @@ class Probe(pl.Callback):
         losses = _from_last_stage(self._losses)
         if parameters is not None:
             self._conclude(losses, parameters, trace)
-        raise Done  # before the run saves its end
+        raise Done  # before the run saves the state that it ends with
 
     def _conclude(
         self,
