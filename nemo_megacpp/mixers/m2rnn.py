@@ -14,6 +14,10 @@ Tensor parallelism splits heads. What stays whole: the q and k rows and their co
 (replicated; gradients summed over tp) and the norm, which spans all ``N·V`` channels of a token
 whatever the layout (one all-reduce of a number per token).
 
+Initialisation is that of the authors (lm-engine): projections and convolution as
+``config.init_method`` has it, ``N(0, init_method_std)``; ``W_n = I``, ``D = 1``, ``A`` and
+``softplus(dt_bias)`` as :class:`nemo_megacpp.config.M2RNNDimensions` says.
+
 Context parallelism has two exact forms (``m2rnn_context_parallel``): an all-to-all that spreads a
 rank's heads over cp and gives each the whole sequence, or, where heads do not divide, a serial
 hand-over of ``H`` from one segment of the sequence to the next.
@@ -165,14 +169,13 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
         self.norm_weight = split(channels)
         if not config.perform_initialization:
             return
-        bound = 1.0 / math.sqrt(dims.conv_kernel)
         with torch.no_grad():
-            torch.nn.init.uniform_(self.shared_conv_weight, -bound, bound)
+            config.init_method(self.shared_conv_weight)
             torch.nn.init.ones_(self.D)
             torch.nn.init.ones_(self.norm_weight)
             self.state_weight.copy_(torch.eye(self.v_dim, device=device))
             with get_cuda_rng_tracker().fork():
-                torch.nn.init.uniform_(self.conv_weight, -bound, bound)
+                config.init_method(self.conv_weight)
                 low, high = dims.a_init_range
                 # A uniform on (low, high]: its logarithm must exist when low is zero.
                 self.A_log.copy_(torch.log(high - (high - low) * torch.rand_like(self.A_log)))
@@ -300,9 +303,8 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return q ``[b, s, K]``, k ``[b, s, K]`` and v ``[b, s, n, V]``, convolved."""
         packs = None if packs is None else packs.expand(x.size(0), -1)
-        window = None
-        if self.serial:
-            taps = weight.size(1)
+        window, taps = None, weight.size(1)
+        if self.serial and taps > 1:
             zeros = x.new_zeros(x.size(0), x.size(2), taps - 1, requires_grad=True)
             window = receive_state(zeros, self.cp_group) * continues
             x = send_state(causal_conv1d_state(x, taps, packs, window), x, self.cp_group)
