@@ -34,6 +34,7 @@ from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d
 from nemo_megacpp.mixers.sequence_layout import heads_to_sequence, sequence_to_heads, token_order
 from nemo_megacpp.mixers.sharding import sharded_by_head
 from nemo_megacpp.pattern import Family
+from nemo_megacpp.specs.backend import mamba_layer_norm
 
 TAPS = 4
 
@@ -132,7 +133,7 @@ def short_conv_layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
     return ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
-            norm=backend.layer_norm(rms_norm=True),
+            norm=mamba_layer_norm(backend),
             mixer=ModuleSpec(
                 module=ShortConvMixer,
                 submodules=ShortConvSubmodules(

@@ -13,7 +13,9 @@ Megatron-Core 0.16.1's own form does less, and without Transformer Engine or Ape
   before there is a state, and copies a tensor ``step`` that it has left out), and cannot be saved
   on a stage that has no expert;
 - its ``dp_reshardable`` type, NeMo's default, keeps flat buffers that only the same tensor-,
-  pipeline- and expert-parallel degrees can read.
+  pipeline- and expert-parallel degrees can read;
+- where a bfloat16 model has float32 parameters too, both optimizers take the state of one parameter
+  for that of another.
 """
 
 from __future__ import annotations
@@ -24,8 +26,14 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+    optim_state_to_sharding_state,
+)
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from nemo_megacpp.errors import UserError
 
@@ -83,6 +91,7 @@ def optimizer_sharded_state_dict(
     members = _members(optimizer)
     for member in members:
         _ensure_state(member)
+        _correct_places(member)
     return {
         "step": None if is_loading else _common_step(members),
         "param_groups": [
@@ -131,6 +140,20 @@ def _ensure_state(member: MegatronOptimizer) -> None:
     if _keeps_step_per_parameter(member.optimizer):
         for state in member.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
+
+
+def _correct_places(member: MegatronOptimizer) -> None:
+    """Note where the distributed optimizer has the shard of each parameter.
+
+    It puts the float32 parameters of a group before the others, and Megatron-Core 0.16.1 notes
+    their places as if it did not.
+    """
+    if member.is_stub_optimizer or not isinstance(member, DistributedOptimizer):
+        return
+    groups = zip(member.model_fp32_groups, member.model_float16_groups, strict=True)
+    for index, (wide, narrow) in enumerate(groups):
+        for order, parameter in enumerate((*wide, *narrow)):
+            member.model_param_group_index_map[parameter] = (index, order)
 
 
 def _groups(member: MegatronOptimizer) -> list[dict[str, Any]]:
@@ -193,15 +216,45 @@ def _sharded_tensors(
         return {}
     if isinstance(member, DistributedOptimizer):
         return _distributed_tensors(member, model_state, is_loading)
-    if not member.get_parameters():
+    return _plain_tensors(member, model_state)
+
+
+def _plain_tensors(member: MegatronOptimizer, model_state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the moments and, of parameters that are not float32 themselves, the master weights."""
+    optimizer = member.optimizer
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not parameters:
         return {}
-    whole = member.sharded_state_dict(model_state, is_loading)
-    state = whole.get("optimizer", whole)["state"]
-    masters = dict(enumerate(whole.get("fp32_from_fp16_params", ())))
-    return {
-        "state": _without(state, "common_step"),
-        "masters": {index: group for index, group in masters.items() if group},
+    model_parameters = {
+        id(master): parameter
+        for parameter_group, master_group in zip(*_float16_groups(member), strict=True)
+        for parameter, master in zip(parameter_group, master_group, strict=True)
     }
+    sharded = get_param_id_to_sharded_param_map(
+        model_state, (model_parameters.get(id(p), p) for p in parameters)
+    )
+    moments = optimizer.state_dict()
+    optim_state_to_sharding_state(moments, sharded, exclude_keys=("step",))
+    numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
+    prefix = f"optimizer.state.{_MASTER_WEIGHT}"
+    masters = {
+        index: [
+            make_sharded_optimizer_tensor(sharded[numbers[id(master)]], master, prefix)
+            for master in group
+        ]
+        for index, group in enumerate(_float16_groups(member)[1])
+        if group
+    }
+    return {"state": moments["state"], "masters": masters}
+
+
+def _float16_groups(
+    member: MegatronOptimizer,
+) -> tuple[list[list[torch.nn.Parameter]], list[list[torch.Tensor]]]:
+    """Return the float16 parameters and their float32 masters, by parameter group."""
+    if isinstance(member, Float16OptimizerWithFloat16Params):
+        return member.float16_groups, member.fp32_from_float16_groups
+    return [], []
 
 
 def _load_plain(
@@ -220,7 +273,7 @@ def _load_plain(
             {**group, **settings} for settings, group in zip(saved, numbered, strict=True)
         ],
     }
-    if hasattr(member, "fp32_from_float16_groups"):
+    if isinstance(member, Float16OptimizerWithFloat16Params):
         masters = tensors.get("masters", {})
         in_groups = [masters.get(index, []) for index in range(len(numbered))]
         state = {"optimizer": state, "fp32_from_fp16_params": in_groups}

@@ -150,12 +150,10 @@ def recurrent_scan(sizes: Sizes) -> Items:
         kept = batch * -(-length // CHECKPOINT_EVERY)
         items.append((f"states of the recurrence, one in {CHECKPOINT_EVERY}", kept * state * 4))
         items.append(("q, k and v, each by itself", tokens * channels * e))
-        if e != wide:
-            items.append(("gates as the kernel takes them", tokens * heads * e))
         return items
     items.append(("every state of the recurrence", batch * (length + 1) * state * wide))
     if e != wide:
-        items.append(("q, k, v and gates in float32", tokens * (channels + heads) * wide))
+        items.append(("q, k and v in float32", tokens * channels * wide))
         items.append(
             ("state weight in float32", heads * dims.value_head_dim * dims.value_head_dim * wide)
         )

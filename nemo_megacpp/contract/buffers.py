@@ -1,8 +1,9 @@
 """Megatron's gradient buffers, and what of them a rank's optimizer owns: exact bytes.
 
 ``_ParamAndGradBuffer`` (``megatron/core/distributed/param_and_grad_buffer.py``) lays a chunk's
-parameters out in reverse order, dense and expert ones apart; the distributed optimizer pads them
-and gives each data-parallel rank an equal share of every bucket, wherever parameters end.
+parameters out in reverse order: dense and expert ones apart, and apart by dtype, as a few of a bf16
+model are float32. The distributed optimizer pads them and gives each data-parallel rank an equal
+share of every bucket, wherever parameters end.
 """
 
 from __future__ import annotations
@@ -64,11 +65,13 @@ class Buffer:
     Attributes:
         chunk: index of the chunk.
         is_expert: reduced over ``edp`` instead of ``dp-cp``.
+        element_size: bytes of a parameter's element.
         buckets: without the distributed optimizer one, without padding.
     """
 
     chunk: int
     is_expert: bool
+    element_size: int
     buckets: tuple[Bucket, ...]
 
     @property
@@ -85,11 +88,18 @@ class Buffer:
 def buffers_of(job: Job, stage: BuiltStage) -> list[Buffer]:
     """Return the gradient buffers of a rank of ``stage``."""
     return [
-        buffer
+        _buffer(job, chunk.index, is_expert, element_size, parameters)
         for chunk in stage.chunks
-        for is_expert in (False, True)
-        if (buffer := _buffer(job, chunk, is_expert)).buckets
+        for (is_expert, element_size), parameters in _by_buffer(chunk)
     ]
+
+
+def _by_buffer(chunk: BuiltChunk) -> list[tuple[tuple[bool, int], list[BuiltParameter]]]:
+    """Return the parameters of each buffer of ``chunk``, dense ones first."""
+    found: dict[tuple[bool, int], list[BuiltParameter]] = {}
+    for parameter in reversed(chunk.parameters):
+        found.setdefault((parameter.is_expert, parameter.element_size), []).append(parameter)
+    return sorted(found.items(), key=lambda item: item[0][0])
 
 
 def replicas_of(job: Job, is_expert: bool) -> int:
@@ -97,6 +107,12 @@ def replicas_of(job: Job, is_expert: bool) -> int:
     if is_expert:
         return job.layout.expert_data_parallel_size
     return job.layout.data_parallel_size * job.layout.cp
+
+
+def optimizer_bytes_per_element(element_size: int) -> int:
+    """Return the bytes of Adam's two moments, and of the float32 copy that a parameter of fewer
+    than four bytes an element has."""
+    return 8 if element_size == GRADIENT_BYTES else 12
 
 
 def optimizer_bytes(job: Job, buffers: Sequence[Buffer], dense: int, expert: int) -> int:
@@ -107,12 +123,12 @@ def optimizer_bytes(job: Job, buffers: Sequence[Buffer], dense: int, expert: int
         buffers: of the rank's stage.
         dense, expert: the rank's place in its ``dp-cp`` and ``edp`` groups.
     """
-    per_element = 8 if job.precision == "fp32" else 12
     # torch's Adam counts the steps of every parameter in a tensor; fused ones count once.
     per_parameter = 4 if job.kernels == "torch" else 0
     total = 0
     for buffer in buffers:
         replicas, rank = replicas_of(job, buffer.is_expert), expert if buffer.is_expert else dense
+        per_element = optimizer_bytes_per_element(buffer.element_size)
         for bucket in buffer.buckets:
             if job.use_distributed_optimizer:
                 elements, parameters = bucket.owned(replicas, rank)
@@ -135,8 +151,9 @@ def largest_optimizer_bytes(job: Job, buffers: Sequence[Buffer]) -> int:
     return sum(totals)
 
 
-def _buffer(job: Job, chunk: BuiltChunk, is_expert: bool) -> Buffer:
-    parameters = [p for p in reversed(chunk.parameters) if p.is_expert == is_expert]
+def _buffer(
+    job: Job, chunk: int, is_expert: bool, element_size: int, parameters: list[BuiltParameter]
+) -> Buffer:
     unit = math.lcm(replicas_of(job, is_expert), _BUCKET_ALIGNMENT)
     padded = job.use_distributed_optimizer
     buckets: list[Bucket] = []
@@ -158,7 +175,7 @@ def _buffer(job: Job, chunk: BuiltChunk, is_expert: bool) -> Buffer:
         if alone:
             close()
     close()
-    return Buffer(chunk.index, is_expert, tuple(buckets))
+    return Buffer(chunk, is_expert, element_size, tuple(buckets))
 
 
 def _round_up(value: int, unit: int) -> int:

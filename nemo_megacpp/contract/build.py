@@ -42,6 +42,7 @@ class BuiltParameter:
         sums_over_tp: every tp rank uses the whole of it for its own heads, so that its gradient is
             partial on tp (:mod:`nemo_megacpp.mixers.replicated`).
         shared_embedding: the embedding of a model whose head is tied to it.
+        element_size: bytes of an element; in bf16 a few parameters stay float32.
     """
 
     name: str
@@ -52,6 +53,7 @@ class BuiltParameter:
     sequence_parallel: bool
     sums_over_tp: bool
     shared_embedding: bool
+    element_size: int
 
     @property
     def numel(self) -> int:
@@ -120,6 +122,8 @@ def build_rank(job: Job, rank: int) -> BuiltStage:
     layout = job.layout
     with fake_rank(layout, rank), torch.device("meta"):
         chunks = build_hybrid_chunks(job.config(), TorchBackend())
+        if job.precision == "bf16":
+            chunks = [chunk.bfloat16() for chunk in chunks]  # as Megatron's Float16Module does
         place = layout.rank_coordinates(rank)
         return BuiltStage(
             place.pp,
@@ -151,6 +155,7 @@ def _read(chunk: Any, index: int) -> BuiltChunk:
                 sequence_parallel=getattr(parameter, "sequence_parallel", False),
                 sums_over_tp=getattr(parameter, "sums_over_tp", False),
                 shared_embedding=getattr(parameter, "shared_embedding", False),
+                element_size=parameter.element_size(),
             )
         )
     return BuiltChunk(

@@ -162,7 +162,8 @@ def _recurrent(sizes: Sizes) -> list[Collective]:
         made += _exchange(sizes, split, "v, forget and gate, to segments")
         window = sizes.batch * (shared + inner) * (dims.conv_kernel - 1) * sizes.e
         state = sizes.batch * heads * dims.key_head_dim * dims.value_head_dim * sizes.wide
-        made += _handed_on(window, "convolution window")
+        if window:
+            made += _handed_on(window, "convolution window")
         made += _handed_on(state, "recurrent state")
         made += _exchange(sizes, inner, "scan output, to zigzag")
     else:

@@ -17,8 +17,8 @@ class Cost(NamedTuple):
     """One consequence.
 
     Attributes:
-        axis: what causes it: ``TP``, ``CP``, …, ``PRECISION`` or ``MODEL``.
-        effect: ``forces``, ``turns off``, ``repeats``, ``waits`` or ``rounds``.
+        axis: what causes it: ``TP``, ``CP``, … or ``MODEL``.
+        effect: ``forces``, ``turns off``, ``repeats`` or ``waits``.
         message: what happens, with the numbers.
     """
 
@@ -30,7 +30,7 @@ class Cost(NamedTuple):
 def costs(sizes: Sizes, stages: Sequence[BuiltStage]) -> list[Cost]:
     """Return what the job's layout costs; empty for one rank without padding."""
     found: list[Cost] = []
-    for rule in (_tensor, _context, _experts, _pipeline, _optimizer, _kernels, _precision, _nodes):
+    for rule in (_tensor, _context, _experts, _pipeline, _optimizer, _kernels, _nodes):
         found += rule(sizes, stages)
     return found
 
@@ -210,18 +210,6 @@ def _kernels(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
         if reason is not None or dims.kernel == "torch":
             why = reason or "mamba3_kernel is 'torch'"
             yield Cost("MODEL", "turns off", f"mamba_ssm's Triton kernel for Mamba-3: {why}")
-
-
-def _precision(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
-    if sizes.job.precision != "bf16":
-        return
-    if _has(sizes, Family.MAMBA) or _has(sizes, Family.RECURRENT):
-        yield Cost(
-            "PRECISION",
-            "rounds",
-            "A_log, dt_bias and D to bf16: Megatron's Float16Module converts every parameter, also "
-            "those that the mixers make in float32",
-        )
 
 
 def _nodes(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:

@@ -71,11 +71,10 @@ def memory_of(
         bytes_per_chunk: activations of one microbatch, by virtual stage.
     """
     job = sizes.job
-    elements = sum(buffer.numel for buffer in buffers)
     peak, in_flight = peak_of_schedule(job, pp_rank, bytes_per_chunk)
     return StageMemory(
-        elements * sizes.e,
-        elements * GRADIENT_BYTES,
+        sum(buffer.numel * buffer.element_size for buffer in buffers),
+        sum(buffer.numel for buffer in buffers) * GRADIENT_BYTES,
         largest_optimizer_bytes(job, buffers),
         peak,
         sum(bytes_per_chunk),

@@ -22,8 +22,14 @@ from nemo_megacpp.contract.activations import (
     head_activations,
     total,
 )
-from nemo_megacpp.contract.buffers import GRADIENT_BYTES, Buffer, buffers_of, replicas_of
-from nemo_megacpp.contract.build import BuiltStage
+from nemo_megacpp.contract.buffers import (
+    GRADIENT_BYTES,
+    Buffer,
+    buffers_of,
+    optimizer_bytes_per_element,
+    replicas_of,
+)
+from nemo_megacpp.contract.build import BuiltParameter, BuiltStage
 from nemo_megacpp.contract.candidates import Candidates, all_layouts
 from nemo_megacpp.contract.collectives import Collective
 from nemo_megacpp.contract.communication import (
@@ -289,7 +295,7 @@ class _Searcher:
 
         @cache
         def static(place: str) -> int:
-            return sum(p.numel * _bytes_per_element(job, p.is_expert) for p in places[place])
+            return sum(p.numel * _bytes_per_element(job, p) for p in places[place])
 
         fixed, moving = [0], [0]
         for letter in letters:
@@ -313,11 +319,11 @@ def _sent(sizes: Sizes, place: str) -> list[Collective]:
     return head_collectives(sizes) if place == "head" else block_collectives(sizes, Family(place))
 
 
-def _bytes_per_element(job: Job, is_expert: bool) -> int:
-    optimizer = 8 if job.precision == "fp32" else 12
+def _bytes_per_element(job: Job, parameter: BuiltParameter) -> int:
+    optimizer = optimizer_bytes_per_element(parameter.element_size)
     if job.use_distributed_optimizer:
-        optimizer = -(-optimizer // replicas_of(job, is_expert))
-    return job.element_size + GRADIENT_BYTES + optimizer
+        optimizer = -(-optimizer // replicas_of(job, parameter.is_expert))
+    return parameter.element_size + GRADIENT_BYTES + optimizer
 
 
 def _without_cuts(job: Job) -> dict[str, Any]:

@@ -103,6 +103,8 @@ def step_collectives(
     optimizers = 2 if model_has_experts else 1
     for buffer in buffers_of(job, stage) if buffers is None else buffers:
         kinds = "expert" if buffer.is_expert else "dense"
+        if buffer.element_size != sizes.e:
+            kinds += " float32"
         where = f"{kinds} parameters of chunk {buffer.chunk}"
         for bucket in buffer.buckets:
             gradients = bucket.numel * GRADIENT_BYTES
@@ -112,7 +114,8 @@ def step_collectives(
             once("reduce_scatter", buffer.group, gradients, "gradient", f"gradients of {where}")
             # Each of Megatron's two optimizers, of dense and of expert parameters, gathers the
             # whole chunk when it is done.
-            once("all_gather", buffer.group, bucket.numel * sizes.e, "parameter", where, optimizers)
+            size = bucket.numel * buffer.element_size
+            once("all_gather", buffer.group, size, "parameter", where, optimizers)
     once(
         "all_reduce",
         "tp",

@@ -14,6 +14,10 @@ Tensor parallelism splits heads. What stays whole: the q and k rows and their co
 (replicated; gradients summed over tp) and the norm, which spans all ``N·V`` channels of a token
 whatever the layout (one all-reduce of a number per token).
 
+Initialisation is that of the authors (lm-engine): projections and convolution as
+``config.init_method`` has it, ``N(0, init_method_std)``; ``W_n = I``, ``D = 1``, ``A`` and
+``softplus(dt_bias)`` as :class:`nemo_megacpp.config.M2RNNDimensions` says.
+
 Context parallelism has two exact forms (``m2rnn_context_parallel``): an all-to-all that spreads a
 rank's heads over cp and gives each the whole sequence, or, where heads do not divide, a serial
 hand-over of ``H`` from one segment of the sequence to the next.
@@ -39,6 +43,7 @@ from torch.nn import functional as F
 from nemo_megacpp.config import NO_SETTINGS, m2rnn_dimensions
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers.announce import say_once
+from nemo_megacpp.mixers.float32 import KeepsFloat32, keep_in_float32
 from nemo_megacpp.mixers.handover import receive_state, send_state
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d, causal_conv1d_state
 from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_scan
@@ -64,7 +69,7 @@ class M2RNNMixerSubmodules:
     out_proj: ModuleSpec | type
 
 
-class M2RNNMixer(MegatronModule):
+class M2RNNMixer(KeepsFloat32, MegatronModule):
     """M²RNN as the mixer of Megatron's ``MambaLayer``.
 
     Args:
@@ -85,7 +90,8 @@ class M2RNNMixer(MegatronModule):
     ``[n·(2V+1), h]`` rows ``(v, f̃, g)`` per head, V; ``in_proj.shared_weight`` ``[2K, h]`` rows q
     and k, R; ``conv_weight`` ``[n·V, w]``, V; ``shared_conv_weight`` ``[2K, w]``, R; ``A_log``,
     ``dt_bias`` ``[n]``, V; ``D``, ``norm_weight`` ``[n·V]``, V; ``state_weight`` ``[n, V, V]``, V;
-    ``out_proj.weight`` ``[h, n·V]``, V (columns).
+    ``out_proj.weight`` ``[h, n·V]``, V (columns). ``A_log``, ``dt_bias`` and ``D`` are at least
+    float32 (:mod:`nemo_megacpp.mixers.float32`), as is the gate computed from them.
     """
 
     def __init__(
@@ -144,11 +150,10 @@ class M2RNNMixer(MegatronModule):
         config, dims = self.config, self.dims
         device = self.in_proj.weight.device
         n, channels = self.heads, self.heads * self.v_dim
-        # Decay rates and norms lose too much in bf16 (as Mamba's do): at least float32 here.
-        wide = torch.promote_types(config.params_dtype, torch.float32)
 
-        def split(*shape: int, dtype: torch.dtype = config.params_dtype) -> torch.nn.Parameter:
-            parameter = torch.nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+        def split(*shape: int) -> torch.nn.Parameter:
+            empty = torch.empty(*shape, dtype=config.params_dtype, device=device)
+            parameter = torch.nn.Parameter(empty)
             set_tensor_model_parallel_attributes(parameter, True, 0, 1)
             return parameter
 
@@ -157,21 +162,20 @@ class M2RNNMixer(MegatronModule):
             torch.empty(2 * self.k_dim, dims.conv_kernel, dtype=config.params_dtype, device=device)
         )
         mark_replicated(self.shared_conv_weight, config)
-        self.A_log = split(n, dtype=wide)
-        self.dt_bias = split(n, dtype=wide)
-        self.D = split(channels)
+        self.A_log, self.dt_bias, self.D = split(n), split(n), split(channels)
+        for parameter in (self.A_log, self.dt_bias, self.D):
+            keep_in_float32(parameter, config)
         self.state_weight = split(n, self.v_dim, self.v_dim)
         self.norm_weight = split(channels)
         if not config.perform_initialization:
             return
-        bound = 1.0 / math.sqrt(dims.conv_kernel)
         with torch.no_grad():
-            torch.nn.init.uniform_(self.shared_conv_weight, -bound, bound)
+            config.init_method(self.shared_conv_weight)
             torch.nn.init.ones_(self.D)
             torch.nn.init.ones_(self.norm_weight)
             self.state_weight.copy_(torch.eye(self.v_dim, device=device))
             with get_cuda_rng_tracker().fork():
-                torch.nn.init.uniform_(self.conv_weight, -bound, bound)
+                config.init_method(self.conv_weight)
                 low, high = dims.a_init_range
                 # A uniform on (low, high]: its logarithm must exist when low is zero.
                 self.A_log.copy_(torch.log(high - (high - low) * torch.rand_like(self.A_log)))
@@ -253,7 +257,7 @@ class M2RNNMixer(MegatronModule):
             q,
             k,
             v,
-            self._forget(f.squeeze(-1)).to(v.dtype),
+            self._forget(f.squeeze(-1)),
             self._mine(self.state_weight),
             initial_state=state,
             seq_idx=packs,
@@ -262,7 +266,7 @@ class M2RNNMixer(MegatronModule):
         )
         if self.serial:
             y = send_state(last, y, self.cp_group)
-        y = y.flatten(-2) + self._mine(self.D) * v.flatten(-2)
+        y = (y.flatten(-2) + self._mine(self.D) * v.flatten(-2)).to(v.dtype)
         return (y * F.silu(g.flatten(-2))).transpose(0, 1)
 
     def _triton_runs(self, dtype: torch.dtype, device: torch.device | None = None) -> bool:
@@ -299,9 +303,8 @@ class M2RNNMixer(MegatronModule):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return q ``[b, s, K]``, k ``[b, s, K]`` and v ``[b, s, n, V]``, convolved."""
         packs = None if packs is None else packs.expand(x.size(0), -1)
-        window = None
-        if self.serial:
-            taps = weight.size(1)
+        window, taps = None, weight.size(1)
+        if self.serial and taps > 1:
             zeros = x.new_zeros(x.size(0), x.size(2), taps - 1, requires_grad=True)
             window = receive_state(zeros, self.cp_group) * continues
             x = send_state(causal_conv1d_state(x, taps, packs, window), x, self.cp_group)
@@ -310,7 +313,7 @@ class M2RNNMixer(MegatronModule):
         return q, k, v.unflatten(-1, (-1, self.v_dim))
 
     def _forget(self, f: torch.Tensor) -> torch.Tensor:
-        """Return the forget gate ``f_t ∈ (0, 1)``, ``[b, s, n]``."""
+        """Return the forget gate ``f_t ∈ (0, 1)``, ``[b, s, n]``, in at least float32."""
         wide = torch.promote_types(f.dtype, torch.float32)
         rate = F.softplus(f.to(wide) + self._mine(self.dt_bias).to(wide))
         return torch.exp(-torch.exp(self._mine(self.A_log).to(wide)) * rate)

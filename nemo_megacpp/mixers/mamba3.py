@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from nemo_megacpp.config import NO_SETTINGS, mamba3_dimensions
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers.announce import say_once
+from nemo_megacpp.mixers.float32 import KeepsFloat32, keep_in_float32
 from nemo_megacpp.mixers.kernels.mamba3 import mamba3_chunked
 from nemo_megacpp.mixers.kernels.mamba3_gpu import mamba3_gpu, mamba3_gpu_reason
 from nemo_megacpp.mixers.kernels.mamba3_state import negative_decay_rate
@@ -68,7 +69,7 @@ class Mamba3MixerSubmodules:
     out_proj: ModuleSpec | type
 
 
-class Mamba3Mixer(MegatronModule):
+class Mamba3Mixer(KeepsFloat32, MegatronModule):
     """Mamba-3 as the mixer of Megatron's ``MambaLayer``.
 
     Args:
@@ -89,7 +90,8 @@ class Mamba3Mixer(MegatronModule):
     ``in_proj.shared_weight`` ``[S, h]`` rows θ̂, R; ``dt_bias``, ``D`` ``[n]``, V; ``B_bias``,
     ``C_bias`` ``[n, R, N]``, V; ``B_norm_weight``, ``C_norm_weight`` ``[N]``, R; for MIMO
     ``mimo_x``, ``mimo_z``, ``mimo_o`` ``[n, R, P]``, V; with an output norm ``norm_weight``
-    ``[n·P]``, V; ``out_proj.weight`` ``[h, n·P]``, V (columns).
+    ``[n·P]``, V; ``out_proj.weight`` ``[h, n·P]``, V (columns). ``dt_bias``, ``D``, the biases and
+    ``mimo_*`` are at least float32 (:mod:`nemo_megacpp.mixers.float32`).
     """
 
     def __init__(
@@ -141,11 +143,12 @@ class Mamba3Mixer(MegatronModule):
     def _build_parameters(self) -> None:
         config, dims, n = self.config, self.dims, self.heads
         device, rank = self.in_proj.weight.device, dims.mimo_rank
-        # As in mamba_ssm, what is not a projection or a norm is at least float32.
-        wide = torch.promote_types(config.params_dtype, torch.float32)
 
-        def split(*shape: int, fill: float, dtype: torch.dtype = wide) -> torch.nn.Parameter:
-            parameter = torch.nn.Parameter(torch.full(shape, fill, dtype=dtype, device=device))
+        def split(*shape: int, fill: float) -> torch.nn.Parameter:
+            """As in mamba_ssm, what is not a projection or a norm is at least float32."""
+            wide = torch.promote_types(config.params_dtype, torch.float32)
+            parameter = torch.nn.Parameter(torch.full(shape, fill, dtype=wide, device=device))
+            keep_in_float32(parameter, config)
             set_tensor_model_parallel_attributes(parameter, True, 0, 1)
             return parameter
 
@@ -165,7 +168,9 @@ class Mamba3Mixer(MegatronModule):
             self.mimo_z = split(n, rank, dims.head_dim, fill=1.0)
             self.mimo_o = split(n, rank, dims.head_dim, fill=1 / rank)
         if dims.output_norm:
-            self.norm_weight = split(n * dims.head_dim, fill=1.0, dtype=config.params_dtype)
+            ones = torch.ones(n * dims.head_dim, dtype=config.params_dtype, device=device)
+            self.norm_weight = torch.nn.Parameter(ones)
+            set_tensor_model_parallel_attributes(self.norm_weight, True, 0, 1)
         if config.perform_initialization:
             low, high = (math.log(t) for t in dims.dt_init_range)
             with torch.no_grad(), get_cuda_rng_tracker().fork():

@@ -57,3 +57,16 @@ class TorchRMSNorm(torch.nn.RMSNorm):
             dtype=config.params_dtype,
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class NormOfConfig:
+    """Builds ``norm`` with ``config.layernorm_epsilon``.
+
+    Megatron's ``MambaLayer`` builds its norm without an epsilon. Transformer Engine's norm then
+    takes 1e-5, whatever the configuration says.
+    """
+
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, norm: type
+    ) -> torch.nn.Module:
+        return norm(config, hidden_size, eps=config.layernorm_epsilon)

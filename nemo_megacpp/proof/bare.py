@@ -54,14 +54,16 @@ def make_config(spec: StepSpec, layout: ParallelLayout) -> HybridConfig:
 def build_chunks(config: HybridConfig, layout: ParallelLayout) -> list[torch.nn.Module]:
     """Build this rank's pipeline chunks, one per virtual stage, on its device.
 
-    Megatron keeps a few parameters of its Mamba mixer in float32; in a float64 model they become
-    float64 here, so that their gradients are accumulated and reduced exactly as well.
+    Mixers keep a few parameters in float32 (:mod:`nemo_megacpp.mixers.float32`). In a float64 model
+    they become float64 here, so that their gradients are accumulated and reduced exactly as well;
+    in a bfloat16 model they stay float32.
     """
     chunks = build_hybrid_chunks(config)
     for chunk in chunks:
         chunk.to(device())
         for parameter in chunk.parameters():
-            parameter.data = parameter.data.to(config.params_dtype)
+            wide = torch.promote_types(parameter.dtype, config.params_dtype)
+            parameter.data = parameter.data.to(wide)
     return chunks
 
 

@@ -11,11 +11,12 @@ from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from nemo_megacpp.mixers.core_attention import TorchCoreAttention
 from nemo_megacpp.mixers.experts import with_expert_tags
 from nemo_megacpp.mixers.linear import NormColumnParallelLinear
-from nemo_megacpp.mixers.norm import TorchRMSNorm
+from nemo_megacpp.mixers.norm import NormOfConfig, TorchRMSNorm
 
 
 class TorchBackend(BackendSpecProvider):
@@ -65,3 +66,11 @@ class TransformerEngineBackend(TESpecProvider):
 def default_backend() -> BackendSpecProvider:
     """Return the backend of this installation."""
     return TransformerEngineBackend() if HAVE_TE else TorchBackend()
+
+
+def mamba_layer_norm(backend: BackendSpecProvider) -> ModuleSpec:
+    """Return the RMS norm of a Megatron ``MambaLayer`` whose mixer has none fused into it.
+
+    It has ``config.layernorm_epsilon`` on every backend, which ``MambaLayer`` does not hand over.
+    """
+    return ModuleSpec(module=NormOfConfig, params={"norm": backend.layer_norm(rms_norm=True)})

@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from nemo_megacpp.config import NO_SETTINGS
 from nemo_megacpp.mixers.linear import SharedColumnParallelLinear
 from nemo_megacpp.mixers.mamba3 import Mamba3Mixer, Mamba3MixerSubmodules
+from nemo_megacpp.specs.backend import mamba_layer_norm
 
 
 def mamba3_layer_spec(
@@ -29,7 +30,7 @@ def mamba3_layer_spec(
     return ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
-            norm=backend.layer_norm(rms_norm=True),
+            norm=mamba_layer_norm(backend),
             mixer=ModuleSpec(
                 module=Mamba3Mixer,
                 params={"settings": dict(settings)},

@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from nemo_megacpp.config import NO_SETTINGS
 from nemo_megacpp.mixers.linear import SharedColumnParallelLinear
 from nemo_megacpp.mixers.m2rnn import M2RNNMixer, M2RNNMixerSubmodules
+from nemo_megacpp.specs.backend import mamba_layer_norm
 
 
 def recurrent_layer_spec(
@@ -29,7 +30,7 @@ def recurrent_layer_spec(
     return ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
-            norm=backend.layer_norm(rms_norm=True),
+            norm=mamba_layer_norm(backend),
             mixer=ModuleSpec(
                 module=M2RNNMixer,
                 params={"settings": dict(settings)},

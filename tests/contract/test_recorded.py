@@ -87,10 +87,9 @@ def hold(ranks: WorkerPool, job: Job) -> None:
         place = job.layout.rank_coordinates(rank)
         stage = stages[place.pp]
         buffers = buffers_of(job, stage)
-        elements = sum(buffer.numel for buffer in buffers)
         dense = place.dp * job.layout.cp + place.cp
-        assert elements * job.element_size == run.parameters
-        assert elements * GRADIENT_BYTES == run.gradients
+        assert sum(b.numel * b.element_size for b in buffers) == run.parameters
+        assert sum(b.numel * GRADIENT_BYTES for b in buffers) == run.gradients
         assert optimizer_bytes(job, buffers, dense, place.edp) == run.optimizer
         planned = messages_of_rank(sizes, stage, has_experts, rank, as_on_gloo)
         actual = collectives_of(run)

@@ -102,8 +102,8 @@ def _with_gradients(
     return {name: t.numpy() for name, t in (("output", output.detach()), *values.items())}  # type: ignore[union-attr]
 
 
-def _one_rank(ends: list[int] | None, batch: int) -> tuple[dict, dict]:
-    mixer, packed = _mixer(1), _pack(ends)
+def _one_rank(ends: list[int] | None, batch: int, taps: int) -> tuple[dict, dict]:
+    mixer, packed = _mixer(1, m2rnn_conv_kernel=taps), _pack(ends)
     hidden, form = _random(5, 16, batch).requires_grad_(), _random(6, 16, batch)
     return (
         _with_gradients(mixer, mixer(hidden, packed_seq_params=packed)[0], hidden, form),
@@ -120,9 +120,9 @@ def _documents_alone(ends: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shared_sequence(
-    cp: int, form_of_cp: str, length: int, ends: list[int] | None, batch: int
+    cp: int, form_of_cp: str, length: int, ends: list[int] | None, batch: int, taps: int
 ) -> tuple[bool, dict[str, np.ndarray]]:
-    mixer = _mixer(cp, m2rnn_context_parallel=form_of_cp)
+    mixer = _mixer(cp, m2rnn_context_parallel=form_of_cp, m2rnn_conv_kernel=taps)
     mine = token_order(length, cp, _pack(ends)).of_rank(mixer.cp_group.rank())
     hidden = _random(5, length, batch)[mine].requires_grad_()
     output = mixer(hidden, packed_seq_params=_pack(ends))[0]
@@ -172,10 +172,12 @@ def _assert_equal(expected: dict[str, np.ndarray], found: dict[str, np.ndarray])
         assert abs(found[name] - value).max() <= TOLERANCE * scale, name
 
 
-@pytest.mark.parametrize(("ends", "batch"), [(None, 2), ([0, 5, 12], 1)])
-def test_by_hand(ranks: WorkerPool, ends: list[int] | None, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("ends", "batch", "taps"), [(None, 2, 4), ([0, 5, 12], 1, 4), (None, 2, 1), ([0, 5, 12], 1, 1)]
+)
+def test_by_hand(ranks: WorkerPool, ends: list[int] | None, batch: int, taps: int) -> None:
     """Output, input gradient and the gradient of every parameter."""
-    found, expected = ranks.run(1, _one_rank, ends, batch)[0]
+    found, expected = ranks.run(1, _one_rank, ends, batch, taps)[0]
     assert len(expected) == 2 + 10
     _assert_equal(expected, found)
 
@@ -242,11 +244,24 @@ def test_batches_and_short_segments(
     _hold_under_cp(ranks, 4, form_of_cp, length, ends, batch)
 
 
+@pytest.mark.parametrize("form_of_cp", ["all_to_all", "serial"])
+@pytest.mark.parametrize("ends", [None, [0, 8, 20]])
+def test_one_tap_under_cp(ranks: WorkerPool, form_of_cp: str, ends: list[int] | None) -> None:
+    """A convolution of one tap looks back on nothing, and hands nothing on."""
+    _hold_under_cp(ranks, 2, form_of_cp, ends[-1] if ends else 16, ends, 1, taps=1)
+
+
 def _hold_under_cp(
-    ranks: WorkerPool, cp: int, form_of_cp: str, length: int, ends: list[int] | None, batch: int
+    ranks: WorkerPool,
+    cp: int,
+    form_of_cp: str,
+    length: int,
+    ends: list[int] | None,
+    batch: int,
+    taps: int = 4,
 ) -> None:
-    _, expected = ranks.run(1, _shared_sequence, 1, form_of_cp, length, ends, batch)[0]
-    results = ranks.run(cp, _shared_sequence, cp, form_of_cp, length, ends, batch)
+    _, expected = ranks.run(1, _shared_sequence, 1, form_of_cp, length, ends, batch, taps)[0]
+    results = ranks.run(cp, _shared_sequence, cp, form_of_cp, length, ends, batch, taps)
     assert {serial for serial, _ in results} == {form_of_cp == "serial"}
     found = {name: sum(part[name] for _, part in results) for name in expected}
     order = token_order(length, cp, _pack(ends))
@@ -255,6 +270,20 @@ def _hold_under_cp(
         for rank, (_, part) in enumerate(results):
             found[name][order.of_rank(rank).numpy()] = part[name]
     _assert_equal(expected, found)
+
+
+def _first_convolutions() -> tuple[float, float]:
+    start_model_parallel(ParallelLayout())
+    model = tiny_model("R", m2rnn_num_heads=64, m2rnn_key_head_dim=64, init_method_std=0.02)
+    config = make_config(StepSpec(model), ParallelLayout())
+    mixer: Any = build_chunks(config, ParallelLayout())[0].decoder.layers[0].mixer  # type: ignore[union-attr, index]
+    return float(mixer.conv_weight.std()), float(mixer.shared_conv_weight.std())
+
+
+def test_the_convolution_starts_as_its_authors_start_it(ranks: WorkerPool) -> None:
+    """As lm-engine does: normal, with the standard deviation of the projections."""
+    for deviation in ranks.run(1, _first_convolutions)[0]:
+        assert deviation == pytest.approx(0.02, rel=0.15)
 
 
 def test_heads_that_do_not_divide_are_refused(ranks: WorkerPool) -> None:

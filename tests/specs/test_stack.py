@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from megatron.core.ssm.mamba_layer import MambaLayer
-from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -17,6 +16,7 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.m2rnn import M2RNNMixer
 from nemo_megacpp.proof.bare import build_chunks, make_config
+from nemo_megacpp.mixers.mamba2 import Mamba2Mixer
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
@@ -71,7 +71,7 @@ def _layers(pattern: str, text: str) -> list[tuple[int, str, int, bool, list[str
 def _letter(layer: Any) -> str:
     """What a layer is, by the exact classes of it and its mixer."""
     if type(layer) is MambaLayer:
-        return {MambaMixer: "M", M2RNNMixer: "R"}[type(layer.mixer)]
+        return {Mamba2Mixer: "M", M2RNNMixer: "R"}[type(layer.mixer)]
     assert type(layer) is TransformerLayer
     return "E" if type(layer.mlp) is MoELayer else "A"
 

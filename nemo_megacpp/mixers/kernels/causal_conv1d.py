@@ -32,6 +32,8 @@ def _check(
         raise UserError(
             f"weight must have shape [c, w] with c={channels}, got {list(weight.shape)}."
         )
+    if weight.shape[1] < 1:
+        raise UserError("weight must have at least one tap, [c, w] with w >= 1.")
     if bias is not None:
         check_shape("bias", bias, (channels,), "[c]")
     if initial_state is not None:
@@ -159,7 +161,7 @@ def causal_conv1d(
     batch, length, _ = x.shape
     width = weight.shape[1]
     visible = None
-    if seq_idx is not None:
+    if seq_idx is not None and width > 1:
         visible = _tap_visibility(document_ids(seq_idx, batch, length), width)
     y: Tensor = _ShiftedProducts.apply(
         _with_history(x.to(acc), width, initial_state),

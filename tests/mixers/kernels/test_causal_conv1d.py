@@ -43,6 +43,18 @@ def test_packed_documents(hold_to, packed, rows):
     hold_to(causal_conv1d_naive, causal_conv1d, make(), 1e-12, options)
 
 
+def test_one_tap_sees_its_own_token_only(hold_to, packed):
+    tensors = {k: v for k, v in make(width=1).items() if k != "initial_state"}
+    options = {"activation": "silu", "seq_idx": packed([[1, 2, 10], [13]])}
+    hold_to(causal_conv1d_naive, causal_conv1d, tensors, 1e-12, options)
+
+
+@pytest.mark.parametrize("function", [causal_conv1d_naive, causal_conv1d])
+def test_no_tap_is_refused(function):
+    with pytest.raises(UserError, match="at least one tap"):
+        function(torch.ones(1, 3, 2), torch.ones(2, 0))
+
+
 def test_float32(hold_to, packed):
     tensors = make(length=33, channels=17, dtype=torch.float32)
     options = {"activation": "silu", "seq_idx": packed([[7, 26], [33]])}
