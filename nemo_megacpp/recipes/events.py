@@ -38,7 +38,7 @@ def record_event(run_dir: Path, kind: str, step: int, **details: Any) -> None:
         kind, step: see :class:`Event`.
         details: values that JSON holds.
     """
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     append_record(
         run_dir / EVENTS_FILE, {"kind": kind, "step": step, "time": now, "details": details}
     )
