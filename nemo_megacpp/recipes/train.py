@@ -33,12 +33,13 @@ from nemo_megacpp.runtime.launch import (
 )
 
 
-def train(source: str, overrides: Iterable[str] = ()) -> Path:
+def train(source: str, overrides: Iterable[str] = (), layout: str | None = None) -> Path:
     """Train the recipe that ``source`` names, on this machine or under torchrun.
 
     Args:
         source: a recipe's name or a YAML file.
         overrides: ``key=value`` strings.
+        layout: of ``--layout``, as for :func:`nemo_megacpp.recipes.recipe.resolve`.
 
     Returns:
         The run's folder.
@@ -47,7 +48,7 @@ def train(source: str, overrides: Iterable[str] = ()) -> Path:
         UserError: for anything that can be refused before the ranks start; nothing is written.
         RankFailed: if a rank fails later.
     """
-    return train_recipe(resolve(source, overrides))
+    return train_recipe(resolve(source, overrides, layout))
 
 
 def train_recipe(recipe: Recipe) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from nemo_megacpp.config import HybridConfig
-from nemo_megacpp.layout import ParallelLayout, refuse_illegal
+from nemo_megacpp.layout import refuse_illegal
 from nemo_megacpp.proof.canary import DRAWN
 from nemo_megacpp.proof.verify import verify
 from nemo_megacpp.recipes.check import check_model_of, shape_of
@@ -33,7 +33,7 @@ def verify_recipe(
 
     Args:
         source: a recipe's name or a YAML file.
-        layout: ``tp=2,cp=2,…`` in place of the recipe's own.
+        layout: of ``--layout``, as for :func:`nemo_megacpp.recipes.recipe.resolve`.
         overrides: ``key=value`` strings.
         as_json: print one JSON document instead of a table
             (:func:`nemo_megacpp.recipes.verify_report.document`).
@@ -45,9 +45,7 @@ def verify_recipe(
     Raises:
         UserError: for a recipe or layout that is illegal.
     """
-    recipe = resolve(source, overrides)
-    if layout is not None:
-        recipe = dataclasses.replace(recipe, layout=ParallelLayout.parse(layout))
+    recipe = resolve(source, overrides, layout)
 
     def shape(small: Any) -> Any:
         rows = 2 * recipe.layout.pp * recipe.layout.data_parallel_size
