@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.bench import Bench
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.failure import describe_failure
-from nemo_megacpp.runtime.workers import WorkerPool
+from nemo_megacpp.runtime.workers import WorkerError
 
 
 def _written(path: Path, text: str) -> ModuleType:
@@ -59,19 +59,14 @@ def test_a_refusal_of_ours_has_no_place() -> None:
     assert describe_failure("rank 0: the process died") == "rank 0: the process died"
 
 
-def _raise_in(path: str) -> None:
-    vars(_written(Path(path), "def forward():\n    return {}['bias']\n"))["forward"]()
-
-
-def test_a_trial_says_it(
-    ranks: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the table and the document: both print the trial's error."""
+def test_a_trial_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table and the document print the trial's error."""
     path = tmp_path / "family.py"
-    bench = Bench(ranks, tmp_path, tiny_model("A"))
+    user = _written(path, "def forward():\n    return {}['bias']\n")
+    bench = Bench(SimpleNamespace(), tmp_path, tiny_model("A"))  # type: ignore[arg-type]
 
-    def fail(*_: object) -> object:
-        return ranks.run(1, _raise_in, str(path))
+    def fail(*_: object) -> None:
+        raise WorkerError(f"rank 0: {_text(user.forward)}")
 
     monkeypatch.setattr(bench, "_reference", fail)
     trial = bench.run("all", "TP", ParallelLayout.parse("tp=2"), "float32")
