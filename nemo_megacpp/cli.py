@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from nemo_megacpp import __version__
 from nemo_megacpp.checkpoint.commands import add_parser as add_checkpoint_parser
 from nemo_megacpp.data.commands import add_parser as add_data_parser
 from nemo_megacpp.errors import RankFailed, UserError
+from nemo_megacpp.recipes.command_line import add_recipe
 from nemo_megacpp.recipes.compare_command import add_parser as add_compare_parser
 from nemo_megacpp.recipes.doctor.command import add_parser as add_doctor_parser
 from nemo_megacpp.recipes.layouts_command import add_parser as add_layouts_parser
@@ -27,7 +30,7 @@ _STACK = ("torch", "megatron", "nemo", "nemo_run", "lightning", "einops")
 def _train(args: argparse.Namespace) -> int:
     from nemo_megacpp.recipes.train import train
 
-    train(args.recipe, args.overrides)
+    train(args.recipe, args.overrides, args.layout)
     return 0
 
 
@@ -59,9 +62,32 @@ def _recipes(args: argparse.Namespace) -> int:
     return 0
 
 
+class _Once(argparse.Action):
+    """Stores an option's value; argparse's own keeps the last of two and says nothing."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        given = vars(namespace).setdefault("given_options", {})
+        if option_string is not None and self.dest in given:
+            parser.error(f"{option_string} is given twice, {given[self.dest]!r} and {values!r}")
+        given[self.dest] = values
+        setattr(namespace, self.dest, values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register("action", None, _Once)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of ``nemo-megacpp``; building it loads neither torch nor NeMo."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="nemo-megacpp",
         description="Hybrid A/M/E/R language models for Megatron-Core and NeMo.",
     )
@@ -71,10 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", help="train a recipe or a YAML file", description="Train a recipe."
     )
-    train.add_argument("recipe", help="a recipe's name (see 'recipes') or a YAML file")
-    train.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings to change"
-    )
+    add_recipe(train)
     train.set_defaults(run=_train)
 
     demo = commands.add_parser(
@@ -91,9 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Compare a layout with one rank, on a small model of the recipe's proportions: "
         "loss, gradients, step and checkpoint, axis by axis and family by family.",
     )
-    verify.add_argument("recipe", help="a recipe's name or a YAML file")
-    verify.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    verify.add_argument("--layout", metavar="tp=2,cp=2,…", help="in place of the recipe's own")
+    add_recipe(verify)
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
     verify.set_defaults(run=_verify)
 
@@ -119,7 +140,11 @@ def build_parser() -> argparse.ArgumentParser:
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line; ``key=value`` settings may stand before, between or after options."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    for before, word in itertools.pairwise(["", *words]):
+        if not word.strip() or (word.startswith("--") and word.rstrip().endswith("=")):
+            parser.error(f"{word.strip() or f'the argument after {before}'} is empty")
+    args, rest = parser.parse_known_args(words)
     strange = [word for word in rest if word.startswith("-") or "=" not in word]
     if strange or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")

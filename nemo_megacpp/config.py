@@ -200,7 +200,7 @@ class HybridConfig(TransformerConfig):
     mamba3_output_norm: bool = False
     mamba3_kernel: Kernel = "auto"
 
-    normalization: str = "RMSNorm"
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     add_bias_linear: bool = False
     gated_linear_unit: bool = True
     activation_func: Callable = F.silu

@@ -17,6 +17,9 @@ from nemo_megacpp.errors import UserError
 # every layout would route differently.
 LoadBalancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"]
 
+# Not Megatron's "flex": it needs DeepEP or HybridEP on GPUs, and no layout has been proved with it.
+Dispatcher = Literal["allgather", "alltoall"]
+
 _OTHER_CUTS = "Write the pipeline cuts into the pattern, as in 'AEME|AEMEAEMR'"
 _PATTERN = "Which layers there are is said by the pattern"
 _NO_OTHER_ATTENTION = "An A block is grouped-query attention with RoPE"
@@ -100,6 +103,11 @@ def refuse_routing(config: TransformerConfig) -> None:
             "moe_expert_capacity_factor drops the least probable tokens of a microbatch: "
             "moe_token_drop_policy must be 'probs' and moe_pad_expert_input_to_capacity false. "
             "The other forms depend on which rank holds a token."
+        )
+    if config.moe_token_dispatcher_type not in get_args(Dispatcher):
+        known = ", ".join(get_args(Dispatcher))
+        raise UserError(
+            f"moe_token_dispatcher_type={config.moe_token_dispatcher_type!r}: it is one of {known}."
         )
     balancing = config.moe_router_load_balancing_type
     for kind in balancing if isinstance(balancing, list) else [balancing]:

@@ -371,6 +371,21 @@ def littered(run: Run, small_data: Path) -> Path:
         ("data prepare nowhere --out new", r"'nowhere' does not exist"),
         ("data prepare folder --out new", r"folder"),
         ("data inspect folder", r"'folder' is not prepared data"),
+        ("train nam56r_tiny tp=2 tensor_parallel=4", r"twice: tp=2 and tensor_parallel=4"),
+        ("plan nam56r_tiny tp=2 --layout tp=4", r"twice: tp=2 and tp=4 of --layout"),
+        ("verify nam56r_tiny tp=2 tp=4", r"twice: tp=2 and tp=4"),
+        ("layouts nam56r_tiny world=2 --world-size 2", r"twice: world=2 and --world-size 2"),
+        ("compare nam56r nam56r --in-b tp=1 --in-b TP=2", r"twice: tp=1 and TP=2"),
+        ("megatron-args nam56r_tiny steps=2 max_steps=3", r"twice: steps=2 and max_steps=3"),
+        ("doctor nam56r_tiny --layout tp=2,tp=4", r"twice: tp=2 and tp=4"),
+        ("train nam56r_tiny data=", r"data is empty\. .* data=null for the built-in corpus"),
+        ("train nam56r_tiny resume=", r"resume is empty\. .* resume=null for a run from scratch"),
+        ("plan nam56r_tiny etp=", r"etp is empty"),
+        ("train nam56r_tiny normalization=Foo", r"normalization: 'Foo' is not 'RMSNorm' or"),
+        ("train nam56r_tiny m2rnn_kernel=triton", r"m2rnn_kernel='triton' needs a GPU"),
+        ("plan nam56r_tiny moe_token_dispatcher_type=flex", r"one of allgather, alltoall"),
+        ("train nam56r_tiny max_steps=20 warmup_steps=20", r"20 is not below max_steps=20"),
+        ("train nam56r_tiny data=data resume=run max_steps=20", r"The run is complete: "),
     ],
 )
 def test_refusals(arguments: str, message: str, run: Run, littered: Path) -> None:
@@ -383,6 +398,27 @@ def test_refusals(arguments: str, message: str, run: Run, littered: Path) -> Non
     assert err.endswith("\n")
     assert "Traceback" not in err
     assert listing(littered) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("plan", "nam56r_tiny", "--layout", "tp=2", "--layout", "tp=4"),
+            "--layout is given twice",
+        ),
+        (("plan", "nam56r_tiny", "--world-size=4", "--world-size=8"), "twice, '4' and '8'"),
+        (("data", "prepare", "x", "--out", "y", "--out", "y"), "--out is given twice"),
+        (("plan", "nam56r_tiny", "--layout", ""), "the argument after --layout is empty"),
+        (("plan", "nam56r_tiny", "--layout="), "--layout= is empty"),
+        (("train", ""), "the argument after train is empty"),
+        (("train", "nam56r_tiny", " "), "the argument after nam56r_tiny is empty"),
+    ],
+)
+def test_options_typed_twice_or_empty(words: tuple[str, ...], message: str, run: Run) -> None:
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert message in err and "Traceback" not in err
 
 
 def test_what_is_refused_is_refused_for_its_own_reason(

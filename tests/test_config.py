@@ -35,6 +35,9 @@ from nemo_megacpp.proof.cases import tiny_model
         ("delay_wgrad_compute", True),
         ("mamba3_mimo_rank", 4),
         ("add_bias_linear", True),
+        ("normalization", "Foo"),
+        ("moe_token_dispatcher_type", "flex"),
+        ("moe_token_dispatcher_type", "Foo"),
     ],
 )
 def test_refused(field: str, value: object) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import AXES, ParallelLayout
+from nemo_megacpp.layout.parallel import read_degrees
 
 L = ParallelLayout.parse
 
@@ -101,8 +102,10 @@ def test_short_reads_back(layout: ParallelLayout) -> None:
         ("etp=1.5", "positive whole number or none; got '1.5'"),
         ("cp=-1", "got '-1'"),
         ("sp=maybe", "true or false"),
-        ("tp=2,tp=2", "twice"),
-        ("tp=2,tensor_parallel=4", "twice"),
+        ("tp=2,tp=2", "is given twice: tp=2 and tp=2. Give it once."),
+        ("tp=2,tensor_parallel=4", "is given twice: tp=2 and tensor_parallel=4."),
+        ("tp=2,", "'' in layout 'tp=2,' is not name=value"),
+        ("tp=", "'tp=' in layout 'tp=' is not name=value"),
         ("tp", "not name=value"),
         ("", "not name=value"),
         ("tp=2,,cp=2", "not name=value"),
@@ -112,6 +115,26 @@ def test_unreadable_layouts_are_refused(text: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
         L(text)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "degrees", "changed"),
+    [
+        ("tp=2,etp=1", "cp=2", "tp=2,cp=2,etp=1"),
+        ("tp=2,etp=1", "tp=4", "tp=4,etp=1"),
+        ("tp=2,etp=1", "tp=1", "tp=1,etp=1"),
+        ("tp=2,etp=1", "etp=none", "tp=2"),
+        ("tp=2,sp=false", "tp=4", "tp=4,sp=false"),
+        ("tp=2,sp=false", "tp=4,sp=true", "tp=4,sp=true"),
+        ("tp=1", "tp=2", "tp=2,sp=true"),
+        ("tp=1", "tp=2,sp=false", "tp=2,sp=false"),
+        ("tp=2,world=8", "pp=2", "tp=2,pp=2,world=8"),
+        ("tp=2,world=8", "world=none", "tp=2"),
+        ("pp=4,vpp=2", "vpp=none", "pp=4"),
+    ],
+)
+def test_degrees_are_laid_over_a_layout(layout: str, degrees: str, changed: str) -> None:
+    assert L(layout).changed(read_degrees(degrees)) == L(changed)
 
 
 def test_a_boolean_is_no_degree() -> None:

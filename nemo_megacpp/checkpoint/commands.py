@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+_LAYOUT = "degrees to change in the layout that it was saved in"
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register ``checkpoint`` and its commands; each sets ``run``, of the parsed arguments."""
@@ -40,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     _source(reshard)
     _out(reshard)
-    reshard.add_argument("--layout", required=True, metavar="tp=2,pp=2,…", help="the layout")
+    reshard.add_argument("--layout", required=True, metavar="tp=2,pp=2,…", help=_LAYOUT)
     reshard.set_defaults(run=_reshard)
 
     export = commands.add_parser(
@@ -85,11 +87,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _reshard(args: argparse.Namespace) -> int:
-    from nemo_megacpp.checkpoint.reshard import reshard
-    from nemo_megacpp.layout import ParallelLayout
+    from nemo_megacpp.checkpoint.reshard import reshard, target_layout
     from nemo_megacpp.runtime.workers import WorkerPool
 
-    layout = ParallelLayout.parse(args.layout)
+    layout = target_layout(args.directory, args.layout)
     split, whole = reshard(args.directory, args.out, layout, WorkerPool, verify=not args.no_verify)
     kept = f", {whole} kept whole" if whole else ""
     print(f"{args.out}: {split} tensors as {layout.describe()} splits them{kept}")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_megacpp.checkpoint.content import CheckpointContent
 from nemo_megacpp.checkpoint.export import read_config, read_export
-from nemo_megacpp.checkpoint.folder import WEIGHTS
+from nemo_megacpp.checkpoint.folder import WEIGHTS, find_checkpoint
 from nemo_megacpp.checkpoint.guard import inspect_before_load
-from nemo_megacpp.checkpoint.identity import write_identity
+from nemo_megacpp.checkpoint.identity import read_identity, write_identity
 from nemo_megacpp.checkpoint.inspect import refuse_layout
 from nemo_megacpp.checkpoint.manifest import check_manifest, write_manifest
 from nemo_megacpp.checkpoint.output import new_folder
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.layout.parallel import read_degrees
 
 
 class Ranks(Protocol):
@@ -26,6 +28,25 @@ class Ranks(Protocol):
 
 StartRanks = Callable[[int], Any]
 """Returns a context manager around :class:`Ranks` of a number of ranks."""
+
+
+def target_layout(source: Path, degrees: str) -> ParallelLayout:
+    """Return the layout in which a checkpoint was saved, with other degrees in it.
+
+    Its world is the smallest that holds the layout, unless ``degrees`` give one. A checkpoint that
+    does not say its layout counts as one of a single rank.
+
+    Args:
+        source: what :func:`nemo_megacpp.checkpoint.folder.find_checkpoint` takes.
+        degrees: ``tp=2,pp=2``; see :meth:`nemo_megacpp.layout.ParallelLayout.changed`.
+
+    Raises:
+        UserError: there is no checkpoint, or the degrees cannot be read.
+    """
+    changes = read_degrees(degrees)
+    identity = read_identity(find_checkpoint(source)) or {}
+    saved = ParallelLayout.parse(identity.get("layout") or "tp=1")
+    return replace(saved, world_size=None).changed(changes)
 
 
 def reshard(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nemo_megacpp.errors import UserError, nearest
@@ -86,20 +86,9 @@ class ParallelLayout:
         """Read ``tp=2,cp=2,etp=1,sp=true``; names and defaults as in `from_mapping`.
 
         Raises:
-            UserError: an entry that is not ``name=value``, and all that `from_mapping` raises.
+            UserError: all that `read_degrees` and `from_mapping` raise.
         """
-        values: dict[str, object] = {}
-        for entry in text.split(","):
-            name, separator, value = (part.strip() for part in entry.partition("="))
-            if not (name and separator and value):
-                raise UserError(
-                    f"{entry.strip()!r} in layout {text!r} is not name=value; "
-                    f"write a layout as 'tp=2,cp=2,etp=1'."
-                )
-            if name in values:
-                raise UserError(f"Layout {text!r} gives {name!r} twice.")
-            values[name] = value
-        return cls.from_mapping(values)
+        return cls.from_mapping(read_degrees(text))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> ParallelLayout:
@@ -114,17 +103,31 @@ class ParallelLayout:
         Raises:
             UserError: an unknown name, a degree given twice, or a value that is no degree.
         """
+        return cls().changed(values)
+
+    def changed(self, values: Mapping[str, object]) -> ParallelLayout:
+        """Return this layout with the degrees of ``values`` in it; the others stay.
+
+        This is how the degrees that a user gives meet a recipe's layout, on every command line.
+        SP, where it is not among ``values``, stays as it is while TP stays above 1; TP that becomes
+        more than 1 turns it on, and TP=1 turns it off.
+
+        Args:
+            values: names and values, as for `from_mapping`.
+
+        Raises:
+            UserError: as `from_mapping`.
+        """
         degrees: dict[str, int | bool | None] = {}
+        spelled: dict[str, str] = {}
         for name, value in values.items():
-            field = FIELD_OF.get(str(name).lower())
-            if field is None:
-                raise UserError(_unknown_name(str(name)))
-            if field in degrees:
-                raise UserError(f"The layout gives {field} twice, the second time as {name!r}.")
+            field = _field(str(name))
+            refuse_twice(field, f"{name}={value}", spelled)
             degrees[field] = _read(field, name, value)
-        tp = degrees.get("tensor_model_parallel_size")
-        degrees.setdefault("sequence_parallel", tp is not None and tp > 1)
-        return cls(**degrees)  # type: ignore[arg-type]  # _read gives each field its own type
+        layout = replace(self, **degrees)  # type: ignore[arg-type]  # _read gives each its own type
+        if "sequence_parallel" not in degrees and (self.tp > 1) != (layout.tp > 1):
+            layout = replace(layout, sequence_parallel=layout.tp > 1)
+        return layout
 
     @property
     def tp(self) -> int:
@@ -277,6 +280,42 @@ class ParallelLayout:
         return self.world // part
 
 
+def read_degrees(text: str) -> dict[str, str]:
+    """Return the names and values of ``tp=2,cp=2,etp=1``, as they are written.
+
+    Raises:
+        UserError: an entry that is not ``name=value``, an unknown name, or a degree given twice.
+    """
+    degrees: dict[str, str] = {}
+    spelled: dict[str, str] = {}
+    for entry in text.split(","):
+        name, separator, value = (part.strip() for part in entry.partition("="))
+        if not (name and separator and value):
+            raise UserError(
+                f"{entry.strip()!r} in layout {text!r} is not name=value; "
+                f"write a layout as 'tp=2,cp=2,etp=1'."
+            )
+        refuse_twice(_field(name), entry.strip(), spelled)
+        degrees[name] = value
+    return degrees
+
+
+def refuse_twice(name: str, spelling: str, spelled: dict[str, str]) -> None:
+    """Refuse a setting that was given before, and remember this one.
+
+    Args:
+        name: full name of the setting.
+        spelling: what was written, such as ``tp=2``.
+        spelled: full name -> what was written before; ``name`` is added to it.
+
+    Raises:
+        UserError: with both spellings.
+    """
+    if name in spelled:
+        raise UserError(f"{name} is given twice: {spelled[name]} and {spelling}. Give it once.")
+    spelled[name] = spelling
+
+
 def setting(field: str, value: object) -> str:
     """``name=value`` under the field's short name, as `ParallelLayout.parse` reads it."""
     text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
@@ -303,9 +342,14 @@ def _read(field: str, name: str, value: object) -> int | bool | None:
     return int(text)
 
 
-def _unknown_name(name: str) -> str:
-    known = [names[0] for names in _NAMES.values()]
-    message = f"A layout has no {name!r}; it has {', '.join(known)}."
-    if name.lower() in ("dp", "data_parallel", "data_parallel_size"):
-        return message + " Data parallelism follows from them: it is world / (tp x cp x pp)."
-    return message + nearest(name.lower(), FIELD_OF)
+def _field(name: str) -> str:
+    """Return Megatron's name for one of the names of a degree."""
+    field = FIELD_OF.get(name.lower())
+    if field is None:
+        known = [names[0] for names in _NAMES.values()]
+        message = f"A layout has no {name!r}; it has {', '.join(known)}."
+        if name.lower() in ("dp", "data_parallel", "data_parallel_size"):
+            message += " Data parallelism follows from them: it is world / (tp x cp x pp)."
+            raise UserError(message)
+        raise UserError(message + nearest(name.lower(), FIELD_OF))
+    return field

@@ -16,6 +16,19 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers.sequence_layout import token_order
 
 
+def refuse_what_torch_attention_lacks(config: TransformerConfig) -> None:
+    """Refuse what :class:`TorchCoreAttention` does not do.
+
+    Raises:
+        UserError: for another softmax than the plain one, or a sliding window.
+    """
+    if config.softmax_type != "vanilla" or config.window_size is not None:
+        raise UserError(
+            "The torch core attention has softmax_type='vanilla' and no sliding window; asked "
+            f"for softmax_type={config.softmax_type!r}, window_size={config.window_size}."
+        )
+
+
 class TorchCoreAttention(MegatronModule):
     """Scaled dot-product attention, ``softmax(q kᵀ · scale) v``, causal.
 
@@ -43,11 +56,7 @@ class TorchCoreAttention(MegatronModule):
             raise UserError(
                 f"The torch core attention is causal; the spec asks for {attn_mask_type.name}."
             )
-        if config.softmax_type != "vanilla" or config.window_size is not None:
-            raise UserError(
-                "The torch core attention has softmax_type='vanilla' and no sliding window; asked "
-                f"for softmax_type={config.softmax_type!r}, window_size={config.window_size}."
-            )
+        refuse_what_torch_attention_lacks(config)
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         self.cp_group = pg_collection.cp

@@ -15,6 +15,7 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.canary import every_expert, one_family
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Limits, Rung, compare
 from nemo_megacpp.proof.differences import find
+from nemo_megacpp.proof.failure import describe_failure
 from nemo_megacpp.proof.reshard import Carried, checkpoint_of
 from nemo_megacpp.proof.rounding import SEEDS, rounding_limits
 from nemo_megacpp.proof.step import StepResult
@@ -96,7 +97,7 @@ class Bench:
                 limits = self._limits(reference, trace=True)
                 trial = dataclasses.replace(trial, finding=find(rungs, expected, traced, limits))
         except WorkerError as error:
-            return dataclasses.replace(trial, error=str(error).strip().splitlines()[-1])
+            return dataclasses.replace(trial, error=describe_failure(str(error)))
         return trial
 
     def _reference(self, spec: StepSpec) -> _Reference:

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_megacpp.checkpoint.identity import newest_checkpoint, refuse_another_model
+from nemo_megacpp.checkpoint.identity import (
+    newest_checkpoint,
+    read_identity,
+    refuse_another_model,
+)
 from nemo_megacpp.data.builtin import builtin_folder
 from nemo_megacpp.data.prepared import MANIFEST, PreparedData
 from nemo_megacpp.errors import UserError
@@ -16,6 +20,7 @@ from nemo_megacpp.layout import refuse_illegal
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.recipes.catalog import NAM56R_MODEL
 from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.recipes.resume import refuse_finished
 from nemo_megacpp.recipes.sources import check_packing_of, check_tokenizer_of, open_blend
 
 
@@ -177,7 +182,8 @@ def find_resume(recipe: Recipe, sources: list[PreparedData]) -> Recipe:
         sources: its data, of :func:`open_data`.
 
     Raises:
-        UserError: no such checkpoint, or one of another model or tokenizer.
+        UserError: no such checkpoint, one of another model or tokenizer, or one that leaves no step
+            to train.
     """
     if recipe.resume is None:
         return recipe
@@ -195,6 +201,9 @@ def find_resume(recipe: Recipe, sources: list[PreparedData]) -> Recipe:
         recipe.pattern.letters,
         sources[0].tokenizer_fingerprint if sources else None,
     )
+    identity = read_identity(found) or {}
+    training = recipe.training
+    refuse_finished(found, identity.get("step"), training.max_steps, training.stop_after)
     return dataclasses.replace(recipe, resume=str(found.absolute()))
 
 

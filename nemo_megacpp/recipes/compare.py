@@ -36,6 +36,7 @@ from nemo_megacpp.layout import refuse_illegal
 from nemo_megacpp.recipes.axes import Difference, differences, moved_axes
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.check import check_model_of, shape_of
+from nemo_megacpp.recipes.command_line import read_count
 from nemo_megacpp.recipes.compare_report import print_comparison
 from nemo_megacpp.recipes.curves import Curve, draw_runs, read_curve
 from nemo_megacpp.recipes.effects import (
@@ -45,8 +46,7 @@ from nemo_megacpp.recipes.effects import (
     contract_effect,
     runs_effect,
 )
-from nemo_megacpp.recipes.layouts import read_count
-from nemo_megacpp.recipes.plan import job_of, place
+from nemo_megacpp.recipes.plan import job_of, refuse_uncountable
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.recipes.run_folder import METRICS_FILE, RECIPE_FILE
 
@@ -123,9 +123,10 @@ def compare(args: Namespace) -> int:
         UserError: a side that is no recipe and no run, an illegal layout, a bad option.
     """
     gpus = read_count("--gpus-per-node", args.gpus_per_node)
-    world = None if args.world_size is None else read_count("--world-size", args.world_size)
-    a = _side("A", args.a, args.in_a, world)
-    b = _side("B", args.b, args.in_b, world)
+    if args.world_size is not None:
+        read_count("--world-size", args.world_size)
+    a = _side("A", args.a, args.in_a, args.world_size)
+    b = _side("B", args.b, args.in_b, args.world_size)
     if args.plot is not None:
         _refuse_plot(Path(args.plot), a, b)
     comparison = compare_sides(a, b, gpus_per_node=gpus, kernels=args.kernels)
@@ -191,10 +192,11 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _side(letter: str, source: str, overrides: Iterable[str], world: int | None) -> Side:
+def _side(letter: str, source: str, overrides: Iterable[str], world: str | None) -> Side:
     folder = Path(source)
     if source in CATALOG or not folder.is_dir():
-        recipe, curve = place(resolve(source, overrides), None, world), None
+        recipe, curve = resolve(source, overrides, world_size=world), None
+        refuse_uncountable(recipe)
     else:
         if overrides or world is not None:
             raise UserError(f"{letter} is a run, {folder}: its recipe cannot be changed any more.")

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.parallel import FIELD_OF
 from nemo_megacpp.recipes.check import check_model_of, shape_of
-from nemo_megacpp.recipes.plan import MAX_RANKS, job_of, say_assumed
-from nemo_megacpp.recipes.recipe import Recipe, resolve
+from nemo_megacpp.recipes.command_line import read_count, read_recipe
+from nemo_megacpp.recipes.given import read_command_line
+from nemo_megacpp.recipes.plan import job_of, say_assumed
+from nemo_megacpp.recipes.recipe import Recipe
 
 _WIDTH = 170
 """Columns of the tables; a narrower terminal wraps their lines rather than lose numbers."""
@@ -45,10 +46,12 @@ def suggest_layouts(args: Namespace) -> int:
     pick = read_count("--pick", args.pick or "1")
     if args.write is not None:
         _refuse_path(Path(args.write))
-    given = resolve(args.recipe, args.overrides)
+    given = read_recipe(args)
     say_assumed(given)
-    world = _world(args.world_size, given)
-    fixed = _fixed(given.layout, args.overrides)
+    if given.layout.world_size is None:
+        raise UserError("Say how many ranks there are: --world-size N.")
+    world = read_count("world_size", str(given.layout.world_size))
+    fixed = _fixed(given.layout, args)
     # The cuts are chosen anew, and so is the layout.
     recipe = _in_layout(given, ParallelLayout(world_size=world), given.pattern.letters)
     check_model_of(recipe)
@@ -84,33 +87,10 @@ def suggest_layouts(args: Namespace) -> int:
     return 0
 
 
-def read_count(option: str, text: str, most: int = MAX_RANKS) -> int:
-    """Read a number from 1 to ``most``.
-
-    Raises:
-        UserError: anything else.
-    """
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= most):
-        raise UserError(f"{option} {text!r} must be a whole number from 1 to {most:,}.")
-    return int(text)
-
-
-def _world(text: str | None, recipe: Recipe) -> int:
-    asked = recipe.layout.world_size
-    if text is None and asked is None:
-        raise UserError("Say how many ranks there are: --world-size N.")
-    world = read_count("--world-size", str(asked) if text is None else text)
-    if "world_size" in recipe.given and asked not in (None, world):
-        raise UserError(
-            f"The recipe has world_size={asked}, and --world-size is {world}. Give one of them."
-        )
-    return world
-
-
-def _fixed(layout: ParallelLayout, overrides: Iterable[str]) -> dict[str, Any]:
+def _fixed(layout: ParallelLayout, args: Namespace) -> dict[str, Any]:
     """Return the degrees that the command line gave, by short name."""
-    named = {FIELD_OF.get(entry.partition("=")[0].strip().lower()) for entry in overrides}
-    return {name: getattr(layout, name) for name in _DEGREES if FIELD_OF[name] in named}
+    given = read_command_line(args.overrides, args.layout)
+    return {name: getattr(layout, name) for name in _DEGREES if FIELD_OF[name] in given}
 
 
 def _in_layout(recipe: Recipe, layout: ParallelLayout, pattern: str) -> Recipe:

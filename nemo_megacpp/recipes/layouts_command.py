@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from nemo_megacpp.recipes.command_line import add_recipe
+
 
 def _layouts(args: Namespace) -> int:
     from nemo_megacpp.recipes.layouts import suggest_layouts
@@ -20,12 +22,8 @@ def add_parser(commands: Any) -> None:
         description="Rank every legal layout of a recipe: what fits the GPU first, then by the "
         "bytes that leave a node in a step. Pipelines are cut by work. Needs no GPU.",
     )
-    parser.add_argument("recipe", help="a recipe's name or a YAML file")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="settings to change; a degree, such as tp=8, keeps that axis as it is",
+    add_recipe(
+        parser, overrides="settings to change; a degree, such as tp=8, keeps that axis as it is"
     )
     parser.add_argument("--world-size", metavar="N", help="ranks; default: the recipe's world_size")
     parser.add_argument("--hbm", metavar="141GB", help="memory of a GPU, which layouts must fit")

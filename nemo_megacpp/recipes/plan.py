@@ -20,10 +20,9 @@ from nemo_megacpp.contract.units import read_gpu_memory
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, check_layout, nearest_legal
 from nemo_megacpp.recipes.check import check_model_of, shape_of
-from nemo_megacpp.recipes.recipe import Recipe, resolve
+from nemo_megacpp.recipes.command_line import MAX_RANKS, read_recipe
+from nemo_megacpp.recipes.recipe import Recipe
 
-MAX_RANKS = 2**20
-"""Ranks that a plan counts out into groups."""
 _WIDTH = 150
 """Columns of the tables; a narrower terminal wraps their lines rather than lose numbers."""
 
@@ -39,7 +38,8 @@ def plan_recipe(args: Namespace) -> int:
         UserError: a recipe, setting or option that cannot be read.
     """
     hbm = None if args.hbm is None else read_gpu_memory(args.hbm)
-    recipe = place(resolve(args.recipe, args.overrides), args.layout, args.world_size)
+    recipe = read_recipe(args)
+    refuse_uncountable(recipe)
     say_assumed(recipe)
     if args.gpus_per_node < 1:
         raise UserError(f"--gpus-per-node {args.gpus_per_node} must be at least 1.")
@@ -77,32 +77,19 @@ def say_assumed(recipe: Recipe) -> None:
         print(f"defaults taken: {'; '.join(recipe.assumed)}", file=sys.stderr)
 
 
-def place(recipe: Recipe, layout: str | None, world_size: int | None) -> Recipe:
-    """Return ``recipe`` in another layout, or another world.
-
-    Args:
-        recipe: the recipe.
-        layout: ``tp=2,cp=2,…`` in place of the recipe's own; None to keep it.
-        world_size: ranks of the run; None for what the layout says.
+def refuse_uncountable(recipe: Recipe) -> None:
+    """Refuse a world that no plan can count out.
 
     Raises:
-        UserError: a layout that cannot be read, or a world that no plan can count out.
+        UserError: with the limits.
     """
-    wanted = recipe.layout if layout is None else ParallelLayout.parse(layout)
-    if world_size is not None:
-        if wanted.world_size not in (None, world_size):
-            raise UserError(
-                f"The layout has world={wanted.world_size}, and --world-size is {world_size}. Give "
-                f"one of them."
-            )
-        wanted = dataclasses.replace(wanted, world_size=world_size)
-    ranks = wanted.world_size if wanted.world_size is not None else wanted.minimal_world_size
+    layout = recipe.layout
+    ranks = layout.world_size if layout.world_size is not None else layout.minimal_world_size
     if not 0 < ranks <= MAX_RANKS:
         raise UserError(
             f"A world of {ranks:,} ranks cannot be planned: it must have between 1 and "
             f"{MAX_RANKS:,} ranks."
         )
-    return dataclasses.replace(recipe, layout=wanted)
 
 
 def job_of(recipe: Recipe, **hardware: Any) -> Job:

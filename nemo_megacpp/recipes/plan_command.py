@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from nemo_megacpp.recipes.command_line import add_recipe
+
 
 def _plan(args: Namespace) -> int:
     from nemo_megacpp.recipes.plan import plan_recipe
@@ -20,10 +22,8 @@ def add_parser(commands: Any) -> None:
         description="Say what a recipe's layout means: legality, who owns what, every collective, "
         "the memory of each stage, and what the layout costs. Needs no GPU.",
     )
-    parser.add_argument("recipe", help="a recipe's name or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    parser.add_argument("--layout", metavar="tp=8,pp=4,…", help="in place of the recipe's own")
-    parser.add_argument("--world-size", type=int, metavar="N", help="ranks of the run")
+    add_recipe(parser)
+    parser.add_argument("--world-size", metavar="N", help="ranks; default: the recipe's world_size")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
     parser.add_argument("--hbm", metavar="141GB", help="memory of a GPU, to compare with")
     parser.add_argument(

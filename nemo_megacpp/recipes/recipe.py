@@ -8,49 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_megacpp.data.builtin import MAX_VOCAB_SIZE
 from nemo_megacpp.errors import UserError, nearest
 from nemo_megacpp.families import load_families
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.layout.parallel import FIELD_OF
 from nemo_megacpp.pattern import CUT, HybridPattern
 from nemo_megacpp.recipes.catalog import CATALOG, Training
+from nemo_megacpp.recipes.given import read_command_line, read_yaml
+from nemo_megacpp.recipes.names import RUN_KEYS, field_owners, full_names
 from nemo_megacpp.recipes.sources import Sources, read_sources
 from nemo_megacpp.values import read_value
 
 DEFAULT_BASE = "nam56r_tiny"
 """The base of a YAML file that names none."""
 
-_RUN_KEYS = ("recipe", "data", "tokenizer", "run_dir", "resume")
-_TEXTS = ("tokenizer", "run_dir", "resume", "wandb_project", "wandb_name")
+_WARMUP_SHARE = 5
+"""A recipe's warm-up takes at most this share of a run whose max_steps the user gave: 1/5."""
 _LARGEST_SEED = 2**31 - 1
 """NumPy takes 32 bits, and NeMo adds a hundred for each pipeline stage."""
-_MODEL_ALIASES = {"pattern": "hybrid_pattern", "depth": "num_layers"}
-_TRAINING_ALIASES = {
-    "learning_rate": "lr",
-    "steps": "max_steps",
-    "train_iters": "max_steps",
-    "eval_interval": "val_check_interval",
-    "eval_iters": "limit_val_batches",
-}
-_DERIVED = {
-    **dict.fromkeys(
-        ("bf16", "fp16", "params_dtype", "pipeline_dtype"), "it follows from precision (fp32, bf16)"
-    ),
-    **dict.fromkeys(
-        ("dp", "data_parallel", "data_parallel_size"),
-        "it follows from the other degrees (world / (tp x cp x pp)), and the world from the ranks "
-        "that are started, or from world_size",
-    ),
-    **dict.fromkeys(
-        ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
-        "packed_documents=true does all three, and starts the states of M and R anew as well",
-    ),
-    "moe_router_dtype": "routers always compute in fp32",
-    "use_cpu_initialization": "it follows from the machine",
-}
 
 
 @dataclass(frozen=True)
@@ -97,52 +72,55 @@ class Recipe:
         """Return the recipe as a flat mapping that resolves to it again."""
         layout = dataclasses.asdict(self.layout)  # with its Nones: the base may have a degree there
         training = {k: v for k, v in dataclasses.asdict(self.training).items() if v is not None}
-        run = {k: getattr(self, k) for k in _RUN_KEYS[1:] if getattr(self, k) is not None}
+        run = {k: getattr(self, k) for k in RUN_KEYS[1:] if getattr(self, k) is not None}
         return {"recipe": self.name, **self.model, **layout, **training, **run}
 
 
-def resolve(source: str, overrides: Iterable[str] = ()) -> Recipe:
+def resolve(
+    source: str,
+    overrides: Iterable[str] = (),
+    layout: str | None = None,
+    world_size: str | None = None,
+) -> Recipe:
     """Resolve the recipe that a command line names.
 
     Args:
         source: a name of the catalogue, or the path of a YAML file.
         overrides: ``key=value`` strings; values are read as YAML.
+        layout: of ``--layout``: degrees to lay over the recipe's layout, ``tp=2,cp=2``.
+        world_size: of ``--world-size``.
 
     Raises:
         UserError: unknown recipe or key (with the nearest known one), a file that cannot be read, a
-            value of the wrong type.
+            setting that is given twice or empty, a value of the wrong type.
     """
     if source in CATALOG:
         settings: dict[str, Any] = {"recipe": source}
-    elif source.endswith((".yaml", ".yml")) or Path(source).exists():
-        settings = _read_yaml(Path(source))
+    elif source.endswith((".yaml", ".yml")) or (source and Path(source).exists()):
+        settings = read_yaml(Path(source))
     else:
         raise UserError(
             f"There is no recipe {source!r}.{nearest(source, CATALOG)} The recipes are "
             f"{', '.join(CATALOG)}; a YAML file's name ends in .yaml."
         )
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"{override!r} is not an override: write key=value.")
-        name = _canonical(key.strip())
-        try:
-            read = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-            if name not in _TEXTS:
-                raise UserError(f"{key}: cannot read {value!r} as a YAML value: {error}") from None
-            read = value
-        # What was typed is the name, although YAML reads 0123 as the number 83.
-        as_typed = name in _TEXTS and not isinstance(read, str | None)
-        settings[name] = value if as_typed else read
-    return from_mapping(settings)
+    return from_mapping(settings, read_command_line(overrides, layout, world_size))
 
 
-def from_mapping(settings: Mapping[str, Any]) -> Recipe:
-    """Resolve a flat mapping of settings over its base recipe; see :func:`resolve`."""
+def from_mapping(settings: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Recipe:
+    """Resolve a flat mapping of settings over its base recipe.
+
+    Args:
+        settings: of a file or a program.
+        changes: of the command line: these settings instead of the file's; degrees are laid over
+            the file's layout (:meth:`nemo_megacpp.layout.ParallelLayout.changed`).
+
+    Raises:
+        UserError: as :func:`resolve`.
+    """
     from nemo_megacpp.config import HybridConfig
 
-    given = _canonical_keys(settings)
+    said, changes = full_names(settings), full_names(changes or {})
+    given = {**said, **changes}
     base_name = given.pop("recipe", None)
     defaults = []
     if base_name is None:
@@ -154,14 +132,14 @@ def from_mapping(settings: Mapping[str, Any]) -> Recipe:
             f"recipes are {', '.join(CATALOG)}."
         )
     base = CATALOG[base_name]
-    owners = _field_owners()
-    model, layout, training = dict(base.model), {}, {}
+    owners = field_owners()
+    model, training = dict(base.model), {}
     run: dict[str, Any] = {}
     for key, value in given.items():
         owner = owners[key]
         if owner == "layout":
-            layout[key] = value
-        elif owner == "training":
+            continue
+        if owner == "training":
             training[key] = read_value(Training, key, value)
         elif key == "data":
             run[key] = read_sources(value)
@@ -170,7 +148,7 @@ def from_mapping(settings: Mapping[str, Any]) -> Recipe:
                 raise UserError(
                     f"{key}: {value!r} is not a text; put it in quotes if that is its name."
                 )
-            run[key] = value or None
+            run[key] = value
         else:
             model[key] = read_value(HybridConfig, key, value)
     load_families(model.get("family_modules"))
@@ -180,13 +158,19 @@ def from_mapping(settings: Mapping[str, Any]) -> Recipe:
         model["num_layers"] = max(len(unit), base.model["num_layers"])
         whose = "the pattern" if len(unit) > base.model["num_layers"] else "the recipe"
         defaults.append(f"num_layers: {model['num_layers']} (depth of {whose})")
-    if not layout:
-        defaults.append(f"layout: {base.layout.short()}")
-    resolved_layout = _over_base(layout, base.layout)
+    layout = base.layout
+    for degrees in (said, changes):
+        layout = layout.changed({k: v for k, v in degrees.items() if owners[k] == "layout"})
+    if all(owners[key] != "layout" for key in given):
+        defaults.append(f"layout: {layout.short()}")
     settled = dataclasses.replace(base.training, **training)
     if settled.packed_documents and "micro_batch_size" not in training:
         settled = dataclasses.replace(settled, micro_batch_size=1)
         defaults.append("micro_batch_size: 1 (a row is a pack of documents)")
+    most = settled.max_steps // _WARMUP_SHARE
+    if "max_steps" in training and "warmup_steps" not in training and settled.warmup_steps > most:
+        settled = dataclasses.replace(settled, warmup_steps=most)
+        defaults.append(f"warmup_steps: {most} (max_steps / {_WARMUP_SHARE})")
     for key in ("max_steps", "global_batch_size", "lr", "precision"):
         if key not in training:
             defaults.append(f"{key}: {getattr(settled, key)}")
@@ -197,74 +181,12 @@ def from_mapping(settings: Mapping[str, Any]) -> Recipe:
     return Recipe(
         base_name,
         model,
-        resolved_layout,
+        layout,
         settled,
         given=frozenset(given),
         defaults=tuple(defaults),
         **run,
     )
-
-
-def _over_base(given: Mapping[str, Any], base: ParallelLayout) -> ParallelLayout:
-    """Return the base's layout with the given degrees in it; SP follows TP unless it is given."""
-    degrees = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-    if "tensor_model_parallel_size" in given:
-        del degrees["sequence_parallel"]
-    return ParallelLayout.from_mapping({**degrees, **given})
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        settings = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise UserError(f"There is no file {path}.") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a date that is none
-        raise UserError(f"{path} cannot be read as YAML: {error}") from None
-    if not isinstance(settings, dict):
-        found = "nothing" if settings is None else f"a {type(settings).__name__}"
-        raise UserError(f"{path} must hold key: value lines; it holds {found}.")
-    # YAML's loader keeps the last of two equal keys and says nothing.
-    keys = [key.value for key, _ in yaml.compose(text, Loader=yaml.SafeLoader).value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise UserError(f"{path} gives {key} twice.")
-    return _canonical_keys(settings)
-
-
-def _canonical_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
-    given: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = _canonical(str(key))
-        if name in given:
-            raise UserError(f"{name} is given twice (once as {key!r}).")
-        given[name] = value
-    return given
-
-
-def _canonical(key: str) -> str:
-    """Return the full field name for a key or one of its short names."""
-    key = _MODEL_ALIASES.get(key, _TRAINING_ALIASES.get(key, key))
-    if key.lower() in _DERIVED:
-        raise UserError(f"{key} is no setting of a recipe: {_DERIVED[key.lower()]}.")
-    if key.lower() in FIELD_OF:
-        return FIELD_OF[key.lower()]
-    owners = _field_owners()
-    if key not in owners:
-        known = [*owners, *_MODEL_ALIASES, *_TRAINING_ALIASES, *FIELD_OF]
-        raise UserError(f"There is no setting {key!r}.{nearest(key, known)}")
-    return key
-
-
-def _field_owners() -> dict[str, str]:
-    """Map every field name to the part of a recipe that it belongs to."""
-    from nemo_megacpp.config import HybridConfig
-
-    owners = {f.name: "model" for f in dataclasses.fields(HybridConfig) if f.init}
-    owners |= dict.fromkeys(_RUN_KEYS, "run")
-    owners |= {f.name: "training" for f in dataclasses.fields(Training)}
-    owners |= {f.name: "layout" for f in dataclasses.fields(ParallelLayout)}
-    return owners
 
 
 def _check_training(training: Training) -> None:
@@ -296,6 +218,12 @@ def _check_training(training: Training) -> None:
         raise UserError(
             f"stop_after: {training.stop_after} is past the end of the run, max_steps="
             f"{training.max_steps}."
+        )
+    if training.warmup_steps >= training.max_steps:
+        raise UserError(
+            f"warmup_steps: {training.warmup_steps} is not below max_steps={training.max_steps}: "
+            f"the learning rate would rise to the end of the run and never decay. Give a smaller "
+            f"warmup_steps."
         )
     if training.keep_every is not None:
         if training.keep_last is None:

@@ -38,10 +38,10 @@ def read_sources(value: Any) -> Sources | None:
             f"YAML reads as something else."
         )
     if not isinstance(value, dict):
-        return value or None
+        return value
     if not value:
         raise UserError("data is an empty blend; name at least one folder, or leave it out.")
-    blend = {str(folder): _weight(str(folder), weight) for folder, weight in value.items()}
+    blend = {_folder(folder): _weight(str(folder), weight) for folder, weight in value.items()}
     without = [folder for folder, weight in blend.items() if weight is None]
     if 0 < len(without) < len(blend):
         raise UserError(
@@ -62,11 +62,17 @@ def _read_list(items: list[Any]) -> dict[str, Any]:
                 f"the folder is meant, or give weights by folder: {{FOLDER: 0.7, …}}."
             )
     weights = [_number(item) or item for item in items[::2]] if weighted else [None] * len(items)
-    folders = [str(folder) for folder in (items[1::2] if weighted else items)]
+    folders = [_folder(folder) for folder in (items[1::2] if weighted else items)]
     for folder in folders:
         if folders.count(folder) > 1:
             raise UserError(f"data names {folder} twice; give it a weight instead.")
     return dict(zip(folders, weights, strict=True))
+
+
+def _folder(name: Any) -> str:
+    if name is None or not str(name).strip():
+        raise UserError("data names a folder without a name; leave it out of the blend.")
+    return str(name)
 
 
 def _number(item: Any) -> float | None:

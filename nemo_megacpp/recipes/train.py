@@ -23,7 +23,9 @@ from nemo_megacpp.recipes.check import (
     open_data,
     shape_of,
 )
+from nemo_megacpp.recipes.check_host import check_host_of
 from nemo_megacpp.recipes.recipe import Recipe, resolve
+from nemo_megacpp.recipes.resume import refuse_weights_alone
 from nemo_megacpp.recipes.run_folder import RECIPE_FILE, new_run_dir, refuse_unshared
 from nemo_megacpp.runtime.launch import (
     Launched,
@@ -33,12 +35,13 @@ from nemo_megacpp.runtime.launch import (
 )
 
 
-def train(source: str, overrides: Iterable[str] = ()) -> Path:
+def train(source: str, overrides: Iterable[str] = (), layout: str | None = None) -> Path:
     """Train the recipe that ``source`` names, on this machine or under torchrun.
 
     Args:
         source: a recipe's name or a YAML file.
         overrides: ``key=value`` strings.
+        layout: of ``--layout``, as for :func:`nemo_megacpp.recipes.recipe.resolve`.
 
     Returns:
         The run's folder.
@@ -47,7 +50,7 @@ def train(source: str, overrides: Iterable[str] = ()) -> Path:
         UserError: for anything that can be refused before the ranks start; nothing is written.
         RankFailed: if a rank fails later.
     """
-    return train_recipe(resolve(source, overrides))
+    return train_recipe(resolve(source, overrides, layout))
 
 
 def train_recipe(recipe: Recipe) -> Path:
@@ -100,6 +103,7 @@ def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
     require_psutil()
     check_layout_of(recipe)
     check_model_of(recipe)
+    check_host_of(recipe)
     check_loggers_of(recipe)
     recipe, sources = open_data(recipe)
     goes_on = recipe.resume is not None  # even if resume=auto finds that nothing was saved yet
@@ -118,15 +122,18 @@ def settle(recipe: Recipe, announce: bool = True) -> tuple[Recipe, Path]:
             f"goes on from {recipe.resume} would come to overwrite it. Go on from the newest with "
             f"resume=auto, or choose another run_dir."
         )
+    resumed = None
+    if announce and recipe.resume is not None:
+        checkpoint = Path(recipe.resume)
+        resumed = inspect_before_load(checkpoint, verify=recipe.training.verify_checkpoint)
+        refuse_weights_alone(checkpoint)
     if announce:
         if recipe.defaults:
             print(f"defaults taken: {'; '.join(recipe.defaults)}")
         print(f"{recipe.name}: {recipe.pattern}")
         print(f"layout: {recipe.layout.describe()}; run folder: {run_dir}")
-        if recipe.resume:
-            verify = recipe.training.verify_checkpoint
-            found = inspect_before_load(Path(recipe.resume), verify=verify)
-            print(f"resuming {recipe.resume} ({found})")
+        if resumed is not None:
+            print(f"resuming {recipe.resume} ({resumed})")
         sys.stdout.flush()
     return recipe, run_dir
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from nemo_megacpp.config import HybridConfig
-from nemo_megacpp.layout import ParallelLayout, refuse_illegal
+from nemo_megacpp.layout import refuse_illegal
 from nemo_megacpp.proof.bench import TrainingPath
 from nemo_megacpp.proof.canary import DRAWN
 from nemo_megacpp.proof.verify import verify
@@ -36,7 +36,7 @@ def verify_recipe(
 
     Args:
         source: a recipe's name or a YAML file.
-        layout: ``tp=2,cp=2,…`` in place of the recipe's own.
+        layout: of ``--layout``, as for :func:`nemo_megacpp.recipes.recipe.resolve`.
         overrides: ``key=value`` strings.
         as_json: print one JSON document instead of a table
             (:func:`nemo_megacpp.recipes.verify_report.document`).
@@ -48,9 +48,7 @@ def verify_recipe(
     Raises:
         UserError: for a recipe or layout that is illegal.
     """
-    recipe = resolve(source, overrides)
-    if layout is not None:
-        recipe = dataclasses.replace(recipe, layout=ParallelLayout.parse(layout))
+    recipe = resolve(source, overrides, layout)
 
     size = min(recipe.training.micro_batch_size, _ROWS)
 

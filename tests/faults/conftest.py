@@ -111,7 +111,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ru
 
     def start(name: str, *overrides: str, launcher: tuple[str, ...] = (), **options: Any) -> Run:
         run_dir = root / name
-        settings = [*_SMALL.split(), f"data={data}", f"run_dir={run_dir}", "tp=2", *overrides]
+        usual = [*_SMALL.split(), f"data={data}", f"run_dir={run_dir}", "tp=2"]
+        chosen = dict(word.split("=", 1) for word in [*usual, *overrides])
+        settings = [f"{key}={value}" for key, value in chosen.items()]
         command = [sys.executable, *launcher, "-m", "nemo_megacpp.cli", "train", "nam56r_tiny"]
         output = root / f"{name}-{len(runs)}.log"
         runs.append(Run(run_dir, output, [*command, *settings], **options))

@@ -101,7 +101,7 @@ def test_tensor_difference() -> None:
 def test_a_recipe_verified(capsys: pytest.CaptureFixture[str]) -> None:
     """End to end: two ranks, every rung of every trial, as JSON."""
     overrides = ["pattern=AR", "num_layers=2"]
-    assert verify_recipe("nam56r_tiny", "tp=2", overrides, as_json=True) == 0
+    assert verify_recipe("nam56r_tiny", "tp=2,etp=none", overrides, as_json=True) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["holds"]
     assert [(t["model"], t["axis"], t["dtype"]) for t in answer["trials"]] == [

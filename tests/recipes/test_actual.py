@@ -105,6 +105,47 @@ def test_the_strategy_loads_no_checkpoint_of_another_model(
         )
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp": "megatron"}, r"trainer\.strategy\.fsdp='megatron': gradients are"),
+        ({"fsdp": "pytorch"}, r"trainer\.strategy\.fsdp='pytorch'"),
+        ({"ddp": "pytorch"}, r"trainer\.strategy\.ddp='pytorch'"),
+        (
+            {"ddp": SimpleNamespace(use_megatron_fsdp=True)},
+            r"trainer\.strategy\.ddp\.use_megatron_fsdp=True",
+        ),
+    ],
+)
+def test_the_strategy_refuses_other_wrappers(settings: dict[str, Any], message: str) -> None:
+    from nemo_megacpp.recipes.nemo.strategy import HybridStrategy
+
+    with pytest.raises(UserError, match=message):
+        HybridStrategy(**settings)
+
+
+def test_the_strategy_resumes_no_run_that_is_over(
+    save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NeMo's overrides set ``trainer.max_steps`` after the factory has looked."""
+    from nemo_megacpp.recipes.nemo import strategy
+
+    monkeypatch.setattr(strategy, "guard_load", lambda *_, **__: None)  # its scan wants ranks
+    run = _fake_run()
+    run.trainer.max_steps = 4
+    resuming = SimpleNamespace(
+        lightning_module=run,
+        trainer=run.trainer,
+        should_restore_optimizer_states=lambda selective_restore: True,
+    )
+    weights = save(from_mapping({"recipe": "nam56r_tiny"}), 4) / "weights"  # as NeMo gives it
+    with pytest.raises(UserError, match=r"The run is complete: .* step 4, and max_steps=4"):
+        strategy.HybridStrategy.load_checkpoint(resuming, weights)
+    other = save(from_mapping({"recipe": "nam56r_tiny", "add_qkv_bias": True}), 5) / "weights"
+    with pytest.raises(UserError, match="add_qkv_bias is True there and False here"):
+        strategy.HybridStrategy.load_checkpoint(resuming, other)
+
+
 def test_data_of_another_kind_have_no_fingerprint() -> None:
     assert tokenizer_of(data_of()) is None
     assert tokenizer_of(data_of(tokenizer_fingerprint="f" * 64)) == "f" * 64

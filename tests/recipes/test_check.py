@@ -5,12 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from nemo_megacpp.checkpoint.manifest import write_manifest
 from nemo_megacpp.data import builtin
@@ -295,6 +303,44 @@ def test_resume_with_another_tokenizer(small_data: PreparedData, save: Save) -> 
         find_resume(dataclasses.replace(recipe, resume=str(foreign)), [data])
     assert "its data was made with another tokenizer (ffffffffffff there, " in str(refused.value)
     assert f"{data.tokenizer_fingerprint[:12]} here)" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("max_steps=2",), r"is of step 4, which is past the end of the run, max_steps=2\."),
+        (("max_steps=4",), r"The run is complete: \S+ is of step 4, and max_steps=4\."),
+        (("stop_after=3",), r"stop_after: 3 is not past step 4"),
+        (("stop_after=4",), r"stop_after: 4 is not past step 4"),
+    ],
+)
+def test_resume_where_no_step_is_left(
+    overrides: tuple[str, ...], message: str, save: Save, elsewhere: Path
+) -> None:
+    checkpoint = save(tiny(), 4)
+    for resume in ((f"resume={checkpoint}",), ("resume=auto", "run_dir=run")):
+        assert re.search(message, refusal(settle, *resume, *overrides))
+        assert resumed(tiny(*resume, "max_steps=5", "stop_after=5")) == str(checkpoint)
+    assert [path.name for path in elsewhere.iterdir()] == ["run"]
+
+
+def test_resume_of_weights_alone(
+    save: Save, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = save(tiny(), 4)
+    held = {"module.decoder.weight": _tensor(), "optimizer.state.exp_avg.decoder.weight": _tensor()}
+    metadata = checkpoint / "weights" / ".metadata"
+    metadata.write_bytes(pickle.dumps(Metadata(held, None, {})))
+    settle(tiny(f"resume={checkpoint}"))
+    del held["optimizer.state.exp_avg.decoder.weight"]
+    metadata.write_bytes(pickle.dumps(Metadata(held, None, {})))
+    message = refusal(settle, f"resume={checkpoint}")
+    assert f"{checkpoint} holds the weights alone, and resume needs the" in message
+    assert [path.name for path in elsewhere.iterdir()] == ["run"]
+
+
+def _tensor() -> TensorStorageMetadata:
+    return TensorStorageMetadata(TensorProperties(), torch.Size([2]), [])
 
 
 # --- the whole

@@ -153,11 +153,11 @@ def test_a_launcher_decides_on_the_ranks(
 
 
 def test_all_factories_take_the_same_settings_and_all_are_known(factories: Any) -> None:
-    from nemo_megacpp.recipes.recipe import _field_owners
+    from nemo_megacpp.recipes.names import field_owners
 
     first = inspect.signature(factories.nam56r).parameters
     world = {"devices", "num_nodes", "num_gpus_per_node"}
-    assert set(first) - world <= {*_field_owners(), *FIELD_OF}
+    assert set(first) - world <= {*field_owners(), *FIELD_OF}
     assert {parameter.default for parameter in first.values()} == {None}
     for recipe in CATALOG:
         factory = getattr(factories, recipe)
@@ -174,8 +174,12 @@ def test_nemos_own_names(factories: Any, here: Path) -> None:
     strategy = task.trainer.strategy
     assert (strategy.tensor_model_parallel_size, strategy.sequence_parallel) == (4, True)
     assert (strategy.expert_model_parallel_size, task.trainer.devices) == (2, 8)
-    with pytest.raises(UserError, match="tensor_model_parallel_size is given twice"):
-        factories.nam52(tensor_parallelism=4, tensor_model_parallel_size=4)
+    both = "twice: tensor_model_parallel_size=4 and tensor_parallelism=2"
+    with pytest.raises(UserError, match=both):
+        factories.nam52(tensor_parallelism=2, tensor_model_parallel_size=4)
+    for name in ("data", "resume", "run_dir", "tokenizer"):
+        with pytest.raises(UserError, match=f"{name} is empty"):
+            factories.nam56r_tiny(**{name: ""})
     with pytest.raises(UserError, match="two names of one number"):
         factories.nam52(devices=8, num_gpus_per_node=8)
     with pytest.raises(TypeError, match="unexpected keyword argument 'tensor_paralelism'"):

@@ -116,7 +116,7 @@ def test_nothing_is_legal(capsys: pytest.CaptureFixture[str]) -> None:
         (("--world-size", "8", "--write", "x.txt"), "ends in .yaml"),
         (("--world-size", "8", "--write", "no/such/x.yaml"), "no folder"),
         (("--world-size", "8", "tp=3"), "No layout of 8 ranks has tp=3"),
-        (("--world-size", "8", "world_size=4"), "world_size=4, and --world-size is 8"),
+        (("--world-size", "8", "world_size=4"), "world_size=4 and --world-size 8"),
         (("--world-size", "8", "tq=3"), "no setting 'tq'"),
     ],
 )

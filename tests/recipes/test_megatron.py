@@ -204,14 +204,14 @@ def test_what_cannot_be_said_is_listed_at_once() -> None:
     with pytest.raises(UserError) as refusal:
         _words(
             "nam56r_tiny",
-            *("tp=1", "pp=4", "vpp=3", "global_batch_size=16", "warmup_steps=160"),
+            *("tp=1", "pp=4", "vpp=3", "global_batch_size=16"),
             *("softmax_scale=0.5", "resume=runs/old"),
         )
     lines = str(refusal.value).splitlines()
     assert lines[0] == "pretrain_mamba.py cannot be told this of nam56r_tiny:"
     for line, start in zip(
         lines[1:],
-        ("softmax_scale=0.5", "warmup_steps=160 with max_steps=160", "resume", "virtual_pipeline"),
+        ("softmax_scale=0.5", "resume", "virtual_pipeline"),
         strict=True,
     ):
         assert line.strip().startswith(start)
@@ -370,7 +370,11 @@ def test_the_command_prints_words_or_json(
         "hybrid_stack_spec(m2rnn_key_head_dim=32,m2rnn_value_head_dim=8)",
     ]
     assert "mock data" in remarks
-    out, _ = _command(capsys, "nam56r_tiny", "run_dir=r", "--json", "--layout", "tp=1,pp=2")
+    short = ("run_dir=r", "max_steps=20")
+    out, remarks = _command(capsys, "nam56r_tiny", *short, "--json", "--layout", "tp=1,pp=2")
+    assert "defaults taken: warmup_steps: 4 (max_steps / 5)" in remarks
+    assert "layout: TP=1 CP=1 EP=1 ETP=1 PP=2 (2 ranks" in remarks
+    assert _parse(json.loads(out)["arguments"]).lr_warmup_iters == "4"
     told = json.loads(out)
     assert (told["script"], told["megatron"], told["ranks"]) == ("pretrain_mamba.py", "0.16.1", 2)
     assert _parse(told["arguments"]).pipeline_model_parallel_size == "2"

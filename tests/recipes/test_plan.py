@@ -128,9 +128,9 @@ def test_an_illegal_layout_as_json(capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("nam56r --world-size 0", "between 1 and 1,048,576 ranks"),
-        ("nam56r --world-size 1000000000", "A world of 1,000,000,000 ranks cannot be planned"),
-        ("nam56r --layout world=8 --world-size 16", "Give one of them"),
+        ("nam56r --world-size 0", "a whole number from 1 to 1,048,576"),
+        ("nam56r world=1000000000", "A world of 1,000,000,000 ranks cannot be planned"),
+        ("nam56r --layout world=8 --world-size 16", "world=8 of --layout and --world-size 16"),
         ("nam56r --hbm h200", "'h200' is not a memory size"),
         ("nam56r --gpus-per-node 0", "must be at least 1"),
         ("nam56r_tiny --family Q", "the model has embedding, A, E, M, R, head"),

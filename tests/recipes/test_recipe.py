@@ -12,6 +12,7 @@ import yaml
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import Family
+from nemo_megacpp.recipes import demo
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping, resolve
 
@@ -377,6 +378,7 @@ def test_values_of_a_wrong_type(override: str, message: str) -> None:
         ("micro_batch_size=-1", "micro_batch_size: -1 must be at least 1."),
         ("save_interval=0", "save_interval: 0 must be at least 1."),
         ("warmup_steps=-1", "warmup_steps: -1 must be at least 0."),
+        ("warmup_steps=160", "warmup_steps: 160 is not below max_steps=160"),
         ("seed=-1", "seed: -1 must be at least 0."),
         ("seed=4294967296", "seed: 4294967296 must be at most 2147483647."),
         ("lr=0", "must be"),
@@ -388,6 +390,43 @@ def test_values_of_a_wrong_type(override: str, message: str) -> None:
 )
 def test_values_out_of_range(override: str, message: str) -> None:
     assert message in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("name", "max_steps", "warmup"),
+    [
+        ("nam56r_tiny", 20, 4),
+        ("nam56r_tiny", 4, 0),
+        ("nam56r_tiny", 99, 19),
+        ("nam56r_tiny", 100, None),  # 20 of 100 are the recipe's own
+        ("nam56r_tiny", 120, None),
+        ("nam56r_tiny", 320, None),
+        ("nam56r", 1000, 200),
+        ("nam56r", 10_000, None),
+    ],
+)
+def test_a_short_run_has_a_short_warm_up(name: str, max_steps: int, warmup: int | None) -> None:
+    recipe, usual = resolve(name, [f"max_steps={max_steps}"]), resolve(name)
+    said = [line for line in recipe.defaults if line.startswith("warmup_steps")]
+    if warmup is None:
+        assert (recipe.training.warmup_steps, said) == (usual.training.warmup_steps, [])
+    else:
+        assert recipe.training.warmup_steps == warmup
+        assert said == [f"warmup_steps: {warmup} (max_steps / 5)"]
+    assert resolve(name, [f"max_steps={max_steps}", "warmup_steps=3"]).training.warmup_steps == 3
+
+
+def test_the_demos_schedule_is_the_recipes() -> None:
+    """Its 120 steps keep the warm-up of 20."""
+    recipe = demo._phase_one(Path("runs/demo"))
+    assert (recipe.training.max_steps, recipe.training.warmup_steps) == (120, 20)
+
+
+def test_a_warm_up_that_never_ends(tmp_path: Path) -> None:
+    message = refused("max_steps=20", "warmup_steps=20")
+    assert "warmup_steps: 20 is not below max_steps=20" in message
+    path = written(tmp_path, yaml.safe_dump(resolve("nam56r_tiny").to_mapping()))
+    assert "warmup_steps: 20 is not below max_steps=20" in refused("max_steps=20", source=path)
 
 
 def test_an_unknown_letter_is_pointed_at() -> None:

@@ -15,8 +15,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.m2rnn import M2RNNMixer
-from nemo_megacpp.proof.bare import build_chunks, make_config
 from nemo_megacpp.mixers.mamba2 import Mamba2Mixer
+from nemo_megacpp.proof.bare import build_chunks, make_config
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.recipes.command_line import add_recipe, read_recipe
 from nemo_megacpp.recipes.doctor.finding import Finding
 
 _WIDTH = 110
@@ -24,9 +24,7 @@ def add_parser(commands: Any) -> None:
         description="Check versions, kernels, GPUs and disk, and with a recipe its layout and data "
         "against them. Says what each missing part costs. Exit code 1 if nothing can be trained.",
     )
-    parser.add_argument("recipe", nargs="?", help="a recipe's name or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    parser.add_argument("--layout", metavar="tp=2,cp=2,…", help="in place of the recipe's own")
+    add_recipe(parser, optional=True)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=_run)
 
@@ -53,14 +51,11 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     if args.recipe is not None:
         try:
             from nemo_megacpp.recipes.doctor.fit import recipe_findings
-            from nemo_megacpp.recipes.recipe import resolve
 
-            recipe = resolve(args.recipe, args.overrides)
+            recipe = read_recipe(args)
         except ImportError as error:
             yield Finding(args.recipe, "not read", "broken", f"wants Megatron-Core: {error}")
         else:
-            if args.layout is not None:
-                recipe = dataclasses.replace(recipe, layout=ParallelLayout.parse(args.layout))
             run_dir = recipe.run_dir or run_dir
             yield from recipe_findings(recipe, gpus)
     yield disk_finding(Path(run_dir))

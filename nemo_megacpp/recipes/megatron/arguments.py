@@ -81,7 +81,9 @@ def megatron_arguments(
     words += _outputs(recipe, Path(run_dir).absolute())
     if device == "cpu":
         words += ["--transformer-impl", "local", "--distributed-backend", "gloo"]
-    remarks = [f"defaults taken: {'; '.join(recipe.assumed)}"] if recipe.assumed else []
+    chosen = [*recipe.assumed, *(x for x in recipe.defaults if x.startswith("warmup_steps:"))]
+    remarks = [f"defaults taken: {'; '.join(chosen)}"] if chosen else []
+    remarks.append(f"layout: {recipe.layout.describe()}")
     if not sources:
         remarks.append("no data=FOLDER in the recipe: mock data")
     if Family.RECURRENT in config.pattern.families:
@@ -93,11 +95,6 @@ def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
     """Return what has no option, one phrase each."""
     found = []
     training = recipe.training
-    if training.warmup_steps >= training.max_steps:
-        found.append(
-            f"warmup_steps={training.warmup_steps} with max_steps={training.max_steps}: its "
-            f"schedule wants more steps than those of the warm-up"
-        )
     if recipe.resume not in (None, "auto"):
         found.append(
             f"resume={recipe.resume}: it goes on from checkpoints of its own kind; resume=auto "

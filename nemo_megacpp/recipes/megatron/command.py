@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shlex
 import sys
 from typing import Any
 
-from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.recipes.command_line import add_recipe, read_recipe
 
 _DESCRIPTION = """\
 Print the arguments with which Megatron-LM's pretrain_mamba.py trains a recipe, as one line of shell
@@ -29,9 +28,7 @@ def add_parser(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", help="a recipe's name or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    parser.add_argument("--layout", metavar="tp=2,cp=2,…", help="in place of the recipe's own")
+    add_recipe(parser)
     parser.add_argument(
         "--megatron",
         metavar="PATH|RELEASE",
@@ -51,13 +48,10 @@ def _run(args: argparse.Namespace) -> int:
     dialect, release = choose(args.megatron)  # before anything imports Megatron
 
     from nemo_megacpp.recipes.megatron.arguments import megatron_arguments
-    from nemo_megacpp.recipes.recipe import resolve
     from nemo_megacpp.recipes.run_folder import new_run_dir
     from nemo_megacpp.runtime.host import current_host
 
-    recipe = resolve(args.recipe, args.overrides)
-    if args.layout is not None:
-        recipe = dataclasses.replace(recipe, layout=ParallelLayout.parse(args.layout))
+    recipe = read_recipe(args)
     run_dir = recipe.run_dir or new_run_dir(recipe.name, started_by_parent=False)
     device = args.device or current_host().device
     words, remarks = megatron_arguments(recipe, dialect, run_dir, device)

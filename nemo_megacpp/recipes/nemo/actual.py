@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from nemo_megacpp.checkpoint.identity import STRUCTURE
+from nemo_megacpp.checkpoint.identity import STRUCTURE, read_identity
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, refuse_illegal
 from nemo_megacpp.recipes.check import RecipeShape
+from nemo_megacpp.recipes.resume import refuse_finished
 
 
 def actual_layout(degrees: Any, ranks: int) -> ParallelLayout:
@@ -38,6 +40,43 @@ def actual_model(config: HybridConfig, names: Iterable[str]) -> dict[str, Any]:
 def tokenizer_of(data: Any) -> str | None:
     """Return the fingerprint of the tokenizer of our data; None for another data module."""
     return getattr(data, "tokenizer_fingerprint", None)
+
+
+def refuse_fsdp(fsdp: Any, ddp: Any) -> None:
+    """Refuse FSDP and PyTorch's DDP in the place of Megatron's.
+
+    Args:
+        fsdp, ddp: of NeMo's ``MegatronStrategy``.
+
+    Raises:
+        UserError: with the reason.
+    """
+    flags = [name for name in ("use_megatron_fsdp", "use_custom_fsdp") if getattr(ddp, name, False)]
+    asked = [f"trainer.strategy.fsdp={fsdp!r}"] if fsdp is not None else []
+    asked += [f"trainer.strategy.ddp.{name}=True" for name in flags]
+    asked += [f"trainer.strategy.ddp={ddp!r}"] if ddp == "pytorch" else []
+    if asked:
+        raise UserError(
+            f"{' and '.join(asked)}: gradients are reduced, clipped and saved by Megatron's "
+            f"DistributedDataParallel here; no other wrapper has been shown to keep the numbers "
+            f"of every layout. Leave it out; use_distributed_optimizer=true shards the optimizer's "
+            f"state over data-parallel ranks."
+        )
+
+
+def refuse_finished_run(checkpoint: Path, trainer: Any) -> None:
+    """Refuse to resume where NeMo's overrides (``trainer.max_steps``) leave no step to train.
+
+    Args:
+        checkpoint: that is about to be loaded.
+        trainer: Lightning's.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    identity = read_identity(checkpoint)
+    if identity is not None and trainer.max_steps > 0:
+        refuse_finished(checkpoint, identity["step"], trainer.max_steps)
 
 
 def refuse_incoherent(layout: ParallelLayout, config: HybridConfig, data: Any, node: int) -> None:

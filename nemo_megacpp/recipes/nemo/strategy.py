@@ -12,6 +12,7 @@ from nemo.lightning import MegatronStrategy, megatron_init
 from nemo.lightning._strategy_lib import init_model_parallel
 from nemo.lightning.io.pl import MegatronCheckpointIO, ckpt_to_weights_subdir
 
+from nemo_megacpp.checkpoint.folder import find_checkpoint
 from nemo_megacpp.checkpoint.guard import guard_load
 from nemo_megacpp.checkpoint.identity import refuse_another_model
 from nemo_megacpp.checkpoint.optimizer_state import content_metadata
@@ -26,11 +27,14 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.nemo.actual import (
     actual_layout,
     actual_model,
+    refuse_finished_run,
+    refuse_fsdp,
     refuse_incoherent,
     tokenizer_of,
 )
 from nemo_megacpp.recipes.nemo.checkpoint_io import AcrossBackends, AsyncCheckpointIO
 from nemo_megacpp.recipes.nemo.stops import told
+from nemo_megacpp.recipes.resume import refuse_weights_alone
 from nemo_megacpp.runtime.host import ensure_host
 from nemo_megacpp.runtime.orphans import bind_helpers
 
@@ -55,9 +59,13 @@ class HybridStrategy(MegatronStrategy):
         seed: of the weights and of dropout; NeMo's own is fixed.
         kwargs: of ``MegatronStrategy``. ``ckpt_optim_fully_reshardable`` is without effect:
             optimizer state is always saved so that any layout can load it.
+
+    Raises:
+        UserError: another way to keep data-parallel replicas than Megatron's DDP.
     """
 
     def __init__(self, seed: int = 1234, **kwargs: Any):
+        refuse_fsdp(kwargs.get("fsdp"), kwargs.get("ddp"))
         ensure_host(nemo=True)
         super().__init__(**kwargs)
         self.seed = seed
@@ -143,7 +151,11 @@ class HybridStrategy(MegatronStrategy):
         config: Any = self.lightning_module.config
         tokenizer = tokenizer_of(self.lightning_module.trainer.datamodule)
         model, letters = actual_model(config, ()), config.pattern.letters
-        refuse_another_model(Path(checkpoint_path), model, letters, tokenizer)
+        directory = find_checkpoint(Path(checkpoint_path))  # NeMo gives its weights/
+        refuse_another_model(directory, model, letters, tokenizer)
+        if self.should_restore_optimizer_states(selective_restore=selective_restore):
+            refuse_weights_alone(directory)
+            refuse_finished_run(directory, self.trainer)
         usual = self.checkpoint_io  # type: ignore[has-type]
         self.checkpoint_io = AcrossBackends(usual)
         try:

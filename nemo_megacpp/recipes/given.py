@@ -1,0 +1,110 @@
+"""What a user gives: the lines of a YAML file, and the settings of a command line."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout.parallel import read_degrees, refuse_twice
+from nemo_megacpp.recipes.names import TEXTS, full_name, full_names, refuse_empty
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's own keeps the last of two equal keys and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"gives {key} twice.")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the settings of a recipe's file, under their full names.
+
+    Raises:
+        UserError: a file that cannot be read, holds something else, or gives a setting twice or
+            without a value.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.load(text, Loader=_Loader)
+        lines = yaml.compose(text, Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}.") from None
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a date that is none
+        raise UserError(f"{path} cannot be read as YAML: {error}") from None
+    if not isinstance(settings, dict):
+        found = "nothing" if settings is None else f"a {type(settings).__name__}"
+        raise UserError(f"{path} must hold key: value lines; it holds {found}.")
+    for key, value in lines.value:
+        # YAML reads a key without a value as null, which has to be written.
+        if isinstance(value, yaml.ScalarNode) and not value.value and value.style is None:
+            refuse_empty(full_name(key.value), key.value, "")
+    return full_names(settings)
+
+
+def read_command_line(
+    overrides: Iterable[str], layout: str | None = None, world_size: str | None = None
+) -> dict[str, Any]:
+    """Return the settings that a command line gives, by full name.
+
+    Args:
+        overrides: ``key=value`` words; values are read as YAML.
+        layout: of ``--layout``, ``tp=2,cp=2``: the same degrees in one word.
+        world_size: of ``--world-size``.
+
+    Raises:
+        UserError: a word that is no override, an unknown key, a setting that is given twice under
+            whatever names, or without a value, or with one that YAML cannot read.
+    """
+    settings: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        key = key.strip()
+        if not separator or not key:
+            raise UserError(f"{override!r} is not an override: write key=value.")
+        name = full_name(key)
+        refuse_empty(name, key, value)
+        refuse_twice(name, override, spelled)
+        settings[name] = _read(name, key, value)
+    for key, value in ({} if layout is None else read_degrees(layout)).items():
+        refuse_twice(full_name(key), f"{key}={value} of --layout", spelled)
+        settings[full_name(key)] = value
+    if world_size is not None:
+        refuse_twice("world_size", f"--world-size {world_size}", spelled)
+        settings["world_size"] = world_size
+    return settings
+
+
+def _read(name: str, key: str, value: str) -> Any:
+    try:
+        read = yaml.load(value, Loader=_Loader)
+        if isinstance(read, list | dict):
+            _refuse_gaps(key, value)
+    except UserError as error:
+        raise UserError(f"{key} {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        if name not in TEXTS:
+            raise UserError(f"{key}: cannot read {value!r} as a YAML value: {error}") from None
+        return value
+    # What was typed is the name, although YAML reads 0123 as the number 83.
+    return value if name in TEXTS and not isinstance(read, str | None) else read
+
+
+def _refuse_gaps(key: str, value: str) -> None:
+    """Refuse ``[one, $UNSET]``, which YAML reads as ``[one]``."""
+    tokens = list(yaml.scan(value, Loader=yaml.SafeLoader))
+    ends = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
+    for token, after in itertools.pairwise(tokens):
+        if isinstance(token, yaml.FlowEntryToken) and isinstance(after, ends):
+            raise UserError(f"has nothing after the last comma of {value!r}.")

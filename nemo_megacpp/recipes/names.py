@@ -1,0 +1,109 @@
+"""The names of a recipe's settings: Megatron's field names, their short names, what each is of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_megacpp.errors import UserError, nearest
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.layout.parallel import FIELD_OF, refuse_twice
+from nemo_megacpp.recipes.catalog import Training
+
+RUN_KEYS = ("recipe", "data", "tokenizer", "run_dir", "resume")
+TEXTS = ("tokenizer", "run_dir", "resume", "wandb_project", "wandb_name")
+_MODEL_ALIASES = {"pattern": "hybrid_pattern", "depth": "num_layers"}
+_TRAINING_ALIASES = {
+    "learning_rate": "lr",
+    "steps": "max_steps",
+    "train_iters": "max_steps",
+    "eval_interval": "val_check_interval",
+    "eval_iters": "limit_val_batches",
+}
+_DERIVED = {
+    **dict.fromkeys(
+        ("bf16", "fp16", "params_dtype", "pipeline_dtype"), "it follows from precision (fp32, bf16)"
+    ),
+    **dict.fromkeys(
+        ("dp", "data_parallel", "data_parallel_size"),
+        "it follows from the other degrees (world / (tp x cp x pp)), and the world from the ranks "
+        "that are started, or from world_size",
+    ),
+    **dict.fromkeys(
+        ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
+        "packed_documents=true does all three, and starts the states of M and R anew as well",
+    ),
+    "moe_router_dtype": "routers always compute in fp32",
+    "use_cpu_initialization": "it follows from the machine",
+}
+_WITHOUT = {
+    "data": "the built-in corpus",
+    "tokenizer": "the tokenizer of the data",
+    "run_dir": "a new folder under runs/",
+    "resume": "a run from scratch",
+}
+"""What null asks for."""
+
+
+def full_name(key: str) -> str:
+    """Return the full field name for a key or one of its short names.
+
+    Raises:
+        UserError: there is no such setting, or it is not one that a recipe chooses.
+    """
+    key = _MODEL_ALIASES.get(key, _TRAINING_ALIASES.get(key, key))
+    if key.lower() in _DERIVED:
+        raise UserError(f"{key} is no setting of a recipe: {_DERIVED[key.lower()]}.")
+    if key.lower() in FIELD_OF:
+        return FIELD_OF[key.lower()]
+    owners = field_owners()
+    if key not in owners:
+        known = [*owners, *_MODEL_ALIASES, *_TRAINING_ALIASES, *FIELD_OF]
+        raise UserError(f"There is no setting {key!r}.{nearest(key, known)}")
+    return key
+
+
+def full_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``settings`` under their full names.
+
+    Raises:
+        UserError: all that `full_name` raises; a setting that is given under two names, or empty.
+    """
+    given: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for key, value in settings.items():
+        name = full_name(str(key))
+        refuse_twice(name, f"{key}={value}", spelled)
+        if isinstance(value, str):
+            refuse_empty(name, str(key), value)
+        given[name] = value
+    return given
+
+
+def refuse_empty(name: str, key: str, text: str) -> None:
+    """Refuse a setting without a value, such as a command line's ``data=$UNSET``.
+
+    Args:
+        name: full name of the setting.
+        key: the name that was written.
+        text: the value that was written.
+
+    Raises:
+        UserError: with what to write instead.
+    """
+    if text.strip():
+        return
+    null = f", or write {key}=null for {_WITHOUT[name]}" if name in _WITHOUT else ""
+    raise UserError(f"{key} is empty. Leave {key} out for the recipe's own value{null}.")
+
+
+def field_owners() -> dict[str, str]:
+    """Map every field name to the part of a recipe that it belongs to."""
+    from nemo_megacpp.config import HybridConfig
+
+    owners = {f.name: "model" for f in dataclasses.fields(HybridConfig) if f.init}
+    owners |= dict.fromkeys(RUN_KEYS, "run")
+    owners |= {f.name: "training" for f in dataclasses.fields(Training)}
+    owners |= {f.name: "layout" for f in dataclasses.fields(ParallelLayout)}
+    return owners

@@ -1,0 +1,51 @@
+"""What this machine has no modules for is refused before a rank is started or a file written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.recipes.check_host import check_host_of
+from nemo_megacpp.recipes.recipe import resolve
+from nemo_megacpp.recipes.train import settle
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("normalization=LayerNorm",), "The torch backend has normalization='RMSNorm'"),
+        (("layernorm_zero_centered_gamma=true",), "with a gain around one"),
+        (("softmax_type=learnable",), "The torch core attention has softmax_type='vanilla'"),
+        (("window_size=[8, 0]",), "no sliding window"),
+        (("m2rnn_kernel=triton",), "m2rnn_kernel='triton' needs a GPU"),
+        (("mode=mamba3", "mamba3_kernel=triton"), "mamba3_kernel='triton' needs a GPU"),
+        (
+            ("cp=2", "m2rnn_num_heads=30", "m2rnn_context_parallel=all_to_all"),
+            "m2rnn_num_heads=30 / TP=2 = 15, CP=2. Choose 'serial' or 'auto'.",
+        ),
+        (
+            ("cp=2", "packed_documents=true", "moe_expert_capacity_factor=1.5"),
+            "packed_documents with CP=2 and moe_expert_capacity_factor=1.5",
+        ),
+    ],
+)
+def test_refused_before_the_run(
+    overrides: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refusal:
+        settle(resolve("nam56r_tiny", overrides))
+    assert message in str(refusal.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_no_block_reads_is_let_through() -> None:
+    for overrides in (
+        ["pattern=MR", "window_size=[8, 0]"],
+        ["pattern=AM", "m2rnn_kernel=triton"],
+        ["cp=2", "m2rnn_context_parallel=all_to_all"],
+        ["cp=2", "moe_expert_capacity_factor=1.5"],
+    ):
+        check_host_of(resolve("nam56r_tiny", overrides))

@@ -1,0 +1,99 @@
+"""What is typed twice, or typed without a value, is refused; nothing is chosen in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.recipes.given import read_command_line, read_yaml
+from nemo_megacpp.recipes.names import RUN_KEYS, TEXTS, field_owners
+from nemo_megacpp.recipes.recipe import from_mapping, resolve
+
+
+def _refused(*overrides: str, layout: str | None = None, world_size: str | None = None) -> str:
+    with pytest.raises(UserError) as refusal:
+        read_command_line(overrides, layout, world_size)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layout", "world_size", "both"),
+    [
+        (("tp=2", "tensor_parallel=4"), None, None, "tp=2 and tensor_parallel=4"),
+        (("tp=2", "tp=2"), None, None, "tp=2 and tp=2"),
+        (("steps=3", "lr=1", "max_steps=4"), None, None, "steps=3 and max_steps=4"),
+        (("pattern=A", "hybrid_pattern=M"), None, None, "pattern=A and hybrid_pattern=M"),
+        (("data=a", "data=b"), None, None, "data=a and data=b"),
+        (("recipe=nam52", "recipe=nam56r"), None, None, "recipe=nam52 and recipe=nam56r"),
+        (("tp=2",), "cp=2,TP=4", None, "tp=2 and TP=4 of --layout"),
+        ((), "tp=2,tensor_parallelism=4", None, "tp=2 and tensor_parallelism=4"),
+        (("world=4",), None, "8", "world=4 and --world-size 8"),
+        ((), "world=8", "8", "world=8 of --layout and --world-size 8"),
+    ],
+)
+def test_a_setting_that_is_typed_twice(
+    overrides: tuple[str, ...], layout: str | None, world_size: str | None, both: str
+) -> None:
+    message = _refused(*overrides, layout=layout, world_size=world_size)
+    assert f" is given twice: {both}. Give it once." in message
+
+
+def test_a_file_may_be_overridden_once(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("tensor_parallel: 2\nsteps: 7\n")
+    recipe = resolve(str(path), ["tp=4", "max_steps=9"])
+    assert (recipe.layout.tp, recipe.training.max_steps) == (4, 9)
+
+
+def test_every_setting_is_refused_without_a_value() -> None:
+    for name in field_owners():
+        for text in ("", " ", "''"):
+            with pytest.raises(
+                UserError, match=rf"^{name} is (empty\. Leave {name} out|no setting)"
+            ):
+                from_mapping({}, read_command_line([f"{name}={text}"]))
+
+
+def test_what_an_empty_value_would_mean_can_be_asked_for() -> None:
+    assert "or write data=null for the built-in corpus" in _refused("data=")
+    assert "or write resume=null for a run from scratch" in _refused("resume=")
+    for name in {*RUN_KEYS, *TEXTS} - {"recipe"}:
+        given = read_command_line([f"{name}=null"])
+        assert given == {name: None}
+        from_mapping({"wandb_project": "x", **given})
+    with pytest.raises(UserError, match="There is no recipe ''"):
+        resolve("")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[data/a, ]", "nothing after the last comma"),
+        ("{data/a: 0.7, }", "nothing after the last comma"),
+        ("{data/a: 0.7, data/a: 0.3}", "data gives data/a twice."),
+        ("[data/a, '']", "data names a folder without a name"),
+        ("{'': 0.7}", "data names a folder without a name"),
+        ("[]", "data is an empty blend"),
+    ],
+)
+def test_a_blend_with_a_gap(value: str, message: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        resolve("nam56r_tiny", [f"data={value}"])
+    assert message in str(refusal.value)
+
+
+def test_a_blend_without_weights_is_no_gap() -> None:
+    """YAML writes a set as keys without values."""
+    assert resolve("nam56r_tiny", ["data={a, b}"]).data == {"a": None, "b": None}
+
+
+@pytest.mark.parametrize("line", ["data:", "data: ''", 'resume: " "', "tp:", "wandb_project:"])
+def test_a_line_without_a_value(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"lr: 4e-3\n{line}\n")
+    with pytest.raises(UserError, match=r" is empty\. Leave "):
+        read_yaml(path)
+    path.write_text("data: null\nresume: ~\netp: null\n")
+    assert read_yaml(path) == {"data": None, "resume": None, "expert_tensor_parallel_size": None}
