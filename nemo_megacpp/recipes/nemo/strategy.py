@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron.core.distributed import DistributedDataParallelConfig
 from nemo.lightning import MegatronStrategy, megatron_init
 from nemo.lightning.io.pl import MegatronCheckpointIO, ckpt_to_weights_subdir
 
@@ -25,12 +26,14 @@ from nemo_megacpp.recipes.nemo.actual import (
     actual_layout,
     actual_model,
     refuse_incoherent,
+    refuse_training,
     tokenizer_of,
 )
 from nemo_megacpp.recipes.nemo.checkpoint_io import AcrossBackends, AsyncCheckpointIO
 from nemo_megacpp.recipes.nemo.stops import told
 from nemo_megacpp.runtime.host import ensure_host
 from nemo_megacpp.runtime.orphans import bind_helpers
+from nemo_megacpp.settings.check import refuse_ddp
 
 _NON_FINITE = re.compile(r"^Rank (\d+), .*found (NaN|Inf) in local grad norm", re.DOTALL)
 """How Megatron's ``check_for_nan_in_grad`` puts it (``rerun_state_machine.py``)."""
@@ -53,11 +56,23 @@ class HybridStrategy(MegatronStrategy):
         seed: of the weights and of dropout; NeMo's own is fixed.
         kwargs: of ``MegatronStrategy``. ``ckpt_optim_fully_reshardable`` is without effect:
             optimizer state is always saved so that any layout can load it.
+
+    Raises:
+        UserError: a setting of ``ddp`` that is neither proved nor neutral.
     """
 
     def __init__(self, seed: int = 1234, **kwargs: Any):
         ensure_host(nemo=True)
+        ddp = kwargs.get("ddp", "megatron")
+        if isinstance(ddp, DistributedDataParallelConfig):
+            refuse_ddp(ddp)
+        elif ddp != "megatron":
+            raise UserError(
+                f"trainer.strategy.ddp={ddp!r}: Megatron's optimizer needs Megatron's wrapper. "
+                f"Legal: 'megatron', or a DistributedDataParallelConfig."
+            )
         super().__init__(**kwargs)
+        refuse_ddp(self.ddp_config)  # some of the strategy's own settings enter it
         self.seed = seed
         self._random_state: RandomState | None = None
         if self.async_save:
@@ -78,13 +93,16 @@ class HybridStrategy(MegatronStrategy):
         """Take the model, if it can be trained in this layout and on these data.
 
         Raises:
-            UserError: an override has made the layout illegal, or model and data unlike.
+            UserError: an override has made the layout illegal, or model and data unlike; or
+                a setting is neither proved nor neutral.
         """
         trainer = model.trainer
         layout = actual_layout(self.parallelism, trainer.world_size)
         node = trainer.num_devices if trainer.num_nodes > 1 else 0
         refuse_incoherent(layout, model.config, trainer.datamodule, node)
         super().connect(model)
+        # The precision plugin and the strategy have by now had their say in all three.
+        refuse_training(model.config, self.ddp_config, model.optim)
 
     def setup_distributed(self) -> None:
         """Start the process groups, then seed this rank."""
