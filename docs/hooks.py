@@ -1,4 +1,8 @@
-"""Docstrings on the reference pages: Sphinx's roles become links, and ``::`` a colon."""
+"""What the pages get when the site is built.
+
+Docstrings on the reference pages: Sphinx's roles become links, and ``::`` a colon. The page on
+settings: the tables of their verdicts.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,16 @@ import re
 from typing import Any
 
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):<code>~?([^<]+)</code>")
+_SETTINGS = "<!-- the verdicts on all settings -->"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the tables of settings into the page that asks for them."""
+    if _SETTINGS not in markdown:
+        return markdown
+    from nemo_megacpp.settings.report import markdown as tables
+
+    return markdown.replace(_SETTINGS, tables())
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import load_families
 from nemo_megacpp.pattern import Family, HybridPattern
-from nemo_megacpp.refusals import (
+from nemo_megacpp.settings.check import refuse_model
+from nemo_megacpp.settings.combinations import (
     refuse_biases,
+    refuse_ignored,
     refuse_meaningless,
-    refuse_routing,
-    refuse_unread,
 )
 
 Mode = Literal["nemo_native", "mamba3"]
@@ -223,6 +223,7 @@ class HybridConfig(TransformerConfig):
         depth: int = self.num_layers
         pattern = HybridPattern.parse(self.hybrid_pattern, depth=depth or None)
         self.num_layers: int = len(pattern)
+        refuse_unsupported(self, pattern)
         self._check_own_fields()
         if (
             self.virtual_pipeline_model_parallel_size is not None
@@ -233,7 +234,6 @@ class HybridConfig(TransformerConfig):
             # one by one, they travel over two groups.
             self.overlap_p2p_comm = True
             self.batch_p2p_comm = False
-        refuse_unsupported(self, pattern)
         if Family.MAMBA in pattern.families and self.mode == "mamba3":
             mamba3_dimensions(self)
         if Family.RECURRENT in pattern.families:
@@ -324,19 +324,21 @@ def refuse_unsupported(
     Raises:
         UserError: for the first such setting.
     """
-    refuse_unread(config)
-    refuse_routing(config)
+    refuse_model(config)
     refuse_meaningless(config)
+    refuse_ignored(config)
     present = dict.fromkeys(pattern.families)
     refuse_biases(config, [family.value for family in present if _unbiased(config, family)])
     clip = _hybrid_field(config, settings, "m2rnn_state_gradient_clip")
-    if Family.RECURRENT in pattern.families and clip is not None:
-        for name in ("fp16", "calculate_per_token_loss"):
-            if getattr(config, name):
-                raise UserError(
-                    f"{name}=True scales gradients during the backward pass, where the R block "
-                    f"bounds them. Turn it off, or set m2rnn_state_gradient_clip to null."
-                )
+    if (
+        Family.RECURRENT in pattern.families
+        and clip is not None
+        and config.calculate_per_token_loss
+    ):
+        raise UserError(
+            "calculate_per_token_loss=True scales gradients during the backward pass, where the R "
+            "block bounds them. Turn it off, or set m2rnn_state_gradient_clip to null."
+        )
 
 
 def _unbiased(config: TransformerConfig, family: Family) -> bool:

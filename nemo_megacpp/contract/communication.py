@@ -205,18 +205,13 @@ def _auxiliary_losses(sizes: Sizes) -> list[Collective]:
     )
     kinds = kinds if isinstance(kinds, list) else [kinds]
     coefficients = coefficients if isinstance(coefficients, list) else [coefficients] * len(kinds)
-    counts = {
-        "aux_loss": ("tp-cp", 1),
-        "seq_aux_loss": ("tp-cp", sizes.batch),
-        "global_aux_loss": ("tp-cp-dp", 1),
-    }
+    rows_counted = {"aux_loss": 1, "seq_aux_loss": sizes.batch}
     made = []
     for kind, coefficient in zip(kinds, coefficients, strict=True):
-        if kind in counts and coefficient:
-            group, rows = counts[kind]
-            size = rows * sizes.experts * 8
+        if kind in rows_counted and coefficient:
+            size = rows_counted[kind] * sizes.experts * 8
             made.append(
-                Collective("all_reduce", group, size, "forward", "routing", "tokens per expert")
+                Collective("all_reduce", "tp-cp", size, "forward", "routing", "tokens per expert")
             )
     return made
 

@@ -19,7 +19,6 @@ from nemo_megacpp.config import HybridConfig
 _NAMES = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
-    "global_aux_loss": "global_load_balancing_loss",
 }
 
 
@@ -65,8 +64,7 @@ def reduced_aux_losses(config: HybridConfig, scale: float = 1.0) -> dict[str, fl
         # A rank's balancing loss is its tokens' share of the sum; the others are means.
         if name == "z_loss":
             values /= tokens.size()
-        if name != "global_load_balancing_loss":
-            values /= rows.size()
+        values /= rows.size()
         torch.distributed.all_reduce(
             values, group=parallel_state.get_pipeline_model_parallel_group()
         )

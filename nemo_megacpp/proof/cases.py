@@ -65,8 +65,8 @@ FAMILIES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
         ("tp=2", "tp=2,etp=1", "ep=2", "cp=2", "tp=2,ep=2,etp=2", "tp=2,cp=2,ep=2,etp=1"),
     ),
     (
-        "E-global-aux",
-        tiny_model("E", moe_router_load_balancing_type="global_aux_loss", moe_z_loss_coeff=1e-3),
+        "E-aux-z",
+        tiny_model("E", moe_router_load_balancing_type="aux_loss", moe_z_loss_coeff=1e-3),
         ("tp=2,etp=1", "cp=2", "tp=2,cp=2,ep=2,etp=1"),
     ),
     ("R", tiny_model("R"), (*_TP, *_CP)),

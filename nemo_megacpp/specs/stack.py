@@ -33,6 +33,7 @@ from nemo_megacpp.config import NO_SETTINGS, HybridConfig, Mode, refuse_unsuppor
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import registered
 from nemo_megacpp.pattern import Family, HybridPattern
+from nemo_megacpp.settings.script import refuse_script
 from nemo_megacpp.specs.attention import attention_layer_spec
 from nemo_megacpp.specs.backend import default_backend
 from nemo_megacpp.specs.expert import expert_layer_spec
@@ -258,6 +259,7 @@ def _refuse_plain(
 ) -> None:
     """Refuse, of a configuration that is not ours, what ours would have refused."""
     refuse_unsupported(config, pattern, settings)
+    refuse_script(config)
     chunks = config.virtual_pipeline_model_parallel_size
     if chunks is not None and vp_stage is None:
         raise UserError(

@@ -128,7 +128,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = [
     ),
     (
         "E",
-        {**BALANCED, "moe_router_load_balancing_type": "global_aux_loss", "moe_z_loss_coeff": 1e-3},
+        {**BALANCED, "moe_router_load_balancing_type": "aux_loss", "moe_z_loss_coeff": 1e-3},
         ("tp=2,cp=2,ep=2,etp=1", "ep=2,world=4"),
         {},
     ),

@@ -33,10 +33,10 @@ SEQUENCE, Z = "seq_load_balancing_loss", "z_loss"
         (
             "AE",
             {
-                "moe_router_load_balancing_type": ["aux_loss", "global_aux_loss", "seq_aux_loss"],
-                "moe_aux_loss_coeff": [0.1, 0.2, 0.0],
+                "moe_router_load_balancing_type": ["aux_loss", "none", "seq_aux_loss"],
+                "moe_aux_loss_coeff": [0.1, 0.2, 0.3],
             },
-            ["load_balancing_loss", "global_load_balancing_loss"],
+            ["load_balancing_loss", SEQUENCE],
         ),
         ("AM", {"moe_z_loss_coeff": 1e-3}, []),
     ],

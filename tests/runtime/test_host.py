@@ -20,7 +20,7 @@ ROOMS = (
     "pattern",
     "layout",
     "families",
-    "refusals",
+    "settings",
     "config",
     "mixers",
     "specs",

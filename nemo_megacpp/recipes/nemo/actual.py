@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.checkpoint.identity import STRUCTURE, read_identity
-from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.config import HybridConfig, refuse_unsupported
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, refuse_illegal
 from nemo_megacpp.recipes.check import RecipeShape
 from nemo_megacpp.recipes.resume import refuse_finished
+from nemo_megacpp.settings.check import refuse_ddp, refuse_optimizer
+from nemo_megacpp.settings.combinations import refuse_incoherent_training
 
 
 def actual_layout(degrees: Any, ranks: int) -> ParallelLayout:
@@ -115,3 +117,22 @@ def refuse_incoherent(layout: ParallelLayout, config: HybridConfig, data: Any, n
         refuse_illegal(layout, shape, gpus_per_node=node)
     else:
         refuse_illegal(layout, shape)
+
+
+def refuse_training(config: HybridConfig, ddp: Any, optim: Any) -> None:
+    """Refuse settings of the run that are neither proved nor neutral.
+
+    Args:
+        config: of the model.
+        ddp: Megatron's configuration of the data-parallel wrapper.
+        optim: NeMo's optimizer module; None for a run that only validates.
+
+    Raises:
+        UserError: for the first such setting.
+    """
+    refuse_unsupported(config, config.pattern)
+    refuse_ddp(ddp)
+    optimizer = None if optim is None else optim.config
+    if optimizer is not None:
+        refuse_optimizer(optimizer)
+    refuse_incoherent_training(config, ddp, optimizer)

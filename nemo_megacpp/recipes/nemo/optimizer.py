@@ -1,12 +1,15 @@
 """NeMo's Megatron optimizer module on Megatron-Core 0.16, saved so that any layout can load it."""
 
-# NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
+# NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed, and it
+# knows Optional[int], but not "int | None".
+# ruff: noqa: UP045
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Optional
 
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from nemo.core.optim import McoreDistributedOptimizer
-from nemo.lightning import MegatronOptimizerModule
+from nemo.lightning import LRSchedulerModule, MegatronOptimizerModule
 from nemo.utils import AppState
 
 from nemo_megacpp.checkpoint.optimizer_state import (
@@ -14,6 +17,8 @@ from nemo_megacpp.checkpoint.optimizer_state import (
     optimizer_sharded_state_dict,
     refuse_other_forms,
 )
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.settings.check import refuse_optimizer
 
 
 class ReshardableOptimizer(McoreDistributedOptimizer):
@@ -56,7 +61,39 @@ class HybridOptimizer(MegatronOptimizerModule):
     NeMo 2.7.3 passes ``no_weight_decay_cond``, ``scale_lr_cond`` and ``lr_mult`` to
     ``get_megatron_optimizer``, a TypeError on any device. Megatron's own rule stands in their
     place: no weight decay on biases and vectors.
+
+    Args:
+        config: of Megatron's optimizer.
+        lr_scheduler: one of NeMo's.
+        no_weight_decay_cond: must stay unset.
+        scale_lr_cond: must stay unset.
+        lr_mult: must stay at 1.
+
+    Raises:
+        UserError: a setting of the optimizer that is neither proved nor neutral, or one that
+            Megatron-Core 0.16 no longer takes.
     """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        lr_scheduler: Optional[LRSchedulerModule] = None,
+        no_weight_decay_cond: Optional[Callable] = None,
+        scale_lr_cond: Optional[Callable] = None,
+        lr_mult: float = 1.0,
+    ):
+        for name, value, usual in (
+            ("no_weight_decay_cond", no_weight_decay_cond, None),
+            ("scale_lr_cond", scale_lr_cond, None),
+            ("lr_mult", lr_mult, 1.0),
+        ):
+            if value != usual:
+                raise UserError(
+                    f"optim.{name}={value!r}: Megatron-Core 0.16 no longer takes it. "
+                    f"Legal: {usual!r}."
+                )
+        refuse_optimizer(config)
+        super().__init__(config, lr_scheduler=lr_scheduler)
 
     def optimizers(self, model: Any) -> list[McoreDistributedOptimizer]:
         """Build the optimizer of all model chunks."""

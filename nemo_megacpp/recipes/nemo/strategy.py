@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from nemo.lightning import MegatronStrategy, megatron_init
 from nemo.lightning._strategy_lib import init_model_parallel
 from nemo.lightning.io.pl import MegatronCheckpointIO, ckpt_to_weights_subdir
@@ -30,6 +31,7 @@ from nemo_megacpp.recipes.nemo.actual import (
     refuse_finished_run,
     refuse_fsdp,
     refuse_incoherent,
+    refuse_training,
     tokenizer_of,
 )
 from nemo_megacpp.recipes.nemo.checkpoint_io import AcrossBackends, AsyncCheckpointIO
@@ -37,6 +39,7 @@ from nemo_megacpp.recipes.nemo.stops import told
 from nemo_megacpp.recipes.resume import refuse_weights_alone
 from nemo_megacpp.runtime.host import ensure_host
 from nemo_megacpp.runtime.orphans import bind_helpers
+from nemo_megacpp.settings.check import refuse_ddp
 
 _NON_FINITE = re.compile(r"^Rank (\d+), .*found (NaN|Inf) in local grad norm", re.DOTALL)
 """How Megatron's ``check_for_nan_in_grad`` puts it (``rerun_state_machine.py``)."""
@@ -62,12 +65,22 @@ class HybridStrategy(MegatronStrategy):
 
     Raises:
         UserError: another way to keep data-parallel replicas than Megatron's DDP.
+        UserError: a setting of ``ddp`` that is neither proved nor neutral.
     """
 
     def __init__(self, seed: int = 1234, **kwargs: Any):
         refuse_fsdp(kwargs.get("fsdp"), kwargs.get("ddp"))
         ensure_host(nemo=True)
+        ddp = kwargs.get("ddp", "megatron")
+        if isinstance(ddp, DistributedDataParallelConfig):
+            refuse_ddp(ddp)
+        elif ddp != "megatron":
+            raise UserError(
+                f"trainer.strategy.ddp={ddp!r}: Megatron's optimizer needs Megatron's wrapper. "
+                f"Legal: 'megatron', or a DistributedDataParallelConfig."
+            )
         super().__init__(**kwargs)
+        refuse_ddp(self.ddp_config)  # some of the strategy's own settings enter it
         self.seed = seed
         self._random_state: RandomState | None = None
         if self.async_save:
@@ -88,13 +101,16 @@ class HybridStrategy(MegatronStrategy):
         """Take the model, if it can be trained in this layout and on these data.
 
         Raises:
-            UserError: an override has made the layout illegal, or model and data unlike.
+            UserError: an override has made the layout illegal, or model and data unlike; or
+                a setting is neither proved nor neutral.
         """
         trainer = model.trainer
         layout = actual_layout(self.parallelism, trainer.world_size)
         node = trainer.num_devices if trainer.num_nodes > 1 else 0
         refuse_incoherent(layout, model.config, trainer.datamodule, node)
         super().connect(model)
+        # The precision plugin and the strategy have by now had their say in all three.
+        refuse_training(model.config, self.ddp_config, model.optim)
 
     def setup_distributed(self) -> None:
         """Start the process groups, or use the caller's default one; then seed this rank."""

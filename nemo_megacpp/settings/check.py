@@ -1,0 +1,72 @@
+"""What every door asks: is each setting one that may be trained with?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.settings.tables import TABLES, default_of
+from nemo_megacpp.settings.verdict import Setting
+
+
+def refuse_unproved(kind: type, values: Mapping[str, Any]) -> None:
+    """Refuse settings that are neither proved nor neutral.
+
+    Args:
+        kind: Megatron's configuration: a key of :data:`nemo_megacpp.settings.tables.TABLES`.
+        values: its fields; one that is missing is at its default.
+
+    Raises:
+        UserError: for the first such field, one without a verdict included: with its value, the
+            reason and the legal values.
+    """
+    for field in dataclasses.fields(kind):
+        default = default_of(field)
+        value = values.get(field.name, default)
+        setting = TABLES[kind].get(field.name)
+        name = field.name if kind is TransformerConfig else f"{kind.__name__}.{field.name}"
+        if setting is None:
+            if value != default and (value or default):
+                raise UserError(
+                    f"{kind.__name__}.{field.name}={value!r}: this Megatron-Core has a setting "
+                    f"that nemo_megacpp does not know. Legal: {default!r}."
+                )
+        elif not setting.accepts(value, default):
+            reason = setting.otherwise or setting.reason
+            raise UserError(f"{name}={value!r}: {reason}. Legal: {_legal(setting, default)}.")
+
+
+def refuse_model(config: TransformerConfig) -> None:
+    """Refuse settings of a model, by :func:`refuse_unproved`.
+
+    Args:
+        config: a plain one or a :class:`nemo_megacpp.config.HybridConfig`.
+    """
+    refuse_unproved(TransformerConfig, vars(config))
+
+
+def refuse_ddp(config: DistributedDataParallelConfig) -> None:
+    """Refuse settings of the data-parallel wrapper, by :func:`refuse_unproved`."""
+    refuse_unproved(DistributedDataParallelConfig, vars(config))
+
+
+def refuse_optimizer(config: OptimizerConfig) -> None:
+    """Refuse settings of the optimizer, by :func:`refuse_unproved`."""
+    refuse_unproved(OptimizerConfig, vars(config))
+
+
+def legal_values(setting: Setting, default: Any) -> list[Any]:
+    """Return the values that a setting with a few legal ones accepts, its default among them."""
+    values = [] if setting.legal is None else list(setting.legal)
+    return values if default in values else [*values, default]
+
+
+def _legal(setting: Setting, default: Any) -> str:
+    text = ", ".join(map(repr, legal_values(setting, default)))
+    return f"{text}, or a list of these" if setting.each else text

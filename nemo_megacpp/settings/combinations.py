@@ -1,0 +1,157 @@
+"""Values that are refused beside others, or that mean nothing by themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+from torch.nn import functional as F
+
+from nemo_megacpp.errors import UserError
+
+
+def refuse_meaningless(config: TransformerConfig) -> None:
+    """Refuse numbers outside their range.
+
+    Args:
+        config: of the model, a plain one or a :class:`nemo_megacpp.config.HybridConfig`.
+
+    Raises:
+        UserError: for the first such number.
+    """
+    for name in ("hidden_dropout", "attention_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{name}: {getattr(config, name)} must be at least 0 and below 1.")
+    for name in ("layernorm_epsilon", "softmax_scale", "moe_expert_capacity_factor"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{name}: {value} must be above 0.")
+    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if isinstance(coefficients, list) != isinstance(kinds, list):
+        raise UserError(
+            f"moe_router_load_balancing_type={kinds!r} and moe_aux_loss_coeff={coefficients!r} "
+            f"must both be lists, of one length, or neither."
+        )
+    at_least_zero: dict[str, Any] = {
+        "moe_aux_loss_coeff": coefficients,
+        "moe_z_loss_coeff": config.moe_z_loss_coeff,
+        "init_method_std": config.init_method_std,
+    }
+    for name, value in at_least_zero.items():
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not number >= 0:
+                raise UserError(f"{name}: {number} must be at least 0.")
+
+
+def refuse_biases(config: TransformerConfig, unbiased: list[str]) -> None:
+    """Refuse biases that some blocks of the pattern would have and others not.
+
+    Args:
+        config: as for :func:`refuse_meaningless`.
+        unbiased: letters of the pattern whose mixers have no biases.
+
+    Raises:
+        UserError: with the letters.
+    """
+    if config.add_bias_linear and unbiased:
+        raise UserError(
+            f"add_bias_linear=True: the projections of {' and '.join(unbiased)} have no biases, so "
+            f"only some blocks of this pattern would have them. Leave add_bias_linear at False."
+        )
+
+
+def refuse_ignored(config: TransformerConfig) -> None:
+    """Refuse settings that another one would make Megatron ignore, or fail on in the first step.
+
+    Args:
+        config: as for :func:`refuse_meaningless`.
+
+    Raises:
+        UserError: for the first such setting.
+    """
+    modules = config.recompute_modules
+    if (
+        config.recompute_granularity is None
+        and not config.moe_layer_recompute
+        and modules not in (None, ["core_attn"])  # what Megatron fills in
+    ):
+        raise UserError(
+            f"recompute_modules={modules!r} has no effect without "
+            f"recompute_granularity='selective'."
+        )
+    stages, computed = config.pipeline_model_parallel_size, _computed_in(config)
+    if stages > 1 and config.pipeline_dtype not in (None, computed):
+        raise UserError(
+            f"pipeline_dtype={config.pipeline_dtype}: a stage computes and sends {computed}, and "
+            f"the next one would receive something else. Legal: {computed}."
+        )
+    if config.num_moe_experts:
+        _refuse_ignored_by_experts(config)
+
+
+def _computed_in(config: TransformerConfig) -> torch.dtype:
+    return torch.bfloat16 if config.bf16 else config.params_dtype
+
+
+def _refuse_ignored_by_experts(config: TransformerConfig) -> None:
+    """Refuse what an expert's activation would leave out, or has no code for."""
+    if config.moe_apply_probs_on_input and config.moe_router_topk != 1:
+        raise UserError(
+            f"moe_apply_probs_on_input=True needs one expert per token; moe_router_topk="
+            f"{config.moe_router_topk}. Leave it at False, or set moe_router_topk=1."
+        )
+    fused = config.bias_activation_fusion
+    if fused and not (config.activation_func is F.silu and config.gated_linear_unit):
+        raise UserError(
+            "bias_activation_fusion=True: the fused kernel that all of Megatron's experts have is "
+            "that of silu with a gate. Leave it at False for other activations."
+        )
+    overlapped = config.moe_shared_expert_overlap and config.moe_shared_expert_intermediate_size
+    for culprit, on in (
+        ("bias_activation_fusion", fused),
+        ("use_te_activation_func", config.use_te_activation_func),
+        ("moe_shared_expert_overlap", overlapped),
+        ("gated_linear_unit", not config.gated_linear_unit),
+    ):
+        for name in ("glu_linear_offset", "activation_func_clamp_value"):
+            if getattr(config, name) and on:
+                raise UserError(
+                    f"{name}={getattr(config, name)} would be ignored with "
+                    f"{culprit}={getattr(config, culprit)}. Leave one of them at its default."
+                )
+
+
+def refuse_incoherent_training(
+    model: TransformerConfig, ddp: DistributedDataParallelConfig, optimizer: OptimizerConfig | None
+) -> None:
+    """Refuse a data-parallel wrapper or an optimizer that is not for this model.
+
+    Args:
+        model: its configuration.
+        ddp: the wrapper's.
+        optimizer: the optimizer's; None where there is none.
+
+    Raises:
+        UserError: gradients of a bf16 model that would be summed in bfloat16, a mean that cannot be
+            taken while summing, or an optimizer for another precision.
+    """
+    if model.bf16 and not ddp.grad_reduce_in_fp32:
+        raise UserError(
+            "DistributedDataParallelConfig.grad_reduce_in_fp32=False: in bf16 the gradients of all "
+            "microbatches would be added up in bfloat16, so that how many of them a rank has would "
+            "change the sum. Legal: True."
+        )
+    if ddp.average_in_collective and model.calculate_per_token_loss:
+        raise UserError(
+            "DistributedDataParallelConfig.average_in_collective=True: with "
+            "calculate_per_token_loss=True gradients are summed, and divided by the tokens "
+            "afterwards. Legal: False."
+        )
+    if optimizer is not None and optimizer.bf16 != model.bf16:
+        raise UserError(
+            f"OptimizerConfig.bf16={optimizer.bf16}, and the model has bf16={model.bf16}: without "
+            f"float32 master weights a bf16 model would lose its steps. Legal: {model.bf16}."
+        )

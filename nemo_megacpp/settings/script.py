@@ -1,0 +1,69 @@
+"""The settings of a Megatron script that builds the stack, beside its model's."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.settings.check import refuse_unproved
+from nemo_megacpp.settings.combinations import refuse_incoherent_training
+from nemo_megacpp.settings.tables import default_of
+
+_ARGUMENTS = "megatron.training.global_vars"
+_RENAMED = {
+    "grad_reduce_in_fp32": "accumulate_allreduce_grads_in_fp32",
+    "check_for_nan_in_grad": "check_for_nan_in_loss_and_grad",
+    "bucket_size": "ddp_bucket_size",
+    "pad_buckets_for_high_nccl_busbw": "ddp_pad_buckets_for_high_nccl_busbw",
+    "reduce_scatter_with_fp32_accumulation": "ddp_reduce_scatter_with_fp32_accumulation",
+    "average_in_collective": "ddp_average_in_collective",
+}
+"""Field of ``DistributedDataParallelConfig`` -> argument (``megatron/training/training.py``)."""
+
+
+def refuse_script(model: TransformerConfig) -> None:
+    """Refuse what a Megatron script's own arguments say of its wrapper and its optimizer.
+
+    A script hands the stack the model's configuration alone, and makes the other two of its
+    arguments after that. In a process that is not such a script there is nothing to refuse.
+
+    Args:
+        model: its configuration.
+
+    Raises:
+        UserError: for the first setting that is neither proved nor neutral.
+    """
+    args = _arguments()
+    if args is None:
+        return
+    if getattr(args, "use_torch_fsdp2", False):
+        raise UserError("--use-torch-fsdp2: no case has torch's FSDP. Leave it out.")
+    ddp = _said(args, DistributedDataParallelConfig, _RENAMED)
+    optimizer = _said(args, OptimizerConfig, {})
+    refuse_unproved(DistributedDataParallelConfig, ddp)
+    refuse_unproved(OptimizerConfig, optimizer)
+    refuse_incoherent_training(model, SimpleNamespace(**ddp), SimpleNamespace(**optimizer))
+
+
+def _arguments() -> Any:
+    """Return the arguments of the script that this process runs, or None."""
+    module = sys.modules.get(_ARGUMENTS)
+    try:
+        return None if module is None else module.get_args()
+    except AssertionError:  # imported, and not initialised
+        return None
+
+
+def _said(args: Any, kind: type, renamed: dict[str, str]) -> dict[str, Any]:
+    """Return the fields of a configuration that the script would make of its arguments."""
+    return {
+        field.name: getattr(args, renamed.get(field.name, field.name), default_of(field))
+        for field in dataclasses.fields(kind)
+    }

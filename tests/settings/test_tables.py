@@ -1,0 +1,95 @@
+"""The tables of settings: complete, and what they cite exists."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from nemo_megacpp import cli
+from nemo_megacpp.settings.report import markdown, settings_document
+from nemo_megacpp.settings.tables import TABLES, default_of
+
+ROOT = Path(__file__).parents[2]
+_COVERING = "nemo_megacpp.proof.covering"
+PROOFS = sorted(
+    {proof for table in TABLES.values() for setting in table.values() for proof in setting.proofs}
+)
+
+
+@pytest.mark.parametrize("kind", TABLES, ids=lambda kind: kind.__name__)
+def test_every_field_has_a_verdict(kind: type) -> None:
+    """A field that Megatron-Core gains has to be judged; one that it loses goes."""
+    assert set(TABLES[kind]) == {field.name for field in dataclasses.fields(kind)}
+
+
+@pytest.mark.parametrize("kind", TABLES, ids=lambda kind: kind.__name__)
+def test_defaults_are_accepted(kind: type) -> None:
+    for field in dataclasses.fields(kind):
+        default = default_of(field)
+        assert TABLES[kind][field.name].accepts(default, default), field.name
+
+
+@pytest.mark.parametrize("proof", [proof for proof in PROOFS if proof.startswith("tests/")])
+def test_a_cited_test_exists(proof: str) -> None:
+    path, _, name = proof.partition("::")
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.skipif(importlib.util.find_spec(_COVERING) is None, reason="there is no such list yet")
+def test_cited_settings_are_varied() -> None:
+    from nemo_megacpp.proof.covering import covered_fields  # type: ignore[import-not-found]
+
+    cited = {proof.removeprefix("covering:") for proof in PROOFS if proof.startswith("covering:")}
+    assert cited <= covered_fields(), f"not varied: {sorted(cited - covered_fields())}"
+
+
+def test_a_proof_is_one_of_the_two_kinds() -> None:
+    for proof in PROOFS:
+        assert re.fullmatch(r"covering:\w+\.\w+|tests/[\w/]+\.py::test_\w+", proof), proof
+
+
+def test_reasons_are_sentences() -> None:
+    for table in TABLES.values():
+        for name, setting in table.items():
+            for text in filter(None, (setting.reason, setting.otherwise)):
+                assert text[0].isupper() or text[0] == "'" or "." in text.split()[0], (name, text)
+                assert not text.endswith((".", ";")), (name, text)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = cli.read_arguments(["settings", "OptimizerConfig.bf16", "--json"])
+    assert args.run(args) == 0
+    document = json.loads(capsys.readouterr().out)
+    (row,) = document["settings"]
+    assert (document["schema"], row["field"], row["verdict"]) == (1, "bf16", "proved")
+    args = cli.read_arguments(["settings", "bf16"])
+    monkeypatch.setenv("COLUMNS", "200")
+    assert args.run(args) == 0
+    shown = capsys.readouterr().out
+    assert "TransformerConfig (1 proved" in shown and "OptimizerConfig (1 proved" in shown
+    args = cli.read_arguments(["settings", "clip_gard"])
+    with pytest.raises(ValueError, match=r"no setting 'clip_gard'\. Did you mean 'clip_grad'"):
+        args.run(args)
+
+
+def test_legal_values_are_shown_with_the_default() -> None:
+    rows = {(row["configuration"], row["field"]): row for row in settings_document()["settings"]}
+    assert rows["OptimizerConfig", "fp8_recipe"]["legal"] == ["'delayed'", "None"]
+    assert rows["TransformerConfig", "fp16"]["legal"] == ["False"]
+    assert rows["TransformerConfig", "hidden_size"]["legal"] is None
+
+
+def test_the_page_has_every_setting() -> None:
+    scope: dict = {}
+    exec((ROOT / "docs" / "hooks.py").read_text(encoding="utf-8"), scope)
+    page = scope["on_page_markdown"]((ROOT / "docs" / "settings.md").read_text(encoding="utf-8"))
+    assert page.count("\n| `") == sum(map(len, TABLES.values()))
+    assert markdown() in page
+    assert scope["on_page_markdown"]("# Another page") == "# Another page"
