@@ -250,6 +250,8 @@ class HybridConfig(TransformerConfig):
             self.num_moe_experts = None
             self.moe_ffn_hidden_size = None
             self.moe_shared_expert_intermediate_size = None
+            self.moe_router_num_groups = None
+            self.moe_router_group_topk = None
         elif not self.num_moe_experts:
             raise UserError(
                 f"The pattern {pattern} has E blocks, and num_moe_experts is "

@@ -19,10 +19,12 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import Dtype, StepSpec
 
+_WITHOUT_SP = "TP without SP"
+
 LAYOUTS: Mapping[str, str] = MappingProxyType(
     {
         "TP": "tp=2,etp=2",
-        "TP without SP": "tp=2,sp=false",
+        _WITHOUT_SP: "tp=2,sp=false",
         "ETP": "tp=2,etp=1",
         "CP": "cp=2",
         "EP": "ep=2",
@@ -60,6 +62,21 @@ class Varied:
     pattern: str | None = None
     axes: tuple[str, ...] | None = None
     apart: tuple[str, ...] = field(default=())
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether nothing but an E block reads it."""
+        modules = self.model.get("recompute_modules", [])
+        named = [*self.model, *modules]
+        return any(name.startswith(("moe", "shared_experts")) for name in named) or bool(
+            self.spec.get("starved_experts")
+        )
+
+    def is_legal_on(self, axis: str) -> bool:
+        """Whether a layout of ``axis`` accepts it; without SP, Megatron's E block refuses TP."""
+        if axis == _WITHOUT_SP and self.is_of_experts:
+            return False
+        return self.axes is None or axis in self.axes
 
     def goes_with(self, other: Varied) -> bool:
         """Return whether both can be on in one model."""
@@ -130,10 +147,13 @@ SETTINGS: tuple[Varied, ...] = (
     _model("part of the channels turn", rotary_percent=0.5, kv_channels=8),
     _model("ungated MLP", gated_linear_unit=False, activation_func=F.gelu),
     _model("deterministic mode", deterministic_mode=True),
-    Varied("biases", model={"add_bias_linear": True}, pattern="AAAA"),
     Varied(
-        "hidden dropout", model={"hidden_dropout": 0.2}, pattern="AMRA", axes=("TP without SP",)
+        "biases",
+        model={"add_bias_linear": True},
+        pattern="AAAA",
+        axes=("TP", _WITHOUT_SP, "CP", "DP", "PP", "VPP"),
     ),
+    Varied("hidden dropout", model={"hidden_dropout": 0.2}, pattern="AMRA", axes=(_WITHOUT_SP,)),
     # Recomputation.
     _model("recompute attention", recompute_modules=["core_attn"], **_SELECTIVE),
     _model("recompute MoE", recompute_modules=["moe"], **_SELECTIVE),
@@ -202,18 +222,18 @@ def bundles() -> tuple[tuple[Varied, ...], ...]:
 @cache
 def cases() -> tuple[Case, ...]:
     """Return the covering list: every bundle in every layout that it is legal in."""
-    return tuple(
-        Case(bundle, axis, ParallelLayout.parse(text), spec_of(bundle, axis))
-        for bundle in bundles()
-        for axis, text in LAYOUTS.items()
-        if bundle[0].axes is None or axis in bundle[0].axes
-    )
+    found = []
+    for bundle in bundles():
+        for axis, text in LAYOUTS.items():
+            if legal := tuple(setting for setting in bundle if setting.is_legal_on(axis)):
+                spec = spec_of(legal, axis)
+                found.append(Case(legal, axis, ParallelLayout.parse(text), spec))
+    return tuple(found)
 
 
 def spec_of(bundle: tuple[Varied, ...], axis: str) -> StepSpec:
     """Return what a case of ``bundle`` computes."""
-    # Without SP, Megatron's MoE layer refuses TP.
-    pattern = bundle[0].pattern or ("AMRA" if axis == "TP without SP" else "AEMR")
+    pattern = bundle[0].pattern or ("AMRA" if axis == _WITHOUT_SP else "AEMR")
     model: dict[str, Any] = {}
     ddp: dict[str, Any] = {}
     optimizer: dict[str, Any] = {}

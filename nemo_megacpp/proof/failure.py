@@ -25,8 +25,8 @@ def describe_failure(text: str) -> str:
     """Return the exception of a rank, with the file and line of the user's own code.
 
     That is the innermost frame that belongs neither to Python, torch, Megatron, NeMo nor this
-    package; code that is not installed as a package goes before code that is. Where there is no such frame,
-    as where a layout is refused, the exception alone is returned.
+    package; code that is not installed as a package goes before code that is. Where there is no
+    such frame, as where a layout is refused, the exception alone is returned.
 
     Args:
         text: of a :class:`nemo_megacpp.runtime.workers.WorkerError`: the tracebacks of the ranks,

@@ -61,6 +61,15 @@ def test_float32(hold_to, packed):
     hold_to(m2rnn_naive, m2rnn_scan, tensors, 1e-5, options, reference_dtype=torch.float64)
 
 
+@pytest.mark.parametrize("scale", [1e-1, 1e-2, 1e-3])
+def test_float32_of_small_inputs(hold_to, scale):
+    """A new model's keys and values are small: the state is accurate relative to itself."""
+    tensors = make(length=33, heads=4, key=16, value=8, dtype=torch.float32)
+    tensors |= {name: scale * tensors[name] for name in ("q", "k", "v")}
+    tensors |= {"W": 0.3 * tensors["W"], "initial_state": scale**2 * tensors["initial_state"]}
+    hold_to(m2rnn_naive, m2rnn_scan, tensors, 1e-5, {}, reference_dtype=torch.float64)
+
+
 def test_gradients_are_finite_differences(packed):
     """Without the reference: the hand-written backward against the function itself."""
     tensors = make(batch=2, length=5, heads=2, key=2, value=2)

@@ -54,6 +54,10 @@ CASES: dict[str, tuple[Tensors, dict[str, Any]]] = {
     # 20 rows of the state: two programs a head, the second of them a quarter full.
     "two-parts": (small(key=20, length=5), CLIPPED | {"checkpoint_every": 2}),
     "wide-values": (small(value=17, length=4), {}),
+    "small-inputs": (
+        {n: (t if n in ("forget", "W") else 1e-2 * t) for n, t in small(key=8).items()},
+        {},
+    ),
     "whole-tiles": (small(key=16, value=16, length=5), {"checkpoint_every": 2}),
 }
 
