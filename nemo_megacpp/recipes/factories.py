@@ -19,6 +19,7 @@ from nemo_megacpp.layout import refuse_illegal
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.check import shape_of
 from nemo_megacpp.recipes.nemo.versions import describe_mismatch, requirement
+from nemo_megacpp.recipes.nemo.words import refuse_repeated
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping
 from nemo_megacpp.recipes.run_folder import new_run_dir, refuse_unshared
 from nemo_megacpp.recipes.train import settle
@@ -199,6 +200,8 @@ def _pretrain(
 ) -> run.Partial:
     """Return the configuration of recipe ``name`` with these settings."""
     try:
+        if _on_nemo_command_line():
+            refuse_repeated(sys.argv[1:])
         if None not in (devices, num_gpus_per_node):
             raise UserError("devices and num_gpus_per_node are two names of one number; give one.")
         devices = num_gpus_per_node if devices is None else devices

@@ -186,6 +186,45 @@ def test_nemos_own_names(factories: Any, here: Path) -> None:
         factories.nam52(tensor_paralelism=4)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nam56r_tiny(max_steps=2, max_steps=3)",), "twice: max_steps=2 and max_steps=3"),
+        (
+            ("nam56r_tiny(tensor_parallelism=2, tensor_model_parallel_size=4)",),
+            "twice: tensor_parallelism=2 and tensor_model_parallel_size=4",
+        ),
+        (("nam56r_tiny(data=, max_steps=3)",), "data is empty"),
+        (
+            ("nam56r_tiny", "trainer.max_steps=2", "lr=1", "trainer.max_steps=3"),
+            "twice: trainer.max_steps=2 and trainer.max_steps=3",
+        ),
+        (("nam56r_tiny", "optim.config.lr="), "optim.config.lr is empty"),
+    ],
+)
+def test_nemos_command_line_keeps_no_last_of_two(
+    words: tuple[str, ...],
+    message: str,
+    factories: Any,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(factories, "_on_nemo_command_line", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["nemo", "llm", "pretrain", "--factory", *words])
+    with pytest.raises(SystemExit) as stop:
+        factories.nam56r_tiny()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    once = [
+        "nam56r_tiny(max_steps=3, data=a b)",
+        "trainer.callbacks+=[a]",
+        "trainer.callbacks+=[b]",
+    ]
+    monkeypatch.setattr(sys, "argv", ["nemo", "llm", "pretrain", "--factory", *once])
+    assert factories.nam56r_tiny(max_steps=3).trainer.max_steps == 3
+
+
 def test_loggers_and_checkpoints(
     factories: Any, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,8 @@ def refuse_fsdp(fsdp: Any, ddp: Any) -> None:
     """Refuse FSDP and PyTorch's DDP in the place of Megatron's.
 
     Args:
-        fsdp, ddp: of NeMo's ``MegatronStrategy``.
+        fsdp: of NeMo's ``MegatronStrategy``.
+        ddp: of the same.
 
     Raises:
         UserError: with the reason.
