@@ -50,8 +50,7 @@ ARCHITECTURE: Table = {
     "mamba_num_groups": neutral(_SIZE),
     "mamba_num_heads": neutral(_SIZE),
     "use_mamba_mem_eff_path": refused(
-        "Only the path through mamba_ssm's one fused kernel is proved, and without a GPU there is "
-        "no other"
+        "Without it Megatron's mixer takes no packs, and no case has that path"
     ),
     # Attention.
     "softmax_scale": proved("One number for all heads", *_covering("softmax_scale")),

@@ -62,9 +62,10 @@ def refuse_optimizer(config: OptimizerConfig) -> None:
 
 
 def legal_values(setting: Setting, default: Any) -> list[Any]:
-    """Return the values that a setting with a few legal ones accepts, its default among them."""
+    """Return the values that a setting with a few legal ones accepts."""
     values = [] if setting.legal is None else list(setting.legal)
-    return values if default in values else [*values, default]
+    unsaid = default not in values and setting.accepts(default, default)
+    return [*values, default] if unsaid else values
 
 
 def _legal(setting: Setting, default: Any) -> str:

@@ -36,7 +36,7 @@ def settings_document(name: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: there is no such field.
     """
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "configuration": kind.__name__,
             "field": field.name,

@@ -20,8 +20,8 @@ class Setting:
         reason: what reads the field and what follows; one sentence, without the final stop.
         proofs: of a proved setting: ``covering:Class.field``, a setting that the covering list of
             :mod:`nemo_megacpp.proof` varies, or a test, ``tests/file.py::test_name``.
-        legal: the values that are accepted; None: all of a proved or neutral setting, the default
-            alone of a refused one.
+        legal: the values that are accepted, beside a default that is empty; None: all of a proved
+            or neutral setting, the default alone of a refused one.
         otherwise: why other values than ``legal`` are refused; ``reason`` if empty.
         each: a list is accepted if each of its elements is.
     """
@@ -39,11 +39,11 @@ class Setting:
 
     def accepts(self, value: Any, default: Any) -> bool:
         """Return whether ``value`` may be trained with. None, False, 0 and an empty list mean the
-        same wherever Megatron has one of them as a default."""
-        if value == default or (not value and not default):
+        same wherever Megatron has one of them as a default, and are legal there."""
+        if not value and not default:
             return True
         if self.legal is None:
-            return self.verdict != "refused"
+            return self.verdict != "refused" or value == default
         values = value if self.each and isinstance(value, list) else [value]
         return all(any(one == choice for choice in self.legal) for one in values)
 

@@ -339,9 +339,9 @@ def _plain_stack(settings: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recompute_granularity": "full"}, "recompute_granularity='full' is not supported"),
+        ({"recompute_granularity": "full"}, "recompute_granularity='full': Only"),
         ({"virtual_pipeline_model_parallel_size": 2}, "2 virtual pipeline stages"),
-        ({"qk_layernorm": True}, "qk_layernorm=True is not read by the hybrid stack"),
+        ({"qk_layernorm": True}, "qk_layernorm=True: An A block is grouped-query attention"),
         ({"hidden_dropout": 1.0}, "hidden_dropout: 1.0 must be at least 0 and below 1"),
         ({"calculate_per_token_loss": True}, "calculate_per_token_loss=True scales gradients"),
     ],

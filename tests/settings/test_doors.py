@@ -321,6 +321,63 @@ def test_what_the_optimizer_module_would_drop(name: str, value: Any) -> None:
         HybridOptimizer(OptimizerConfig(), **{name: value})
 
 
+class _Plugin:
+    """What a precision plugin says: it has the last word in all three configurations."""
+
+    def __init__(self, **said: Any):
+        from nemo.lightning.pytorch.plugins.mixed_precision import MegatronMixedPrecision
+
+        self.dtype_config = MegatronMixedPrecision(**said).dtype_config
+
+
+def _connect(monkeypatch: pytest.MonkeyPatch, plugin: _Plugin | None, optim: Any) -> None:
+    """Connect NeMo's strategy and a model, as a trainer does before it starts the groups."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from nemo_megacpp.recipes.nemo import strategy as module
+
+    monkeypatch.setattr(module, "refuse_incoherent", lambda *_: None)
+    monkeypatch.setattr(module, "actual_layout", lambda *_: None)
+    monkeypatch.setattr(DDPStrategy, "connect", lambda *_: None)
+    strategy = module.HybridStrategy(
+        ddp=DistributedDataParallelConfig(grad_reduce_in_fp32=True), ckpt_async_save=False
+    )
+    strategy._precision_plugin = plugin
+    trainer = SimpleNamespace(world_size=1, num_devices=1, num_nodes=1, datamodule=None)
+    config = HybridConfig(**tiny_model("AEMR"))
+    strategy.connect(SimpleNamespace(trainer=trainer, config=config, optim=optim))
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"precision": "bf16-mixed", "params_dtype": torch.bfloat16}, ""),
+        ({"precision": "16-mixed"}, "fp16=True: Its loss scale"),
+        ({"precision": "bf16-mixed", "fp8": "hybrid"}, "fp8='hybrid': No GPU has proved it"),
+        ({"precision": "bf16-mixed", "grad_reduce_in_fp32": False}, "grad_reduce_in_fp32=False"),
+        ({"precision": "bf16-mixed", "fp16_loss_scale": 64.0}, "loss_scale=64.0: NeMo divides"),
+    ],
+)
+def test_what_a_precision_plugin_says(
+    said: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_megacpp.recipes.nemo.optimizer import HybridOptimizer
+
+    optim = HybridOptimizer(OptimizerConfig(lr=1e-3))
+    if not message:
+        _connect(monkeypatch, _Plugin(**said), optim)
+        return
+    with pytest.raises(UserError, match=message):
+        _connect(monkeypatch, _Plugin(**said), optim)
+
+
+def test_another_optimizer_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo.lightning import MegatronOptimizerModule
+
+    with pytest.raises(UserError, match="optim is a MegatronOptimizerModule"):
+        _connect(monkeypatch, None, MegatronOptimizerModule(OptimizerConfig(lr=1e-3)))
+
+
 # --- another Megatron-Core
 
 

@@ -145,16 +145,19 @@ def test_layers_that_do_not_divide_are_refused(ranks: WorkerPool) -> None:
     ("settings", "message"),
     [
         (
-            {"moe_token_dispatcher_type": "flex"},
-            "Megatron refuses this model: Flex token dispatcher requires TPxEP > 1.",
+            {"hybrid_pattern": "AM", "mamba_num_groups": 3},
+            "Megatron refuses this model: nheads must be evenly divisible by ngroups.",
         ),
-        ({"normalization": "LayerNorm"}, "Install Transformer Engine or change these."),
+        (
+            {"layernorm_zero_centered_gamma": True},
+            "Install Transformer Engine or change these.",
+        ),
         ({"add_bias_linear": True}, "Install it, or leave add_bias_linear at False."),
     ],
 )
 def test_what_a_module_refuses_is_said_to_the_user(settings: dict[str, Any], message: str) -> None:
     """Without the names of the modules that were being built."""
-    config = make_config(StepSpec(tiny_model("AE", **settings)), ParallelLayout())
+    config = make_config(StepSpec({**tiny_model("AE"), **settings}), ParallelLayout())
     with fake_rank(ParallelLayout(), 0), pytest.raises(UserError) as refusal:
         build_hybrid_model(config)
     assert str(refusal.value).endswith(message)

@@ -35,6 +35,7 @@ from nemo_megacpp.recipes.nemo.actual import (
     tokenizer_of,
 )
 from nemo_megacpp.recipes.nemo.checkpoint_io import AcrossBackends, AsyncCheckpointIO
+from nemo_megacpp.recipes.nemo.optimizer import HybridOptimizer
 from nemo_megacpp.recipes.nemo.stops import told
 from nemo_megacpp.recipes.resume import refuse_weights_alone
 from nemo_megacpp.runtime.host import ensure_host
@@ -108,6 +109,12 @@ class HybridStrategy(MegatronStrategy):
         layout = actual_layout(self.parallelism, trainer.world_size)
         node = trainer.num_devices if trainer.num_nodes > 1 else 0
         refuse_incoherent(layout, model.config, trainer.datamodule, node)
+        if model.optim is not None and not isinstance(model.optim, HybridOptimizer):
+            raise UserError(
+                f"optim is a {type(model.optim).__name__}, which Megatron-Core 0.16 or our "
+                f"checkpoints do not know. Legal: HybridOptimizer "
+                f"(nemo_megacpp.recipes.nemo.optimizer)."
+            )
         super().connect(model)
         # The precision plugin and the strategy have by now had their say in all three.
         refuse_training(model.config, self.ddp_config, model.optim)
