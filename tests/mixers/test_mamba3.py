@@ -204,7 +204,7 @@ def test_the_named_spec_has_this_mixer() -> None:
         import_module(("nemo_megacpp.specs", name)).submodules.mamba_layer.submodules.mixer.module
         for name in ("hybrid_stack_spec", "hybrid_mamba3_stack_spec")
     )
-    assert (native.__name__, ours) == ("MambaMixer", mamba3.Mamba3Mixer)
+    assert (native.__name__, ours) == ("Mamba2Mixer", mamba3.Mamba3Mixer)
 
 
 # -- refusals --------------------------------------------------------------------------------------
