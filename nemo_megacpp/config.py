@@ -18,7 +18,9 @@ from nemo_megacpp.families import load_families
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.refusals import (
     refuse_biases,
+    refuse_mamba_path,
     refuse_meaningless,
+    refuse_recompute,
     refuse_routing,
     refuse_unread,
 )
@@ -327,7 +329,9 @@ def refuse_unsupported(
     refuse_unread(config)
     refuse_routing(config)
     refuse_meaningless(config)
+    refuse_mamba_path(config)
     present = dict.fromkeys(pattern.families)
+    refuse_recompute(config, [family.value for family in present])
     refuse_biases(config, [family.value for family in present if _unbiased(config, family)])
     clip = _hybrid_field(config, settings, "m2rnn_state_gradient_clip")
     if Family.RECURRENT in pattern.families and clip is not None:

@@ -7,6 +7,7 @@ nothing: Megatron takes them without a word.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, Literal, get_args
 
 from megatron.core.transformer import TransformerConfig
@@ -48,6 +49,7 @@ _UNREAD = {
     "defer_embedding_wgrad_compute": "Only Megatron's GPTModel defers it",
     "overlap_moe_expert_parallel_comm": "Only Megatron's GPTModel has a schedule for it",
     "delay_wgrad_compute": "Only Megatron's GPTModel has a schedule for it",
+    "fp4": "Only Megatron's TransformerBlock runs layers in FP4",
 }
 """Field that has to stay at its default -> why."""
 
@@ -156,3 +158,62 @@ def refuse_meaningless(config: TransformerConfig) -> None:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not number >= 0:
                 raise UserError(f"{name}: {number} must be at least 0.")
+
+
+_RECOMPUTED = {
+    "A": ("core_attn",),
+    "E": ("moe", "shared_experts", "moe_act", "layernorm"),
+    "M": (),
+    "R": (),
+}
+"""What the blocks of a family can recompute in the backward pass."""
+
+
+def refuse_recompute(config: TransformerConfig, letters: Collection[str]) -> None:
+    """Refuse modules to be recomputed that no block of the pattern has.
+
+    Args:
+        config: as for :func:`refuse_unread`.
+        letters: of the pattern. What a user's own family recomputes is not known here.
+
+    Raises:
+        UserError: for the first such module.
+    """
+    if config.recompute_granularity != "selective" or not set(letters) <= set(_RECOMPUTED):
+        return
+    can = [name for letter in letters for name in _RECOMPUTED[letter]]
+    if not config.moe_shared_expert_intermediate_size and "shared_experts" in can:
+        can.remove("shared_experts")
+    asked = config.recompute_modules
+    known = {"mlp", "mla_up_proj", *(name for names in _RECOMPUTED.values() for name in names)}
+    wrong = [
+        name for name in (["core_attn"] if asked is None else asked) if name in known - set(can)
+    ]
+    if wrong or asked == []:
+        default = " (Megatron's default)" if asked is None else ""
+        raise UserError(
+            f"recompute_modules={asked or wrong}{default}: "
+            + (f"no block of this model recomputes {', '.join(wrong)}. " if wrong else "is empty. ")
+            + (
+                f"It can recompute {', '.join(can)}."
+                if can
+                else "Its blocks recompute nothing; leave recompute_granularity out."
+            )
+        )
+
+
+def refuse_mamba_path(config: TransformerConfig) -> None:
+    """Refuse the second path of Megatron's ``MambaMixer``.
+
+    Args:
+        config: as for :func:`refuse_unread`.
+
+    Raises:
+        UserError: ``use_mamba_mem_eff_path`` is off.
+    """
+    if not config.use_mamba_mem_eff_path:
+        raise UserError(
+            "use_mamba_mem_eff_path=False: Megatron keeps this path for inference. It computes the "
+            "same with more memory, cannot take packed documents, and is not tested in training. "
+            "Leave it at True."
+        )
