@@ -21,6 +21,7 @@ from nemo_megacpp.settings.combinations import (
     refuse_biases,
     refuse_ignored,
     refuse_meaningless,
+    refuse_recompute,
 )
 
 Mode = Literal["nemo_native", "mamba3"]
@@ -330,6 +331,7 @@ def refuse_unsupported(
     refuse_meaningless(config)
     refuse_ignored(config)
     present = dict.fromkeys(pattern.families)
+    refuse_recompute(config, [family.value for family in present])
     refuse_biases(config, [family.value for family in present if _unbiased(config, family)])
     clip = _hybrid_field(config, settings, "m2rnn_state_gradient_clip")
     if (

@@ -33,6 +33,8 @@ from nemo_megacpp.proof.cases import tiny_model
         ("moe_layer_freq", 2),
         ("cpu_offloading", True),
         ("delay_wgrad_compute", True),
+        ("fp4", "e2m1"),
+        ("use_mamba_mem_eff_path", False),
         ("mamba3_mimo_rank", 4),
         ("add_bias_linear", True),
         ("normalization", "Foo"),
@@ -51,6 +53,32 @@ def test_biases_where_every_block_has_them() -> None:
         UserError, match=r"add_bias_linear=True: the projections of M have no biases"
     ):
         HybridConfig(**tiny_model("AM", add_bias_linear=True, mode="mamba3"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "modules", "message"),
+    [
+        ("AMR", ["moe"], "no block of this model recomputes moe. It can recompute core_attn."),
+        ("AE", ["core_attn", "mlp"], "no block of this model recomputes mlp. It can recompute"),
+        ("E", None, r"\['core_attn'\] \(Megatron's default\): no block of this model recomputes"),
+        ("MR", ["layernorm"], "Its blocks recompute nothing; leave recompute_granularity out."),
+        ("AE", [], r"recompute_modules=\[\]: is empty"),
+    ],
+)
+def test_what_no_block_recomputes_is_refused(
+    pattern: str, modules: list[str] | None, message: str
+) -> None:
+    asked = {"recompute_granularity": "selective", "recompute_modules": modules}
+    with pytest.raises(UserError, match=message):
+        HybridConfig(**tiny_model(pattern, **asked))
+
+
+def test_a_shared_expert_that_is_not_there_is_not_recomputed() -> None:
+    asked = {"recompute_granularity": "selective", "recompute_modules": ["shared_experts"]}
+    assert HybridConfig(**tiny_model("E", **asked)).recompute_modules == ["shared_experts"]
+    with pytest.raises(UserError, match="It can recompute moe, moe_act, layernorm"):
+        without = {"moe_shared_expert_intermediate_size": None}
+        HybridConfig(**tiny_model("E", **asked, **without))
 
 
 @pytest.mark.parametrize(

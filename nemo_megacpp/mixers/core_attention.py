@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -85,12 +87,11 @@ class TorchCoreAttention(MegatronModule):
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        if dropout > 0.0:
-            # Ranks of a tensor-parallel group hold different heads: different masks.
-            with get_cuda_rng_tracker().fork():
-                context = self._attend(query, key, value, mask, dropout)
-        else:
-            context = self._attend(query, key, value, mask, 0.0)
+        # Ranks of a tensor-parallel group hold different heads: different masks. With SP the stack
+        # draws from the tracker already.
+        fork = dropout > 0.0 and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if fork else nullcontext():
+            context = self._attend(query, key, value, mask, dropout)
         context = context.permute(2, 0, 1, 3).flatten(2)
         return context.squeeze(1) if packed else context
 

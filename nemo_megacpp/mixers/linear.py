@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
+from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.norm import refuse_what_torch_lacks
 from nemo_megacpp.mixers.replicated import mark_replicated, replicated
 
@@ -63,6 +64,8 @@ class SharedColumnParallelLinear(ColumnParallelLinear):
     every rank computes these outputs for its own heads, so its gradient is partial and is summed,
     see :mod:`nemo_megacpp.mixers.replicated`).
 
+    The product is computed in the parameters' dtype under FP8 as well, which is logged once.
+
     Args:
         input_size: input width.
         output_size: global number of the rows that are split.
@@ -91,6 +94,11 @@ class SharedColumnParallelLinear(ColumnParallelLinear):
             # The default generator is seeded alike on all ranks of a tensor-parallel group.
             init_method(self.shared_weight)
         mark_replicated(self.shared_weight, config)
+        if config.fp8:
+            say_once(
+                f"fp8={config.fp8!r}: the input projections of R blocks and Mamba-3 blocks stay in "
+                f"{str(config.params_dtype).removeprefix('torch.')}."
+            )
 
     def forward(  # type: ignore[override]
         self, input_: torch.Tensor

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_mixer import MambaMixer
 
 from nemo_megacpp.mixers.float32 import KeepsFloat32, keep_in_float32
+from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
 
 
 class Mamba2Mixer(KeepsFloat32, MambaMixer):
-    """Megatron's ``MambaMixer``, whose ``A_log``, ``dt_bias`` and ``D`` stay float32.
+    """Megatron's ``MambaMixer``, whose ``A_log``, ``dt_bias`` and ``D`` stay float32, and which is
+    right with ``overlap_param_gather``.
 
     Megatron builds ``A_log`` and ``D`` in float32 for good reason, and its ``Float16Module`` makes
-    them bfloat16 again. The kernels take all three in float32.
+    them bfloat16 again. The kernels take all three in float32. The stock mixer reads the weight and
+    bias of ``conv1d`` and never calls it, so nothing waits until they are gathered. Everything
+    else, and every checkpoint key, is the stock mixer's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for parameter in (self.A_log, self.dt_bias, self.D):
             keep_in_float32(parameter, self.config)
+
+    def _ssm_training(
+        self, zxBCdt: torch.Tensor, packed_seq_params: PackedSeqParams | None = None
+    ) -> torch.Tensor:
+        wait_for_parameters(self.conv1d)
+        return super()._ssm_training(zxBCdt, packed_seq_params)

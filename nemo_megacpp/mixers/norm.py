@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.tensor_parallel import random
 from megatron.core.transformer import TransformerConfig
 
 from nemo_megacpp.errors import UserError
@@ -12,15 +13,22 @@ def refuse_what_torch_lacks(config: TransformerConfig) -> None:
     """Refuse what the torch backend's modules do not do.
 
     Raises:
-        UserError: for a normalisation other than plain RMSNorm, FP8 or FP4, which Megatron leaves
-            out without a word where there is no Transformer Engine, or experts with biases, which
-            its own cannot add.
+        UserError: for a normalisation other than plain RMSNorm, FP8, which Megatron leaves out
+            without a word where there is no Transformer Engine, experts with biases, which
+            its own cannot add, or the recomputation of modules that only Transformer Engine's can.
     """
-    if config.fp8 or config.fp4:
-        name = "fp8" if config.fp8 else "fp4"
+    if config.recompute_granularity == "selective":
+        lacking = [] if hasattr(random, "FP8GlobalStateManager") else ["layernorm"]
+        for name in (*lacking, "moe_act"):
+            if name in config.recompute_modules:  # type: ignore[operator]
+                raise UserError(
+                    f"recompute_modules={config.recompute_modules}: recomputing {name} needs "
+                    f"Transformer Engine, which is not installed. Install it, or leave {name} out."
+                )
+    if config.fp8:
         raise UserError(
-            f"{name}={getattr(config, name)!r} needs Transformer Engine, which is not installed. "
-            f"Install it, or leave {name} out."
+            f"fp8={config.fp8!r} needs Transformer Engine, which is not installed. Install it, or "
+            f"leave fp8 out."
         )
     if config.add_bias_linear and config.num_moe_experts:
         raise UserError(

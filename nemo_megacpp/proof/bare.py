@@ -102,8 +102,8 @@ class Trainee:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=[_microbatches(self.spec) for _ in self.wrapped],
+            forward_step_func=forward_step,
+            data_iterator=[microbatches(self.spec) for _ in self.wrapped],
             model=self.wrapped,
             num_microbatches=self.num_microbatches,
             seq_length=self.config.seq_length,
@@ -122,7 +122,7 @@ def prepare(spec: StepSpec, layout: ParallelLayout) -> Trainee:
     return Trainee(spec, count, config, chunks, wrapped, _optimizer(spec, config, wrapped))
 
 
-def _microbatches(spec: StepSpec) -> Iterator[dict[str, Any]]:
+def microbatches(spec: StepSpec) -> Iterator[dict[str, Any]]:
     """Yield this data-parallel rank's microbatches, dealt to its context-parallel rank."""
     rows, size = Rows(spec), spec.micro_batch_size
     dp, rank = (
@@ -137,7 +137,11 @@ def _microbatches(spec: StepSpec) -> Iterator[dict[str, Any]]:
         yield {**deal_batch(batch, packed), "packed_seq_params": packed}
 
 
-def _forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Any, Any]:
+def forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Any, Any]:
+    """Run one microbatch: Megatron's ``forward_step_func``, for the mean over its tokens.
+
+    The schedule returns the sum of the losses and their number for each microbatch.
+    """
     batch = next(data)
     losses = model(
         batch["tokens"],
@@ -146,7 +150,11 @@ def _forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module) -> tup
         labels=batch["labels"],
         packed_seq_params=batch["packed_seq_params"],
     )
-    return losses, lambda output: (output.mean(), {})
+    return losses, _mean
+
+
+def _mean(losses: torch.Tensor) -> tuple[torch.Tensor, tuple[float, int]]:
+    return losses.mean(), (float(losses.detach().double().sum()), losses.numel())
 
 
 def _wrap(

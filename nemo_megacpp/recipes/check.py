@@ -102,16 +102,15 @@ def check_model_of(recipe: Recipe) -> None:
 
 
 def _check_low_precision(model: dict[str, Any]) -> None:
-    """Megatron's configuration fails on these without Transformer Engine, and does not say why."""
-    for name in ("fp8", "fp4"):
-        if model.get(name) is not None:
-            from nemo_megacpp.specs.backend import TorchBackend, default_backend
+    """Megatron's configuration fails on FP8 without Transformer Engine, and does not say why."""
+    if model.get("fp8") is not None:
+        from nemo_megacpp.specs.backend import TorchBackend, default_backend
 
-            if isinstance(default_backend(), TorchBackend):
-                raise UserError(
-                    f"{name}={model[name]!r} needs Transformer Engine, which is not installed. "
-                    f"Install it, or leave {name} out."
-                )
+        if isinstance(default_backend(), TorchBackend):
+            raise UserError(
+                f"fp8={model['fp8']!r} needs Transformer Engine, which is not installed. "
+                f"Install it, or leave fp8 out."
+            )
 
 
 def check_loggers_of(recipe: Recipe) -> None:

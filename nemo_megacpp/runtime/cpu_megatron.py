@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,6 +179,11 @@ def install() -> None:
     rng._get_cuda_rng_state = _rng_state
     rng._set_cuda_rng_state = _set_rng_state
     logging.getLogger(random.__name__).addFilter(_QuietAboutOneGenerator())
+    if not hasattr(random, "FP8GlobalStateManager"):
+        # What is recomputed asks Transformer Engine whether FP8 is on.
+        rng.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
+        rng.activation_recompute_forward = lambda **_: nullcontext()
+        rng.fp8_autocast = lambda **_: nullcontext()
     moe: list[Any] = [moe_utils, token_dispatcher]
     for module in moe:
         module.maybe_move_tensor_to_cpu = _split_sizes_on_host

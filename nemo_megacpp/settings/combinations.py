@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -60,6 +61,48 @@ def refuse_biases(config: TransformerConfig, unbiased: list[str]) -> None:
         raise UserError(
             f"add_bias_linear=True: the projections of {' and '.join(unbiased)} have no biases, so "
             f"only some blocks of this pattern would have them. Leave add_bias_linear at False."
+        )
+
+
+_RECOMPUTED = {
+    "A": ("core_attn",),
+    "E": ("moe", "shared_experts", "moe_act", "layernorm"),
+    "M": (),
+    "R": (),
+}
+"""What the blocks of a family can recompute in the backward pass."""
+
+
+def refuse_recompute(config: TransformerConfig, letters: Collection[str]) -> None:
+    """Refuse modules to be recomputed that no block of the pattern has.
+
+    Args:
+        config: as for :func:`refuse_meaningless`.
+        letters: of the pattern. What a user's own family recomputes is not known here.
+
+    Raises:
+        UserError: for the first such module.
+    """
+    if config.recompute_granularity != "selective" or not set(letters) <= set(_RECOMPUTED):
+        return
+    can = [name for letter in letters for name in _RECOMPUTED[letter]]
+    if not config.moe_shared_expert_intermediate_size and "shared_experts" in can:
+        can.remove("shared_experts")
+    asked = config.recompute_modules
+    known = {"mlp", "mla_up_proj", *(name for names in _RECOMPUTED.values() for name in names)}
+    wrong = [
+        name for name in (["core_attn"] if asked is None else asked) if name in known - set(can)
+    ]
+    if wrong or asked == []:
+        default = " (Megatron's default)" if asked is None else ""
+        raise UserError(
+            f"recompute_modules={asked or wrong}{default}: "
+            + (f"no block of this model recomputes {', '.join(wrong)}. " if wrong else "is empty. ")
+            + (
+                f"It can recompute {', '.join(can)}."
+                if can
+                else "Its blocks recompute nothing; leave recompute_granularity out."
+            )
         )
 
 

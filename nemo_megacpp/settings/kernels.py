@@ -85,9 +85,8 @@ KERNELS: Table = {
     "recompute_modules": proved(
         "What recompute_granularity='selective' computes again",
         "covering:TransformerConfig.recompute_modules",
-        legal=("core_attn", "moe", "shared_experts", "moe_act"),
-        otherwise="No block has a dense MLP ('mlp') or latent attention ('mla_up_proj'), and "
-        "without Transformer Engine Megatron-Core 0.16 fails on 'layernorm'",
+        legal=("core_attn", "moe", "shared_experts", "moe_act", "layernorm"),
+        otherwise="No block has a dense MLP ('mlp') or latent attention ('mla_up_proj')",
         each=True,
     ),
     "recompute_method": refused(_NO_FULL_RECOMPUTE),

@@ -9,6 +9,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from nemo_megacpp.mixers.router import CapacityRouter
+from nemo_megacpp.mixers.shared_experts import SharedExpert
 
 _ANY_NUMBER = 1  # Megatron's helper only checks that there are experts; the config counts them.
 
@@ -18,10 +19,12 @@ def expert_layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
 
     The experts come from the backend, which tags their weights for the expert groups
     (:mod:`nemo_megacpp.mixers.experts`); the router drops tokens over a whole microbatch where a
-    capacity is set (:mod:`nemo_megacpp.mixers.router`).
+    capacity is set (:mod:`nemo_megacpp.mixers.router`); the shared expert is right with
+    ``overlap_param_gather`` (:mod:`nemo_megacpp.mixers.shared_experts`).
     """
     moe = get_moe_module_spec_for_backend(backend, num_experts=_ANY_NUMBER, moe_grouped_gemm=True)
     moe.submodules.router = CapacityRouter
+    moe.submodules.shared_experts.module = SharedExpert
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

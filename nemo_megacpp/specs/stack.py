@@ -8,16 +8,19 @@ stack takes the A/M/E/R pattern, honours explicit cuts, and builds every layer o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
@@ -32,6 +35,7 @@ from megatron.core.utils import WrappedTensor, make_viewless_tensor
 from nemo_megacpp.config import NO_SETTINGS, HybridConfig, Mode, refuse_unsupported
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import registered
+from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.settings.script import refuse_script
 from nemo_megacpp.specs.attention import attention_layer_spec
@@ -120,6 +124,7 @@ class HybridStack(MegatronModule):
         chunks = pattern.chunks(stages * (config.virtual_pipeline_model_parallel_size or 1))
         self.layer_range = chunks[(vp_stage or 0) * stages + self.pp_group.rank()]
         self.families = tuple(pattern.families[i] for i in self.layer_range)
+        self._added_families = {block.family for block in registered()}
         self.layers = torch.nn.ModuleList()
         for index, family in zip(self.layer_range, self.families, strict=True):
             with get_fp8_context(config, index, is_init=True):
@@ -199,22 +204,34 @@ class HybridStack(MegatronModule):
             check_packs(
                 packed_seq_params, hidden_states, rotary_length, self.layers, self.config, cp
             )
-        with get_fp8_context(self.config):
-            for layer in self.layers:
-                if isinstance(layer, TransformerLayer):
-                    hidden_states, _ = layer(
-                        hidden_states=hidden_states,
-                        attention_mask=attention_mask,
-                        rotary_pos_emb=rotary_pos_emb,
-                        packed_seq_params=packed_seq_params,
-                        padding_mask=padding_mask,
-                    )
-                else:
-                    hidden_states = layer(
-                        hidden_states=hidden_states,
-                        attention_mask=attention_mask,
-                        packed_seq_params=packed_seq_params,
-                    )
+        # Delayed scaling reduces its statistics where a context ends: one around all layers. Other
+        # recipes have one per layer, so that first_last_layers_bf16 can leave layers out.
+        delayed = bool(self.config.fp8) and self.config.fp8_recipe == Fp8Recipe.delayed
+        # With SP, ranks of a tensor-parallel group hold different tokens: different dropout masks.
+        tracker = get_cuda_rng_tracker()
+        rng = tracker.fork() if self.config.sequence_parallel else nullcontext()
+        with rng, get_fp8_context(self.config) if delayed else nullcontext():
+            for index, family, layer in zip(
+                self.layer_range, self.families, self.layers, strict=True
+            ):
+                if family in self._added_families:
+                    # Their modules may read parameters of modules that they do not call.
+                    wait_for_parameters(*layer.modules())
+                with nullcontext() if delayed else get_fp8_context(self.config, index):
+                    if isinstance(layer, TransformerLayer):
+                        hidden_states, _ = layer(
+                            hidden_states=hidden_states,
+                            attention_mask=attention_mask,
+                            rotary_pos_emb=rotary_pos_emb,
+                            packed_seq_params=packed_seq_params,
+                            padding_mask=padding_mask,
+                        )
+                    else:
+                        hidden_states = layer(
+                            hidden_states=hidden_states,
+                            attention_mask=attention_mask,
+                            packed_seq_params=packed_seq_params,
+                        )
         if hasattr(self, "final_norm"):
             hidden_states = self.final_norm(hidden_states)
         # The pipeline frees what it sent by its storage, which a view would keep alive.

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch.nn import functional as F
 
 from nemo_megacpp.mixers.core_attention import TorchCoreAttention
 from nemo_megacpp.mixers.experts import with_expert_tags
@@ -59,7 +60,10 @@ class CoreAttention(_ExtraState, TorchCoreAttention):
 
 
 class _Grouped(_ExtraState, torch.nn.Module):
-    """``GroupedLinear``: one weight per local expert, ``[out, in]``, split over ETP on one axis."""
+    """``GroupedLinear``: one weight per local expert, ``[out, in]``, split over ETP on one axis.
+
+    The weights carry no tags, as those of Transformer Engine 2.13 with EP or ETP above 1.
+    """
 
     axis: int
 
@@ -72,6 +76,11 @@ class _Grouped(_ExtraState, torch.nn.Module):
         size[self.axis] //= pg_collection.expt_tp.size()
         for gemm in range(num_gemms):
             self.register_parameter(f"weight{gemm}", torch.nn.Parameter(torch.randn(size)))
+
+    def forward(self, x: torch.Tensor, splits: list[int]) -> tuple[torch.Tensor, None]:
+        """Multiply the tokens ``[t, in]`` of each expert, ``splits`` in number, by its weight."""
+        parts = zip(x.split(splits), self.parameters(), strict=True)
+        return torch.cat([F.linear(part, weight) for part, weight in parts]), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None

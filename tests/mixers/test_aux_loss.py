@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,7 +15,11 @@ from megatron.core.transformer.moe.moe_utils import (
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.aux_loss import aux_loss_names, reduced_aux_losses
+from nemo_megacpp.proof.bare import save_initial_weights
 from nemo_megacpp.proof.cases import tiny_model
+from nemo_megacpp.proof.compare import FLOAT64, compare
+from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.recipes.nemo.proof_run import run_step
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 
@@ -84,3 +89,16 @@ def test_shares_are_summed_and_rows_averaged(ranks: WorkerPool, layout: str, fac
     total = 2.0**1 + 2.0**3 + 2.0**7
     for reduced, _, _ in ranks.run(ParallelLayout.parse(layout).world, _reduced, layout, 1.0):
         assert reduced == {SEQUENCE: factor * total / 3, Z: 0.5 * total / 3}
+
+
+def test_experts_are_balanced_over_rows_not_documents(ranks: WorkerPool, tmp_path: Any) -> None:
+    """A row of packed documents counts as one sequence, whole, also where TP and CP split it."""
+    row = StepSpec(tiny_model("E"), objective="logits", dtype="float64", global_batch_size=2)
+    packs = dataclasses.replace(row, documents=(4, 12))
+    one, split = ParallelLayout(), ParallelLayout.parse("tp=2,cp=2,etp=1")
+    ranks.run(1, save_initial_weights, row, one, str(tmp_path))
+    expected = ranks.run(1, run_step, row, one, str(tmp_path))[0]
+    assert set(expected.aux_losses) == {SEQUENCE}
+    result = ranks.run(split.world, run_step, packs, split, str(tmp_path))[0]
+    broken = [rung for rung in compare(expected, result, FLOAT64) if not rung.holds]
+    assert not broken, broken

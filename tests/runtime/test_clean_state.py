@@ -11,8 +11,11 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.bare import save_initial_weights
 from nemo_megacpp.proof.cases import tiny_model
-from nemo_megacpp.proof.step import StepResult, StepSpec, run_step, save_initial_weights
+from nemo_megacpp.proof.step import StepResult
+from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.recipes.nemo.proof_run import run_step
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import Job, WorkerPool
 

@@ -10,8 +10,9 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.norm import TorchRMSNorm
+from nemo_megacpp.proof.bare import make_config
 from nemo_megacpp.proof.cases import tiny_model
-from nemo_megacpp.proof.step import StepSpec, make_config
+from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.fake import fake_rank
 from nemo_megacpp.specs.backend import TorchBackend
 from nemo_megacpp.specs.model import build_hybrid_model

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+from megatron.core.enums import Fp8Recipe
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
@@ -16,12 +19,13 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.m2rnn import M2RNNMixer
 from nemo_megacpp.mixers.mamba2 import Mamba2Mixer
-from nemo_megacpp.proof.bare import build_chunks, make_config
+from nemo_megacpp.proof.bare import build_chunks, make_config, microbatches
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.fake import fake_rank
 from nemo_megacpp.runtime.workers import WorkerPool
+from nemo_megacpp.specs import stack
 from nemo_megacpp.specs.model import build_hybrid_model
 from nemo_megacpp.specs.stack import HybridStack
 
@@ -161,3 +165,50 @@ def test_what_a_module_refuses_is_said_to_the_user(settings: dict[str, Any], mes
     with fake_rank(ParallelLayout(), 0), pytest.raises(UserError) as refusal:
         build_hybrid_model(config)
     assert str(refusal.value).endswith(message)
+
+
+def _contexts(recipe: str) -> list[tuple[str, str]]:
+    """Return the letters of the layers and the FP8 contexts that they ran in.
+
+    Transformer Engine is stood in for: a context notes the layer it was opened for, ``all`` or
+    ``bf16``, where Megatron's own opens none.
+    """
+    layout, opened, seen = ParallelLayout(), [""], []
+    start_model_parallel(layout)
+    spec = StepSpec(tiny_model("AEMR"))
+    config = make_config(spec, layout)
+    (chunk,) = build_chunks(config, layout)
+
+    @contextlib.contextmanager
+    def context(config: Any, layer_no: int = -1, is_init: bool = False) -> Any:
+        skipped = is_first_last_bf16_layer(config, layer_no)
+        opened.append("bf16" if skipped else "all" if layer_no < 0 else str(layer_no))
+        yield
+        opened.pop()
+
+    stack.get_fp8_context = context  # type: ignore[assignment]
+    config.fp8, config.fp8_recipe = "hybrid", Fp8Recipe(recipe)
+    config.first_last_layers_bf16 = recipe != "delayed"
+    layers: Any = chunk.decoder.layers  # type: ignore[union-attr]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, _: seen.append((_letter(layer), opened[-1])))
+    batch = next(microbatches(spec))
+    chunk(batch["tokens"], batch["position_ids"], None)
+    assert opened == [""]
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("recipe", "contexts"),
+    [
+        ("delayed", ["all", "all", "all", "all"]),
+        ("tensorwise", ["bf16", "1", "2", "bf16"]),
+    ],
+)
+def test_fp8_contexts_are_those_of_megatrons_stack(
+    ranks: WorkerPool, recipe: str, contexts: list[str]
+) -> None:
+    """One around all layers for delayed scaling, which keeps statistics across layers; else one
+    per layer, and none for the first and last layers that stay in bfloat16."""
+    (seen,) = ranks.run(1, _contexts, recipe)
+    assert seen == list(zip("AEMR", contexts, strict=True))

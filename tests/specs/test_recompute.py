@@ -1,0 +1,72 @@
+"""Activations that are computed again in the backward pass give the same step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.bare import save_initial_weights
+from nemo_megacpp.proof.cases import tiny_model
+from nemo_megacpp.proof.compare import FLOAT64, compare
+from nemo_megacpp.proof.step import StepResult
+from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.recipes.nemo.proof_run import run_step
+from nemo_megacpp.runtime.workers import WorkerPool
+
+EVERY_KIND = ("layernorm", "core_attn", "shared_experts", "moe")
+
+
+def _spec(*modules: str) -> StepSpec:
+    again: dict[str, Any] = {
+        "recompute_granularity": "selective",
+        "recompute_modules": list(modules),
+    }
+    model = tiny_model("AE", **(again if modules else {}))
+    return StepSpec(model, objective="logits", dtype="float64", global_batch_size=2)
+
+
+def _step(spec: StepSpec, layout: ParallelLayout, weights: str) -> tuple[StepResult | None, int]:
+    """Return a step, and how often the norm before the experts ran in it."""
+    from nemo_megacpp.mixers.norm import TorchRMSNorm
+
+    runs = [0]
+    stock = TorchRMSNorm.forward
+
+    def counted(self: TorchRMSNorm, x: Any) -> Any:
+        runs[0] += 1
+        return stock(self, x)
+
+    TorchRMSNorm.forward = counted  # type: ignore[method-assign]
+    return run_step(spec, layout, weights), runs[0]
+
+
+@pytest.fixture(scope="module")
+def plain(ranks: WorkerPool, tmp_path_factory: Any) -> tuple[str, StepResult, int]:
+    """Return weights, their step on one rank without recomputation, and its count of norms."""
+    folder = str(tmp_path_factory.mktemp("weights"))
+    ranks.run(1, save_initial_weights, _spec(), ParallelLayout(), folder)
+    result, norms = ranks.run(1, _step, _spec(), ParallelLayout(), folder)[0]
+    return folder, result, norms
+
+
+@pytest.mark.parametrize(
+    ("modules", "layout"),
+    [
+        (("layernorm",), "tp=1"),
+        (("layernorm",), "tp=2,cp=2,etp=1"),
+        (EVERY_KIND, "tp=2,ep=2,etp=1"),
+    ],
+    ids=["layernorm", "layernorm-tp-cp", "all-tp-ep"],
+)
+def test_recomputed_modules_give_the_same_step(
+    ranks: WorkerPool, plain: tuple[str, StepResult, int], modules: tuple[str, ...], layout: str
+) -> None:
+    weights, expected, norms = plain
+    where = ParallelLayout.parse(layout)
+    result, norms_again = ranks.run(where.world, _step, _spec(*modules), where, weights)[0]
+    broken = [rung for rung in compare(expected, result, FLOAT64) if not rung.holds]
+    assert not broken, broken
+    # Of two norms a microbatch, the one before the experts runs twice.
+    assert norms_again == norms * 3 // 2
