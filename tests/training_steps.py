@@ -133,7 +133,7 @@ def train(
             micro_batch_size=spec.micro_batch_size,
             forward_only=False,
         )
-        losses.append(_mean(outputs))
+        losses.append(mean_loss(outputs))
         norms.append(float(optimizer.step()[1]))
     if ddp_config.overlap_param_gather:
         for chunk in wrapped:
@@ -152,7 +152,8 @@ def _tell_the_schedules(config: Any, ddp: DistributedDataParallelConfig, wrapped
         setattr(config, name, of_chunks[0] if len(wrapped) == 1 else of_chunks)
 
 
-def _mean(outputs: Any) -> float:
+def mean_loss(outputs: Any) -> float:
+    """Return the mean over the global batch of what Megatron's schedule returned."""
     sums = torch.zeros(2, dtype=torch.float64)
     for total, tokens in outputs:
         sums += sums.new_tensor([float(total), float(tokens)])

@@ -96,12 +96,16 @@ class Trainee:
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
 
-    def forward_backward(self) -> None:
-        """Run Megatron's pipeline schedule over the global batch; gradients end up reduced."""
+    def forward_backward(self) -> Sequence[tuple[float, int]]:
+        """Run Megatron's pipeline schedule over the global batch; gradients end up reduced.
+
+        Returns:
+            The sum of the losses and their number, for each microbatch that ends on this rank.
+        """
         self.optimizer.zero_grad()
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
-        get_forward_backward_func()(
+        return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[microbatches(self.spec) for _ in self.wrapped],
             model=self.wrapped,

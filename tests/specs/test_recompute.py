@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.bare import save_initial_weights
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, compare
+from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.step import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.nemo.proof_run import run_step
@@ -27,7 +27,9 @@ def _spec(*modules: str) -> StepSpec:
     return StepSpec(model, objective="logits", dtype="float64", global_batch_size=2)
 
 
-def _step(spec: StepSpec, layout: ParallelLayout, weights: str) -> tuple[StepResult | None, int]:
+def _step(
+    spec: StepSpec, layout: ParallelLayout, weights: GlobalValues | None = None
+) -> tuple[StepResult | None, int]:
     """Return a step, and how often the norm before the experts ran in it."""
     from nemo_megacpp.mixers.norm import TorchRMSNorm
 
@@ -43,12 +45,9 @@ def _step(spec: StepSpec, layout: ParallelLayout, weights: str) -> tuple[StepRes
 
 
 @pytest.fixture(scope="module")
-def plain(ranks: WorkerPool, tmp_path_factory: Any) -> tuple[str, StepResult, int]:
-    """Return weights, their step on one rank without recomputation, and its count of norms."""
-    folder = str(tmp_path_factory.mktemp("weights"))
-    ranks.run(1, save_initial_weights, _spec(), ParallelLayout(), folder)
-    result, norms = ranks.run(1, _step, _spec(), ParallelLayout(), folder)[0]
-    return folder, result, norms
+def plain(ranks: WorkerPool) -> tuple[StepResult, int]:
+    """Return a step on one rank without recomputation, and its count of norms."""
+    return ranks.run(1, _step, _spec(), ParallelLayout())[0]
 
 
 @pytest.mark.parametrize(
@@ -61,11 +60,11 @@ def plain(ranks: WorkerPool, tmp_path_factory: Any) -> tuple[str, StepResult, in
     ids=["layernorm", "layernorm-tp-cp", "all-tp-ep"],
 )
 def test_recomputed_modules_give_the_same_step(
-    ranks: WorkerPool, plain: tuple[str, StepResult, int], modules: tuple[str, ...], layout: str
+    ranks: WorkerPool, plain: tuple[StepResult, int], modules: tuple[str, ...], layout: str
 ) -> None:
-    weights, expected, norms = plain
+    expected, norms = plain
     where = ParallelLayout.parse(layout)
-    result, norms_again = ranks.run(where.world, _step, _spec(*modules), where, weights)[0]
+    result, norms_again = ranks.run(where.world, _step, _spec(*modules), where, expected.initial)[0]
     broken = [rung for rung in compare(expected, result, FLOAT64) if not rung.holds]
     assert not broken, broken
     # Of two norms a microbatch, the one before the experts runs twice.
