@@ -1,5 +1,5 @@
 # Two commands: `make train` runs the main job, `make test` passes the tests. Each sets up .venv
-# first, from pinned requirements; a second run reuses it.
+# first, from pinned requirements; a second run reuses it. `make check` is the fast loop.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,13 +11,20 @@ INSTALLED := $(VENV)/.installed
 ORACLES := $(VENV)/oracles/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: train test lint docs install oracles clean
+.PHONY: train check test test-all lint docs install oracles clean
 
 train: $(INSTALLED)
 	$(BIN)/nemo-megacpp demo --out runs/demo
 
+# Lint, types, and the tests that start no ranks and no processes.
+check: lint
+	$(BIN)/python -m pytest -m "not ranks and not processes and not slow"
+
 test: lint docs $(ORACLES)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m tests.halves -m "not slow"
+
+test-all: lint docs $(ORACLES)
+	$(BIN)/python -m tests.halves
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check nemo_megacpp tests examples benchmarks docs/hooks.py

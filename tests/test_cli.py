@@ -103,6 +103,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 # --- light to load
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -130,6 +131,7 @@ def test_loads_nothing_heavy_in_under_half_a_second(
     assert min(seconds) < 0.5
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("arguments", [("recipes",), ("train", "nam56r_tinny")])
 def test_what_needs_no_torch_loads_none(arguments: tuple[str, ...], tmp_path: Path) -> None:
     done = python("-X", "importtime", "-m", "nemo_megacpp.cli", *arguments, cwd=tmp_path)
@@ -137,6 +139,7 @@ def test_what_needs_no_torch_loads_none(arguments: tuple[str, ...], tmp_path: Pa
     assert loaded.isdisjoint({"torch", "megatron", "nemo"})
 
 
+@pytest.mark.processes
 def test_a_refusal_needs_no_nemo(tmp_path: Path) -> None:
     """The whole of it in one real process: layout, model, data and run folder are checked."""
     script = (
@@ -448,6 +451,7 @@ def test_a_bare_installation_is_sent_to_the_doctor(
     assert (code, error) == (2, "nemo-megacpp: No module named 'torch'; see nemo-megacpp doctor.\n")
 
 
+@pytest.mark.processes
 def test_a_reader_that_has_had_enough() -> None:
     """As in ``nemo-megacpp recipes | head -1``."""
     command = [sys.executable, "-m", "nemo_megacpp.cli", "recipes"]

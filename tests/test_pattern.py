@@ -209,6 +209,7 @@ def test_chunk_numbers_that_are_none_are_refused(n: object) -> None:
         HybridPattern.parse("AE").chunks(n)  # type: ignore[arg-type]
 
 
+@pytest.mark.processes
 def test_pattern_and_layout_import_neither_torch_nor_megatron() -> None:
     code = (
         "import sys, nemo_megacpp.pattern, nemo_megacpp.layout;"

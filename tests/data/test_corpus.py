@@ -133,6 +133,7 @@ def test_shards_hold_every_document_once(
     assert {d.key: d.text for d in documents} == texts | lines
 
 
+@pytest.mark.processes
 def test_torch_headers_without_importing_torch() -> None:
     assert (torch_headers() / "torch").is_dir()
     code = (

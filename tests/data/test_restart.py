@@ -75,6 +75,7 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.processes
 def test_two_workers_give_the_same_files(
     corpus: Path, prepared: PreparedData, tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_two_workers_give_the_same_files(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.processes
 def test_killed_midway_goes_on(
     corpus: Path,
     prepared: PreparedData,
@@ -105,6 +107,7 @@ def test_killed_midway_goes_on(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.processes
 def test_another_request_starts_clean(
     corpus: Path, prepared: PreparedData, tmp_path: Path, encoded: list[int]
 ) -> None:
@@ -142,6 +145,7 @@ def test_interrupt_keeps_what_is_done(
     assert files(out) == files(prepared.root)
 
 
+@pytest.mark.processes
 def test_a_damaged_part_is_not_taken_for_whole(corpus: Path, tmp_path: Path) -> None:
     out, stage = tmp_path / "out", tmp_path / ".out.partial"
     killed(corpus, out)

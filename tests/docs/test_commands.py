@@ -41,6 +41,7 @@ def printed(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_shown_command_prints_what_is_shown(
     name: str, printed: dict[str, Future[list[str]]]

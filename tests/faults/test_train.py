@@ -13,6 +13,8 @@ from nemo_megacpp.checkpoint.identity import newest_checkpoint, whole_checkpoint
 from nemo_megacpp.checkpoint.manifest import check_manifest
 from tests.faults.conftest import Run
 
+pytestmark = pytest.mark.processes
+
 Start = Callable[..., Run]
 
 

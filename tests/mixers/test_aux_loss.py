@@ -103,7 +103,7 @@ def _with_and_without_documents() -> list[dict[str, float]]:
 
 
 def test_experts_are_balanced_over_rows_not_documents(ranks: WorkerPool) -> None:
-    """A row of packed documents counts as one sequence, whole; in layouts, see the covering list."""
+    """A row of packed documents counts as one sequence, whole."""
     packed, whole = ranks.run(1, _with_and_without_documents)[0]
     assert set(packed) == {SEQUENCE}
     assert packed == whole

@@ -14,6 +14,8 @@ from nemo_megacpp.recipes.curves import Curve, read_curve
 from nemo_megacpp.recipes.events import read_events
 from nemo_megacpp.recipes.report import read_run, write_report
 
+pytestmark = pytest.mark.processes
+
 # One block of each family. The vocabulary of 300 is padded to the same size in both layouts.
 SETTINGS = {
     "pattern": "AEMR",

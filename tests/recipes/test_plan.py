@@ -142,6 +142,7 @@ def test_what_cannot_be_read(line: str, message: str) -> None:
     assert message in refusal(line)
 
 
+@pytest.mark.processes
 def test_scale(tmp_path: Path) -> None:
     """1,024 ranks in 15 s of processor time and 2 GiB, imports included; 16,384 in twice that."""
     for world, batch in ((1024, 256), (16384, 4096)):

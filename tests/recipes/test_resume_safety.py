@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from torch.distributed import checkpoint as dcp
 
 from tests.checkpoint.malice import Payload, in_common, in_metadata
@@ -30,6 +31,7 @@ for place in ("metadata", "common"):
 """
 
 
+@pytest.mark.processes
 def test_a_rank_refuses_by_itself(tmp_path: Path) -> None:
     for name, put in (("metadata", in_metadata), ("common", in_common)):
         weights = tmp_path / name / "weights"

@@ -50,6 +50,7 @@ assert current_host().device == "cpu", "this package is told the truth"
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the script runs untouched")
 def test_a_cuda_script_trains_on_two_gloo_ranks(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)

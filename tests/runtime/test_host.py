@@ -35,6 +35,7 @@ ROOMS = (
 """A room imports from those before it."""
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a host with a GPU is left as it is")
 def test_ensure_host_twice() -> None:
     """In a process of its own: the second call wraps nothing once more, and nobody is lied to."""

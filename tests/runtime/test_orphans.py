@@ -17,6 +17,8 @@ import os, sys, time
 from nemo_megacpp.runtime import stopping
 from nemo_megacpp.runtime.orphans import bind_helpers
 
+pytestmark = pytest.mark.processes
+
 if __name__ == "__main__":
     stopping.listen()
     bind_helpers()

@@ -15,6 +15,8 @@ import torch
 from nemo_megacpp.runtime import workers
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerPool]:

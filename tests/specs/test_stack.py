@@ -32,6 +32,7 @@ from nemo_megacpp.specs.stack import HybridStack
 TWELVE = "AEMEAEMEAEMR"
 
 
+@pytest.mark.processes
 def test_import_of_the_spec_is_light() -> None:
     """The package costs nothing; naming the spec loads Megatron-Core, and never NeMo."""
     code = (
