@@ -31,6 +31,8 @@ from nemo_megacpp.proof.gather import GlobalValues, gather_values
 from nemo_megacpp.proof.objective import device, forward_step, microbatches
 from nemo_megacpp.proof.perturb import perturb
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tag_rules import Violation
+from nemo_megacpp.proof.tags import tag_violations
 from nemo_megacpp.proof.trace import Recorder, Trace
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.specs.model import build_hybrid_chunks
@@ -52,6 +54,7 @@ class StepResult:
             each data-parallel rank a shard of the sums.
         parameters: every saved tensor after the step (the optimizer's float32 copy in bfloat16).
         trace: the tensors inside the model, if they were asked for.
+        tag_violations: parameters whose tags do not agree with what ranks hold of them.
     """
 
     objective: float
@@ -60,6 +63,7 @@ class StepResult:
     gradients: GlobalValues = field(default_factory=GlobalValues)
     parameters: GlobalValues = field(default_factory=GlobalValues)
     trace: Trace | None = None
+    tag_violations: Sequence[Violation] = ()
 
 
 def make_config(spec: StepSpec, layout: ParallelLayout) -> HybridConfig:
@@ -195,6 +199,7 @@ def run_step(
         perturb_seed: move the activations within bfloat16 rounding, with these random signs.
     """
     trainee = prepare(spec, layout)
+    violations = tag_violations(trainee.chunks)
     load_model(trainee.chunks, weights)
     trainee.optimizer.reload_model_params()
     if perturb_seed is not None:
@@ -206,7 +211,9 @@ def run_step(
         )
     result = take_step(trainee)
     traced = None if recorder is None else recorder.gather()
-    return None if result is None else dataclasses.replace(result, trace=traced)
+    if result is None:
+        return None
+    return dataclasses.replace(result, trace=traced, tag_violations=violations)
 
 
 def take_step(trainee: Trainee) -> StepResult | None:

@@ -45,8 +45,8 @@ class Finding:
 
     Attributes:
         rung: the first rung that does not hold.
-        parameter: the parameter farthest beyond its tolerance, by its gradient, else after the
-            step; empty if every parameter agrees.
+        parameter: the parameter with a wrong tag, else the one farthest beyond its tolerance, by
+            its gradient, else after the step; empty if every parameter agrees.
         first: the first tensor that differs. Outputs are looked at in the order of the forward
             pass, then their gradients in the order of the backward pass; where all of these agree,
             a parameter's gradient is summed wrongly. None if nothing inside the model differs.

@@ -22,6 +22,7 @@ SCHEMA = 1
 BACKENDS: dict[Device, str] = {"cuda": "nccl", "cpu": "gloo"}
 _HEADINGS: dict[RungName, str] = {
     "build": "build",
+    "tags": "tags",
     "forward": "forward",
     "aux loss": "aux",
     "gradients": "grads",
@@ -30,6 +31,7 @@ _HEADINGS: dict[RungName, str] = {
     "step": "step",
     "checkpoint": "ckpt",
 }
+_COUNTS: tuple[RungName, ...] = ("build", "tags", "checkpoint")
 _DTYPES = {"float64": "f64", "float32": "f32", "bfloat16": "bf16"}
 
 
@@ -97,7 +99,7 @@ def print_table(console: Console, trials: Sequence[Trial]) -> None:
 
 
 def _cell(rung: Rung) -> str:
-    text = _number(rung.difference)
+    text = f"{rung.difference:.0f}" if rung.name in _COUNTS else _number(rung.difference)
     return text if rung.holds else f"[red]{text}[/red]"
 
 
@@ -115,7 +117,7 @@ def _tolerances(trials: Sequence[Trial]) -> str:
         for rung in (r for r in trial.rungs if r.tolerance and r.rounding is None):
             limits[f"{trial.dtype} {rung.name} {rung.tolerance:.0e}"] = None
     measured = f"bfloat16 {MULTIPLE:g} times what rounding alone does"
-    return f"tolerances: {', '.join(limits)}; {measured}; build, replicas and ckpt 0"
+    return f"tolerances: {', '.join(limits)}; {measured}; build, tags, replicas and ckpt 0"
 
 
 def _what_broke(trial: Trial) -> list[str]:
@@ -126,12 +128,19 @@ def _what_broke(trial: Trial) -> list[str]:
     if broken is None:
         return []
     lines = [f"{where}: {broken.name} {_beyond(broken)}"]
+    if broken.problem:
+        lines = [f"{where}: {broken.name}: {_parameters(broken)}: {broken.problem}"]
     if finding := trial.finding:
         if finding.parameter:
             lines.append(f"  parameter: {finding.parameter}")
         lines.append(f"  first: {_first(finding.first)}")
         lines.append(f"  axis: {finding.axis}")
     return lines
+
+
+def _parameters(broken: Rung) -> str:
+    more = int(broken.difference) - 1
+    return f"{broken.where} and {more} more" if more else broken.where
 
 
 def _first(first: Difference | None) -> str:

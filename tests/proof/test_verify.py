@@ -119,12 +119,12 @@ def test_a_recipe_verified(capsys: pytest.CaptureFixture[str]) -> None:
             *("model", "axis", "layout", "dtype", "rungs", "error", "finding", "holds")
         }
         assert [rung["name"] for rung in trial["rungs"]] == [
-            *("build", "forward", "aux loss", "gradients", "replicas", "gradient norm"),
+            *("build", "tags", "forward", "aux loss", "gradients", "replicas", "gradient norm"),
             *("step", "checkpoint"),
         ]
         for rung in trial["rungs"]:
             assert rung.keys() == {
-                *("name", "difference", "tolerance", "rounding", "where", "holds")
+                *("name", "difference", "tolerance", "rounding", "where", "problem", "holds")
             }
 
 
