@@ -28,6 +28,7 @@ from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
 from nemo_megacpp.proof.gather import GlobalValues, gather_values
+from nemo_megacpp.proof.kernels import kernels_here, use_kernels
 from nemo_megacpp.proof.objective import device, forward_step, microbatches
 from nemo_megacpp.proof.perturb import perturb
 from nemo_megacpp.proof.step_spec import StepSpec
@@ -70,7 +71,7 @@ def make_config(spec: StepSpec, layout: ParallelLayout) -> HybridConfig:
     """Return the model configuration of ``spec`` in ``layout``."""
     dtype = getattr(torch, spec.dtype)
     return HybridConfig(
-        **spec.model,
+        **kernels_here(dtype).fields(spec.model),
         **layout.megatron_fields(),
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -87,7 +88,7 @@ def build_chunks(config: HybridConfig, layout: ParallelLayout) -> list[torch.nn.
     float64 here, so that their gradients are accumulated and reduced exactly as well, and in a
     bfloat16 model bfloat16, as Megatron's ``Float16Module`` has it.
     """
-    chunks = build_hybrid_chunks(config)
+    chunks = build_hybrid_chunks(config, use_kernels(config.params_dtype))
     for chunk in chunks:
         chunk.to(device())
         for parameter in chunk.parameters():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nemo_megacpp.proof.compare import Rung, RungName
+from nemo_megacpp.proof.kernels import KernelsName
 from nemo_megacpp.proof.step_spec import Dtype
 
 DifferenceKind = Literal["output", "output gradient", "parameter gradient"]
@@ -72,6 +73,7 @@ class Trial:
         rungs: what was compared; empty if the layout could not be run.
         error: why it could not, or None.
         finding: where it began to differ, if a rung does not hold.
+        kernels: what it ran in (:class:`nemo_megacpp.proof.kernels.Kernels`).
     """
 
     model: str
@@ -81,6 +83,7 @@ class Trial:
     rungs: tuple[Rung, ...] = ()
     error: str | None = None
     finding: Finding | None = None
+    kernels: KernelsName = "torch"
 
     @property
     def holds(self) -> bool:

@@ -20,6 +20,11 @@ SCHEMA = 1
 """Version of the JSON document; it grows when a key changes its meaning or goes."""
 
 BACKENDS: dict[Device, str] = {"cuda": "nccl", "cpu": "gloo"}
+RANKS_ON: dict[Device, str] = {
+    "cuda": "ranks on GPUs (nccl); float64 and float32 in plain torch with TF32 off, bfloat16 in "
+    "the kernels that training takes here",
+    "cpu": "ranks on the CPU (gloo)",
+}
 _HEADINGS: dict[RungName, str] = {
     "build": "build",
     "tags": "tags",
@@ -77,7 +82,9 @@ def _finite(value: Any) -> Any:
 def print_table(console: Console, trials: Sequence[Trial]) -> None:
     """Print the largest relative difference per rung, and what broke first where something did."""
     table = Table(box=None, header_style="bold", padding=(0, 1))
-    for heading in ("model", "layout", "", *_HEADINGS.values()):
+    several = any(trial.kernels != "torch" for trial in trials)
+    named = ("model", "layout", "", "kernels") if several else ("model", "layout", "")
+    for heading in (*named, *_HEADINGS.values()):
         table.add_column(heading, no_wrap=True)
     for trial in trials:
         cells = {rung.name: rung for rung in trial.rungs}
@@ -85,10 +92,12 @@ def print_table(console: Console, trials: Sequence[Trial]) -> None:
             trial.model,
             trial.layout if trial.axis == "together" else f"{trial.axis} alone: {trial.layout}",
             _DTYPES[trial.dtype],
+            *((trial.kernels,) if several else ()),
             *(_cell(cells[name]) if name in cells else "-" for name in _HEADINGS),
         )
         if any(rung.rounding is not None for rung in trial.rungs):
-            table.add_row("", "  rounding alone", "", *(_rounding(cells[n]) for n in _HEADINGS))
+            blank = ("",) * (len(named) - 2)
+            table.add_row("", "  rounding alone", *blank, *(_rounding(cells[n]) for n in _HEADINGS))
     console.print(table)
     console.print(_tolerances(trials))
     for trial in trials:
