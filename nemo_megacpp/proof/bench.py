@@ -16,6 +16,7 @@ from nemo_megacpp.proof.canary import every_expert, one_family
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Limits, Rung, compare
 from nemo_megacpp.proof.differences import find
 from nemo_megacpp.proof.failure import describe_failure
+from nemo_megacpp.proof.kernels import kernels_for
 from nemo_megacpp.proof.reshard import Carried, checkpoint_of
 from nemo_megacpp.proof.rounding import SEEDS, rounding_limits
 from nemo_megacpp.proof.step import StepResult
@@ -74,7 +75,8 @@ class Bench:
     def run(self, name: str, axis: str, layout: ParallelLayout, dtype: Dtype) -> Trial:
         """Run the model ``name`` (``all`` or a family's letter) in ``layout``, rung by rung; where
         one does not hold, run it again and look inside."""
-        trial = Trial(name, axis, layout.short(), dtype)
+        kernels = kernels_for(self.pool.device, dtype).name
+        trial = Trial(name, axis, layout.short(), dtype, kernels=kernels)
         fields = dict(self.small) if name == "all" else one_family(self.small, name, layout)
         rows = self.training.get("micro_batch_size", 1)
         spec = StepSpec(

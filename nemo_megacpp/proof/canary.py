@@ -10,17 +10,6 @@ from typing import Any
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import HybridPattern
 
-# What is counted (heads, groups, experts, layers) decides which layouts are legal and stays as it
-# is. What is only wide is narrowed; a width that a layout divides keeps its factors of two.
-_NARROW = {
-    "hidden_size": 64,
-    "ffn_hidden_size": 64,
-    "kv_channels": 4,
-    "mamba_head_dim": 4,
-    "mamba_state_dim": 8,
-    "m2rnn_key_head_dim": 8,
-    "m2rnn_value_head_dim": 2,
-}
 DRAWN: Mapping[str, Any] = MappingProxyType(
     {
         "hidden_dropout": 0.0,
@@ -35,16 +24,22 @@ _DIVIDED = ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 _DEEP = 16
 
 
-def canary(model: Mapping[str, Any], layout: ParallelLayout) -> dict[str, Any]:
+def canary(
+    model: Mapping[str, Any], layout: ParallelLayout, narrowest: Mapping[str, int]
+) -> dict[str, Any]:
     """Return fields of a small ``HybridConfig`` with the proportions that ``layout`` splits, and
     without what :data:`DRAWN` names.
+
+    What is counted (heads, groups, experts, layers) decides which layouts are legal and stays as
+    it is. What is only wide is narrowed; a width that a layout divides keeps its factors of two.
 
     Args:
         model: fields of the recipe's ``HybridConfig``, with ``m2rnn_num_heads`` given.
         layout: the layout to be tried; the sequence is long enough for it.
+        narrowest: the widths to narrow to (:mod:`nemo_megacpp.proof.kernels`).
     """
     small = {
-        name: min(_NARROW.get(name, value), value) if name in _NARROW else value
+        name: min(narrowest[name], value) if name in narrowest else value
         for name, value in model.items()
     }
     for name in _DIVIDED:

@@ -10,9 +10,18 @@ import numpy as np
 
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.step import StepResult
+from nemo_megacpp.proof.tag_rules import Violation
 
 RungName = Literal[
-    "build", "forward", "aux loss", "gradients", "replicas", "gradient norm", "step", "checkpoint"
+    "build",
+    "tags",
+    "forward",
+    "aux loss",
+    "gradients",
+    "replicas",
+    "gradient norm",
+    "step",
+    "checkpoint",
 ]
 Compared = RungName | Literal["output", "output gradient"]
 """What has a tolerance: the rungs, and the tensors inside the model."""
@@ -68,8 +77,9 @@ class Rung:
     """One comparison: the relative difference that goes farthest beyond its tolerance (or comes
     nearest to it), and where it was.
 
-    ``build`` and ``checkpoint`` count tensors instead: those that are missing, too many or of
-    another shape, and those that saving and loading changed.
+    ``build``, ``tags`` and ``checkpoint`` count tensors instead: those that are missing, too many
+    or of another shape; those whose tags do not agree with what ranks hold of them; and those that
+    saving and loading changed.
     """
 
     name: RungName
@@ -78,6 +88,8 @@ class Rung:
     where: str = ""
     rounding: float | None = None
     """How far rounding was seen to move this number, where that was measured (bf16)."""
+    problem: str = ""
+    """What is wrong and what to change, where that is known (``tags``)."""
 
     @property
     def holds(self) -> bool:
@@ -89,6 +101,7 @@ def compare(reference: StepResult, result: StepResult, limits: Limits) -> list[R
     """Return one rung per kind of number, in the order in which they are computed."""
     return [
         _build(reference.parameters, result.parameters),
+        _tags(result.tag_violations),
         *(
             _nearest_its_limit(kind, differences, limits)
             for kind, differences in step_differences(reference, result).items()
@@ -158,6 +171,20 @@ def _build(reference: GlobalValues, result: GlobalValues) -> Rung:
         if key not in a or key not in b or a[key].shape != b[key].shape
     ]
     return Rung("build", float(len(wrong)), 0.0, wrong[0] if wrong else "")
+
+
+def _tags(violations: Sequence[Violation]) -> Rung:
+    """Count parameters with a wrong tag, and tell of the first one."""
+    if not violations:
+        return Rung("tags", 0.0, 0.0)
+    first = violations[0]
+    return Rung(
+        "tags",
+        float(len({violation.parameter for violation in violations})),
+        0.0,
+        first.parameter,
+        problem=f"{first.problem}; {first.remedy}",
+    )
 
 
 def _tensors(reference: GlobalValues, result: GlobalValues) -> dict[str, float]:

@@ -27,7 +27,8 @@ def find(
     """
     assert reference.trace is not None and result.trace is not None
     broken = {rung.name: rung for rung in rungs if not rung.holds}
-    named = [broken[name] for name in ("gradients", "replicas", "step") if name in broken]
+    kinds: tuple[RungName, ...] = ("tags", "gradients", "replicas", "step")
+    named = [broken[name] for name in kinds if name in broken]
     inside = next(trace_differences(reference.trace, result.trace, limits), None)
     return Finding(
         rung=next(iter(broken)),

@@ -22,7 +22,7 @@ MULTIPLE = 3.0
 SEEDS = (1, 2, 3)
 """Of the perturbed steps."""
 
-_EXACT = ("build", "replicas", "checkpoint")
+_EXACT = ("build", "tags", "replicas", "checkpoint")
 _SINGLE_NUMBERS = ("forward", "aux loss", "gradient norm")
 
 

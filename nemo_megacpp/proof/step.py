@@ -12,9 +12,8 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
 from nemo_megacpp.proof.gather import GlobalValues, gather_values
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tag_rules import Violation
 from nemo_megacpp.proof.trace import Trace
-
-__all__ = ["StepResult", "StepSpec", "disturb", "gather_gradients", "gather_parameters"]
 
 
 @dataclass
@@ -32,6 +31,7 @@ class StepResult:
             bfloat16, unless it is sharded over data-parallel ranks).
         trace: the tensors inside the model, if they were asked for.
         initial: every saved tensor before the first step, if the run drew them itself.
+        tag_violations: parameters whose tags do not agree with what ranks hold of them.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -41,6 +41,7 @@ class StepResult:
     parameters: GlobalValues = field(default_factory=GlobalValues)
     trace: Trace | None = None
     initial: GlobalValues = field(default_factory=GlobalValues)
+    tag_violations: Sequence[Violation] = ()
 
 
 def disturb(spec: StepSpec, chunks: Sequence[torch.nn.Module]) -> None:

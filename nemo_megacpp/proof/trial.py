@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nemo_megacpp.proof.compare import Rung, RungName
+from nemo_megacpp.proof.kernels import KernelsName
 from nemo_megacpp.proof.step_spec import Dtype
 
 DifferenceKind = Literal["output", "output gradient", "parameter gradient"]
@@ -45,8 +46,8 @@ class Finding:
 
     Attributes:
         rung: the first rung that does not hold.
-        parameter: the parameter farthest beyond its tolerance, by its gradient, else after the
-            step; empty if every parameter agrees.
+        parameter: the parameter with a wrong tag, else the one farthest beyond its tolerance, by
+            its gradient, else after the step; empty if every parameter agrees.
         first: the first tensor that differs. Outputs are looked at in the order of the forward
             pass, then their gradients in the order of the backward pass; where all of these agree,
             a parameter's gradient is summed wrongly. None if nothing inside the model differs.
@@ -72,6 +73,7 @@ class Trial:
         rungs: what was compared; empty if the layout could not be run.
         error: why it could not, or None.
         finding: where it began to differ, if a rung does not hold.
+        kernels: what it ran in (:class:`nemo_megacpp.proof.kernels.Kernels`).
     """
 
     model: str
@@ -81,6 +83,7 @@ class Trial:
     rungs: tuple[Rung, ...] = ()
     error: str | None = None
     finding: Finding | None = None
+    kernels: KernelsName = "torch"
 
     @property
     def holds(self) -> bool:

@@ -15,6 +15,7 @@ from nemo_megacpp.pattern import HybridPattern
 from nemo_megacpp.proof.axes import axes_alone, axes_in_pairs, axes_of, spelled_out
 from nemo_megacpp.proof.bench import Bench, TrainingPath
 from nemo_megacpp.proof.canary import canary
+from nemo_megacpp.proof.kernels import kernels_for
 from nemo_megacpp.proof.step_spec import Dtype
 from nemo_megacpp.proof.trial import Trial
 from nemo_megacpp.runtime.workers import WorkerPool, device_for
@@ -53,7 +54,9 @@ def verify(
             f"The layout needs {layout.world} ranks; verify starts at most {MAX_RANKS} here. Give "
             f"a smaller one with --layout: the axes are proved by their kind, not their size."
         )
-    small, training = canary(model, layout), dict(training or {})
+    device = device_for(layout.world) if pool is None else pool.device
+    small = canary(model, layout, kernels_for(device, "bfloat16").narrowest)
+    training = dict(training or {})
     if training.pop("packed", False):
         quarter = small["seq_length"] // 4
         training["documents"] = (2 * quarter, quarter, quarter)
@@ -70,7 +73,7 @@ def verify(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if pool is None:
-            pool = stack.enter_context(WorkerPool(layout.world, device=device_for(layout.world)))
+            pool = stack.enter_context(WorkerPool(layout.world, device=device))
         bench, axes = Bench(pool, path, folder, small, training), _Axes(layout, progress)
         for name, axis, place, dtype in cases:
             progress(f"{name} in {place.short()} ({dtype})")

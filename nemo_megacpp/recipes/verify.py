@@ -16,7 +16,7 @@ from nemo_megacpp.proof.canary import DRAWN
 from nemo_megacpp.proof.verify import verify
 from nemo_megacpp.recipes.check import check_model_of, shape_of
 from nemo_megacpp.recipes.recipe import Recipe, resolve
-from nemo_megacpp.recipes.verify_report import BACKENDS, document, print_table
+from nemo_megacpp.recipes.verify_report import RANKS_ON, document, print_table
 from nemo_megacpp.runtime.workers import WorkerPool, device_for
 
 _ROWS = 2
@@ -71,8 +71,8 @@ def verify_recipe(
     console = Console(stderr=as_json, highlight=False)
     console.width = max(console.width, _WIDTH)
     console.print(
-        f"{recipe.name}: {recipe.layout.describe()}, on a canary of its proportions; ranks on "
-        f"{'GPUs' if device == 'cuda' else 'the CPU'} ({BACKENDS[device]})"
+        f"{recipe.name}: {recipe.layout.describe()}, on a canary of its proportions; "
+        f"{RANKS_ON[device]}"
     )
     for line in _left_out(recipe):
         console.print(line)

@@ -20,8 +20,14 @@ SCHEMA = 1
 """Version of the JSON document; it grows when a key changes its meaning or goes."""
 
 BACKENDS: dict[Device, str] = {"cuda": "nccl", "cpu": "gloo"}
+RANKS_ON: dict[Device, str] = {
+    "cuda": "ranks on GPUs (nccl); float64 and float32 in plain torch with TF32 off, bfloat16 in "
+    "the kernels that training takes here",
+    "cpu": "ranks on the CPU (gloo)",
+}
 _HEADINGS: dict[RungName, str] = {
     "build": "build",
+    "tags": "tags",
     "forward": "forward",
     "aux loss": "aux",
     "gradients": "grads",
@@ -30,6 +36,7 @@ _HEADINGS: dict[RungName, str] = {
     "step": "step",
     "checkpoint": "ckpt",
 }
+_COUNTS: tuple[RungName, ...] = ("build", "tags", "checkpoint")
 _DTYPES = {"float64": "f64", "float32": "f32", "bfloat16": "bf16"}
 
 
@@ -75,7 +82,9 @@ def _finite(value: Any) -> Any:
 def print_table(console: Console, trials: Sequence[Trial]) -> None:
     """Print the largest relative difference per rung, and what broke first where something did."""
     table = Table(box=None, header_style="bold", padding=(0, 1))
-    for heading in ("model", "layout", "", *_HEADINGS.values()):
+    several = any(trial.kernels != "torch" for trial in trials)
+    named = ("model", "layout", "", "kernels") if several else ("model", "layout", "")
+    for heading in (*named, *_HEADINGS.values()):
         table.add_column(heading, no_wrap=True)
     for trial in trials:
         cells = {rung.name: rung for rung in trial.rungs}
@@ -83,10 +92,12 @@ def print_table(console: Console, trials: Sequence[Trial]) -> None:
             trial.model,
             trial.layout if trial.axis == "together" else f"{trial.axis} alone: {trial.layout}",
             _DTYPES[trial.dtype],
+            *((trial.kernels,) if several else ()),
             *(_cell(cells[name]) if name in cells else "-" for name in _HEADINGS),
         )
         if any(rung.rounding is not None for rung in trial.rungs):
-            table.add_row("", "  rounding alone", "", *(_rounding(cells[n]) for n in _HEADINGS))
+            blank = ("",) * (len(named) - 2)
+            table.add_row("", "  rounding alone", *blank, *(_rounding(cells[n]) for n in _HEADINGS))
     console.print(table)
     console.print(_tolerances(trials))
     for trial in trials:
@@ -97,7 +108,7 @@ def print_table(console: Console, trials: Sequence[Trial]) -> None:
 
 
 def _cell(rung: Rung) -> str:
-    text = _number(rung.difference)
+    text = f"{rung.difference:.0f}" if rung.name in _COUNTS else _number(rung.difference)
     return text if rung.holds else f"[red]{text}[/red]"
 
 
@@ -115,7 +126,7 @@ def _tolerances(trials: Sequence[Trial]) -> str:
         for rung in (r for r in trial.rungs if r.tolerance and r.rounding is None):
             limits[f"{trial.dtype} {rung.name} {rung.tolerance:.0e}"] = None
     measured = f"bfloat16 {MULTIPLE:g} times what rounding alone does"
-    return f"tolerances: {', '.join(limits)}; {measured}; build, replicas and ckpt 0"
+    return f"tolerances: {', '.join(limits)}; {measured}; build, tags, replicas and ckpt 0"
 
 
 def _what_broke(trial: Trial) -> list[str]:
@@ -126,12 +137,19 @@ def _what_broke(trial: Trial) -> list[str]:
     if broken is None:
         return []
     lines = [f"{where}: {broken.name} {_beyond(broken)}"]
+    if broken.problem:
+        lines = [f"{where}: {broken.name}: {_parameters(broken)}: {broken.problem}"]
     if finding := trial.finding:
         if finding.parameter:
             lines.append(f"  parameter: {finding.parameter}")
         lines.append(f"  first: {_first(finding.first)}")
         lines.append(f"  axis: {finding.axis}")
     return lines
+
+
+def _parameters(broken: Rung) -> str:
+    more = int(broken.difference) - 1
+    return f"{broken.where} and {more} more" if more else broken.where
 
 
 def _first(first: Difference | None) -> str:

@@ -13,12 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
-from nemo_megacpp.mixers.kernels.gated_rms_norm import RMSNormGated
-from nemo_megacpp.mixers.kernels.mamba_split_conv1d_scan import mamba_split_conv1d_scan
-from nemo_megacpp.mixers.kernels.ssd import ssd_chunked
-from nemo_megacpp.mixers.sequence_layout import token_order
+from nemo_megacpp.runtime.torch_forms import install_clipping, install_mamba_kernels
 
 
 def _rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -34,19 +30,6 @@ def _split_sizes_on_host(tensor: Any, as_numpy: bool = False, record_stream: boo
     if as_numpy and torch.is_tensor(tensor):
         return tensor.numpy()
     return tensor
-
-
-def _clip_grad_by_total_norm(
-    parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
-) -> None:
-    """Stock form asserts that gradients are ``torch.cuda.FloatTensor``; same arithmetic."""
-    if isinstance(parameters, torch.Tensor):
-        parameters = [parameters]
-    name = "decoupled_grad" if use_decoupled_grad else "grad"
-    grads = [g.detach() for p in parameters if (g := getattr(p, name, None)) is not None]
-    coefficient = max_norm / (total_norm + 1.0e-6)
-    if grads and coefficient < 1.0:
-        torch._foreach_mul_(grads, coefficient)
 
 
 def _gather_uneven(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -100,14 +83,6 @@ def _type_as_on_cuda(stock: Callable[..., Any]) -> Callable[..., Any]:
     return type_name
 
 
-def _tokens_of_rank(
-    cu_seqlens: torch.Tensor, total_tokens: int, world_size: int, rank: int
-) -> torch.Tensor:
-    """Transformer Engine's ``thd_get_partitioned_indices``, a CUDA kernel."""
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens)
-    return token_order(total_tokens, world_size, packed, cu_seqlens.device).of_rank(rank).int()
-
-
 class _QuietAboutOneGenerator(logging.Filter):
     """Drop Megatron's warning that the CPU generator moved inside a CUDA fork: here it is one."""
 
@@ -115,59 +90,12 @@ class _QuietAboutOneGenerator(logging.Filter):
         return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
-def _install_mamba_kernels() -> None:
-    """Give ``MambaMixer`` torch forms of the Triton and CUDA kernels that it calls by name."""
-    from megatron.core.ssm import mamba_context_parallel, mamba_mixer
-    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-
-    class ExtendedRMSNorm(RMSNormGated):
-        """Stock ``ExtendedRMSNorm`` derives from the kernel's class, absent on this host."""
-
-        tp_group: Any = None
-
-        def sharded_state_dict(
-            self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None
-        ) -> dict:
-            from megatron.core import parallel_state
-
-            group = self.tp_group or parallel_state.get_tensor_model_parallel_group()
-            return make_sharded_tensors_for_checkpoint(
-                self.state_dict(prefix="", keep_vars=True),
-                prefix,
-                {"weight": 0},
-                sharded_offsets,
-                tp_group=group,
-                dp_cp_group=metadata["dp_cp_group"],
-            )
-
-    module: Any = mamba_mixer
-    module.HAVE_MAMBA_SSM = True
-    module.RMSNormGated = RMSNormGated
-    module.ExtendedRMSNorm = ExtendedRMSNorm
-    module.mamba_split_conv1d_scan_combined = mamba_split_conv1d_scan
-    module.mamba_chunk_scan_combined = ssd_chunked
-    # The torch forms reset state and convolution at document boundaries (seq_idx).
-    module._check_mamba_sequence_packing_support = lambda for_inference_not_training=True: (
-        (False, "the no-GPU host has no inference kernels")
-        if for_inference_not_training
-        else (True, None)
-    )
-    # Under context parallelism the mixer asks Transformer Engine for the order of a pack.
-    context_parallel: Any = mamba_context_parallel
-    context_parallel.tex = SimpleNamespace(thd_get_partitioned_indices=_tokens_of_rank)
-    context_parallel.is_te_min_version = lambda version, check_equality=True: True
-
-
 def install() -> None:
     """Install the replacements. Called once, by :func:`nemo_megacpp.runtime.host.ensure_host`."""
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
     from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    modules: list[Any] = [clip_grads, distrib_optimizer, optimizer]
-    for module in modules:
-        if hasattr(module, "clip_grad_by_total_norm_fp32"):
-            module.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
+    install_clipping()
     tensor: Any = torch.Tensor
     tensor.type = _type_as_on_cuda(tensor.type)
     regions: Any = mappings
@@ -189,4 +117,4 @@ def install() -> None:
         module.maybe_move_tensor_to_cpu = _split_sizes_on_host
     if not hasattr(moe_utils, "te_general_gemm"):
         moe[0].te_general_gemm = None
-    _install_mamba_kernels()
+    install_mamba_kernels()

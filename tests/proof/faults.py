@@ -8,8 +8,10 @@ from unittest import mock
 
 from megatron.core import parallel_state
 from megatron.core.ssm.mamba_context_parallel import _all_to_all_cp2hp
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from nemo_megacpp.mixers import m2rnn
+from nemo_megacpp.mixers.replicated import mark_replicated
 from nemo_megacpp.mixers.sequence_layout import sequence_to_heads
 from nemo_megacpp.runtime.workers import WorkerPool
 
@@ -43,6 +45,12 @@ def _zigzag_under_tp(x: Any, cp_group: Any, order: Any) -> Any:
     return sequence_to_heads(x, cp_group, order)
 
 
+def _tagged_as_split(parameter: Any, config: Any) -> None:
+    """Tag rows that every tensor-parallel rank holds as if each held its own."""
+    mark_replicated(parameter, config)
+    set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+
+
 FAULTS: dict[str, tuple[str, Any]] = {
     "expert weights tagged as dense": (
         "nemo_megacpp.mixers.experts.tag_expert_weights",
@@ -51,6 +59,10 @@ FAULTS: dict[str, tuple[str, Any]] = {
     "gradient of replicated rows not summed": (
         "nemo_megacpp.mixers.linear.mark_replicated",
         lambda parameter, config: None,
+    ),
+    "replicated rows tagged as split": (
+        "nemo_megacpp.mixers.linear.mark_replicated",
+        _tagged_as_split,
     ),
     "zigzag not undone": ("nemo_megacpp.mixers.m2rnn.sequence_to_heads", _zigzag),
     "zigzag not undone under TP": (

@@ -18,7 +18,8 @@ from .faults import run_broken
 @pytest.mark.parametrize(
     ("fault", "pattern", "layout", "rung", "where"),
     [
-        ("expert weights tagged as dense", "E", "tp=2,etp=1", "gradients", "mlp.experts"),
+        ("expert weights tagged as dense", "E", "tp=2,etp=1", "tags", "mlp.experts"),
+        ("replicated rows tagged as split", "R", "tp=2", "tags", "shared_weight"),
         ("gradient of replicated rows not summed", "R", "tp=2", "gradients", "shared_weight"),
         ("zigzag not undone", "R", "cp=2", "forward", ""),
         ("two heads swapped", "R", "tp=2", "forward", ""),

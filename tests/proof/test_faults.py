@@ -41,7 +41,7 @@ def _first_that_fails(ranks: WorkerPool, fault: str, pattern: str, layout: str) 
             "expert weights tagged as dense",
             "E",
             "tp=2,etp=1",
-            "gradients",
+            "tags",
             "decoder.layers.0.mlp.experts",
             "parameter gradient",
             "decoder.layers.0.mlp.experts",

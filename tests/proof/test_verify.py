@@ -16,6 +16,7 @@ from nemo_megacpp.proof.canary import canary, every_expert, one_family
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, Rung, compare, tensor_difference
 from nemo_megacpp.proof.gather import GlobalValues
+from nemo_megacpp.proof.kernels import kernels_for
 from nemo_megacpp.proof.step import StepResult
 from nemo_megacpp.proof.trial import Difference, Finding, Trial
 from nemo_megacpp.proof.verify import verify
@@ -24,7 +25,8 @@ from nemo_megacpp.recipes.check import shape_of
 from nemo_megacpp.recipes.nemo.proof_run import NEMO
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.verify import verify_recipe
-from nemo_megacpp.recipes.verify_report import document
+from nemo_megacpp.recipes.verify_report import BACKENDS, document
+from nemo_megacpp.runtime.workers import device_for
 
 COUNTS = (
     "num_attention_heads",
@@ -42,7 +44,7 @@ COUNTS = (
 def test_canary_is_legal_where_the_recipe_is(name: str, text: str) -> None:
     recipe = resolve(name)
     layout = ParallelLayout.parse(text)
-    small = canary(recipe.model, layout)
+    small = canary(recipe.model, layout, kernels_for("cpu", "float64").narrowest)
     assert {key: small[key] for key in COUNTS} == {key: recipe.model[key] for key in COUNTS}
     assert small["hidden_size"] <= 64
 
@@ -98,6 +100,7 @@ def test_tensor_difference() -> None:
     assert tensor_difference(one, np.ones(4)) == np.inf
 
 
+@pytest.mark.gpu  # `verify` takes GPUs where there are enough
 def test_a_recipe_verified(capsys: pytest.CaptureFixture[str]) -> None:
     """End to end: two ranks, every rung of every trial, as JSON."""
     overrides = ["pattern=AR", "num_layers=2"]
@@ -114,18 +117,22 @@ def test_a_recipe_verified(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer.keys() == {
         *("schema", "recipe", "layout", "ranks", "device", "backend", "holds", "trials")
     }
-    assert (answer["schema"], answer["ranks"], answer["backend"]) == (1, 2, "gloo")
+    assert (answer["schema"], answer["ranks"]) == (1, 2)
+    assert answer["backend"] == BACKENDS[device_for(2)]
+    assert [trial["kernels"] for trial in answer["trials"]] == [
+        kernels_for(device_for(2), trial["dtype"]).name for trial in answer["trials"]
+    ]
     for trial in answer["trials"]:
         assert trial.keys() == {
-            *("model", "axis", "layout", "dtype", "rungs", "error", "finding", "holds")
+            *("model", "axis", "layout", "dtype", "kernels", "rungs", "error", "finding", "holds")
         }
         assert [rung["name"] for rung in trial["rungs"]] == [
-            *("build", "forward", "aux loss", "gradients", "replicas", "gradient norm"),
+            *("build", "tags", "forward", "aux loss", "gradients", "replicas", "gradient norm"),
             *("step", "checkpoint"),
         ]
         for rung in trial["rungs"]:
             assert rung.keys() == {
-                *("name", "difference", "tolerance", "rounding", "where", "holds")
+                *("name", "difference", "tolerance", "rounding", "where", "problem", "holds")
             }
 
 
@@ -219,4 +226,4 @@ def test_what_is_not_part_of_the_proof_is_said(
     assert "packed" not in told, "packs are part of the proof"
     assert "defaults taken: num_layers: 12 (depth of the recipe)" in told
     assert proved[0]["hidden_dropout"] == 0.1
-    assert canary(proved[0], ParallelLayout())["hidden_dropout"] == 0.0
+    assert canary(proved[0], ParallelLayout(), {})["hidden_dropout"] == 0.0

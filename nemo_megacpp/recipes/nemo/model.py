@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.backends import BackendSpecProvider
 from nemo.collections.llm.gpt.model.base import GPTModel, gpt_data_step
 from nemo.lightning import OptimizerModule, io
 
@@ -87,8 +88,16 @@ class HybridModelConfig(HybridConfig, io.IOMixin):
             post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
             post_process = post_process and (vp_stage or 0) == stages - 1
         return build_hybrid_model(
-            self, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+            self,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            backend=self.backend(),
         )
+
+    def backend(self) -> BackendSpecProvider | None:
+        """Return where the modules come from; None for this installation's default."""
+        return None
 
 
 class HybridModel(GPTModel):

@@ -2,6 +2,7 @@
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -27,6 +28,8 @@ from nemo_megacpp.proof.step import (
     gather_parameters,
 )
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tag_rules import Violation
+from nemo_megacpp.proof.tags import tag_violations
 from nemo_megacpp.proof.trace import Recorder, Trace
 
 
@@ -67,6 +70,7 @@ class Probe(pl.Callback):
         self._wrapped: list[Any] = []
         self._recorder: Optional[Recorder] = None  # noqa: UP045
         self._first = True
+        self._violations: Sequence[Violation] = ()
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
         self._aux_losses: dict[str, float] = {}
@@ -79,6 +83,7 @@ class Probe(pl.Callback):
         parallel: Any = trainer.strategy.megatron_parallel  # type: ignore[attr-defined]
         self._wrapped = [chunk.module for chunk in parallel]
         self._chunks = list(unwrap_model(self._wrapped))
+        self._violations = tag_violations(self._chunks)
         if not self._resumed:
             if self._weights is None:
                 disturb(self._spec, self._chunks)
@@ -157,6 +162,7 @@ class Probe(pl.Callback):
             parameters,
             trace,
             self._initial,
+            self._violations,
         )
         if self.carried is not None:
             self.carried.following = self.result

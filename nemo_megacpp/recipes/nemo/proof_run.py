@@ -22,10 +22,12 @@ from typing import Any
 import fiddle
 import nemo_run as run
 import torch
+from megatron.core.models.backends import BackendSpecProvider
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.bench import TrainingPath
 from nemo_megacpp.proof.gather import GlobalValues
+from nemo_megacpp.proof.kernels import kernels_here, use_kernels
 from nemo_megacpp.proof.objective import linear_form_step
 from nemo_megacpp.proof.reshard import Carried
 from nemo_megacpp.proof.step import StepResult
@@ -52,6 +54,8 @@ NOT_SHARED: Mapping[str, str] = MappingProxyType(
         "adam_eps": "1e-2: Adam's first step is the sign of the gradient wherever that is large "
         "against eps, so that with the usual 1e-8 the rounding of a gradient that ought to be "
         "zero would become a whole step",
+        "kernels in float64 and float32 on GPUs": "plain torch: causal_conv1d and Transformer Engine "
+        "have no float64, and TF32 is coarser than the limits",
         "loggers, progress and validation": "off: they write files and change no number",
     }
 )
@@ -63,7 +67,7 @@ _NEVER = 10**9
 
 @dataclass
 class ProofModelConfig(HybridModelConfig):
-    """The model's configuration of a run, also in float64.
+    """The model's configuration of a run, also in float64, in the kernels of the proof's trial.
 
     Megatron keeps a few parameters of its Mamba mixer in float32; in a float64 model they become
     float64, so that their gradients are accumulated and reduced exactly as well.
@@ -75,6 +79,9 @@ class ProofModelConfig(HybridModelConfig):
             for parameter in module.parameters():
                 parameter.data = parameter.data.double()
         return module
+
+    def backend(self) -> BackendSpecProvider | None:
+        return use_kernels(self.params_dtype)
 
 
 def run_step(
@@ -186,10 +193,11 @@ def _configuration(
         use_distributed_optimizer=spec.use_distributed_optimizer,
         tensorboard=False,
     )
-    recipe = Recipe("proof", dict(spec.model), layout, training)
+    model = kernels_here(getattr(torch, spec.dtype)).fields(spec.model)
+    recipe = Recipe("proof", model, layout, training)
     config = to_pretrain(recipe, run_dir, devices=world)
-    model = config.model.config
-    fields = {name: getattr(model, name) for name in model.__arguments__}
+    settled = config.model.config
+    fields = {name: getattr(settled, name) for name in settled.__arguments__}
     config.model.config = run.Config(ProofModelConfig, **fields)
     config.data = run.Config(ProofData, spec=spec)
     config.trainer.limit_val_batches, config.trainer.val_check_interval = 0, 1
