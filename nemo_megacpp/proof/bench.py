@@ -122,7 +122,7 @@ class Bench:
         weights = None if reference is None else reference.initial
         args = (spec, layout, weights, trace, perturb_seed)
         result: StepResult = self.pool.run(layout.world, self.path.run_step, *args)[0]
-        return result if reference is None else dataclasses.replace(result, initial=weights)
+        return result if weights is None else dataclasses.replace(result, initial=weights)
 
     def _limits(self, reference: _Reference, trace: bool = False) -> Limits:
         if reference.spec.dtype != "bfloat16":

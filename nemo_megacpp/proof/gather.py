@@ -35,6 +35,12 @@ class GlobalValues:
     values: dict[str, np.ndarray] = field(default_factory=dict)
     replica_spread: dict[str, float] = field(default_factory=dict)
 
+    def add(self, others: GlobalValues, suffix: str = "") -> None:
+        """Add ``others``, with ``suffix`` at the end of their keys."""
+        self.values |= {f"{key}{suffix}": value for key, value in others.values.items()}
+        spread = others.replica_spread.items()
+        self.replica_spread |= {f"{key}{suffix}": value for key, value in spread}
+
 
 class Piece(NamedTuple):
     """One rank's part of a tensor.

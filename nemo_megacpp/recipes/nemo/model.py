@@ -109,6 +109,9 @@ class HybridModel(GPTModel):
         tokenizer: NeMo tokenizer; taken from the data module if not given.
     """
 
+    _training_loss_reduction: Any
+    _validation_loss_reduction: Any
+
     def __init__(
         self,
         config: HybridModelConfig,

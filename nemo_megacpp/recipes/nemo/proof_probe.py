@@ -114,12 +114,7 @@ class Probe(pl.Callback):
             return
         gathered = gather_gradients(self._chunks, self._wrapped)
         if gathered is not None:
-            suffix = "" if self._first else f"@{step}"
-            for mine, new in (
-                (self._gradients.values, gathered.values),
-                (self._gradients.replica_spread, gathered.replica_spread),
-            ):
-                mine.update({f"{key}{suffix}": value for key, value in new.items()})
+            self._gradients.add(gathered, "" if self._first else f"@{step}")
         self._first = False
 
     def on_train_batch_end(

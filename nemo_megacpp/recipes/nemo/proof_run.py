@@ -54,8 +54,8 @@ NOT_SHARED: Mapping[str, str] = MappingProxyType(
         "adam_eps": "1e-2: Adam's first step is the sign of the gradient wherever that is large "
         "against eps, so that with the usual 1e-8 the rounding of a gradient that ought to be "
         "zero would become a whole step",
-        "kernels in float64 and float32 on GPUs": "plain torch: causal_conv1d and Transformer Engine "
-        "have no float64, and TF32 is coarser than the limits",
+        "kernels in float64 and float32 on GPUs": "plain torch: causal_conv1d and Transformer "
+        "Engine have no float64, and TF32 is coarser than the limits",
         "loggers, progress and validation": "off: they write files and change no number",
     }
 )
