@@ -13,7 +13,7 @@ def _covering(*fields: str) -> tuple[str, ...]:
 
 DDP: Table = {
     "grad_reduce_in_fp32": proved(
-        "The type in which gradients are summed; bf16 models need it, see below",
+        "The type in which gradients are summed; a bf16 model accepts True only",
         "tests/proof/test_verify.py::test_a_recipe_verified",
     ),
     "overlap_grad_reduce": proved("When gradients are summed", *_covering("overlap_grad_reduce")),
