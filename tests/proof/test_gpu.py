@@ -14,8 +14,8 @@ from nemo_megacpp.proof.bench import Bench
 from nemo_megacpp.proof.canary import canary
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.kernels import kernels_for
-from nemo_megacpp.proof.step import StepSpec, run_step, save_initial_weights
-from nemo_megacpp.proof.step_spec import Dtype
+from nemo_megacpp.proof.step_spec import Dtype, StepSpec
+from nemo_megacpp.recipes.nemo.proof_run import NEMO, run_step
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.runtime.workers import WorkerPool
 
@@ -30,14 +30,10 @@ def _model(pattern: str = "AEMR") -> dict:
     return canary(model, ONE, kernels_for("cuda", "bfloat16").narrowest)
 
 
-def test_torch_forms_give_the_numbers_of_the_cpu(
-    gpu_ranks: WorkerPool, ranks: WorkerPool, tmp_path: Path
-) -> None:
+def test_torch_forms_give_the_numbers_of_the_cpu(gpu_ranks: WorkerPool, ranks: WorkerPool) -> None:
     spec = StepSpec(_model(), objective="logits", dtype="float64")
-    ranks.run(1, save_initial_weights, spec, ONE, str(tmp_path))
-    here, there = (
-        pool.run(1, run_step, spec, ONE, str(tmp_path))[0] for pool in (ranks, gpu_ranks)
-    )
+    here = ranks.run(1, run_step, spec, ONE)[0]
+    there = gpu_ranks.run(1, run_step, spec, ONE, here.initial)[0]
     broken = [rung for rung in compare(here, there, FLOAT64) if not rung.holds]
     assert not broken
 
@@ -48,5 +44,5 @@ def test_a_layout_holds(gpu_ranks: WorkerPool, tmp_path: Path, text: str, dtype:
     layout = ParallelLayout.parse(text)
     if layout.world > gpu_ranks.size:
         pytest.skip(f"needs {layout.world} GPUs")
-    trial = Bench(gpu_ranks, tmp_path, _model()).run("all", "together", layout, dtype)
+    trial = Bench(gpu_ranks, NEMO, tmp_path, _model()).run("all", "together", layout, dtype)
     assert trial.holds, trial
