@@ -407,6 +407,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_nemo_runs_executors(tmp_path: Path, small_data: PreparedData) -> None:
     """Slurm prints the script it would submit; the local one trains two ranks under torchrun."""
