@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
+from tests.preloaded import preloaded_commands
+
 from .commands import PAGES, ROOT, blocks, missing, run, workplace
 
 COMMANDS = {
@@ -19,6 +21,8 @@ COMMANDS = {
 }
 ALONE = ("verify", "nemo", "megatron", "containers", "extending")
 """Pages whose commands use nothing that those of another page have made."""
+REAL = ("containers", "verify")
+"""Pages whose commands start as a reader's do; the others are forked, which is sooner."""
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +35,15 @@ def printed(
     """
     folder = workplace(tmp_path_factory.mktemp("reader"))
     asked = {getattr(item, "callspec", None) and item.callspec.id for item in request.session.items}
-    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+    with (
+        preloaded_commands(tmp_path_factory.mktemp("p")) as stand_ins,
+        ThreadPoolExecutor(1) as one,
+        ThreadPoolExecutor(1) as other,
+    ):
         yield {
-            name: (one if name.startswith(ALONE) else other).submit(run, command.text, folder)
+            name: (one if name.startswith(ALONE) else other).submit(
+                run, command.text, folder, None if name.startswith(REAL) else stand_ins
+            )
             for name, command in COMMANDS.items()
             if name in asked
         }
