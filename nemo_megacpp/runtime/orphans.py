@@ -21,6 +21,7 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _forking: tuple[int, bool] = (0, False)
 """Process and whether its main thread is at it: the kernel means the thread that forked."""
 _bound = False
+_server: SyncManager | None = None
 
 
 def end_with_parent(parent: int | None = None) -> None:
@@ -62,9 +63,17 @@ def _after_fork() -> None:
         end_with_parent(parent)
 
 
-def _start_results_server() -> None:
+def renew_results_queue() -> None:
+    """Give what is forked next a queue of its own on the server of :func:`bind_helpers`: a save
+    that failed may have left its results in the last one."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    assert _server is not None, "bind_helpers() starts it"
+    filesystem_async._results_queue = _server.Queue()  # type: ignore[attr-defined]
+
+
+def _start_results_server() -> None:
+    global _server
     server = SyncManager(ctx=get_context("spawn"))
     resource_tracker.ensure_running()  # it would unblock the signal below
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the server inherits it
@@ -72,7 +81,8 @@ def _start_results_server() -> None:
         server.start(_serve, (os.getpid(),))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    filesystem_async._results_queue = server.Queue()  # type: ignore[attr-defined]
+    _server = server
+    renew_results_queue()
 
 
 def _serve(owner: int) -> None:

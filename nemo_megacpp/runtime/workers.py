@@ -1,38 +1,31 @@
 """A pool of worker processes that run one distributed task after another.
 
 Starting a process and importing Megatron costs seconds; a parity run wants dozens of layouts. The
-pool starts its ranks once, and a rank forks for every task, or for a batch of them: the child joins
-a process group, runs the tasks and ends. Nothing outlives it, neither Megatron's global state nor
-the sockets and threads of its process groups, which references in autograd graphs would otherwise
-keep alive.
+pool starts its ranks once, and a rank forks for every task: the child joins a process group, runs
+the task and ends. Nothing of a task outlives it, neither Megatron's global state nor the sockets
+and threads of its process groups, which references in autograd graphs would otherwise keep alive.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import signal
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import multiprocessing as mp
 
 from nemo_megacpp.errors import RankFailed, UserError
 
-if TYPE_CHECKING:
-    from nemo_megacpp.runtime.clean_state import CleanState
-
 Device = Literal["cuda", "cpu"]
-Job = tuple[Callable[..., Any], tuple[Any, ...]]
-"""A task, which must be importable by name, and its arguments."""
 
 _GRACE = 10.0
 """Seconds that the other ranks get to end by themselves once one has failed."""
@@ -71,7 +64,7 @@ class WorkerPool:
             )
         self._threads, self.device = threads, device
         self._rendezvous = tempfile.TemporaryDirectory(prefix="nemo-megacpp-ranks-")
-        self._batches = 0
+        self._tasks = 0
         self._workers = [self._start(rank) for rank in range(size)]
 
     def _start(self, rank: int) -> _Worker:
@@ -98,72 +91,31 @@ class WorkerPool:
         Raises:
             WorkerError: if the task raised on any rank.
         """
-        (outcome,) = self.run_many(world_size, [(task, args)])
-        if isinstance(outcome, WorkerError):
-            raise outcome
-        return outcome
-
-    def run_many(self, world_size: int, jobs: Sequence[Job]) -> list[list[Any] | WorkerError]:
-        """Run one task after another in the same processes, inside one default process group.
-
-        Cheaper than :meth:`run` for each: the ranks fork and meet once, and the groups of a layout
-        are created once (:class:`nemo_megacpp.runtime.clean_state.CleanState`). A job finds
-        Megatron's and NeMo's state and the random generators as if it were the first; what it
-        changes in other modules it must undo itself. After a job that failed, the rest run in new
-        processes.
-
-        Args:
-            world_size: ranks of every job.
-            jobs: tasks with their arguments, as :meth:`run` takes them.
-
-        Returns:
-            For each job what each rank returned, by rank, or the error that :meth:`run` would
-            raise.
-        """
-        outcomes: list[list[Any] | WorkerError] = []
-        while len(outcomes) < len(jobs):
-            outcomes += self._run_until_failure(world_size, jobs[len(outcomes) :])
-        return outcomes
-
-    def _run_until_failure(
-        self, world_size: int, jobs: Sequence[Job]
-    ) -> Iterator[list[Any] | WorkerError]:
         assert 0 < world_size <= self.size, (world_size, self.size)
-        self._batches += 1
-        store = Path(self._rendezvous.name) / f"batch{self._batches}"
-        for worker in self._workers[:world_size]:
-            worker.pipe.send((world_size, f"file://{store}", list(jobs)))
-        for left in reversed(range(len(jobs))):
-            results, failures = self._collect(world_size)
-            if left:  # the ranks that did not fail wait to be told
-                for rank in results:
-                    self._workers[rank].pipe.send(not failures)
-            if failures:
-                yield WorkerError("\n".join(failures))
-                return
-            yield [results[rank] for rank in range(world_size)]
-
-    def _collect(self, world_size: int) -> tuple[dict[int, Any], list[str]]:
-        """Wait for a job on all ranks: the results of those that succeeded, and the failures."""
+        self._tasks += 1
+        store = Path(self._rendezvous.name) / f"task{self._tasks}"
+        workers = self._workers[:world_size]
+        for worker in workers:
+            worker.pipe.send((world_size, f"file://{store}", task, args))
         results: dict[int, Any] = {}
         failures: list[str] = []
-        waiting = set(range(world_size))
-        while waiting:
-            pipes = [self._workers[rank].pipe for rank in sorted(waiting)]
-            ready = wait(pipes, timeout=_GRACE if failures else None)
+        while len(results) < world_size:
+            waiting = [w.pipe for rank, w in enumerate(workers) if rank not in results]
+            ready = wait(waiting, timeout=_GRACE if failures else None)
             if not ready:
                 # A rank failed and the others wait for it in a collective: replace them.
-                for rank in waiting:
-                    self._replace(rank)
+                for rank in range(world_size):
+                    if rank not in results:
+                        self._replace(rank)
                 break
-            for rank in [rank for rank in waiting if self._workers[rank].pipe in ready]:
-                waiting.remove(rank)
-                ok, result = self._receive(rank)
-                if ok:
-                    results[rank] = result
-                else:
-                    failures.append(f"rank {rank}: {result}")
-        return results, failures
+            for rank, worker in enumerate(workers):
+                if worker.pipe in ready and rank not in results:
+                    ok, results[rank] = self._receive(rank)
+                    if not ok:
+                        failures.append(f"rank {rank}: {results[rank]}")
+        if failures:
+            raise WorkerError("\n".join(failures))
+        return [results[rank] for rank in range(world_size)]
 
     def _receive(self, rank: int) -> tuple[bool, Any]:
         try:
@@ -216,24 +168,31 @@ def _work(pipe: Any, rank: int, threads: int, device: Device) -> None:
     warnings.simplefilter("ignore")  # the libraries' remarks, once per task and rank
     while True:
         try:
-            message = pipe.recv()  # imports what the tasks need
+            world_size, rendezvous, task, args = pipe.recv()  # imports what the task needs
         except EOFError:
             return
-        if isinstance(message, bool):
-            continue  # meant for a fork that died in between
-        world_size, rendezvous, jobs = message
+        helpers = _share_helpers()
         child = os.fork()
         if child == 0:
             # What the task leaves there goes with the pool: a fork runs no clean-up of Python's.
             tempfile.tempdir = os.path.dirname(rendezvous.removeprefix("file://"))
-            _run_jobs(pipe, rank, world_size, rendezvous, jobs)
-            for started in mp.active_children():  # Megatron's saving leaves a manager behind
+            pipe.send(_run_task(rank, world_size, rendezvous, task, args))
+            for started in set(mp.active_children()) - helpers:
                 started.terminate()
             os._exit(0)
         status = _wait_for(child, owner)
         if status != 0:
             code = os.waitstatus_to_exitcode(status)
             pipe.send((False, f"the process died (exit code {code})"))
+
+
+def _share_helpers() -> set[Any]:
+    """Start once what a task would start for itself in order to save, and return it."""
+    from nemo_megacpp.runtime.orphans import bind_helpers, renew_results_queue
+
+    bind_helpers()
+    renew_results_queue()
+    return set(mp.active_children())
 
 
 def _wait_for(child: int, owner: int) -> int:
@@ -247,28 +206,13 @@ def _wait_for(child: int, owner: int) -> int:
         time.sleep(_POLL)
 
 
-def _run_jobs(pipe: Any, rank: int, world_size: int, rendezvous: str, jobs: Sequence[Job]) -> None:
-    """Run the jobs and send each one's result; stop after one that fails here or elsewhere."""
+def _run_task(
+    rank: int, world_size: int, rendezvous: str, task: Callable[..., Any], args: Any
+) -> tuple[bool, Any]:
     from nemo_megacpp.runtime.distributed import start_process_group
 
-    clean = None
-    for left, (task, args) in zip(reversed(range(len(jobs))), jobs, strict=True):
-        try:
-            if clean is not None:
-                clean.restore()
-            else:
-                start_process_group(rank, world_size, rendezvous)
-                clean = _clean_state() if left else None
-            # Pickle has made one object of what several jobs were given.
-            answer = True, task(*copy.deepcopy(args))
-        except BaseException:
-            answer = False, traceback.format_exc()
-        pipe.send(answer)
-        if not (answer[0] and left and pipe.recv()):
-            return
-
-
-def _clean_state() -> CleanState:
-    from nemo_megacpp.runtime.clean_state import CleanState
-
-    return CleanState()
+    try:
+        start_process_group(rank, world_size, rendezvous)
+        return True, task(*args)
+    except BaseException:
+        return False, traceback.format_exc()

@@ -10,14 +10,15 @@ import sys
 import psutil
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux's parent-death signal")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(sys.platform != "linux", reason="Linux's parent-death signal"),
+]
 
 _OWNER = """
 import os, sys, time
 from nemo_megacpp.runtime import stopping
 from nemo_megacpp.runtime.orphans import bind_helpers
-
-pytestmark = pytest.mark.processes
 
 if __name__ == "__main__":
     stopping.listen()

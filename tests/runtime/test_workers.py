@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -50,11 +49,6 @@ def _hang_on_one_rank() -> None:
     time.sleep(600)
 
 
-def _append(values: list[int]) -> list[int]:
-    values.append(1)
-    return values
-
-
 def _identity() -> tuple[int, int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), os.getpid()
 
@@ -93,45 +87,6 @@ def test_one_rank_hangs_outside_collectives(
         pool.run(2, _hang_on_one_rank)
     assert time.monotonic() - start < 60
     assert pool.run(2, _sum, 4) == [12, 12]
-
-
-def _fail(message: str) -> None:
-    raise ValueError(message)
-
-
-def test_many_jobs_in_the_same_processes(pool: WorkerPool) -> None:
-    """In order, with one process per rank, and each with its own copy of what it is given."""
-    shared: list[int] = []
-    jobs = [(_identity, ()), (_sum, (2,)), (_append, (shared,)), (_append, (shared,))]
-    outcomes = pool.run_many(2, [*jobs, (_identity, ())])
-    first, last = outcomes[0], outcomes[-1]
-    assert first == last and len({pid for _, _, pid in first}) == 2
-    assert outcomes[1:-1] == [[6, 6], [[1], [1]], [[1], [1]]]
-    assert pool.run_many(2, []) == []
-
-
-def test_each_job_fails_alone(pool: WorkerPool) -> None:
-    """What comes before keeps its result; what comes after runs, in new processes."""
-    jobs = [
-        (_identity, ()),
-        (_fail, ("on all ranks",)),
-        (_sum, (2,)),
-        (_raise_on_one_rank, ()),
-        (_die, ()),
-        (_identity, ()),
-        (_fail, ("at the end",)),
-    ]
-    before, everywhere, total, one, died, after, last = pool.run_many(2, jobs)
-    assert not {pid for *_, pid in before} & {pid for *_, pid in after}
-    assert total == [6, 6]
-    for error, message in (
-        (everywhere, "rank 1: (.|\n)*ValueError: on all ranks"),
-        (one, "rank 0: (.|\n)*ValueError: on purpose"),
-        (died, r"rank 1: the process died \(exit code 7\)"),
-        (last, "ValueError: at the end"),
-    ):
-        assert isinstance(error, WorkerError) and re.search(message, str(error)), error
-    assert pool.run(2, _sum, 3) == [9, 9]
 
 
 def _leave_a_folder() -> str:
