@@ -22,7 +22,7 @@ from nemo_megacpp.recipes.layouts_command import add_parser as add_layouts_parse
 from nemo_megacpp.recipes.megatron.command import add_parser as add_megatron_args_parser
 from nemo_megacpp.recipes.plan_command import add_parser as add_plan_parser
 from nemo_megacpp.recipes.report import add_parser as add_report_parser
-from nemo_megacpp.settings.command import add_parser as add_settings_parser
+from nemo_megacpp.recipes.settings_command import add_parser as add_settings_parser
 
 _STACK = ("torch", "megatron", "nemo", "nemo_run", "lightning", "einops")
 """What a bare installation does not bring."""

@@ -45,11 +45,26 @@ def refuse_script(model: TransformerConfig) -> None:
         return
     if getattr(args, "use_torch_fsdp2", False):
         raise UserError("--use-torch-fsdp2: no case has torch's FSDP. Leave it out.")
+    _refuse_uneven_masks(model, args)
     ddp = _said(args, DistributedDataParallelConfig, _RENAMED)
     optimizer = _said(args, OptimizerConfig, {})
     refuse_unproved(DistributedDataParallelConfig, ddp)
     refuse_unproved(OptimizerConfig, optimizer)
     refuse_incoherent_training(model, SimpleNamespace(**ddp), SimpleNamespace(**optimizer))
+
+
+def _refuse_uneven_masks(model: TransformerConfig, args: Any) -> None:
+    """A script's loss function divides by the unmasked tokens of one context-parallel rank."""
+    if model.context_parallel_size == 1 or model.calculate_per_token_loss:
+        return
+    for name in ("eod_mask_loss", "sft"):
+        if getattr(args, name, False):
+            raise UserError(
+                f"--{name.replace('_', '-')} with CP={model.context_parallel_size}: the script "
+                f"averages the loss over each context-parallel rank's own unmasked tokens, and the "
+                f"mask keeps more of some ranks' than of others'. Add --calculate-per-token-loss, "
+                f"use CP=1, or train with nemo-megacpp train."
+            )
 
 
 def _arguments() -> Any:

@@ -266,6 +266,17 @@ def test_a_script_with_its_usual_arguments(script: SimpleNamespace) -> None:
         refuse_script(HybridConfig(**tiny_model("AEMR")))
 
 
+@pytest.mark.parametrize("name", ["eod_mask_loss", "sft"])
+def test_a_script_with_masks_that_are_uneven_over_cp(script: SimpleNamespace, name: str) -> None:
+    """Its loss function divides by the unmasked tokens of one context-parallel rank."""
+    model = tiny_model("AEM", seq_length=32)
+    setattr(script, name, True)
+    refuse_script(HybridConfig(**model))
+    refuse_script(HybridConfig(**model, context_parallel_size=2, calculate_per_token_loss=True))
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} with CP=2: .*per-token-loss"):
+        refuse_script(HybridConfig(**model, context_parallel_size=2))
+
+
 def test_a_script_without_arguments_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def get_args() -> None:
         raise AssertionError("args is not initialized.")
