@@ -386,7 +386,7 @@ def littered(run: Run, small_data: Path) -> Path:
         ("plan nam56r_tiny etp=", r"etp is empty"),
         ("train nam56r_tiny normalization=Foo", r"normalization: 'Foo' is not 'RMSNorm' or"),
         ("train nam56r_tiny m2rnn_kernel=triton", r"m2rnn_kernel='triton' needs a GPU"),
-        ("plan nam56r_tiny moe_token_dispatcher_type=flex", r"one of allgather, alltoall"),
+        ("plan nam56r_tiny moe_token_dispatcher_type=flex", r"Legal: 'allgather', 'alltoall'"),
         ("train nam56r_tiny max_steps=20 warmup_steps=20", r"20 is not below max_steps=20"),
         ("train nam56r_tiny data=data resume=run max_steps=20", r"The run is complete: "),
     ],

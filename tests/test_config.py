@@ -59,7 +59,7 @@ def test_biases_where_every_block_has_them() -> None:
     ("pattern", "modules", "message"),
     [
         ("AMR", ["moe"], "no block of this model recomputes moe. It can recompute core_attn."),
-        ("AE", ["core_attn", "mlp"], "no block of this model recomputes mlp. It can recompute"),
+        ("AE", ["core_attn", "mlp"], "No block has a dense MLP"),
         ("E", None, r"\['core_attn'\] \(Megatron's default\): no block of this model recomputes"),
         ("MR", ["layernorm"], "Its blocks recompute nothing; leave recompute_granularity out."),
         ("AE", [], r"recompute_modules=\[\]: is empty"),

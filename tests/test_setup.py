@@ -18,6 +18,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 PINS = ROOT / "requirements-cpu.txt"
 PYTHONS = ("3.11", "3.12")

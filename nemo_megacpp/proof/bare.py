@@ -26,8 +26,8 @@ from torch.utils.data import default_collate
 
 from nemo_megacpp.checkpoint.dcp import save_model
 from nemo_megacpp.config import HybridConfig
-from nemo_megacpp.data.packed_rows import packed_seq_params
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.mixers.documents import packed_seq_params
 from nemo_megacpp.mixers.sequence_layout import deal_batch
 from nemo_megacpp.proof.kernels import kernels_here, use_kernels
 from nemo_megacpp.proof.objective import device

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.data import Dataset
 
-from nemo_megacpp.data.packed_rows import pack_row
+from nemo_megacpp.mixers.documents import pack_row
 from nemo_megacpp.proof.step_spec import StepSpec
 
 _EOD = 0

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from nemo_megacpp.data.indexed import IndexedTokens
-from nemo_megacpp.data.packed_rows import pack_row, packed_seq_params
 from nemo_megacpp.data.prepare import prepare
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.data.rows import open_epoch, read_rows
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixers.documents import pack_row, packed_seq_params
 
 
 def test_a_row() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.bench import Bench
+from nemo_megacpp.proof.bench import Bench, TrainingPath
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.failure import describe_failure
 from nemo_megacpp.runtime.workers import WorkerError
@@ -63,7 +63,8 @@ def test_a_trial_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """The table and the document print the trial's error."""
     path = tmp_path / "family.py"
     user = _written(path, "def forward():\n    return {}['bias']\n")
-    bench = Bench(SimpleNamespace(), tmp_path, tiny_model("A"))  # type: ignore[arg-type]
+    path_of_steps = TrainingPath(*[lambda *_: None] * 3)
+    bench = Bench(SimpleNamespace(device="cpu"), path_of_steps, tmp_path, tiny_model("A"))  # type: ignore[arg-type]
 
     def fail(*_: object) -> None:
         raise WorkerError(f"rank 0: {_text(user.forward)}")

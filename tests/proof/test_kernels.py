@@ -74,6 +74,7 @@ def test_canary_has_widths_that_kernels_take(name: str, text: str) -> None:
         assert mamba3_dimensions(HybridConfig(**small)).num_angles % 2 == 0
 
 
+@pytest.mark.processes
 def test_torch_forms_take_every_kernels_place() -> None:
     """In a process of its own, where other kernels stand in for those of a GPU."""
     code = """

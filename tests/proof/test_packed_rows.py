@@ -13,10 +13,10 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from nemo_megacpp.checkpoint.dcp import load_model
-from nemo_megacpp.data.packed_rows import packed_seq_params
 from nemo_megacpp.data.prepare import prepare
 from nemo_megacpp.data.rows import open_epoch
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.mixers.documents import packed_seq_params
 from nemo_megacpp.mixers.sequence_layout import deal_batch
 from nemo_megacpp.proof.bare import build_chunks, make_config, save_initial_weights
 from nemo_megacpp.proof.cases import tiny_model

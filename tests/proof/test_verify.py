@@ -101,6 +101,7 @@ def test_tensor_difference() -> None:
 
 
 @pytest.mark.gpu  # `verify` takes GPUs where there are enough
+@pytest.mark.processes
 def test_a_recipe_verified(capsys: pytest.CaptureFixture[str]) -> None:
     """End to end: two ranks, every rung of every trial, as JSON."""
     overrides = ["pattern=AR", "num_layers=2"]

@@ -13,7 +13,7 @@ from nemo.collections.llm.gpt.model.base import GPTModel, gpt_data_step
 from nemo.lightning import OptimizerModule, io
 
 from nemo_megacpp.config import HybridConfig
-from nemo_megacpp.data.packed_rows import packed_seq_params
+from nemo_megacpp.mixers.documents import packed_seq_params
 from nemo_megacpp.mixers.sequence_layout import deal_batch
 from nemo_megacpp.recipes.nemo.loss import HybridLossReduction
 from nemo_megacpp.specs.model import build_hybrid_model

@@ -65,17 +65,17 @@ class HybridStrategy(MegatronStrategy):
             optimizer state is always saved so that any layout can load it.
 
     Raises:
-        UserError: another way to keep data-parallel replicas than Megatron's DDP.
-        UserError: a setting of ``ddp`` that is neither proved nor neutral.
+        UserError: another way to keep data-parallel replicas than Megatron's DDP, or a setting of
+            ``ddp`` that is neither proved nor neutral.
     """
 
     def __init__(self, seed: int = 1234, **kwargs: Any):
-        refuse_fsdp(kwargs.get("fsdp"), kwargs.get("ddp"))
         ensure_host(nemo=True)
         ddp = kwargs.get("ddp", "megatron")
         if isinstance(ddp, DistributedDataParallelConfig):
             refuse_ddp(ddp)
-        elif ddp != "megatron":
+        refuse_fsdp(kwargs.get("fsdp"), ddp)
+        if not isinstance(ddp, DistributedDataParallelConfig) and ddp != "megatron":
             raise UserError(
                 f"trainer.strategy.ddp={ddp!r}: Megatron's optimizer needs Megatron's wrapper. "
                 f"Legal: 'megatron', or a DistributedDataParallelConfig."
