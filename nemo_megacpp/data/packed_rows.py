@@ -20,7 +20,8 @@ class PackedDocuments(GPTDataset):
     What Megatron's ``reset_position_ids`` and ``eod_mask_loss`` ask for is done too: positions
     count from the start of a document, and EOD, after which another document follows, has no loss.
     A sample has, beside ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, the mask
-    ``document_start``, all ``[s]``; the marks become :func:`nemo_megacpp.mixers.documents.packed_seq_params` in a step.
+    ``document_start``, all ``[s]``; in a step the marks become ``PackedSeqParams``
+    (:func:`nemo_megacpp.mixers.documents.packed_seq_params`).
     """
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
