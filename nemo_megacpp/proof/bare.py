@@ -32,7 +32,7 @@ from nemo_megacpp.mixers.sequence_layout import deal_batch
 from nemo_megacpp.proof.kernels import kernels_here, use_kernels
 from nemo_megacpp.proof.objective import device
 from nemo_megacpp.proof.rows import Rows
-from nemo_megacpp.proof.step import disturb
+from nemo_megacpp.proof.step import ADAM_EPS, disturb
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.specs.model import build_hybrid_chunks
@@ -194,6 +194,7 @@ def _optimizer(
             optimizer="adam",
             lr=spec.learning_rate,
             weight_decay=0.01,
+            adam_eps=ADAM_EPS,
             clip_grad=spec.clip_grad,
             bf16=config.bf16,
             params_dtype=config.params_dtype,

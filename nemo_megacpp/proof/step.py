@@ -15,6 +15,11 @@ from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.tag_rules import Violation
 from nemo_megacpp.proof.trace import Trace
 
+ADAM_EPS = 1e-2
+"""Of every proof's optimizer. Adam's first step is the sign of the gradient wherever that is large
+against eps: with the usual 1e-8, the rounding of a gradient that ought to be zero would become a
+whole step."""
+
 
 @dataclass
 class StepResult:

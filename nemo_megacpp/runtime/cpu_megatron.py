@@ -72,6 +72,16 @@ def _reduce_scatter_uneven(stock: Callable[..., torch.Tensor]) -> Callable[..., 
     return reduce_scatter
 
 
+def _init_data_here(stock: Callable[..., None]) -> Callable[..., None]:
+    """``ShardedTensor.init_data`` took ``torch.empty`` as its default before the stand-in was put
+    in its place, and Megatron's parallel loading asks for tensors on ``"cuda"``."""
+
+    def init_data(self: Any, device: Any, init_fn: Callable[..., Any] | None = None) -> None:
+        stock(self, device, init_fn or torch.empty)
+
+    return init_data
+
+
 def _type_as_on_cuda(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Megatron's mixed-precision optimizers sort parameters by ``tensor.type()``, and know only the
     names of CUDA tensors."""
@@ -92,10 +102,13 @@ class _QuietAboutOneGenerator(logging.Filter):
 
 def install() -> None:
     """Install the replacements. Called once, by :func:`nemo_megacpp.runtime.host.ensure_host`."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     install_clipping()
+    sharded_tensor: Any = ShardedTensor
+    sharded_tensor.init_data = _init_data_here(sharded_tensor.init_data)
     tensor: Any = torch.Tensor
     tensor.type = _type_as_on_cuda(tensor.type)
     regions: Any = mappings

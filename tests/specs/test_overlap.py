@@ -60,7 +60,7 @@ def test_three_steps_with_both_overlaps_are_those_of_one_rank(
     aligned: bool,
 ) -> None:
     """Every tensor in a bucket of its own, which arrives no sooner than somebody waits for it."""
-    spec, where = StepSpec(model), ParallelLayout.parse(layout)
+    spec, where = StepSpec(model, learning_rate=1e-3), ParallelLayout.parse(layout)
     weights, expected = on_one_rank(spec)
     ddp = {**OVERLAPS, "align_param_gather": aligned}
     result: Trained = ranks.run(where.world, train, spec, where, weights, ddp)[0]

@@ -30,7 +30,7 @@ from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.kernels import kernels_here, use_kernels
 from nemo_megacpp.proof.objective import linear_form_step
 from nemo_megacpp.proof.reshard import Carried
-from nemo_megacpp.proof.step import StepResult
+from nemo_megacpp.proof.step import ADAM_EPS, StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.catalog import Training
 from nemo_megacpp.recipes.nemo.build import to_pretrain
@@ -51,8 +51,7 @@ NOT_SHARED: Mapping[str, str] = MappingProxyType(
         "computes in float32 whatever the model is",
         "precision in float64": "float64 parameters, gradients and router: a recipe has fp32 and "
         "bf16",
-        "adam_eps": "1e-2: Adam's first step is the sign of the gradient wherever that is large "
-        "against eps, so that with the usual 1e-8 the rounding of a gradient that ought to be "
+        "adam_eps": f"{ADAM_EPS}: with the usual 1e-8 the rounding of a gradient that ought to be "
         "zero would become a whole step",
         "kernels in float64 and float32 on GPUs": "plain torch: causal_conv1d and Transformer "
         "Engine have no float64, and TF32 is coarser than the limits",
@@ -61,7 +60,6 @@ NOT_SHARED: Mapping[str, str] = MappingProxyType(
 )
 """What a proof's step does not share with a run, and why."""
 
-_ADAM_EPS = 1e-2
 _NEVER = 10**9
 
 
@@ -202,7 +200,7 @@ def _configuration(
     config.data = run.Config(ProofData, spec=spec)
     config.trainer.limit_val_batches, config.trainer.val_check_interval = 0, 1
     config.trainer.callbacks, config.trainer.logger = [], False
-    config.optim.config.adam_eps = _ADAM_EPS
+    config.optim.config.adam_eps = ADAM_EPS
     if spec.objective == "logits":
         config.model.config.forward_step_fn = linear_form_step
     if spec.dtype == "float64":

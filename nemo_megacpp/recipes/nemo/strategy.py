@@ -154,6 +154,11 @@ class HybridStrategy(MegatronStrategy):
         sharded = bool(getattr(self.ddp_config, "use_distributed_optimizer", False))
         return {**super().sharded_state_dict_metadata, **content_metadata(sharded)}
 
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return nothing: NeMo saves the sharded state in the place of what it would be, which
+        Megatron cannot give where a pipeline stage has no experts, or before the first step."""
+        return {}
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
