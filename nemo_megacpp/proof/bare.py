@@ -158,8 +158,9 @@ def forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module) -> tupl
     return losses, _mean
 
 
-def _mean(losses: torch.Tensor) -> tuple[torch.Tensor, tuple[float, int]]:
-    return losses.mean(), (float(losses.detach().double().sum()), losses.numel())
+def _mean(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[float, int]]:
+    total, count = losses.sum(), losses.numel()
+    return total, torch.tensor(count, dtype=torch.int), (float(total.detach()), count)
 
 
 def _wrap(
