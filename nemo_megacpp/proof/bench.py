@@ -88,7 +88,12 @@ class Bench:
         )
         try:
             reference = self._reference(spec)
-            result, checkpoint = self._step_and_checkpoint(reference, layout)
+            try:
+                result, checkpoint = self._step_and_checkpoint(reference, layout)
+            except WorkerError as error:  # what can be stepped may still not be saved
+                result = self._step(spec, layout, self._reference_step(reference))
+                problem = describe_failure(str(error))
+                checkpoint = Rung("checkpoint", float("inf"), 0.0, problem=problem)
             limits = self._limits(reference)
             rungs = compare(self._reference_step(reference), result, limits)
             rungs.append(checkpoint)
