@@ -47,7 +47,8 @@ class Varied:
         ddp, optimizer: fields of Megatron's ``DistributedDataParallelConfig``, ``OptimizerConfig``.
         spec: fields of :class:`StepSpec`.
         dtype: what a case of it runs in: ``float64`` takes one step through a linear form of the
-            logits, ``float32`` three steps of Adam with clipping through the cross entropy.
+            logits, ``float32`` three steps of Adam with clipping through the cross entropy, and
+            ``bfloat16`` one step through the cross entropy, held to measured rounding.
         pattern: blocks that the model must have; None for all families.
         axes: where it is layout-free; None for everywhere.
         apart: names of settings that it cannot be on with.
@@ -178,6 +179,8 @@ SETTINGS: tuple[Varied, ...] = (
         spec=_SHARDED,
         dtype="float32",
     ),
+    # Mixed precision, with the router's own choice of experts.
+    Varied("bfloat16 with top-k", dtype="bfloat16"),
 )
 """What the covering list varies."""
 

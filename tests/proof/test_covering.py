@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 
-from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, compare
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Limits, compare
 from nemo_megacpp.proof.covering import LAYOUTS, SETTINGS, Case, bundles, cases
+from nemo_megacpp.proof.rounding import SEEDS, rounding_limits
+from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.nemo.proof_run import run_step
 
 from .conftest import Reference
 
 
+@pytest.fixture(scope="module")
+def rounding(ranks: Any, reference: Reference) -> Callable[[StepSpec], Limits]:
+    """Return a function from a spec to what rounding to bfloat16 may move, cached."""
+
+    @cache
+    def of(name: str) -> Limits:
+        weights, expected = reference(specs[name])
+        one = ParallelLayout()
+        moved = [
+            ranks.run(1, run_step, specs[name], one, weights, False, seed)[0] for seed in SEEDS
+        ]
+        return rounding_limits(expected, moved)
+
+    specs: dict[str, StepSpec] = {}
+
+    def limits(spec: StepSpec) -> Limits:
+        specs[repr(spec)] = spec
+        return of(repr(spec))
+
+    return limits
+
+
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases()])
-def test_settings(ranks: Any, reference: Reference, case: Case) -> None:
+def test_settings(
+    ranks: Any, reference: Reference, rounding: Callable[[StepSpec], Limits], case: Case
+) -> None:
     """Losses, auxiliary losses, every gradient, its norm and every parameter after the steps."""
     weights, expected = reference(case.spec)
     result = ranks.run(case.layout.world, run_step, case.spec, case.layout, weights)[0]
-    within = FLOAT64 if case.spec.dtype == "float64" else FLOAT32
+    within: Limits = FLOAT64 if case.spec.dtype == "float64" else FLOAT32
+    if case.spec.dtype == "bfloat16":
+        within = rounding(case.spec)
     broken = [rung for rung in compare(expected, result, within) if not rung.holds]
     assert not broken, broken
 

@@ -15,12 +15,18 @@ from nemo_megacpp.recipes.nemo.proof_run import run_step
 from .conftest import Reference
 
 
-def _cases(*groups: Any) -> list[Any]:
+def _cases(*groups: Any, quick: int | None = None) -> list[Any]:
+    """Return every model in every layout; all but the first ``quick`` of a model's are slow."""
     return [
-        pytest.param(model, layout, id=f"{label}-{layout}")
+        pytest.param(
+            model,
+            layout,
+            id=f"{label}-{layout}",
+            marks=[pytest.mark.slow] if quick is not None and index >= quick else [],
+        )
         for group in groups
         for label, model, layouts in group
-        for layout in layouts
+        for index, layout in enumerate(layouts)
     ]
 
 
@@ -38,7 +44,7 @@ def test_float64(ranks: Any, reference: Reference, model: dict[str, Any], layout
     _hold(ranks, reference, StepSpec(model, objective="logits", dtype="float64"), layout, FLOAT64)
 
 
-@pytest.mark.parametrize(("model", "layout"), _cases(MIXED))
+@pytest.mark.parametrize(("model", "layout"), _cases(MIXED, quick=2))
 def test_float32_loss(ranks: Any, reference: Reference, model: dict[str, Any], layout: str) -> None:
     """Through Megatron's cross entropy and gradient clipping, in float32: 1e-5."""
     _hold(ranks, reference, StepSpec(model, objective="loss", dtype="float32"), layout, FLOAT32)

@@ -48,10 +48,17 @@ def source(ranks: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Sourc
 
 
 def _cases(reshardings: Any) -> list[Any]:
+    """Return every source in every target; all but its first two are slow."""
     return [
-        pytest.param(model, saved, loaded, id=f"{label}: {saved} to {_name(loaded)}")
+        pytest.param(
+            model,
+            saved,
+            loaded,
+            id=f"{label}: {saved} to {_name(loaded)}",
+            marks=[pytest.mark.slow] if index > 1 else [],
+        )
         for label, model, saved, targets in reshardings
-        for loaded in targets
+        for index, loaded in enumerate(targets)
     ]
 
 
