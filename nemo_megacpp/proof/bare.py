@@ -29,7 +29,6 @@ from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.documents import packed_seq_params
 from nemo_megacpp.mixers.sequence_layout import deal_batch
-from nemo_megacpp.proof.kernels import kernels_here, use_kernels
 from nemo_megacpp.proof.objective import device
 from nemo_megacpp.proof.rows import Rows
 from nemo_megacpp.proof.step import ADAM_EPS, disturb
@@ -42,7 +41,7 @@ def make_config(spec: StepSpec, layout: ParallelLayout) -> HybridConfig:
     """Return the model configuration of ``spec`` in ``layout``."""
     dtype = getattr(torch, spec.dtype)
     return HybridConfig(
-        **kernels_here(dtype).fields(spec.model),
+        **spec.model,
         **layout.megatron_fields(),
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -59,7 +58,7 @@ def build_chunks(config: HybridConfig, layout: ParallelLayout) -> list[torch.nn.
     they become float64 here, so that their gradients are accumulated and reduced exactly as well;
     in a bfloat16 model they stay float32.
     """
-    chunks = build_hybrid_chunks(config, use_kernels(config.params_dtype))
+    chunks = build_hybrid_chunks(config)
     for chunk in chunks:
         chunk.to(device())
         for parameter in chunk.parameters():

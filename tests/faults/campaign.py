@@ -87,12 +87,12 @@ def run_campaign(
         step += 1
         kill = _draw(random_points, seconds, events)
         before = {path: _fingerprint(path) for _, path in whole_checkpoints(folder)}
-        survived = False
+        survived, helpers = False, _helpers(pool)
         with contextlib.suppress(WorkerError):
             pool.run(RANKS, save_and_be_killed, str(folder), step, kill)
             survived = True
         label = f"step {step}, {kill}"
-        left = _left_behind(pool)
+        left = _left_behind(pool, helpers)
         if left:
             tally.wrong.append(f"{label}: processes left behind: {left}")
         phase = PHASES[-1] if survived else _phase(checkpoint_of(folder, step), before)
@@ -172,12 +172,25 @@ def _fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _left_behind(pool: WorkerPool) -> list[str]:
+def _helpers(pool: WorkerPool) -> set[int]:
+    """Return what the idle workers keep running for all their tasks."""
+    return {
+        child.pid
+        for worker in pool._workers
+        for child in psutil.Process(worker.process.pid).children(recursive=True)
+    }
+
+
+def _left_behind(pool: WorkerPool, helpers: set[int]) -> list[str]:
     """Return what still runs of a task that is over; it is ended then."""
     owners = {worker.process.pid for worker in pool._workers}
     give_up = time.monotonic() + _LINGER
     while True:
-        left = [process for process in psutil.process_iter() if _belongs(process.pid, owners)]
+        left = [
+            process
+            for process in psutil.process_iter()
+            if process.pid not in helpers and _belongs(process.pid, owners)
+        ]
         if not left:
             return []
         if time.monotonic() > give_up:
