@@ -60,15 +60,12 @@ def _commands(block: str) -> list[Command]:
     return found
 
 
-def run(command: str, folder: Path, stand_ins: Path | None = None) -> list[str]:
-    """Run a command as a reader would, in ``folder``, and return the lines that it prints.
-
-    With ``stand_ins`` (:func:`tests.preloaded.preloaded_commands`) it starts sooner.
-    """
-    scripts = [str(place) for place in (stand_ins, Path(sys.executable).parent) if place]
+def run(command: str, folder: Path) -> list[str]:
+    """Run a command as a reader would, in ``folder``, and return the lines that it prints."""
+    scripts = Path(sys.executable).parent
     environment = {
         **os.environ,
-        "PATH": os.pathsep.join((*scripts, os.environ["PATH"])),
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
         "COLUMNS": "100",
         "OMP_NUM_THREADS": "1",
         "NO_COLOR": "1",

@@ -8,8 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from tests.preloaded import preloaded_commands
-
 from .commands import PAGES, ROOT, blocks, missing, run, workplace
 
 COMMANDS = {
@@ -21,8 +19,6 @@ COMMANDS = {
 }
 ALONE = ("verify", "nemo", "megatron", "containers", "extending")
 """Pages whose commands use nothing that those of another page have made."""
-REAL = ("containers", "verify")
-"""Pages whose commands start as a reader's do; the others are forked, which is sooner."""
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +31,9 @@ def printed(
     """
     folder = workplace(tmp_path_factory.mktemp("reader"))
     asked = {getattr(item, "callspec", None) and item.callspec.id for item in request.session.items}
-    with (
-        preloaded_commands(tmp_path_factory.mktemp("p")) as stand_ins,
-        ThreadPoolExecutor(1) as one,
-        ThreadPoolExecutor(1) as other,
-    ):
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         yield {
-            name: (one if name.startswith(ALONE) else other).submit(
-                run, command.text, folder, None if name.startswith(REAL) else stand_ins
-            )
+            name: (one if name.startswith(ALONE) else other).submit(run, command.text, folder)
             for name, command in COMMANDS.items()
             if name in asked
         }
