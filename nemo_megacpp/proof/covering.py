@@ -125,6 +125,7 @@ SETTINGS: tuple[Varied, ...] = (
         "softmax after top-k",
         moe_router_score_function="softmax",
         moe_router_enable_expert_bias=False,
+        moe_router_pre_softmax=False,
     ),
     _model(
         "softmax before top-k",
@@ -138,7 +139,11 @@ SETTINGS: tuple[Varied, ...] = (
     _model("allgather", moe_token_dispatcher_type="allgather"),
     _model("shared expert gate", moe_shared_expert_gate=True),
     _model("shared expert overlap", "allgather", moe_shared_expert_overlap=True),
-    Varied("starved experts", spec={"starved_experts": (0, 1, 5)}, apart=("softmax after top-k",)),
+    Varied(  # by the expert bias, which a softmax router has not
+        "starved experts",
+        model={"moe_router_enable_expert_bias": True},
+        spec={"starved_experts": (0, 1, 5)},
+    ),
     # Blocks.
     _model("tied embeddings", share_embeddings_and_output_weights=True),
     _model("attention output gate", attention_output_gate=True),

@@ -45,6 +45,13 @@ def launched() -> Launched | None:
         return None
 
 
+def be_launched(rank: int, world: int) -> None:
+    """Take the place that torchrun would have given this process."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", TORCHELASTIC_RUN_ID="proof")
+
+
 def leave_last_words(message: str) -> None:
     """Tell the launcher, from a rank of :func:`launch` that is about to end, why it does.
 

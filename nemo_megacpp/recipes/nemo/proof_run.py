@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from nemo_megacpp.recipes.nemo.proof_data import ProofData
 from nemo_megacpp.recipes.nemo.proof_probe import Done, Probe
 from nemo_megacpp.recipes.nemo.worker import quiet_libraries
 from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.runtime.launch import be_launched
 
 NOT_SHARED: Mapping[str, str] = MappingProxyType(
     {
@@ -152,7 +152,7 @@ def _pretrain(
 ) -> None:
     """Run ``llm.pretrain`` on the ranks of the default process group, which it goes on to use."""
     world = torch.distributed.get_world_size()
-    _be_launched(torch.distributed.get_rank(), world)
+    be_launched(torch.distributed.get_rank(), world)
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         config = _configuration(spec, layout, Path(run_dir or scratch), world)
@@ -163,13 +163,6 @@ def _pretrain(
         torch.set_num_threads(1)  # Lightning gives a single process all cores
         with contextlib.suppress(Done):
             pretrain()
-
-
-def _be_launched(rank: int, world: int) -> None:
-    """Take the place that torchrun would have given this process."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", TORCHELASTIC_RUN_ID="proof")
 
 
 def _configuration(
