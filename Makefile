@@ -3,12 +3,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes: a test that waits for its ranks or commands leaves a core idle.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # An index that has builds of torch, such as the CPU ones, beside pip's own; a set-up reads it.
 TORCH_INDEX_URL ?=
 PACKAGES := $(VENV)/.packages
 INSTALLED := $(VENV)/.installed
 ORACLES := $(VENV)/oracles/.installed
+
+# Where it is set, every process compiles the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
 .PHONY: train check test test-all lint docs install oracles clean
@@ -17,14 +22,14 @@ train: $(INSTALLED)
 	$(BIN)/nemo-megacpp demo --out runs/demo
 
 # Lint, types, and the tests that start no ranks and no processes.
-check: lint
-	$(BIN)/python -m pytest -m "not ranks and not processes and not slow"
+check: lint $(ORACLES)
+	$(PYTEST) -m "not ranks and not processes and not slow"
 
 test: lint docs $(ORACLES)
-	$(BIN)/python -m tests.halves -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint docs $(ORACLES)
-	$(BIN)/python -m tests.halves
+	$(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check nemo_megacpp tests examples benchmarks docs/hooks.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -13,11 +14,28 @@ _MARKERS = {"ranks": "ranks", "interpreter": "processes"}
 """Marker by fixture, of the fixtures that start processes."""
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test that uses such a fixture, directly or through others."""
+    """Mark every test that uses such a fixture, directly or through others.
+
+    Where the tests run in several processes, those with ranks share one pool in one of them, and
+    those of a module share its fixtures.
+    """
     for item in items:
         for fixture in _MARKERS.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(_MARKERS[fixture])
+        group = "ranks" if item.get_closest_marker("ranks") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_configure() -> None:
+    """Suspend the collector while the tests, and all that they import, are collected."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ import torch
 from torch import multiprocessing as mp
 
 from nemo_megacpp.errors import RankFailed, UserError
+from nemo_megacpp.runtime.imports import importing
 
 Device = Literal["cuda", "cpu"]
 
@@ -168,8 +169,13 @@ def _work(pipe: Any, rank: int, threads: int, device: Device) -> None:
     warnings.simplefilter("ignore")  # the libraries' remarks, once per task and rank
     while True:
         try:
-            world_size, rendezvous, task, args = pipe.recv()  # imports what the task needs
+            # A task's arguments import what it needs. The fork below then shares these objects'
+            # memory: a collection in the child would write to, and so copy, every page of it.
+            with importing():
+                world_size, rendezvous, task, args = pipe.recv()
         except EOFError:
+            for helper in mp.active_children():
+                helper.kill()  # the exit of this process would wait for them
             return
         helpers = _share_helpers()
         child = os.fork()

@@ -266,7 +266,14 @@ def _pool(ranks: WorkerPool) -> Iterator[WorkerPool]:
     yield ranks
 
 
-@pytest.mark.parametrize("text", ["pp=2", "tp=1,ep=2", "tp=4,etp=1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pp=2",
+        pytest.param("tp=1,ep=2", marks=pytest.mark.slow),
+        pytest.param("tp=4,etp=1", marks=pytest.mark.slow),
+    ],
+)
 def test_reshard_keeps_every_bit(
     ranks: WorkerPool, run_checkpoint: Path, text: str, tmp_path: Path
 ) -> None:

@@ -69,7 +69,10 @@ def _load(layout: str, sharded: bool, folder: str) -> tuple[dict[str, np.ndarray
 
 @pytest.mark.parametrize(
     ("sharded", "saved", "others"),
-    [(False, "tp=2,etp=1", ("pp=2", "world=2")), (True, "world=2", ("tp=2,etp=1", "ep=2"))],
+    [
+        pytest.param(False, "tp=2,etp=1", ("pp=2", "world=2"), marks=pytest.mark.slow),
+        (True, "world=2", ("tp=2,etp=1", "ep=2")),
+    ],
 )
 def test_resume_bit_for_bit_and_reshard(
     ranks: WorkerPool, tmp_path: Path, sharded: bool, saved: str, others: tuple[str, ...]

@@ -18,6 +18,7 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.selection import slow_if
 
 from .test_recorded import BALANCED, SELECTIVE, job_of, recorded
 
@@ -47,6 +48,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
             layout,
             precision,
             id=f"{pattern}-{n}-{layout}-{precision}",
+            marks=slow_if(precision == "bf16" or layout not in (layouts[0], layouts[-1])),
         )
         for n, (pattern, changes, layouts) in enumerate(CASES)
         for layout in layouts

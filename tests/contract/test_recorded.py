@@ -24,6 +24,7 @@ from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.record import Recorded, record_step
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.selection import slow_if
 
 BALANCED = {"moe_router_topk": 8}  # every token to every expert: routing sends equal shares
 
@@ -153,7 +154,13 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("model", "layout", "run"),
     [
-        pytest.param(tiny_model(pattern, **changes), layout, run, id=f"{pattern}-{number}-{layout}")
+        pytest.param(
+            tiny_model(pattern, **changes),
+            layout,
+            run,
+            id=f"{pattern}-{number}-{layout}",
+            marks=slow_if(layout != layouts[-1]),
+        )
         for number, (pattern, changes, layouts, run) in enumerate(CASES)
         for layout in layouts
     ],

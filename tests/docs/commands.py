@@ -11,10 +11,13 @@ Blocks in ``sh`` are for other machines (a cluster, a container) and are not run
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +37,20 @@ _BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _BAR = re.compile(r"[━╸╺]{3,}.*\d+:\d\d:\d\d")
 _LONGEST = 40
+
+_ENVIRONMENT = {"COLUMNS": "100", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+_ONLY_PRINTS = re.compile(
+    r"nemo-megacpp (recipes|plan|layouts|compare|settings|report|doctor"
+    r"|megatron-args|checkpoint (inspect|verify)|data (inspect|adopt)) "
+)
+_PRELOADED = (
+    "nemo_megacpp.recipes.plan",
+    "nemo_megacpp.recipes.layouts",
+    "nemo_megacpp.recipes.compare",
+    "nemo_megacpp.recipes.report",
+    "nemo_megacpp.recipes.check",
+    "nemo_megacpp.checkpoint.inspect",
+)
 
 
 @dataclass
@@ -66,9 +83,7 @@ def run(command: str, folder: Path) -> list[str]:
     environment = {
         **os.environ,
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-        "COLUMNS": "100",
-        "OMP_NUM_THREADS": "1",
-        "NO_COLOR": "1",
+        **_ENVIRONMENT,
     }
     done = subprocess.run(
         ["bash", "-c", command],
@@ -79,7 +94,45 @@ def run(command: str, folder: Path) -> list[str]:
         text=True,
         check=False,
     )
-    lines = done.stdout.replace(str(folder), "…").strip("\n").splitlines()
+    return _lines(done.stdout, folder)
+
+
+def run_preloaded(command: str, folder: Path) -> list[str]:
+    """Run a command that starts no ranks in a fork of a process that has imported the libraries.
+
+    Their import takes most of such a command's time.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    with tempfile.NamedTemporaryFile("r+", encoding="utf-8") as output:
+        process = context.Process(target=_call_main, args=(command, str(folder), output.name))
+        process.start()
+        process.join()
+        return _lines(output.read(), folder)
+
+
+def starts_no_ranks(command: Command) -> bool:
+    """Whether a page shows this command refused, or it is one of those that only print."""
+    if set(command.text) & set("|$<>&"):
+        return False
+    refused = any(line.startswith("nemo-megacpp: ") for line in command.shown)
+    return refused or _ONLY_PRINTS.match(command.text) is not None
+
+
+def _call_main(command: str, folder: str, output: str) -> None:
+    os.chdir(folder)
+    os.environ.update(_ENVIRONMENT)
+    stream = os.open(output, os.O_WRONLY)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    _, *sys.argv[1:] = shlex.split(command)
+    from nemo_megacpp.cli import main
+
+    main()
+
+
+def _lines(printed: str, folder: Path) -> list[str]:
+    lines = printed.replace(str(folder), "…").strip("\n").splitlines()
     return [line.rstrip() for line in lines if not _BAR.search(line)]
 
 

@@ -8,7 +8,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from .commands import PAGES, ROOT, blocks, missing, run, workplace
+from tests.selection import slow_if
+
+from .commands import (
+    PAGES,
+    ROOT,
+    blocks,
+    missing,
+    run,
+    run_preloaded,
+    starts_no_ranks,
+    workplace,
+)
 
 COMMANDS = {
     f"{page.stem}-{index}": command
@@ -19,6 +30,8 @@ COMMANDS = {
 }
 ALONE = ("verify", "nemo", "megatron", "containers", "extending")
 """Pages whose commands use nothing that those of another page have made."""
+SLOW = ("nemo-3", "extending-0", "checkpoints-4")
+"""Commands that start ranks, and do what tests with the pool of ranks do in less time."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +46,9 @@ def printed(
     asked = {getattr(item, "callspec", None) and item.callspec.id for item in request.session.items}
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         yield {
-            name: (one if name.startswith(ALONE) else other).submit(run, command.text, folder)
+            name: (one if name.startswith(ALONE) else other).submit(
+                run_preloaded if starts_no_ranks(command) else run, command.text, folder
+            )
             for name, command in COMMANDS.items()
             if name in asked
         }
@@ -42,7 +57,9 @@ def printed(
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=slow_if(name in SLOW)) for name in COMMANDS]
+)
 def test_a_shown_command_prints_what_is_shown(
     name: str, printed: dict[str, Future[list[str]]]
 ) -> None:

@@ -28,10 +28,10 @@ EXAMPLE = str(Path(__file__).parents[2] / "examples" / "short_conv.py")
     ("pattern", "layout"),
     [
         ("C", "tp=2"),
-        ("C", "tp=2,sp=false"),
-        ("C", "cp=2"),
+        pytest.param("C", "tp=2,sp=false", marks=pytest.mark.slow),
+        pytest.param("C", "cp=2", marks=pytest.mark.slow),
         ("C", "tp=2,cp=2"),
-        ("CMER", "tp=2,cp=2"),
+        pytest.param("CMER", "tp=2,cp=2", marks=pytest.mark.slow),
         ("CMER", "pp=2,ep=2,tp=2,etp=1"),
     ],
 )

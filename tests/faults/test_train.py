@@ -73,6 +73,7 @@ def resumed(start: Start, stopped: Run) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_a_resume_repeats_the_steps_bit_for_bit(stopped: Run, resumed: Run) -> None:
     """As it would from a checkpoint for which the training had waited."""
     both = stopped.losses().keys() & resumed.losses().keys()
@@ -82,6 +83,7 @@ def test_a_resume_repeats_the_steps_bit_for_bit(stopped: Run, resumed: Run) -> N
     }
 
 
+@pytest.mark.slow
 def test_sigterm_under_torchrun_saves(resumed: Run) -> None:
     assert newest_step(resumed) == max(resumed.losses())
     assert "stopped by SIGTERM" in resumed.output
@@ -103,6 +105,7 @@ def killed(start: Start, resumed: Run) -> tuple[Run, int]:
     return run, saved
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_harms_nothing(killed: tuple[Run, int]) -> None:
     run, saved = killed
     assert "Rank 1 ended with exit code -9" in run.output
@@ -110,6 +113,7 @@ def test_a_killed_rank_ends_the_run_and_harms_nothing(killed: tuple[Run, int]) -
     assert not run.left_behind()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(start: Start, killed: tuple[Run, int]) -> None:
     """Files may not grow beyond 64 KiB here: as on a full disk, the writers' ``write`` fails."""
     saved = killed[1]
@@ -130,6 +134,7 @@ def test_a_full_disk_is_one_line(start: Start, killed: tuple[Run, int]) -> None:
     assert not run.left_behind()
 
 
+@pytest.mark.slow
 def test_nan_ends_the_run_before_it_saves(start: Start) -> None:
     run = start("diverged", "lr=1e30", "warmup_steps=1", "save_interval=1")
     assert run.end() == 2, run.output

@@ -81,7 +81,7 @@ def _first_that_fails(ranks: WorkerPool, fault: str, pattern: str, layout: str, 
             "decoder.layers.0.mixer.out_proj:core",
             "TP alone",
         ),
-        (
+        pytest.param(
             "zigzag not undone under TP",
             "R",
             "tp=2,cp=2",
@@ -90,6 +90,7 @@ def _first_that_fails(ranks: WorkerPool, fault: str, pattern: str, layout: str, 
             "output",
             "decoder.layers.0.mixer.out_proj:core",
             "TP with CP (fewer axes agree)",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -133,6 +134,7 @@ def test_bfloat16_tells_a_fault_from_rounding(ranks: WorkerPool, tmp_path: Path)
     assert bad.finding.first.difference > bad.finding.first.tolerance > bad.finding.first.rounding
 
 
+@pytest.mark.slow
 def test_command_says_it(ranks: WorkerPool, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["pattern=R", "num_layers=1"]
     pool = BrokenRanks(ranks, "gradient of replicated rows not summed")

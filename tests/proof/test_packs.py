@@ -26,6 +26,7 @@ from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.nemo.proof_run import run_step
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
+from tests.selection import slow_if
 
 from .conftest import Reference
 
@@ -46,7 +47,7 @@ def _hold(ranks: WorkerPool, reference: Reference, spec: StepSpec, *layouts: str
         assert not broken, (text, broken)
 
 
-@pytest.mark.parametrize("mode", ["nemo_native", "mamba3"])
+@pytest.mark.parametrize("mode", ["nemo_native", pytest.param("mamba3", marks=pytest.mark.slow)])
 def test_packs_in_layouts(ranks: WorkerPool, reference: Reference, mode: str) -> None:
     spec = _spec(tiny_model("AMER", mode=mode), DOCUMENTS)
     _hold(ranks, reference, spec, "tp=2,etp=1", "pp=2", "tp=2,pp=2,etp=1", "ep=2")
@@ -61,7 +62,9 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("label", ALONE)
+@pytest.mark.parametrize(
+    "label", [pytest.param(label, marks=slow_if("-" in label)) for label in ALONE]
+)
 def test_packs_of_a_family_under_cp(ranks: WorkerPool, reference: Reference, label: str) -> None:
     """With CP=4 the first document is the shortest there can be: one token a chunk."""
     spec = _spec(ALONE[label], (8, 24, 16), global_batch_size=2)
@@ -71,7 +74,8 @@ def test_packs_of_a_family_under_cp(ranks: WorkerPool, reference: Reference, lab
 @pytest.mark.parametrize(
     ("mode", "layouts"),
     [
-        ("nemo_native", ("cp=2", "tp=2,cp=2,etp=1", "cp=2,pp=2", "cp=2,ep=2")),
+        ("nemo_native", ("tp=2,cp=2,etp=1", "cp=2,ep=2")),
+        pytest.param("nemo_native", ("cp=2", "cp=2,pp=2"), marks=pytest.mark.slow),
         ("mamba3", ("tp=2,cp=2,ep=2,etp=1",)),
     ],
 )

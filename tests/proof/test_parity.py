@@ -11,22 +11,25 @@ from nemo_megacpp.proof.cases import FAMILIES, MIXED
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Tolerances, compare
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.nemo.proof_run import run_step
+from tests.selection import slow_if, small_or_last
 
 from .conftest import Reference
 
 
-def _cases(*groups: Any, quick: int | None = None) -> list[Any]:
-    """Return every model in every layout; all but the first ``quick`` of a model's are slow."""
+def _cases(*groups: Any, last_only: bool = False) -> list[Any]:
+    """Return every model in every layout."""
     return [
         pytest.param(
             model,
             layout,
             id=f"{label}-{layout}",
-            marks=[pytest.mark.slow] if quick is not None and index >= quick else [],
+            marks=slow_if(
+                layout != layouts[-1] if last_only else not small_or_last(layout, layouts)
+            ),
         )
         for group in groups
         for label, model, layouts in group
-        for index, layout in enumerate(layouts)
+        for layout in layouts
     ]
 
 
@@ -38,13 +41,16 @@ def _hold(ranks: Any, reference: Reference, spec: StepSpec, text: str, within: T
     assert not broken, broken
 
 
-@pytest.mark.parametrize(("model", "layout"), _cases(FAMILIES, MIXED))
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [*_cases(MIXED[:1]), *_cases(FAMILIES, MIXED[1:], last_only=True)],
+)
 def test_float64(ranks: Any, reference: Reference, model: dict[str, Any], layout: str) -> None:
     """Through a linear form of the logits, exact in float64: 1e-9 of each tensor's largest."""
     _hold(ranks, reference, StepSpec(model, objective="logits", dtype="float64"), layout, FLOAT64)
 
 
-@pytest.mark.parametrize(("model", "layout"), _cases(MIXED, quick=2))
+@pytest.mark.parametrize(("model", "layout"), _cases(MIXED, last_only=True))
 def test_float32_loss(ranks: Any, reference: Reference, model: dict[str, Any], layout: str) -> None:
     """Through Megatron's cross entropy and gradient clipping, in float32: 1e-5."""
     _hold(ranks, reference, StepSpec(model, objective="loss", dtype="float32"), layout, FLOAT32)

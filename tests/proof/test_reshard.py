@@ -26,6 +26,7 @@ from nemo_megacpp.proof.step import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.nemo.proof_run import resume_and_train, train_and_save
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.selection import slow_if
 
 Source = Callable[[StepSpec, str], tuple[str, Carried]]
 
@@ -48,16 +49,16 @@ def source(ranks: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Sourc
 
 
 def _cases(reshardings: Any) -> list[Any]:
-    """Return every source in every target; all but its first two are slow."""
+    """Return every source in every target; all but the first of every other one are slow."""
     return [
         pytest.param(
             model,
             saved,
             loaded,
             id=f"{label}: {saved} to {_name(loaded)}",
-            marks=[pytest.mark.slow] if index > 1 else [],
+            marks=slow_if(index > 0 or number % 2 == 1),
         )
-        for label, model, saved, targets in reshardings
+        for number, (label, model, saved, targets) in enumerate(reshardings)
         for index, loaded in enumerate(targets)
     ]
 

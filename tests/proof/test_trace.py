@@ -15,6 +15,7 @@ from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.trace import Trace
 from nemo_megacpp.recipes.nemo.proof_run import run_step
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.selection import slow_if
 
 from .conftest import Reference
 
@@ -46,7 +47,8 @@ def _traced(
 
 
 @pytest.mark.parametrize(
-    ("model", "layouts"), [pytest.param(*case[1:], id=case[0]) for case in CASES]
+    ("model", "layouts"),
+    [pytest.param(*case[1:], id=case[0], marks=slow_if(case[0] != "all")) for case in CASES],
 )
 def test_every_tensor_agrees(
     ranks: WorkerPool, reference: Reference, model: dict[str, Any], layouts: tuple[str, ...]

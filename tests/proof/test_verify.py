@@ -100,6 +100,7 @@ def test_tensor_difference() -> None:
     assert tensor_difference(one, np.ones(4)) == np.inf
 
 
+@pytest.mark.slow  # a page of the documentation runs the command, too
 @pytest.mark.gpu  # `verify` takes GPUs where there are enough
 @pytest.mark.processes
 def test_a_recipe_verified(capsys: pytest.CaptureFixture[str]) -> None:

@@ -340,6 +340,7 @@ def test_another_nemo_is_named(
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_the_program_writes_and_refuses(tmp_path: Path) -> None:
     """What it lists, shows and prints as it trains is in docs/nemo.md, whose commands are run."""
@@ -433,6 +434,7 @@ def test_nemo_runs_executors(tmp_path: Path, small_data: PreparedData) -> None:
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_the_program_trains_under_torchrun(tmp_path: Path, small_data: PreparedData) -> None:
     """In the layout and the model that its overrides make of the factory's."""

@@ -14,7 +14,7 @@ from nemo_megacpp.recipes.curves import Curve, read_curve
 from nemo_megacpp.recipes.events import read_events
 from nemo_megacpp.recipes.report import read_run, write_report
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 # One block of each family. The vocabulary of 300 is padded to the same size in both layouts.
 SETTINGS = {

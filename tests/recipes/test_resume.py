@@ -117,13 +117,21 @@ def _records(run: Path) -> dict[int, dict[str, Any]]:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"tp": 2}, id="TP with SP"),
+        pytest.param({"tp": 2}, id="TP with SP", marks=pytest.mark.slow),
         pytest.param(
             {"tp": 1, "world_size": 2, "use_distributed_optimizer": True, "precision": "bf16"},
             id="distributed optimizer, bf16",
         ),
-        pytest.param({"tp": 1, "cp": 2, "ep": 2, "mode": "mamba3"}, id="CP, EP, Mamba-3"),
-        pytest.param({"tp": 1, "pp": 2, "vpp": 2, "precision": "bf16"}, id="PP, VPP, bf16"),
+        pytest.param(
+            {"tp": 1, "cp": 2, "ep": 2, "mode": "mamba3"},
+            id="CP, EP, Mamba-3",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"tp": 1, "pp": 2, "vpp": 2, "precision": "bf16"},
+            id="PP, VPP, bf16",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_same_layout_is_exact(train: Train, settings: dict[str, Any]) -> None:
@@ -142,6 +150,7 @@ def test_same_layout_is_exact(train: Train, settings: dict[str, Any]) -> None:
     assert moments and all(value.any() for value in moments)
 
 
+@pytest.mark.slow
 def test_stopped_twice_is_never_stopped(train: Train) -> None:
     """Saved wherever the run was stopped, in one folder, with the random state of the end."""
     settings = {"tp": 2, **DROPOUT, "save_interval": 1000}

@@ -31,6 +31,7 @@ for place in ("metadata", "common"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_rank_refuses_by_itself(tmp_path: Path) -> None:
     for name, put in (("metadata", in_metadata), ("common", in_common)):

@@ -93,6 +93,7 @@ def _leave_a_folder() -> str:
     return tempfile.mkdtemp()
 
 
+@pytest.mark.slow
 def test_what_tasks_leave_in_the_temporary_folder_goes_with_the_pool() -> None:
     with WorkerPool(1) as pool:
         (left,) = pool.run(1, _leave_a_folder)

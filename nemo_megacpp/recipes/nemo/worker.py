@@ -14,6 +14,7 @@ from pathlib import Path
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.runtime import stopping
+from nemo_megacpp.runtime.imports import importing
 from nemo_megacpp.runtime.launch import launched, leave_last_words
 from nemo_megacpp.runtime.orphans import end_with_parent
 
@@ -46,7 +47,7 @@ def _import_quietly() -> None:
     # the libraries' log handlers keep it.
     remarks = tempfile.TemporaryFile("w+")  # noqa: SIM115
     try:
-        with contextlib.redirect_stderr(remarks):
+        with contextlib.redirect_stderr(remarks), importing():
             from nemo.collections import llm  # noqa: F401
     except ImportError:
         remarks.seek(0)
