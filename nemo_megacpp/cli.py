@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import os
 import signal
@@ -24,6 +23,7 @@ from nemo_megacpp.recipes.megatron.command import add_parser as add_megatron_arg
 from nemo_megacpp.recipes.plan_command import add_parser as add_plan_parser
 from nemo_megacpp.recipes.report import add_parser as add_report_parser
 from nemo_megacpp.recipes.settings_command import add_parser as add_settings_parser
+from nemo_megacpp.runtime.imports import importing
 
 _STACK = ("torch", "megatron", "nemo", "nemo_run", "lightning", "einops")
 """What a bare installation does not bring."""
@@ -159,11 +159,11 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
 def main() -> None:
     """Entry point of the console script."""
     args = read_arguments()
-    gc.disable()  # a quarter of the imports' time; a command makes few cycles, and ends
     warnings.simplefilter("ignore")  # the libraries' remarks on what is not installed,
     sys.warnoptions.append("ignore")  # here and in the processes started from here
     try:
-        code = args.run(args)
+        with importing():  # most of a short command; a long one works in processes of its own
+            code = args.run(args)
         sys.stdout.flush()
     except UserError as error:
         print(f"nemo-megacpp: {error}", file=sys.stderr)

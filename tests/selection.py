@@ -20,7 +20,7 @@ def slow_if(condition: bool) -> Sequence[Any]:
 def small_or_last(layout: str, layouts: Sequence[str]) -> bool:
     """Whether ``layout`` has at most two ranks or is the last of ``layouts``.
 
-    The lists end with their largest combination of axes, so that every axis is run alone on two
-    ranks and once together with others.
+    The lists end with a combination of axes, or with the most stages, which `make test` should not
+    leave to the slow ones.
     """
     return ParallelLayout.parse(layout).world <= 2 or layout == layouts[-1]

@@ -53,7 +53,7 @@ FAMILIES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
         tiny_model("M", mode="mamba3", mamba3_mimo_rank=2, mamba_num_groups=2),
         ("tp=2", "tp=2,sp=false", "cp=2", "cp=4", "tp=2,cp=2"),
     ),
-    ("E", tiny_model("E"), (*_TP_WITH_SP, *_EP, "cp=2", "cp=2,ep=2")),
+    ("E", tiny_model("E"), (*_TP_WITH_SP, "cp=2", "cp=2,ep=2", *_EP)),
     (
         "E-allgather",
         tiny_model("E", moe_token_dispatcher_type="allgather"),
@@ -125,7 +125,7 @@ MIXED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
         tiny_model("AEMR", mode="mamba3"),
         ("tp=2,etp=1", "pp=2", "tp=2,cp=2,ep=2,etp=1", "tp=2,pp=2,etp=1"),
     ),
-    ("cuts", tiny_model("AE|MEAEM|E|AEMR"), ("pp=4", "pp=2,vpp=2", "tp=2,etp=1")),
+    ("cuts", tiny_model("AE|MEAEM|E|AEMR"), ("tp=2,etp=1", "pp=4", "pp=2,vpp=2")),
     ("no-E-stage", tiny_model("ARM|EA"), ("pp=2", "tp=2,pp=2,etp=1", "pp=2,ep=2")),
 )
 """Families together: label, model, layouts."""
