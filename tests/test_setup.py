@@ -162,6 +162,7 @@ def _versions(metadata: list[Any]) -> dict[str, Version]:
     return {_name(entry["name"]): Version(entry["version"]) for entry in metadata}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("index")
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_build_of_the_index_brings_its_cuda_libraries(python: str, tmp_path: Path) -> None:
@@ -190,6 +191,7 @@ def cpu_builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("index")
 @pytest.mark.parametrize("python", PYTHONS)
 def test_a_cpu_build_is_taken_where_pip_finds_one(

@@ -113,7 +113,8 @@ def run_preloaded(command: str, folder: Path) -> list[str]:
 
 def starts_no_ranks(command: Command) -> bool:
     """Whether a page shows this command refused, or it is one of those that only print."""
-    if set(command.text) & set("|$<>&"):
+    words = list(shlex.shlex(command.text, posix=True, punctuation_chars=True))
+    if any(word[0] in "|$<>&" for word in words):  # not inside quotes
         return False
     refused = any(line.startswith("nemo-megacpp: ") for line in command.shown)
     return refused or _ONLY_PRINTS.match(command.text) is not None

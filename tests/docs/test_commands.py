@@ -30,8 +30,12 @@ COMMANDS = {
 }
 ALONE = ("verify", "nemo", "megatron", "containers", "extending")
 """Pages whose commands use nothing that those of another page have made."""
-SLOW = ("nemo-3", "extending-0", "checkpoints-4")
-"""Commands that start ranks, and do what tests with the pool of ranks do in less time."""
+SLOW = (
+    *("first-run-2", "layouts-5", "checkpoints-2", "checkpoints-4"),
+    *("verify-0", "extending-0", "nemo-0", "nemo-2", "nemo-3"),
+)
+"""Commands that import NeMo or start ranks and do what tests with the pool do in less time,
+and those that use what such a command has made."""
 
 
 @pytest.fixture(scope="module")

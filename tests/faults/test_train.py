@@ -39,6 +39,7 @@ def stopped(start: Start) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_0(stopped: Run) -> None:
     last = max(stopped.losses())
     assert last < 1000
@@ -49,6 +50,7 @@ def test_sigterm_saves_and_exits_0(stopped: Run) -> None:
     assert not stopped.left_behind()
 
 
+@pytest.mark.slow
 def test_what_was_saved_in_the_background_is_what_was_kept(stopped: Run) -> None:
     """The last two, one line for each removal, and nothing half-done beside them."""
     found = sorted(path.name for path in (stopped.run_dir / "checkpoints").iterdir())

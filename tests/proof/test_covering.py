@@ -14,6 +14,7 @@ from nemo_megacpp.proof.covering import LAYOUTS, SETTINGS, Case, bundles, cases
 from nemo_megacpp.proof.rounding import SEEDS, rounding_limits
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.nemo.proof_run import run_step
+from tests.selection import slow_if
 
 from .conftest import Reference
 
@@ -40,7 +41,13 @@ def rounding(ranks: Any, reference: Reference) -> Callable[[StepSpec], Limits]:
     return limits
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases()])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=slow_if(number % 2 == 1))
+        for number, case in enumerate(cases())
+    ],
+)
 def test_settings(
     ranks: Any, reference: Reference, rounding: Callable[[StepSpec], Limits], case: Case
 ) -> None:

@@ -115,6 +115,7 @@ def test_fault_is_located(
     assert finding.first.expected != finding.first.found
 
 
+@pytest.mark.slow
 def test_bfloat16_tells_a_fault_from_rounding(ranks: WorkerPool, tmp_path: Path) -> None:
     """A correct layout stays within its estimated rounding; one missing sum does not."""
     layout = ParallelLayout.parse("tp=2,cp=2,etp=1")

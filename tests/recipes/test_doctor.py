@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +38,7 @@ def test_this_machine_can_train(
     code, document = _doctor(capsys, "nam56r_tiny", "--json")
     found = {finding["part"]: finding for finding in document["findings"]}
     assert (code, document["usable"]) == (0, True), document
-    assert found["torch"]["found"] == torch.__version__
+    assert found["torch"]["found"] == version("torch")
     assert found["megatron-core"]["status"] == found["NeMo entry point"]["status"] == "ok"
     assert found["layout"]["found"].startswith("TP=2 SP")
     assert found["model"]["found"] == "12 layers: 3 A, 3 M, 5 E, 1 R"

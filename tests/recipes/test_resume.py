@@ -169,6 +169,7 @@ def test_stopped_twice_is_never_stopped(train: Train) -> None:
     assert _records(other)[2]["loss"] != _records(at_once)[2]["loss"]
 
 
+@pytest.mark.slow
 def test_other_layouts_follow_within_rounding(train: Train) -> None:
     """Losses, gradient norms and held-out losses of the steps that follow, float32, dropout off."""
     at_once = train("at_once", tp=2)
