@@ -13,56 +13,32 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_megacpp import __version__
-from nemo_megacpp.checkpoint.commands import add_parser as add_checkpoint_parser
-from nemo_megacpp.data.commands import add_parser as add_data_parser
+from nemo_megacpp.commands import (
+    checkpoint,
+    compare,
+    data,
+    demo,
+    doctor,
+    layouts,
+    megatron_args,
+    plan,
+    recipes,
+    report,
+    settings,
+    train,
+    verify,
+)
 from nemo_megacpp.errors import RankFailed, UserError
-from nemo_megacpp.recipes.command_line import add_recipe
-from nemo_megacpp.recipes.compare_command import add_parser as add_compare_parser
-from nemo_megacpp.recipes.doctor.command import add_parser as add_doctor_parser
-from nemo_megacpp.recipes.layouts_command import add_parser as add_layouts_parser
-from nemo_megacpp.recipes.megatron.command import add_parser as add_megatron_args_parser
-from nemo_megacpp.recipes.plan_command import add_parser as add_plan_parser
-from nemo_megacpp.recipes.report import add_parser as add_report_parser
-from nemo_megacpp.recipes.settings_command import add_parser as add_settings_parser
 from nemo_megacpp.runtime.imports import importing
+
+COMMANDS = (
+    *(train, demo, verify, recipes, plan, layouts, compare, data, checkpoint),
+    *(megatron_args, settings, doctor, report),
+)
+"""In the order of the help."""
 
 _STACK = ("torch", "megatron", "nemo", "nemo_run", "lightning", "einops")
 """What a bare installation does not bring."""
-
-
-def _train(args: argparse.Namespace) -> int:
-    from nemo_megacpp.recipes.train import train
-
-    train(args.recipe, args.overrides, args.layout)
-    return 0
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from nemo_megacpp.recipes.demo import demo
-
-    return demo(args.out)
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from nemo_megacpp.recipes.verify import verify_recipe
-
-    return verify_recipe(args.recipe, args.layout, args.overrides, args.json)
-
-
-def _recipes(args: argparse.Namespace) -> int:
-    from nemo_megacpp.recipes.catalog import CATALOG
-
-    if args.name is not None:
-        import yaml
-
-        from nemo_megacpp.recipes.recipe import resolve
-
-        print(yaml.safe_dump(resolve(args.name).to_mapping(), sort_keys=False), end="")
-        return 0
-    width = max(map(len, CATALOG))
-    for name, recipe in CATALOG.items():
-        print(f"{name:<{width}}  {recipe.summary}")
-    return 0
 
 
 class _Once(argparse.Action):
@@ -96,48 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    train = commands.add_parser(
-        "train", help="train a recipe or a YAML file", description="Train a recipe."
-    )
-    add_recipe(train)
-    train.set_defaults(run=_train)
-
-    demo = commands.add_parser(
-        "demo",
-        help="the main job: train, stop, go on from the checkpoint in another layout",
-        description="Train nam56r_tiny at TP=2, stop, and resume its checkpoint at PP=2.",
-    )
-    demo.add_argument("--out", default="runs/demo", help="folder to write (default: %(default)s)")
-    demo.set_defaults(run=_demo)
-
-    verify = commands.add_parser(
-        "verify",
-        help="prove that a layout does not change a recipe's numbers",
-        description="Compare a layout with one rank, on a small model of the recipe's proportions: "
-        "loss, gradients, step and checkpoint, axis by axis and family by family.",
-    )
-    add_recipe(verify)
-    verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    verify.set_defaults(run=_verify)
-
-    recipes = commands.add_parser(
-        "recipes",
-        help="list the recipes, or print one as YAML",
-        description="List the recipes, or print one as a YAML file to change.",
-    )
-    recipes.add_argument("name", nargs="?", help="the recipe to print")
-    recipes.set_defaults(run=_recipes)
-
-    add_plan_parser(commands)
-    add_layouts_parser(commands)
-    add_compare_parser(commands)
-    add_data_parser(commands)
-    add_checkpoint_parser(commands)
-    add_megatron_args_parser(commands)
-    add_settings_parser(commands)
-    add_doctor_parser(commands)
-    add_report_parser(commands)
+    for command in COMMANDS:
+        command.add_parser(commands)
     return parser
 
 
@@ -161,7 +97,8 @@ def main() -> None:
     """Entry point of the console script."""
     args = read_arguments()
     warnings.simplefilter("ignore")  # the libraries' remarks on what is not installed,
-    sys.warnoptions.append("ignore")  # here and in the processes started from here
+    if "ignore" not in sys.warnoptions:
+        sys.warnoptions.append("ignore")  # here and in the processes started from here
     # A CUDA build of torch on a machine that has CUDA's compiler and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:

@@ -10,18 +10,20 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, Optional, get_args, get_origin
 
+import torch
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import load_families
+from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import Family, HybridPattern
-from nemo_megacpp.settings.check import refuse_model
+from nemo_megacpp.settings.check import validate_transformer
 from nemo_megacpp.settings.combinations import (
-    refuse_biases,
-    refuse_ignored,
-    refuse_meaningless,
-    refuse_recompute,
+    validate_biases,
+    validate_meaningful,
+    validate_none_ignored,
+    validate_recompute,
 )
 
 Mode = Literal["nemo_native", "mamba3"]
@@ -224,7 +226,7 @@ class HybridConfig(TransformerConfig):
         depth: int = self.num_layers
         pattern = HybridPattern.parse(self.hybrid_pattern, depth=depth or None)
         self.num_layers: int = len(pattern)
-        refuse_unsupported(self, pattern)
+        validate_config(self, pattern)
         self._check_own_fields()
         if (
             self.virtual_pipeline_model_parallel_size is not None
@@ -312,7 +314,7 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return ()
 
 
-def refuse_unsupported(
+def validate_config(
     config: TransformerConfig, pattern: HybridPattern, settings: Mapping[str, Any] = NO_SETTINGS
 ) -> None:
     """Refuse what the hybrid stack would get wrong: of a :class:`HybridConfig`, or of the plain
@@ -327,12 +329,12 @@ def refuse_unsupported(
     Raises:
         UserError: for the first such setting.
     """
-    refuse_model(config)
-    refuse_meaningless(config)
-    refuse_ignored(config)
+    validate_transformer(config)
+    validate_meaningful(config)
+    validate_none_ignored(config)
     present = dict.fromkeys(pattern.families)
-    refuse_recompute(config, [family.value for family in present])
-    refuse_biases(config, [family.value for family in present if _unbiased(config, family)])
+    validate_recompute(config, [family.value for family in present])
+    validate_biases(config, [family.value for family in present if _unbiased(config, family)])
     clip = _hybrid_field(config, settings, "m2rnn_state_gradient_clip")
     if (
         Family.RECURRENT in pattern.families
@@ -365,6 +367,31 @@ def _hybrid_field(config: TransformerConfig, settings: Mapping[str, Any], name: 
         assert not settings, "a HybridConfig carries these fields itself"
         return getattr(config, name)
     return settings.get(name, getattr(HybridConfig, name))
+
+
+def config_fields(
+    model: Mapping[str, Any], layout: ParallelLayout, dtype: torch.dtype, device: str
+) -> dict[str, Any]:
+    """Return the fields of the :class:`HybridConfig` of a model in a layout.
+
+    Every configuration of the package is built from these: the one that is validated, planned,
+    proved, resharded and trained.
+
+    Args:
+        model: fields without the layout's.
+        layout: the parallel degrees.
+        dtype: of parameters and activations.
+        device: ``"cuda"`` or ``"cpu"``, which decides where weights are initialised.
+    """
+    return {
+        "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
+        **model,
+        **layout.megatron_fields(),
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu_initialization": device == "cpu",
+    }
 
 
 def m2rnn_dimensions(

@@ -10,6 +10,8 @@ import torch
 
 from nemo_megacpp.runtime.workers import WorkerPool
 
+pytest_plugins = ["tests.shared_data", "tests.reference"]
+
 _MARKERS = {"ranks": "ranks", "interpreter": "processes"}
 """Marker by fixture, of the fixtures that start processes."""
 

@@ -14,7 +14,7 @@ from nemo_megacpp.layout import (
     Violation,
     check_layout,
     padded_vocab_size,
-    refuse_illegal,
+    validate_layout,
 )
 from nemo_megacpp.pattern import HybridPattern
 
@@ -83,7 +83,7 @@ def test_legal_layouts_of_nam56r(text: str) -> None:
     batch = 256 * layout.data_parallel_size * layout.pp
     shape = replace(shape, global_batch_size=batch, seq_length=4096 * 7)
     assert check_layout(layout, shape) == []
-    refuse_illegal(layout, shape)
+    validate_layout(layout, shape)
 
 
 def test_tp16_breaks_every_head_count_at_once() -> None:
@@ -155,7 +155,7 @@ def test_unrelated_violations_are_all_reported() -> None:
     }  # fmt: skip
     assert rules(check_layout(layout, NAM56R)) == expected
     with pytest.raises(UserError) as caught:
-        refuse_illegal(layout, NAM56R)
+        validate_layout(layout, NAM56R)
     message = str(caught.value)
     assert message.startswith(
         "Layout tp=3,sp=false,cp=5,pp=8,ep=5,etp=6,world=100 is illegal for this model of 52 "
@@ -344,7 +344,7 @@ def test_a_bad_degree_does_not_hide_the_others() -> None:
     layout = ParallelLayout(tensor_model_parallel_size=0, pipeline_model_parallel_size=8)
     assert rules(check_layout(layout, NAM56R)) == {"degree-tensor_model_parallel_size", "depth"}
     with pytest.raises(UserError, match="for 2 reasons"):
-        refuse_illegal(layout, NAM56R)
+        validate_layout(layout, NAM56R)
 
 
 # --- the vocabulary

@@ -131,7 +131,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
-def refuse_another_model(
+def validate_same_model(
     directory: Path, model: Mapping[str, Any], letters: str, tokenizer: str | None
 ) -> None:
     """Refuse to load a checkpoint whose tensors mean something else.

@@ -30,11 +30,11 @@ class _Shape:
         self.pattern = HybridPattern.parse(model["hybrid_pattern"], depth=model.get("num_layers"))
 
 
-def refuse_layout(model: dict[str, Any], layout: ParallelLayout) -> None:
+def validate_target_layout(model: dict[str, Any], layout: ParallelLayout) -> None:
     """Refuse a layout that a saved model cannot be loaded in, with every reason."""
-    from nemo_megacpp.layout import refuse_illegal
+    from nemo_megacpp.layout import validate_layout
 
-    refuse_illegal(layout, _Shape(model))  # type: ignore[arg-type]
+    validate_layout(layout, _Shape(model))  # type: ignore[arg-type]
 
 
 def legal_degrees(model: dict[str, Any]) -> dict[str, list[int]]:

@@ -53,7 +53,7 @@ def content_metadata(use_distributed_optimizer: bool) -> dict[str, Any]:
     return metadata
 
 
-def refuse_other_forms(metadata: Mapping[str, Any] | None) -> None:
+def validate_optimizer_form(metadata: Mapping[str, Any] | None) -> None:
     """Refuse to read optimizer state that was not written by this module.
 
     Args:

@@ -12,7 +12,7 @@ from nemo_megacpp.checkpoint.export import read_config, read_export
 from nemo_megacpp.checkpoint.folder import WEIGHTS, find_checkpoint
 from nemo_megacpp.checkpoint.guard import inspect_before_load
 from nemo_megacpp.checkpoint.identity import read_identity, write_identity
-from nemo_megacpp.checkpoint.inspect import refuse_layout
+from nemo_megacpp.checkpoint.inspect import validate_target_layout
 from nemo_megacpp.checkpoint.manifest import check_manifest, write_manifest
 from nemo_megacpp.checkpoint.output import new_folder
 from nemo_megacpp.errors import UserError
@@ -81,7 +81,7 @@ def reshard(
             f"so how its tensors are split in {layout.short()} is not known. It need not be "
             f"resharded to be loaded: a checkpoint of any layout loads into any other."
         )
-    refuse_layout(content.identity["model"], layout)
+    validate_target_layout(content.identity["model"], layout)
     inspect_before_load(content.directory, verify=verify)
     with new_folder(out) as folder:
         nested = content.weights != content.directory

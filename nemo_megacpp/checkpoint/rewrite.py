@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from nemo_megacpp.checkpoint.content import CheckpointContent
 from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict, require_psutil
 from nemo_megacpp.checkpoint.export import read_export
-from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.specs.model import build_hybrid_chunks
@@ -35,14 +35,8 @@ def rewrite_on_rank(
 ) -> tuple[int, int]:
     """Take a place in ``layout`` and :func:`rewrite`; ``model`` is the identity's."""
     start_model_parallel(layout)
-    config = HybridConfig(
-        **model,
-        **layout.megatron_fields(),
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-    )
+    fields = config_fields(model, layout, torch.float32, "cpu")
+    config = HybridConfig(**fields, perform_initialization=False)
     return rewrite(source, out, build_hybrid_chunks(config))
 
 

@@ -16,7 +16,7 @@ from nemo_megacpp.checkpoint.optimizer_state import (
     content_metadata,
     load_optimizer_state_dict,
     optimizer_sharded_state_dict,
-    refuse_other_forms,
+    validate_optimizer_form,
 )
 
 
@@ -57,7 +57,7 @@ def load_training_state(
             another form; nothing is loaded then.
     """
     guard_load(Path(directory), verify=True)
-    refuse_other_forms(dist_checkpointing.load_content_metadata(str(directory)))
+    validate_optimizer_form(dist_checkpointing.load_content_metadata(str(directory)))
     state = dist_checkpointing.load(
         training_sharded_state_dict(chunks, optimizer, is_loading=True), str(directory)
     )

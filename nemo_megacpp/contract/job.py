@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import load_families
 from nemo_megacpp.layout import ParallelLayout
@@ -75,12 +75,5 @@ class Job:
     def config(self) -> HybridConfig:
         """Return the model's configuration in this layout, for building it without numbers."""
         dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
-        return HybridConfig(
-            **{"moe_router_dtype": "fp32", **self.model},
-            **self.layout.megatron_fields(),
-            params_dtype=dtype,
-            pipeline_dtype=dtype,
-            bf16=self.precision == "bf16",
-            use_cpu_initialization=True,
-            perform_initialization=False,
-        )
+        fields = config_fields(self.model, self.layout, dtype, "cpu")
+        return HybridConfig(**fields, perform_initialization=False)

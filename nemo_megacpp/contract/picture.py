@@ -7,7 +7,8 @@ from html import escape
 
 from nemo_megacpp.contract.placement import sizes_of
 from nemo_megacpp.contract.plan import Plan
-from nemo_megacpp.contract.units import show_bytes
+from nemo_megacpp.contract.tables import rank_range
+from nemo_megacpp.render import show_bytes
 
 FAMILY_COLOURS = {"A": "#4c78a8", "M": "#54a24b", "E": "#f58518", "R": "#b279a2"}
 END_COLOUR = "#9d9da1"
@@ -17,7 +18,8 @@ MEMORY_COLOURS = {
     "optimizer": "#eeca3b",
     "activations": "#e45756",
 }
-_STAGE_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b")
+_STAGE_COLOURS = ("#35455e", "#7a8ba5", "#4f6f6b", "#93aca6", "#6b5b4d", "#a8998a")
+"""Other colours than the families': a stage is not a family."""
 _WIDTH = 1080
 _LEFT = 150
 _MOST_STAGES = 64
@@ -36,9 +38,9 @@ def stages_picture(plan: Plan) -> str:
     parts = []
     for row, stage in enumerate(stages):
         y, x = row * 44, float(_LEFT)
-        last = stage.first_rank + stage.ranks - 1
+        ranks = "rank" if stage.ranks == 1 else "ranks"
         parts.append(_text(0, y + 16, f"stage {stage.pp_rank}", bold=True))
-        parts.append(_text(0, y + 31, f"ranks {stage.first_rank}-{last}", small=True))
+        parts.append(_text(0, y + 31, f"{ranks} {rank_range(stage)}", small=True))
         for chunk in stage.built.chunks:
             blocks = [("embedding", "in", END_COLOUR)] if chunk.owns_embedding else []
             blocks += [
@@ -141,7 +143,7 @@ def _box(
     if label and width > 12:
         text = (
             f'<text x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}" text-anchor="middle" '
-            f'class="on">{escape(label)}</text>'
+            f'class="t on">{escape(label)}</text>'
         )
     return (
         f'<g><title>{escape(title)}</title><rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
@@ -159,6 +161,8 @@ def _text(
     end: bool = False,
     on_colour: bool = False,
 ) -> str:
-    names = " ".join(name for name, on in (("b", bold), ("s", small), ("on", on_colour)) if on)
+    names = " ".join(
+        name for name, on in (("t", True), ("b", bold), ("s", small), ("on", on_colour)) if on
+    )
     anchor = ' text-anchor="end"' if end else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{names}"{anchor}>{escape(text)}</text>'

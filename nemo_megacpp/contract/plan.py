@@ -97,6 +97,14 @@ class Plan:
         limit = self.job.hbm_bytes
         return None if limit is None else self.fullest.memory.total <= limit
 
+    def collectives_of(self, place: str) -> tuple[Collective, ...]:
+        """Return the collectives of one layer of ``place`` in one microbatch."""
+        for stage in self.stages:
+            for name, _, collectives in stage.microbatch:
+                if name == place:
+                    return collectives
+        return ()
+
     @property
     def between_nodes(self) -> int:
         """Bytes that leave nodes in one step, over all ranks."""

@@ -5,7 +5,7 @@ from nemo_megacpp.layout.legality import (
     check_layout,
     is_legal,
     padded_vocab_size,
-    refuse_illegal,
+    validate_layout,
 )
 from nemo_megacpp.layout.nearest import nearest_legal
 from nemo_megacpp.layout.parallel import AXES, ParallelLayout, RankCoordinates
@@ -21,5 +21,5 @@ __all__ = [
     "is_legal",
     "nearest_legal",
     "padded_vocab_size",
-    "refuse_illegal",
+    "validate_layout",
 ]

@@ -72,7 +72,7 @@ def is_legal(
     return not any(True for rule in RULES for _ in rule(case))
 
 
-def refuse_illegal(
+def validate_layout(
     layout: ParallelLayout, shape: ModelShape, *, gpus_per_node: int | None = None
 ) -> None:
     """Raise a UserError that lists all violations, numbered; do nothing if there are none."""

@@ -35,6 +35,8 @@ _BOOLEANS = {
     **dict.fromkeys(("false", "no", "off", "0"), False),
 }
 
+MAX_RANKS = 2**20
+"""Ranks that are counted out into groups: more than any machine has."""
 AXES = ("tp", "cp", "dp", "pp", "etp", "ep", "edp")
 """Axes that `ParallelLayout.groups` knows; ``edp`` is expert data parallelism."""
 
@@ -122,7 +124,7 @@ class ParallelLayout:
         spelled: dict[str, str] = {}
         for name, value in values.items():
             field = _field(str(name))
-            refuse_twice(field, f"{name}={value}", spelled)
+            validate_given_once(field, f"{name}={value}", spelled)
             degrees[field] = _read(field, name, value)
         layout = replace(self, **degrees)  # type: ignore[arg-type]  # _read gives each its own type
         if "sequence_parallel" not in degrees and (self.tp > 1) != (layout.tp > 1):
@@ -295,12 +297,12 @@ def read_degrees(text: str) -> dict[str, str]:
                 f"{entry.strip()!r} in layout {text!r} is not name=value; "
                 f"write a layout as 'tp=2,cp=2,etp=1'."
             )
-        refuse_twice(_field(name), entry.strip(), spelled)
+        validate_given_once(_field(name), entry.strip(), spelled)
         degrees[name] = value
     return degrees
 
 
-def refuse_twice(name: str, spelling: str, spelled: dict[str, str]) -> None:
+def validate_given_once(name: str, spelling: str, spelled: dict[str, str]) -> None:
     """Refuse a setting that was given before, and remember this one.
 
     Args:

@@ -18,7 +18,7 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers.sequence_layout import token_order
 
 
-def refuse_what_torch_attention_lacks(config: TransformerConfig) -> None:
+def validate_torch_attention(config: TransformerConfig) -> None:
     """Refuse what :class:`TorchCoreAttention` does not do.
 
     Raises:
@@ -58,7 +58,7 @@ class TorchCoreAttention(MegatronModule):
             raise UserError(
                 f"The torch core attention is causal; the spec asks for {attn_mask_type.name}."
             )
-        refuse_what_torch_attention_lacks(config)
+        validate_torch_attention(config)
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         self.cp_group = pg_collection.cp

@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
-from nemo_megacpp.mixers.announce import say_once
-from nemo_megacpp.mixers.norm import refuse_what_torch_lacks
+from nemo_megacpp.mixers.log import log_once
+from nemo_megacpp.mixers.norm import validate_torch_norm
 from nemo_megacpp.mixers.replicated import mark_replicated, replicated
 
 
@@ -35,7 +35,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         init_method: Callable,
         **kwargs: Any,
     ):
-        refuse_what_torch_lacks(config)
+        validate_torch_norm(config)
         super().__init__(input_size, output_size, config=config, init_method=init_method, **kwargs)
         self.layer_norm_weight = torch.nn.Parameter(
             torch.ones(input_size, dtype=config.params_dtype, device=self.weight.device)
@@ -95,7 +95,7 @@ class SharedColumnParallelLinear(ColumnParallelLinear):
             init_method(self.shared_weight)
         mark_replicated(self.shared_weight, config)
         if config.fp8:
-            say_once(
+            log_once(
                 f"fp8={config.fp8!r}: the input projections of R blocks and Mamba-3 blocks stay in "
                 f"{str(config.params_dtype).removeprefix('torch.')}."
             )

@@ -42,12 +42,12 @@ from torch.nn import functional as F
 
 from nemo_megacpp.config import NO_SETTINGS, m2rnn_dimensions
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.float32 import KeepsFloat32, keep_in_float32
 from nemo_megacpp.mixers.handover import receive_state, send_state
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d, causal_conv1d_state
 from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_scan
 from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
+from nemo_megacpp.mixers.log import log_once
 from nemo_megacpp.mixers.replicated import mark_replicated, replicated, sum_over_tp
 from nemo_megacpp.mixers.sequence_layout import (
     TokenOrder,
@@ -216,7 +216,7 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
             )
         serial = asked == "serial" or self.heads % cp != 0
         form = "hands its state from segment to segment" if serial else "spreads its heads"
-        say_once(f"R {form} over CP={cp} ({self.heads} heads a rank, asked for {asked!r})")
+        log_once(f"R {form} over CP={cp} ({self.heads} heads a rank, asked for {asked!r})")
         return serial
 
     def _mine(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -282,7 +282,7 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
             raise UserError(
                 f"m2rnn_kernel='triton' cannot be used: {reason}. Choose 'torch' or 'auto'."
             )
-        say_once(
+        log_once(
             "R recurs in Triton kernels."
             if reason is None
             else f"R recurs in plain torch; the Triton form is out: {reason}."

@@ -38,12 +38,12 @@ from torch.nn import functional as F
 
 from nemo_megacpp.config import NO_SETTINGS, mamba3_dimensions
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.float32 import KeepsFloat32, keep_in_float32
 from nemo_megacpp.mixers.kernels.mamba3 import mamba3_chunked
 from nemo_megacpp.mixers.kernels.mamba3_gpu import mamba3_gpu, mamba3_gpu_reason
 from nemo_megacpp.mixers.kernels.mamba3_state import negative_decay_rate
 from nemo_megacpp.mixers.kernels.packing import accumulation_dtype
+from nemo_megacpp.mixers.log import log_once
 from nemo_megacpp.mixers.mamba3_rows import (
     cp_blocks,
     rank_share,
@@ -309,7 +309,7 @@ class Mamba3Mixer(KeepsFloat32, MegatronModule):
             raise UserError(
                 f"mamba3_kernel='triton' cannot be used: {reason}. Choose 'torch' or 'auto'."
             )
-        say_once(
+        log_once(
             "Mamba-3 scans with mamba_ssm's Triton kernel."
             if reason is None
             else f"Mamba-3 scans in plain torch; mamba_ssm's Triton kernel is out: {reason}."

@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from nemo_megacpp.errors import UserError
 
 
-def refuse_what_torch_lacks(config: TransformerConfig) -> None:
+def validate_torch_norm(config: TransformerConfig) -> None:
     """Refuse what the torch backend's modules do not do.
 
     Raises:
@@ -58,7 +58,7 @@ class TorchRMSNorm(torch.nn.RMSNorm):
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float | None = None):
-        refuse_what_torch_lacks(config)
+        validate_torch_norm(config)
         super().__init__(
             hidden_size,
             eps=config.layernorm_epsilon if eps is None else eps,

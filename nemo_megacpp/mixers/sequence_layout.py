@@ -157,7 +157,7 @@ def _shown(items: Any, most: int = 8) -> str:
     return ", ".join(str(item) for item in items[:most]) + more
 
 
-def deal_batch(
+def split_batch_for_cp(
     batch: dict[str, Any], packed: PackedSeqParams | None = None, cp_group: Group | None = None
 ) -> dict[str, Any]:
     """Return this cp rank's share of a batch: Megatron's ``get_batch_on_this_cp_rank``, for packs

@@ -1,7 +1,7 @@
 """Megatron's own parts without NeMo: what records and tests of single modules need.
 
 No proof of a layout comes from here: those take the path that trains
-(:mod:`nemo_megacpp.recipes.nemo.proof_run`). Here a step is nothing but Megatron's schedule and
+(:mod:`nemo_megacpp.nemo.proof_run`). Here a step is nothing but Megatron's schedule and
 optimizer, so that what it allocates and sends can be counted (:mod:`nemo_megacpp.proof.record`)
 without what NeMo logs.
 """
@@ -25,10 +25,10 @@ from megatron.core.transformer.module import Float16Module
 from torch.utils.data import default_collate
 
 from nemo_megacpp.checkpoint.dcp import save_model
-from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.documents import packed_seq_params
-from nemo_megacpp.mixers.sequence_layout import deal_batch
+from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp
 from nemo_megacpp.proof.objective import device
 from nemo_megacpp.proof.rows import Rows
 from nemo_megacpp.proof.step import ADAM_EPS, disturb
@@ -40,15 +40,7 @@ from nemo_megacpp.specs.model import build_hybrid_chunks
 def make_config(spec: StepSpec, layout: ParallelLayout) -> HybridConfig:
     """Return the model configuration of ``spec`` in ``layout``."""
     dtype = getattr(torch, spec.dtype)
-    return HybridConfig(
-        **spec.model,
-        **layout.megatron_fields(),
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=True,
-        moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
-    )
+    return HybridConfig(**config_fields(spec.model, layout, dtype, "cpu"))
 
 
 def build_chunks(config: HybridConfig, layout: ParallelLayout) -> list[torch.nn.Module]:
@@ -138,7 +130,7 @@ def microbatches(spec: StepSpec) -> Iterator[dict[str, Any]]:
         begins = batch.pop("document_start", None)
         packed = None if begins is None else packed_seq_params(begins)
         batch = {name: tensor.to(device()) for name, tensor in batch.items()}
-        yield {**deal_batch(batch, packed), "packed_seq_params": packed}
+        yield {**split_batch_for_cp(batch, packed), "packed_seq_params": packed}
 
 
 def forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Any, Any]:

@@ -31,7 +31,7 @@ _ONE = ParallelLayout()
 class TrainingPath:
     """The functions that take a proof's steps, by whatever trains.
 
-    They are those of :mod:`nemo_megacpp.recipes.nemo.proof_run`, which this package does not
+    They are those of :mod:`nemo_megacpp.nemo.proof_run`, which this package does not
     import: it is below NeMo's front end.
     """
 

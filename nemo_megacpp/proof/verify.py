@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.layout import ParallelLayout, refuse_illegal
+from nemo_megacpp.layout import ParallelLayout, validate_layout
 from nemo_megacpp.pattern import HybridPattern
 from nemo_megacpp.proof.axes import axes_alone, axes_in_pairs, axes_of, spelled_out
 from nemo_megacpp.proof.bench import Bench, TrainingPath
@@ -60,7 +60,7 @@ def verify(
     if training.pop("packed", False):
         quarter = small["seq_length"] // 4
         training["documents"] = (2 * quarter, quarter, quarter)
-    refuse_illegal(layout, shape_of(small))
+    validate_layout(layout, shape_of(small))
     letters = "".join(dict.fromkeys(HybridPattern.parse(small["hybrid_pattern"]).letters))
     cases: list[tuple[str, str, ParallelLayout, Dtype]] = []
     cases += [("all", axis, single, "float64") for axis, single in axes_alone(layout)]

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.layout.parallel import read_degrees, refuse_twice
-from nemo_megacpp.recipes.names import TEXTS, full_name, full_names, refuse_empty
+from nemo_megacpp.layout.parallel import read_degrees, validate_given_once
+from nemo_megacpp.recipes.names import TEXTS, full_name, full_names, validate_not_empty
 
 
 class _Loader(yaml.SafeLoader):
@@ -48,7 +48,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for key, value in lines.value:
         # YAML reads a key without a value as null, which has to be written.
         if isinstance(value, yaml.ScalarNode) and not value.value and value.style is None:
-            refuse_empty(full_name(key.value), key.value, "")
+            validate_not_empty(full_name(key.value), key.value, "")
     return full_names(settings)
 
 
@@ -74,14 +74,14 @@ def read_command_line(
         if not separator or not key:
             raise UserError(f"{override!r} is not an override: write key=value.")
         name = full_name(key)
-        refuse_empty(name, key, value)
-        refuse_twice(name, override, spelled)
+        validate_not_empty(name, key, value)
+        validate_given_once(name, override, spelled)
         settings[name] = _read(name, key, value)
     for key, value in ({} if layout is None else read_degrees(layout)).items():
-        refuse_twice(full_name(key), f"{key}={value} of --layout", spelled)
+        validate_given_once(full_name(key), f"{key}={value} of --layout", spelled)
         settings[full_name(key)] = value
     if world_size is not None:
-        refuse_twice("world_size", f"--world-size {world_size}", spelled)
+        validate_given_once("world_size", f"--world-size {world_size}", spelled)
         settings["world_size"] = world_size
     return settings
 
@@ -90,7 +90,7 @@ def _read(name: str, key: str, value: str) -> Any:
     try:
         read = yaml.load(value, Loader=_Loader)
         if isinstance(read, list | dict):
-            _refuse_gaps(key, value)
+            _validate_no_gaps(key, value)
     except UserError as error:
         raise UserError(f"{key} {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
@@ -101,7 +101,7 @@ def _read(name: str, key: str, value: str) -> Any:
     return value if name in TEXTS and not isinstance(read, str | None) else read
 
 
-def _refuse_gaps(key: str, value: str) -> None:
+def _validate_no_gaps(key: str, value: str) -> None:
     """Refuse ``[one, $UNSET]``, which YAML reads as ``[one]``."""
     tokens = list(yaml.scan(value, Loader=yaml.SafeLoader))
     ends = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_megacpp.errors import UserError, nearest
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.layout.parallel import FIELD_OF, refuse_twice
+from nemo_megacpp.layout.parallel import FIELD_OF, validate_given_once
 from nemo_megacpp.recipes.catalog import Training
 
 RUN_KEYS = ("recipe", "data", "tokenizer", "run_dir", "resume")
@@ -74,14 +74,14 @@ def full_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     spelled: dict[str, str] = {}
     for key, value in settings.items():
         name = full_name(str(key))
-        refuse_twice(name, f"{key}={value}", spelled)
+        validate_given_once(name, f"{key}={value}", spelled)
         if isinstance(value, str):
-            refuse_empty(name, str(key), value)
+            validate_not_empty(name, str(key), value)
         given[name] = value
     return given
 
 
-def refuse_empty(name: str, key: str, text: str) -> None:
+def validate_not_empty(name: str, key: str, text: str) -> None:
     """Refuse a setting without a value, such as a command line's ``data=$UNSET``.
 
     Args:

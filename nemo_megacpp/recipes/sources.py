@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.runtime.host import current_host
-
-if TYPE_CHECKING:
-    from nemo_megacpp.recipes.recipe import Recipe
 
 Sources = str | dict[str, float | None]
 """A folder, or weights by folder: all numbers, or all None for each by its size."""
@@ -88,72 +82,3 @@ def _weight(folder: str, weight: Any) -> float | None:
     if type(weight) not in (int, float) or not 0 < weight < math.inf:
         raise UserError(f"data: {folder} has the weight {weight!r}; it must be a positive number.")
     return float(weight)
-
-
-def open_blend(blend: dict[str, float | None]) -> list[PreparedData]:
-    """Open every folder of a blend.
-
-    Raises:
-        UserError: data that is missing or damaged, or made with another tokenizer than the first.
-    """
-    first, *others = opened = [PreparedData.open(Path(folder)) for folder in blend]
-    for data in others:
-        if data.tokenizer_fingerprint != first.tokenizer_fingerprint:
-            raise UserError(
-                f"{data.root} and {first.root} were made with different tokenizers, so their "
-                f"tokens do not mean the same. Make one with the other's: nemo-megacpp data "
-                f"prepare PATH… --out DIR --tokenizer {first.tokenizer_dir}"
-            )
-    return opened
-
-
-def weighted_prefixes(prefixes: list[str], weights: Iterable[float | None]) -> list[str]:
-    """Return prefixes as Megatron and NeMo take them: each after its weight, if they have any."""
-    pairs = zip(weights, prefixes, strict=True)
-    return [str(item) for pair in pairs for item in pair if item is not None]
-
-
-def check_tokenizer_of(recipe: Recipe, sources: list[PreparedData]) -> None:
-    """Refuse data of another tokenizer than the one that the recipe names.
-
-    Raises:
-        UserError: with both fingerprints.
-    """
-    if recipe.tokenizer is None:
-        return
-    if recipe.data is None:
-        raise UserError(
-            f"tokenizer={recipe.tokenizer} says what data must have been made with, and no data is "
-            f"given. Make some with it: nemo-megacpp data prepare PATH… --out DIR --tokenizer "
-            f"{recipe.tokenizer}; then data=DIR."
-        )
-    for data in sources:
-        data.check_tokenizer(recipe.tokenizer)
-
-
-def check_packing_of(recipe: Recipe, multiples: dict[Path, int]) -> None:
-    """Refuse packed documents that context parallelism cannot deal to its ranks.
-
-    Args:
-        recipe: what is to be trained.
-        multiples: of how many tokens every document is a multiple, by folder.
-
-    Raises:
-        UserError: with the legal choices.
-    """
-    cp = recipe.layout.cp
-    if not recipe.training.packed_documents or cp == 1:
-        return
-    for folder, multiple in multiples.items():
-        if multiple % (2 * cp):
-            raise UserError(
-                f"packed_documents with CP={cp}: each CP rank takes one chunk from either end of "
-                f"every document, so a document needs a multiple of {2 * cp} tokens, and those of "
-                f"{folder} have multiples of {multiple}. Prepare it with --document-multiple "
-                f"{2 * cp} (the rows are then the same in every layout), or use CP=1."
-            )
-    native = "M" in recipe.pattern.letters and recipe.model.get("mode") != "mamba3"
-    if native and current_host().device != "cpu":  # that host brings what Megatron's mixer asks for
-        from nemo_megacpp.specs.packs import refuse_native_mamba
-
-        refuse_native_mamba(cp)

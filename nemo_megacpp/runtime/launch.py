@@ -179,7 +179,7 @@ def _report(logs: Path, rank: int, exit_code: int) -> str:
     return f"Rank {rank} ended with exit code {exit_code}. The end of {logs}:\n{tail}"
 
 
-def refuse_too_few_devices(world_size: int) -> None:
+def validate_device_count(world_size: int) -> None:
     """Refuse to start more ranks here than there are GPUs.
 
     Raises:

@@ -15,7 +15,7 @@ from nemo_megacpp.settings.tables import TABLES, default_of
 from nemo_megacpp.settings.verdict import Setting
 
 
-def refuse_unproved(kind: type, values: Mapping[str, Any]) -> None:
+def validate_settings(kind: type, values: Mapping[str, Any]) -> None:
     """Refuse settings that are neither proved nor neutral.
 
     Args:
@@ -42,23 +42,23 @@ def refuse_unproved(kind: type, values: Mapping[str, Any]) -> None:
             raise UserError(f"{name}={value!r}: {reason}. Legal: {_legal(setting, default)}.")
 
 
-def refuse_model(config: TransformerConfig) -> None:
-    """Refuse settings of a model, by :func:`refuse_unproved`.
+def validate_transformer(config: TransformerConfig) -> None:
+    """Refuse settings of a model, by :func:`validate_settings`.
 
     Args:
         config: a plain one or a :class:`nemo_megacpp.config.HybridConfig`.
     """
-    refuse_unproved(TransformerConfig, vars(config))
+    validate_settings(TransformerConfig, vars(config))
 
 
-def refuse_ddp(config: DistributedDataParallelConfig) -> None:
-    """Refuse settings of the data-parallel wrapper, by :func:`refuse_unproved`."""
-    refuse_unproved(DistributedDataParallelConfig, vars(config))
+def validate_ddp(config: DistributedDataParallelConfig) -> None:
+    """Refuse settings of the data-parallel wrapper, by :func:`validate_settings`."""
+    validate_settings(DistributedDataParallelConfig, vars(config))
 
 
-def refuse_optimizer(config: OptimizerConfig) -> None:
-    """Refuse settings of the optimizer, by :func:`refuse_unproved`."""
-    refuse_unproved(OptimizerConfig, vars(config))
+def validate_optimizer(config: OptimizerConfig) -> None:
+    """Refuse settings of the optimizer, by :func:`validate_settings`."""
+    validate_settings(OptimizerConfig, vars(config))
 
 
 def legal_values(setting: Setting, default: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from nemo_megacpp.errors import UserError
 
 
-def refuse_meaningless(config: TransformerConfig) -> None:
+def validate_meaningful(config: TransformerConfig) -> None:
     """Refuse numbers outside their range.
 
     Args:
@@ -47,11 +47,11 @@ def refuse_meaningless(config: TransformerConfig) -> None:
                 raise UserError(f"{name}: {number} must be at least 0.")
 
 
-def refuse_biases(config: TransformerConfig, unbiased: list[str]) -> None:
+def validate_biases(config: TransformerConfig, unbiased: list[str]) -> None:
     """Refuse biases that some blocks of the pattern would have and others not.
 
     Args:
-        config: as for :func:`refuse_meaningless`.
+        config: as for :func:`validate_meaningful`.
         unbiased: letters of the pattern whose mixers have no biases.
 
     Raises:
@@ -73,11 +73,11 @@ _RECOMPUTED = {
 """What the blocks of a family can recompute in the backward pass."""
 
 
-def refuse_recompute(config: TransformerConfig, letters: Collection[str]) -> None:
+def validate_recompute(config: TransformerConfig, letters: Collection[str]) -> None:
     """Refuse modules to be recomputed that no block of the pattern has.
 
     Args:
-        config: as for :func:`refuse_meaningless`.
+        config: as for :func:`validate_meaningful`.
         letters: of the pattern. What a user's own family recomputes is not known here.
 
     Raises:
@@ -106,11 +106,11 @@ def refuse_recompute(config: TransformerConfig, letters: Collection[str]) -> Non
         )
 
 
-def refuse_ignored(config: TransformerConfig) -> None:
+def validate_none_ignored(config: TransformerConfig) -> None:
     """Refuse settings that another one would make Megatron ignore, or fail on in the first step.
 
     Args:
-        config: as for :func:`refuse_meaningless`.
+        config: as for :func:`validate_meaningful`.
 
     Raises:
         UserError: for the first such setting.
@@ -132,14 +132,14 @@ def refuse_ignored(config: TransformerConfig) -> None:
             f"the next one would receive something else. Legal: {computed}."
         )
     if config.num_moe_experts:
-        _refuse_ignored_by_experts(config)
+        _validate_none_ignored_by_experts(config)
 
 
 def _computed_in(config: TransformerConfig) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else config.params_dtype
 
 
-def _refuse_ignored_by_experts(config: TransformerConfig) -> None:
+def _validate_none_ignored_by_experts(config: TransformerConfig) -> None:
     """Refuse what an expert's activation would leave out, or has no code for."""
     if config.moe_apply_probs_on_input and config.moe_router_topk != 1:
         raise UserError(
@@ -167,7 +167,7 @@ def _refuse_ignored_by_experts(config: TransformerConfig) -> None:
                 )
 
 
-def refuse_incoherent_training(
+def validate_coherent_training(
     model: TransformerConfig, ddp: DistributedDataParallelConfig, optimizer: OptimizerConfig | None
 ) -> None:
     """Refuse a data-parallel wrapper or an optimizer that is not for this model.

@@ -12,8 +12,8 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.settings.check import refuse_unproved
-from nemo_megacpp.settings.combinations import refuse_incoherent_training
+from nemo_megacpp.settings.check import validate_settings
+from nemo_megacpp.settings.combinations import validate_coherent_training
 from nemo_megacpp.settings.tables import default_of
 
 _ARGUMENTS = "megatron.training.global_vars"
@@ -28,7 +28,7 @@ _RENAMED = {
 """Field of ``DistributedDataParallelConfig`` -> argument (``megatron/training/training.py``)."""
 
 
-def refuse_script(model: TransformerConfig) -> None:
+def validate_script(model: TransformerConfig) -> None:
     """Refuse what a Megatron script's own arguments say of its wrapper and its optimizer.
 
     A script hands the stack the model's configuration alone, and makes the other two of its
@@ -45,15 +45,15 @@ def refuse_script(model: TransformerConfig) -> None:
         return
     if getattr(args, "use_torch_fsdp2", False):
         raise UserError("--use-torch-fsdp2: no case has torch's FSDP. Leave it out.")
-    _refuse_uneven_masks(model, args)
+    _validate_even_masks(model, args)
     ddp = _said(args, DistributedDataParallelConfig, _RENAMED)
     optimizer = _said(args, OptimizerConfig, {})
-    refuse_unproved(DistributedDataParallelConfig, ddp)
-    refuse_unproved(OptimizerConfig, optimizer)
-    refuse_incoherent_training(model, SimpleNamespace(**ddp), SimpleNamespace(**optimizer))
+    validate_settings(DistributedDataParallelConfig, ddp)
+    validate_settings(OptimizerConfig, optimizer)
+    validate_coherent_training(model, SimpleNamespace(**ddp), SimpleNamespace(**optimizer))
 
 
-def _refuse_uneven_masks(model: TransformerConfig, args: Any) -> None:
+def _validate_even_masks(model: TransformerConfig, args: Any) -> None:
     """A script's loss function divides by the unmasked tokens of one context-parallel rank."""
     if model.context_parallel_size == 1 or model.calculate_per_token_loss:
         return

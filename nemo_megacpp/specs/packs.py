@@ -99,10 +99,10 @@ def _check_order_is_honoured(
             f"CP=1."
         )
     if any(isinstance(mixer, MambaMixer) for mixer in mixers):
-        refuse_native_mamba(cp)
+        validate_native_mamba(cp)
 
 
-def refuse_native_mamba(cp: int) -> None:
+def validate_native_mamba(cp: int) -> None:
     """Refuse packs for Megatron's ``MambaMixer`` with CP > 1 where it cannot take them.
 
     Raises:

@@ -32,12 +32,12 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import WrappedTensor, make_viewless_tensor
 
-from nemo_megacpp.config import NO_SETTINGS, HybridConfig, Mode, refuse_unsupported
+from nemo_megacpp.config import NO_SETTINGS, HybridConfig, Mode, validate_config
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import registered
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
 from nemo_megacpp.pattern import Family, HybridPattern
-from nemo_megacpp.settings.script import refuse_script
+from nemo_megacpp.settings.script import validate_script
 from nemo_megacpp.specs.attention import attention_layer_spec
 from nemo_megacpp.specs.backend import default_backend
 from nemo_megacpp.specs.expert import expert_layer_spec
@@ -119,7 +119,7 @@ class HybridStack(MegatronModule):
 
         pattern = HybridPattern.parse(hybrid_override_pattern or "", depth=config.num_layers)
         if not isinstance(config, HybridConfig):
-            _refuse_plain(config, pattern, settings, vp_stage)
+            _validate_plain(config, pattern, settings, vp_stage)
         stages = self.pp_group.size()
         chunks = pattern.chunks(stages * (config.virtual_pipeline_model_parallel_size or 1))
         self.layer_range = chunks[(vp_stage or 0) * stages + self.pp_group.rank()]
@@ -268,15 +268,15 @@ class HybridStack(MegatronModule):
         return sharded
 
 
-def _refuse_plain(
+def _validate_plain(
     config: TransformerConfig,
     pattern: HybridPattern,
     settings: Mapping[str, Any],
     vp_stage: int | None,
 ) -> None:
     """Refuse, of a configuration that is not ours, what ours would have refused."""
-    refuse_unsupported(config, pattern, settings)
-    refuse_script(config)
+    validate_config(config, pattern, settings)
+    validate_script(config)
     chunks = config.virtual_pipeline_model_parallel_size
     if chunks is not None and vp_stage is None:
         raise UserError(

@@ -12,7 +12,7 @@ from nemo_megacpp.checkpoint.identity import (
     FILE,
     newest_checkpoint,
     read_identity,
-    refuse_another_model,
+    validate_same_model,
     write_identity,
 )
 from nemo_megacpp.errors import UserError
@@ -32,7 +32,7 @@ def saved(folder: Path, step: int = 20, **model: Any) -> Path:
 def load(folder: Path, tokenizer: str | None = TOKENIZER, **changes: Any) -> None:
     model = {**NAM56R_TINY_MODEL, **changes}
     pattern = HybridPattern.parse(model["hybrid_pattern"], depth=model["num_layers"])
-    refuse_another_model(folder, model, pattern.letters, tokenizer)
+    validate_same_model(folder, model, pattern.letters, tokenizer)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -18,9 +18,8 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.contract.test_recorded import BALANCED, SELECTIVE, job_of, recorded
 from tests.selection import slow_if
-
-from .test_recorded import BALANCED, SELECTIVE, job_of, recorded
 
 WITHIN = 0.05
 # Several chunks of the scans, and a length at which tokens outweigh what does not grow with them.

@@ -13,14 +13,14 @@ from nemo_megacpp.contract.candidates import all_layouts, divisors_of
 from nemo_megacpp.contract.job import Job
 from nemo_megacpp.contract.plan import make_plan
 from nemo_megacpp.contract.search import search_layouts
-from nemo_megacpp.layout import ParallelLayout, is_legal
+from nemo_megacpp.layout import ModelShape, ParallelLayout, is_legal
 from nemo_megacpp.pattern import HybridPattern
-from nemo_megacpp.recipes.check import RecipeShape, shape_of
-from nemo_megacpp.recipes.plan import job_of
+from nemo_megacpp.recipes.job import job_of
 from nemo_megacpp.recipes.recipe import resolve
+from nemo_megacpp.recipes.shape import shape_of
 
 
-def _case(name: str, *overrides: str, **hardware: Any) -> tuple[Job, RecipeShape]:
+def _case(name: str, *overrides: str, **hardware: Any) -> tuple[Job, ModelShape]:
     recipe = dataclasses.replace(resolve(name, overrides), layout=ParallelLayout())
     return job_of(recipe, **hardware), shape_of(recipe)
 

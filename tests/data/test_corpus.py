@@ -137,7 +137,7 @@ def test_shards_hold_every_document_once(
 def test_torch_headers_without_importing_torch() -> None:
     assert (torch_headers() / "torch").is_dir()
     code = (
-        "import sys, nemo_megacpp.data.commands\n"
+        "import sys, nemo_megacpp.commands.data\n"
         "from nemo_megacpp.data.corpus import torch_headers\n"
         "torch_headers()\n"
         "print({'torch', 'tokenizers', 'megatron', 'numpy'} & set(sys.modules) or 'none')"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_megacpp.data import commands
+from nemo_megacpp.commands import data as commands
 from nemo_megacpp.data.indexed import IndexedTokens, token_dtype
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError

@@ -44,11 +44,11 @@ _ONLY_PRINTS = re.compile(
     r"|megatron-args|checkpoint (inspect|verify)|data (inspect|adopt)) "
 )
 _PRELOADED = (
-    "nemo_megacpp.recipes.plan",
-    "nemo_megacpp.recipes.layouts",
-    "nemo_megacpp.recipes.compare",
-    "nemo_megacpp.recipes.report",
-    "nemo_megacpp.recipes.check",
+    "nemo_megacpp.contract.page",
+    "nemo_megacpp.contract.search",
+    "nemo_megacpp.runs.compare",
+    "nemo_megacpp.runs.page",
+    "nemo_megacpp.preflight",
     "nemo_megacpp.checkpoint.inspect",
 )
 

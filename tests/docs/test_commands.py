@@ -8,9 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from tests.selection import slow_if
-
-from .commands import (
+from tests.docs.commands import (
     PAGES,
     ROOT,
     blocks,
@@ -20,6 +18,7 @@ from .commands import (
     starts_no_ranks,
     workplace,
 )
+from tests.selection import slow_if
 
 COMMANDS = {
     f"{page.stem}-{index}": command

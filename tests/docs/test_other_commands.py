@@ -13,8 +13,7 @@ import pytest
 
 from nemo_megacpp.cli import build_parser
 from nemo_megacpp.recipes.recipe import resolve
-
-from .commands import PAGES, ROOT
+from tests.docs.commands import PAGES, ROOT
 
 _TEXTS = [*PAGES, ROOT / "docker" / "README.md"]
 _BLOCK = re.compile(r"^```sh\n(.*?)^```$|^((?:    .*\n)+)", re.MULTILINE | re.DOTALL)
@@ -56,7 +55,7 @@ def test_a_command_of_ours_is_legal(words: str, monkeypatch: pytest.MonkeyPatch)
 def test_a_factory_takes_what_it_is_given(factory: str) -> None:
     import inspect
 
-    from nemo_megacpp.recipes import factories
+    from nemo_megacpp.nemo import factories
 
     name, _, rest = factory.partition("(")
     given = [word.partition("=")[0].strip() for word in rest.rstrip(")").split(",") if word]

@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from .commands import ROOT
+from tests.docs.commands import ROOT
 
 _PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
 _SHARED = re.compile(r"^ +\w+(?:, \w+)+ ?: ", re.MULTILINE)

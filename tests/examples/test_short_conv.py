@@ -8,18 +8,15 @@ import pytest
 
 from nemo_megacpp.families import load_families
 from nemo_megacpp.layout import ParallelLayout, check_layout
+from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.pattern import HybridPattern
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.recipes.check import shape_of
-from nemo_megacpp.recipes.nemo.proof_run import run_step
 from nemo_megacpp.recipes.recipe import resolve
+from nemo_megacpp.recipes.shape import shape_of
 from nemo_megacpp.runtime.workers import WorkerPool
-
-from ..proof.conftest import Reference, reference
-
-__all__ = ["reference"]
+from tests.reference import Reference
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "short_conv.py")
 

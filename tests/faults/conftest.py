@@ -78,7 +78,7 @@ class Run:
         (found,) = [
             process
             for process in psutil.Process(self.process.pid).children()
-            if "nemo_megacpp.recipes.nemo.worker" in process.cmdline()
+            if "nemo_megacpp.nemo.worker" in process.cmdline()
             and process.environ()["RANK"] == str(rank)
         ]
         return found

@@ -9,7 +9,7 @@ import pytest
 
 from nemo_megacpp import cli
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.recipes import train
+from nemo_megacpp.nemo import train
 from nemo_megacpp.recipes.recipe import resolve
 
 

@@ -13,9 +13,8 @@ from nemo_megacpp.proof.bare import save_initial_weights
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
-
-from ..checkpoint.te_backend import TransformerEngineNames
-from ..training_steps import OVERLAPS, Trained, train
+from tests.checkpoint.te_backend import TransformerEngineNames
+from tests.training_steps import OVERLAPS, Trained, train
 
 
 class _Grouped(torch.nn.Module):

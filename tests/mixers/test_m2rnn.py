@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers import m2rnn as module
-from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d_naive
 from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_naive
+from nemo_megacpp.mixers.log import log_once
 from nemo_megacpp.mixers.m2rnn import M2RNNMixer
 from nemo_megacpp.mixers.sequence_layout import token_order
 from nemo_megacpp.proof.bare import build_chunks, make_config
@@ -156,7 +156,7 @@ def _kernel(kernel: str, triton_runs: bool) -> tuple[str, int]:
             patch.setattr(module, "m2rnn_triton_reason", lambda **_: None)
         patch.setattr(logger, "level", logging.INFO)
         patch.setattr(logger, "handlers", [handler])
-        say_once.cache_clear()
+        log_once.cache_clear()
         try:
             _mixer(1, m2rnn_kernel=kernel)(_random(5, 8, 1))
         except UserError as error:

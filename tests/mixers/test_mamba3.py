@@ -18,16 +18,16 @@ from nemo_megacpp.config import HybridConfig, Mamba3Dimensions, mamba3_dimension
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers import mamba3
-from nemo_megacpp.mixers.announce import say_once
 from nemo_megacpp.mixers.kernels.mamba3 import mamba3_naive
 from nemo_megacpp.mixers.kernels.mamba3_state import negative_decay_rate
+from nemo_megacpp.mixers.log import log_once
 from nemo_megacpp.mixers.mamba3_rows import rank_share, rows_in_mamba_ssm_order, split_rows
+from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.bare import build_chunks, make_config
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.step import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.recipes.nemo.proof_run import run_step
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 from tests.selection import slow_if
@@ -112,7 +112,7 @@ def _by_hand(mixer: Any, hidden: Tensor, documents: Tensor | None) -> Tensor:
 
 def _one_rank(model: dict[str, Any]) -> dict[str, Any]:
     """On a rank: build, read the initial values, and run the mixer and its form by hand."""
-    say_once.cache_clear()
+    log_once.cache_clear()
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

@@ -20,11 +20,11 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.sequence_layout import (
     TokenOrder,
-    deal_batch,
     gather_sequence,
     heads_to_sequence,
     segments_to_zigzag,
     sequence_to_heads,
+    split_batch_for_cp,
     token_order,
     zigzag_to_segments,
 )
@@ -88,7 +88,7 @@ def _exchanges_of(
     heads = torch.arange(2 * cp).chunk(cp)[rank]
     share = whole[zigzag]
     tokens = {"tokens": torch.arange(length)[None], "labels": None}
-    dealt = deal_batch(tokens, packed)
+    dealt = split_batch_for_cp(tokens, packed)
 
     def holds(
         op: Op,
@@ -107,7 +107,7 @@ def _exchanges_of(
     sums = sum(range(1, cp + 1))
     return {
         "of_rank": torch.equal(order.of_rank(rank), zigzag),
-        "deal_batch": torch.equal(dealt["tokens"][0], zigzag) and dealt["labels"] is None,
+        "split_batch_for_cp": torch.equal(dealt["tokens"][0], zigzag) and dealt["labels"] is None,
         "the batch is left alone": tokens["tokens"].size(1) == length,
         "as Megatron deals it": row is not None
         or torch.equal(dealt["tokens"], get_batch_on_this_cp_rank(tokens)["tokens"]),
@@ -174,7 +174,7 @@ def _dealt_lengths() -> dict[str, list[int]]:
         "cu_seqlens": packed.cu_seqlens_q,
         "max_seqlen": torch.tensor(12),
     }
-    return {name: list(value.shape) for name, value in deal_batch(batch, packed).items()}
+    return {name: list(value.shape) for name, value in split_batch_for_cp(batch, packed).items()}
 
 
 @pytest.mark.parametrize(

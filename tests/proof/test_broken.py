@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, Rung, compare
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.recipes.nemo.proof_run import run_step
 from nemo_megacpp.runtime.workers import WorkerPool
-
-from .conftest import Reference
-from .faults import run_broken
+from tests.proof.faults import run_broken
+from tests.reference import Reference
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Limits, compare
 from nemo_megacpp.proof.covering import LAYOUTS, SETTINGS, Case, bundles, cases
 from nemo_megacpp.proof.rounding import SEEDS, rounding_limits
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.recipes.nemo.proof_run import run_step
+from tests.reference import Reference
 from tests.selection import slow_if
-
-from .conftest import Reference
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from nemo_megacpp.commands.verify import verify_recipe
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.nemo.proof_run import NEMO
 from nemo_megacpp.proof.bench import Bench
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.trial import Trial
 from nemo_megacpp.proof.verify import verify
-from nemo_megacpp.recipes.check import shape_of
-from nemo_megacpp.recipes.nemo.proof_run import NEMO
 from nemo_megacpp.recipes.recipe import resolve
-from nemo_megacpp.recipes.verify import verify_recipe
+from nemo_megacpp.recipes.shape import shape_of
 from nemo_megacpp.runtime.workers import WorkerPool
-
-from .faults import BrokenRanks
+from tests.proof.faults import BrokenRanks
 
 
 def _first_that_fails(ranks: WorkerPool, fault: str, pattern: str, layout: str, rung: str) -> Trial:
@@ -139,7 +138,10 @@ def test_bfloat16_tells_a_fault_from_rounding(ranks: WorkerPool, tmp_path: Path)
 def test_command_says_it(ranks: WorkerPool, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["pattern=R", "num_layers=1"]
     pool = BrokenRanks(ranks, "gradient of replicated rows not summed")
-    assert verify_recipe("nam56r_tiny", "tp=2,etp=none", overrides, as_json=False, pool=pool) == 1
+    assert (
+        verify_recipe(resolve("nam56r_tiny", overrides, "tp=2,etp=none"), as_json=False, pool=pool)
+        == 1
+    )
     text = capsys.readouterr().out
     assert "ranks on the CPU (gloo)" in text
     for trial in ("tp=2,sp=true,etp=2 (f64)", "tp=2,sp=true (f32)", "tp=2,sp=true (bf16)"):

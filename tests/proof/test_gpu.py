@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.nemo.proof_run import NEMO, run_step
 from nemo_megacpp.proof.bench import Bench
 from nemo_megacpp.proof.canary import canary
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.kernels import kernels_for
 from nemo_megacpp.proof.step_spec import Dtype, StepSpec
-from nemo_megacpp.recipes.nemo.proof_run import NEMO, run_step
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.runtime.workers import WorkerPool
 

@@ -17,7 +17,7 @@ from nemo_megacpp.data.prepare import prepare
 from nemo_megacpp.data.rows import open_epoch
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.documents import packed_seq_params
-from nemo_megacpp.mixers.sequence_layout import deal_batch
+from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp
 from nemo_megacpp.proof.bare import build_chunks, make_config, save_initial_weights
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
@@ -76,7 +76,7 @@ def loss_of_row(spec: StepSpec, layout: ParallelLayout, weights: str, row: Row) 
     chunks = build_chunks(make_config(spec, layout), layout)
     load_model(chunks, weights)
     batch, packed = _batch(row)
-    batch = deal_batch(batch, packed)
+    batch = split_batch_for_cp(batch, packed)
     with torch.no_grad():
         losses = chunks[0](
             batch["tokens"],

@@ -17,18 +17,17 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.mixers.sequence_layout import deal_batch, token_order
+from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp, token_order
+from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.bare import build_chunks, make_config
 from nemo_megacpp.proof.cases import FAMILIES, tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.gather import GlobalValues, deal_values
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.recipes.nemo.proof_run import run_step
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
+from tests.reference import Reference
 from tests.selection import slow_if
-
-from .conftest import Reference
 
 DOCUMENTS = (5, 2, 7, 2)
 
@@ -88,7 +87,8 @@ def test_packs_of_families_together_under_cp(
 
 def _dealt_as_one_document(spec: StepSpec, layout: ParallelLayout, weights: GlobalValues) -> Any:
     with mock.patch(
-        "nemo_megacpp.recipes.nemo.model.deal_batch", lambda batch, packed: deal_batch(batch)
+        "nemo_megacpp.nemo.model.split_batch_for_cp",
+        lambda batch, packed: split_batch_for_cp(batch),
     ):
         return run_step(spec, layout, weights)
 
@@ -146,7 +146,7 @@ def _packed(spec: StepSpec, cp: int, weights: GlobalValues) -> tuple[np.ndarray,
     )
     padding = [torch.full((1, b - a), 117) for a, b in zip(REAL, PADDED, strict=True)]
     row = torch.cat([t for i in range(len(REAL)) for t in (_tokens(i), padding[i])], dim=1)
-    share = deal_batch({"tokens": row}, packed)["tokens"]
+    share = split_batch_for_cp({"tokens": row}, packed)["tokens"]
     rank = parallel_state.get_context_parallel_rank()
     with torch.no_grad():
         logits = model(share, None, None, packed_seq_params=packed)[0]

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.cases import FAMILIES, MIXED
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Tolerances, compare
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.recipes.nemo.proof_run import run_step
+from tests.reference import Reference
 from tests.selection import slow_if, small_or_last
-
-from .conftest import Reference
 
 
 def _cases(*groups: Any, last_only: bool = False) -> list[Any]:

@@ -18,13 +18,13 @@ from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict, save_sharded
 from nemo_megacpp.checkpoint.training_state import load_training_state
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.nemo.proof_run import resume_and_train, train_and_save
 from nemo_megacpp.proof.bare import prepare
 from nemo_megacpp.proof.cases import RESHARDINGS, SHARDED_RESHARDINGS, Place, tiny_model
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Tolerances, compare
 from nemo_megacpp.proof.reshard import Carried, checkpoint_of
 from nemo_megacpp.proof.step import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.recipes.nemo.proof_run import resume_and_train, train_and_save
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.selection import slow_if
 
@@ -180,9 +180,7 @@ def test_before_the_first_step(ranks: WorkerPool, tmp_path: Path, sharded: bool)
 
 
 def _resume_without_moments(spec: StepSpec, layout: ParallelLayout, checkpoint: str) -> Any:
-    with mock.patch(
-        "nemo_megacpp.recipes.nemo.optimizer.load_optimizer_state_dict", lambda *_: None
-    ):
+    with mock.patch("nemo_megacpp.nemo.optimizer.load_optimizer_state_dict", lambda *_: None):
         return resume_and_train(spec, layout, checkpoint, 1)
 
 

@@ -11,16 +11,15 @@ import torch
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.nemo.loss import HybridLossReduction
+from nemo_megacpp.nemo.proof_run import NOT_SHARED, run_step
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.step import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.recipes.nemo.loss import HybridLossReduction
-from nemo_megacpp.recipes.nemo.proof_run import NOT_SHARED, run_step
 from nemo_megacpp.runtime.workers import WorkerPool
-
-from .conftest import Reference
+from tests.reference import Reference
 
 
 class _NemosReduction(HybridLossReduction):
@@ -33,7 +32,7 @@ class _NemosReduction(HybridLossReduction):
 
 
 BROKEN: dict[str, tuple[str, Any]] = {
-    "the mean of a rank": ("nemo_megacpp.recipes.nemo.model.HybridLossReduction", _NemosReduction),
+    "the mean of a rank": ("nemo_megacpp.nemo.model.HybridLossReduction", _NemosReduction),
     "auxiliary losses of a rank": (
         "nemo_megacpp.mixers.router._scale_auxiliary_losses",
         lambda config, shares: None,

@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nemo_megacpp.commands.verify import verify_recipe
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, check_layout
+from nemo_megacpp.nemo.proof_run import NEMO
 from nemo_megacpp.proof.axes import axes_alone, axes_in_pairs
 from nemo_megacpp.proof.canary import canary, every_expert, one_family
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, Rung, compare, tensor_difference
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.kernels import kernels_for
+from nemo_megacpp.proof.show import BACKENDS, proof_document
 from nemo_megacpp.proof.step import StepResult
 from nemo_megacpp.proof.trial import Difference, Finding, Trial
 from nemo_megacpp.proof.verify import verify
 from nemo_megacpp.recipes.catalog import CATALOG
-from nemo_megacpp.recipes.check import shape_of
-from nemo_megacpp.recipes.nemo.proof_run import NEMO
 from nemo_megacpp.recipes.recipe import resolve
-from nemo_megacpp.recipes.verify import verify_recipe
-from nemo_megacpp.recipes.verify_report import BACKENDS, document
+from nemo_megacpp.recipes.shape import shape_of
 from nemo_megacpp.runtime.workers import device_for
 
 COUNTS = (
@@ -106,7 +106,7 @@ def test_tensor_difference() -> None:
 def test_a_recipe_verified(capsys: pytest.CaptureFixture[str]) -> None:
     """End to end: two ranks, every rung of every trial, as JSON."""
     overrides = ["pattern=AR", "num_layers=2"]
-    assert verify_recipe("nam56r_tiny", "tp=2,etp=none", overrides, as_json=True) == 0
+    assert verify_recipe(resolve("nam56r_tiny", overrides, "tp=2,etp=none"), as_json=True) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["holds"]
     assert [(t["model"], t["axis"], t["dtype"]) for t in answer["trials"]] == [
@@ -149,7 +149,7 @@ def test_a_finding_as_json() -> None:
         (Rung("forward", np.nan, 1e-9),),
         finding=Finding("forward", "", first, "TP alone"),
     )
-    answer = document("r", ParallelLayout.parse("tp=2"), "cuda", [trial])
+    answer = proof_document("r", ParallelLayout.parse("tp=2"), "cuda", [trial])
     json.dumps(answer, allow_nan=False)
     assert (answer["holds"], answer["backend"]) == (False, "nccl")
     (plain,) = answer["trials"]
@@ -219,10 +219,10 @@ def test_what_is_not_part_of_the_proof_is_said(
     """Ranks draw dropout masks of their own: compared, they would accuse every layout."""
     proved: list[Any] = []
     monkeypatch.setattr(
-        "nemo_megacpp.recipes.verify.verify", lambda model, *_: proved.append(model) or []
+        "nemo_megacpp.proof.verify.verify", lambda model, *_: proved.append(model) or []
     )
     overrides = ["hidden_dropout=0.1", "packed_documents=true", "pattern=AEM"]
-    assert verify_recipe("nam56r_tiny", "tp=2", overrides, as_json=True) == 0
+    assert verify_recipe(resolve("nam56r_tiny", overrides, "tp=2"), as_json=True) == 0
     told = capsys.readouterr().err
     assert "without hidden_dropout=0.1: each rank draws" in told
     assert "packed" not in told, "packs are part of the proof"

@@ -8,8 +8,8 @@ import pytest
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import Family, HybridPattern
+from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
 from nemo_megacpp.recipes.catalog import CATALOG, NAM56R_MODEL, NAM56R_TINY_MODEL
-from nemo_megacpp.recipes.check import check_layout_of, check_model_of
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 
 BOTH = (NAM56R_MODEL, NAM56R_TINY_MODEL)
@@ -109,8 +109,8 @@ def test_the_layout_of_both_is_the_articles_example() -> None:
 @pytest.mark.parametrize("name", CATALOG)
 def test_named_recipes_are_legal_as_they_are(name: str) -> None:
     recipe = resolve(name)
-    check_layout_of(recipe)
-    check_model_of(recipe)
+    validate_recipe_layout(recipe)
+    validate_model(recipe)
 
 
 @pytest.mark.parametrize(
@@ -128,13 +128,13 @@ def test_named_recipes_are_legal_as_they_are(name: str) -> None:
 )
 def test_both_can_be_laid_out_otherwise(name: str, overrides: tuple[str, ...]) -> None:
     recipe = resolve(name, overrides)
-    check_layout_of(recipe)
-    check_model_of(recipe)
+    validate_recipe_layout(recipe)
+    validate_model(recipe)
 
 
 def test_the_query_ratio_survives_on_each_rank() -> None:
     recipe: Recipe = resolve("nam56r", ["tp=8"])
-    check_layout_of(recipe)
+    validate_recipe_layout(recipe)
     heads, groups = recipe.model["num_attention_heads"], recipe.model["num_query_groups"]
     assert (heads // recipe.layout.tp, groups // recipe.layout.tp) == (7, 1)
 

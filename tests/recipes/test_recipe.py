@@ -11,8 +11,8 @@ import yaml
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.nemo import demo
 from nemo_megacpp.pattern import Family
-from nemo_megacpp.recipes import demo
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping, resolve
 

@@ -13,7 +13,7 @@ from nemo_megacpp.data.prepare import prepare
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.data.rows import read_rows
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.recipes.check import open_data
+from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping, resolve
 from nemo_megacpp.runtime.host import Host
 
@@ -155,14 +155,14 @@ def test_packs_over_cp_need_filled_documents(
         open_data(recipe_of(data=str(other.root), **settings | {"cp": 4}))
     native = recipe_of(data=str(other.root), **settings | {"mode": "nemo_native"})
     open_data(native)  # the no-GPU host tells Megatron's mixer the order of a pack
-    monkeypatch.setattr("nemo_megacpp.recipes.sources.current_host", lambda: Host("cuda", "nccl"))
+    monkeypatch.setattr("nemo_megacpp.preflight.data.current_host", lambda: Host("cuda", "nccl"))
     monkeypatch.setattr("megatron.core.ssm.mamba_context_parallel.tex", None)
     with pytest.raises(UserError, match=r"CP=2: Megatron's MambaMixer .* mode='mamba3'"):
         open_data(native)
 
 
 def _module(data: str, **options: Any) -> Any:
-    from nemo_megacpp.recipes.nemo.data import HybridDataModule
+    from nemo_megacpp.nemo.data import HybridDataModule
 
     module = HybridDataModule(data, 300, 32, num_workers=0, output_log=False, **options)
     module.build(16, 16, 4, 4)

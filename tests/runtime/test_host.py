@@ -1,38 +1,12 @@
-"""The no-GPU host tells the truth about CUDA; and the house's rooms import in one direction."""
+"""The no-GPU host tells the truth about CUDA."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-import nemo_megacpp
-
-ROOT = Path(nemo_megacpp.__file__).parent
-
-ROOMS = (
-    "values",
-    "pattern",
-    "layout",
-    "families",
-    "settings",
-    "config",
-    "mixers",
-    "specs",
-    "runtime",
-    "checkpoint",
-    "contract",
-    "proof",
-    "data",
-    "recipes",
-    "cli",
-)
-"""A room imports from those before it."""
 
 
 @pytest.mark.processes
@@ -71,44 +45,3 @@ assert torch.equal(first, torch.rand(4))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def _imports(path: Path) -> Iterator[str]:
-    """Yield every module of this package that a file imports, wherever in the file."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name for name in names if name != "nemo_megacpp.__version__"]
-        else:
-            continue
-        yield from (name for name in names if name.split(".")[0] == "nemo_megacpp")
-
-
-def _all_imports() -> list[tuple[Path, str]]:
-    files = sorted(ROOT.rglob("*.py"))
-    assert len(files) > 40
-    return [(path.relative_to(ROOT), name) for path in files for name in _imports(path)]
-
-
-def test_only_the_runtime_knows_the_stand_ins() -> None:
-    stand_ins = {"cpu_torch", "cpu_megatron", "cpu_nemo", "cpu_scripts"}
-    users = {path for path, name in _all_imports() if stand_ins & set(name.split("."))}
-    assert users, "the scan must see the import in runtime/host.py"
-    assert {path.parts[0] for path in users} == {"runtime"}
-
-
-def test_rooms_import_downwards() -> None:
-    """Each room from those before it, without exception."""
-    known = {*ROOMS, "errors"}
-    upwards = []
-    for path, name in _all_imports():
-        room, target = Path(path.parts[0]).stem, (*name.split("."), "")[1]
-        if room in ("__init__", "errors") or target in ("", "errors"):
-            continue
-        assert room in known and target in known, f"{path} imports {name}: no such room"
-        if ROOMS.index(target) > ROOMS.index(room):
-            upwards.append(f"{path} imports {name}")
-    assert not upwards

@@ -17,17 +17,17 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from torch.nn import functional as F
 
-import nemo_megacpp.recipes.megatron
+import nemo_megacpp.megatron_args
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.nemo.actual import validate_training
 from nemo_megacpp.proof.cases import tiny_model
-from nemo_megacpp.recipes.nemo.actual import refuse_training
-from nemo_megacpp.settings.check import refuse_unproved
-from nemo_megacpp.settings.script import refuse_script
+from nemo_megacpp.settings.check import validate_settings
+from nemo_megacpp.settings.script import validate_script
 from nemo_megacpp.settings.tables import TABLES, default_of
 from nemo_megacpp.settings.verdict import Setting
 
-_OPTIONS = Path(nemo_megacpp.recipes.megatron.__file__).with_name("options_0.16.json")
+_OPTIONS = Path(nemo_megacpp.megatron_args.__file__).with_name("options_0.16.json")
 _OTHER: dict[type, Any] = {int: 7, float: 0.25, str: "other", torch.dtype: torch.float16}
 
 
@@ -207,7 +207,7 @@ _IN_SCRIPTS = {
 def test_a_refused_setting_of_the_wrapper(
     field: dataclasses.Field[Any], setting: Setting, script: SimpleNamespace
 ) -> None:
-    from nemo_megacpp.recipes.nemo.strategy import HybridStrategy
+    from nemo_megacpp.nemo.strategy import HybridStrategy
 
     value = _illegal(DistributedDataParallelConfig, field)
     config = DistributedDataParallelConfig()
@@ -218,11 +218,11 @@ def test_a_refused_setting_of_the_wrapper(
     assert str(refusal.value).startswith(message)
     model = HybridConfig(**tiny_model("AEMR"))
     with pytest.raises(UserError) as refusal:
-        refuse_training(model, config, None)
+        validate_training(model, config, None)
     assert str(refusal.value).startswith(message)
     setattr(script, field.name, value)
     with pytest.raises(UserError) as refusal:
-        refuse_script(model)
+        validate_script(model)
     assert str(refusal.value).startswith(message)
 
 
@@ -230,7 +230,7 @@ def test_a_refused_setting_of_the_wrapper(
 def test_a_refused_setting_of_the_optimizer(
     field: dataclasses.Field[Any], setting: Setting, script: SimpleNamespace
 ) -> None:
-    from nemo_megacpp.recipes.nemo.optimizer import HybridOptimizer
+    from nemo_megacpp.nemo.optimizer import HybridOptimizer
 
     value = _illegal(OptimizerConfig, field)
     config = OptimizerConfig()
@@ -241,11 +241,11 @@ def test_a_refused_setting_of_the_optimizer(
     assert str(refusal.value).startswith(message)
     model = HybridConfig(**tiny_model("AEMR"))
     with pytest.raises(UserError) as refusal:
-        refuse_training(model, DistributedDataParallelConfig(), SimpleNamespace(config=config))
+        validate_training(model, DistributedDataParallelConfig(), SimpleNamespace(config=config))
     assert str(refusal.value).startswith(message)
     setattr(script, field.name, value)
     with pytest.raises(UserError) as refusal:
-        refuse_script(model)
+        validate_script(model)
     if field.name not in TABLES[DistributedDataParallelConfig]:  # else one argument sets both
         assert str(refusal.value).startswith(message)
 
@@ -256,14 +256,14 @@ def test_other_settings_are_let_through(kind: type) -> None:
         setting, default = TABLES[kind][field.name], default_of(field)
         for value in setting.legal or ([not default] if isinstance(default, bool) else [default]):
             if setting.verdict != "refused":
-                refuse_unproved(kind, {field.name: value})
+                validate_settings(kind, {field.name: value})
 
 
 def test_a_script_with_its_usual_arguments(script: SimpleNamespace) -> None:
-    refuse_script(HybridConfig(**tiny_model("AEMR")))
+    validate_script(HybridConfig(**tiny_model("AEMR")))
     script.use_torch_fsdp2 = True
     with pytest.raises(UserError, match="--use-torch-fsdp2"):
-        refuse_script(HybridConfig(**tiny_model("AEMR")))
+        validate_script(HybridConfig(**tiny_model("AEMR")))
 
 
 @pytest.mark.parametrize("name", ["eod_mask_loss", "sft"])
@@ -271,10 +271,10 @@ def test_a_script_with_masks_that_are_uneven_over_cp(script: SimpleNamespace, na
     """Its loss function divides by the unmasked tokens of one context-parallel rank."""
     model = tiny_model("AEM", seq_length=32)
     setattr(script, name, True)
-    refuse_script(HybridConfig(**model))
-    refuse_script(HybridConfig(**model, context_parallel_size=2, calculate_per_token_loss=True))
+    validate_script(HybridConfig(**model))
+    validate_script(HybridConfig(**model, context_parallel_size=2, calculate_per_token_loss=True))
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} with CP=2: .*per-token-loss"):
-        refuse_script(HybridConfig(**model, context_parallel_size=2))
+        validate_script(HybridConfig(**model, context_parallel_size=2))
 
 
 def test_a_script_without_arguments_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_a_script_without_arguments_is_none(monkeypatch: pytest.MonkeyPatch) -> 
 
     module = SimpleNamespace(get_args=get_args)
     monkeypatch.setitem(sys.modules, "megatron.training.global_vars", module)
-    refuse_script(HybridConfig(**tiny_model("AEMR")))
+    validate_script(HybridConfig(**tiny_model("AEMR")))
 
 
 @pytest.mark.parametrize(
@@ -310,11 +310,11 @@ def test_refused_together(
     config = HybridConfig(**{**tiny_model("AEMR"), **model})
     optim = SimpleNamespace(config=OptimizerConfig(**optimizer))
     with pytest.raises(UserError, match=message):
-        refuse_training(config, DistributedDataParallelConfig(**ddp), optim)
+        validate_training(config, DistributedDataParallelConfig(**ddp), optim)
 
 
 def test_a_strategy_has_settings_of_its_own_that_are_the_wrappers() -> None:
-    from nemo_megacpp.recipes.nemo.strategy import HybridStrategy
+    from nemo_megacpp.nemo.strategy import HybridStrategy
 
     with pytest.raises(UserError, match="num_distributed_optimizer_instances=2"):
         HybridStrategy(num_distributed_optimizer_instances=2)
@@ -326,7 +326,7 @@ def test_a_strategy_has_settings_of_its_own_that_are_the_wrappers() -> None:
     ("name", "value"), [("scale_lr_cond", bool), ("no_weight_decay_cond", bool), ("lr_mult", 0.5)]
 )
 def test_what_the_optimizer_module_would_drop(name: str, value: Any) -> None:
-    from nemo_megacpp.recipes.nemo.optimizer import HybridOptimizer
+    from nemo_megacpp.nemo.optimizer import HybridOptimizer
 
     with pytest.raises(UserError, match=rf"optim\.{name}=.*no longer takes it"):
         HybridOptimizer(OptimizerConfig(), **{name: value})
@@ -345,9 +345,9 @@ def _connect(monkeypatch: pytest.MonkeyPatch, plugin: _Plugin | None, optim: Any
     """Connect NeMo's strategy and a model, as a trainer does before it starts the groups."""
     from lightning.pytorch.strategies import DDPStrategy
 
-    from nemo_megacpp.recipes.nemo import strategy as module
+    from nemo_megacpp.nemo import strategy as module
 
-    monkeypatch.setattr(module, "refuse_incoherent", lambda *_: None)
+    monkeypatch.setattr(module, "validate_actual", lambda *_: None)
     monkeypatch.setattr(module, "actual_layout", lambda *_: None)
     monkeypatch.setattr(DDPStrategy, "connect", lambda *_: None)
     strategy = module.HybridStrategy(
@@ -372,7 +372,7 @@ def _connect(monkeypatch: pytest.MonkeyPatch, plugin: _Plugin | None, optim: Any
 def test_what_a_precision_plugin_says(
     said: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_megacpp.recipes.nemo.optimizer import HybridOptimizer
+    from nemo_megacpp.nemo.optimizer import HybridOptimizer
 
     optim = HybridOptimizer(OptimizerConfig(lr=1e-3))
     if not message:
@@ -397,8 +397,8 @@ def test_a_setting_without_a_verdict(kind: type) -> None:
     other = dataclasses.make_dataclass(kind.__name__, [("novelty", int, 3)])
     TABLES[other] = {}
     try:
-        refuse_unproved(other, {"novelty": 3})
+        validate_settings(other, {"novelty": 3})
         with pytest.raises(UserError, match=rf"{kind.__name__}\.novelty=4: .* Legal: 3\."):
-            refuse_unproved(other, {"novelty": 4})
+            validate_settings(other, {"novelty": 4})
     finally:
         del TABLES[other]

@@ -12,7 +12,7 @@ import pytest
 
 from nemo_megacpp import cli
 from nemo_megacpp.proof.covering import covered_fields
-from nemo_megacpp.settings.report import markdown, settings_document
+from nemo_megacpp.settings.show import markdown, settings_document
 from nemo_megacpp.settings.tables import TABLES, default_of
 
 ROOT = Path(__file__).parents[2]

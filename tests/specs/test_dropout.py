@@ -17,8 +17,7 @@ from nemo_megacpp.proof.step import StepResult, gather_gradients, gather_paramet
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
-
-from ..training_steps import mean_loss
+from tests.training_steps import mean_loss
 
 HIDDEN = {"hidden_dropout": 0.3}
 ATTENTION = {"attention_dropout": 0.3}

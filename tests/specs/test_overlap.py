@@ -13,8 +13,7 @@ from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import tensor_difference
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
-
-from ..training_steps import OVERLAPS, Trained, train
+from tests.training_steps import OVERLAPS, Trained, train
 
 NATIVE = tiny_model("MEAR")
 MAMBA3 = tiny_model(

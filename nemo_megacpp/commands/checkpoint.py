@@ -1,0 +1,172 @@
+"""``nemo-megacpp checkpoint``: inspect, verify, reshard, export and import."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from nemo_megacpp.commands.arguments import print_json
+
+_LAYOUT = "degrees to change in the layout that it was saved in"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``checkpoint`` and its commands to the command line's parsers."""
+    checkpoint = subparsers.add_parser(
+        "checkpoint", help="inspect, verify, reshard, export and import checkpoints"
+    )
+    commands = checkpoint.add_subparsers(
+        dest="checkpoint_command", required=True, metavar="COMMAND"
+    )
+
+    inspect = commands.add_parser(
+        "inspect", help="model, step, layouts, tensors", description="Say what a checkpoint is."
+    )
+    _source(inspect)
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser(
+        "verify",
+        help="compare every byte with the manifest, and scan the pickles",
+        description="Compare every byte of a checkpoint with its manifest, and scan its pickles.",
+    )
+    _source(verify)
+    verify.set_defaults(run=_verify)
+
+    reshard = commands.add_parser(
+        "reshard",
+        help="save a checkpoint again in another layout",
+        description="Save weights and optimizer states again as a job in another layout would "
+        "have, bit for bit. A checkpoint of any layout loads into any other without this.",
+    )
+    _source(reshard)
+    _out(reshard)
+    reshard.add_argument("--layout", required=True, metavar="tp=2,pp=2,…", help=_LAYOUT)
+    reshard.set_defaults(run=_reshard)
+
+    export = commands.add_parser(
+        "export",
+        help="the model's weights as safetensors files",
+        description="Write the model's weights as safetensors files with an index, each tensor "
+        "whole. Optimizer states are left out.",
+    )
+    _source(export)
+    _out(export)
+    export.set_defaults(run=_export)
+
+    back = commands.add_parser(
+        "import",
+        help="a checkpoint out of what export wrote",
+        description="Make a checkpoint of the weights in a folder that export wrote.",
+    )
+    _source(back)
+    _out(back)
+    back.set_defaults(run=_import)
+    for command in (reshard, export, back):
+        command.add_argument(
+            "--no-verify", action="store_true", help="do not compare DIR with its manifest first"
+        )
+
+
+def _source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="what to read")
+
+
+def _out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from nemo_megacpp.checkpoint.folder import find_checkpoint
+    from nemo_megacpp.checkpoint.guard import inspect_before_load
+
+    directory = find_checkpoint(args.directory)
+    print(f"{directory}: {inspect_before_load(directory)}; its pickles hold data only")
+    return 0
+
+
+def _reshard(args: argparse.Namespace) -> int:
+    from nemo_megacpp.checkpoint.reshard import reshard, target_layout
+    from nemo_megacpp.runtime.workers import WorkerPool
+
+    layout = target_layout(args.directory, args.layout)
+    split, whole = reshard(args.directory, args.out, layout, WorkerPool, verify=not args.no_verify)
+    kept = f", {whole} kept whole" if whole else ""
+    print(f"{args.out}: {split} tensors as {layout.describe()} splits them{kept}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from nemo_megacpp.checkpoint.content import CheckpointContent
+    from nemo_megacpp.checkpoint.export import export
+    from nemo_megacpp.checkpoint.manifest import check_manifest
+
+    content = CheckpointContent(args.directory)
+    if not args.no_verify:
+        print(f"{content.directory}: {check_manifest(content.directory)}")
+    index = export(args.directory, args.out)
+    files = len(set(index["weight_map"].values()))
+    others = len(content.other_tensors) + len(content.objects)
+    left_out = f"; {others} tensors and objects of optimizer and random state left out"
+    print(
+        f"{args.out}: {len(index['weight_map'])} tensors, {index['metadata']['total_size']:,} "
+        f"bytes, in {files} file{'s' if files > 1 else ''}{left_out if others else ''}"
+    )
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from nemo_megacpp.checkpoint.reshard import import_safetensors
+    from nemo_megacpp.runtime.workers import WorkerPool
+
+    count = import_safetensors(args.directory, args.out, WorkerPool, verify=not args.no_verify)
+    print(f"{args.out}: {count} tensors; the weights alone, no optimizer")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from nemo_megacpp.checkpoint.inspect import describe
+
+    found = describe(args.directory)
+    if args.json:
+        print_json(found)
+    else:
+        _print(found)
+    return 0
+
+
+def _print(found: dict[str, Any]) -> None:
+    model, degrees = found["model"], found["loads_in"]
+    elsewhere = "not said (it has no nemo_megacpp.json: a checkpoint from elsewhere)"
+    optimizer = found["optimizer_tensors"]
+    lines = {
+        "checkpoint": found["checkpoint"],
+        "step": "not said" if found["step"] is None else found["step"],
+        "model": elsewhere if model is None else _model_line(model),
+        "pattern": found["pattern"] or elsewhere,
+        "saved in": found["layout"] or "not said",
+        "size": f"{found['bytes']:,} bytes",
+        "manifest": found["manifest"],
+        "optimizer": f"{optimizer} tensors" if optimizer else "none",
+    }
+    if degrees is not None:
+        lines["loads in"] = "; ".join(
+            f"{axis}={','.join(map(str, values))}" for axis, values in degrees.items()
+        )
+        lines[""] = "(one axis at a time, up to 64; several together as the layout rules allow)"
+    for name, value in lines.items():
+        print(f"{name:<10}  {value}")
+    width = max(map(len, found["tensors"]), default=0)
+    for name, info in found["tensors"].items():
+        shape = "×".join(map(str, info["shape"])) or "scalar"
+        print(f"  {name:<{width}}  {shape:>16}  {info['dtype']:<8}  {info['shards']:>3} shards")
+    print(f"{len(found['tensors'])} tensors, {found['parameters']:,} elements")
+
+
+def _model_line(model: dict[str, Any]) -> str:
+    return (
+        f"{model['num_layers']} layers, hidden {model['hidden_size']}, vocabulary "
+        f"{model['vocab_size']}, mode {model.get('mode', 'nemo_native')}"
+    )

@@ -1,0 +1,23 @@
+"""``nemo-megacpp demo``, the main job."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``demo`` to the command line's parsers."""
+    parser = commands.add_parser(
+        "demo",
+        help="the main job: train, stop, resume the checkpoint in another layout",
+        description="Train nam56r_tiny at TP=2, stop, and resume its checkpoint at PP=2.",
+    )
+    parser.add_argument("--out", default="runs/demo", help="folder to write (default: %(default)s)")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: Namespace) -> int:
+    from nemo_megacpp.nemo.demo import demo
+
+    return demo(args.out)

@@ -1,0 +1,162 @@
+"""``nemo-megacpp layouts``: the legal layouts of a recipe, ranked, one of them to take along."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_megacpp.commands.arguments import (
+    add_recipe,
+    print_json,
+    read_count,
+    read_gpu_memory,
+    read_recipe,
+)
+from nemo_megacpp.commands.plan import say_assumed
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.render import show_bytes
+
+if TYPE_CHECKING:
+    from nemo_megacpp.contract.search import Priced, Search
+    from nemo_megacpp.layout import ParallelLayout
+    from nemo_megacpp.recipes.recipe import Recipe
+
+_WIDTH = 170
+"""Columns of the tables."""
+_DEGREES = ("tp", "sp", "cp", "pp", "vpp", "ep", "etp")
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``layouts`` to the command line's parsers."""
+    parser: ArgumentParser = commands.add_parser(
+        "layouts",
+        help="all legal layouts of a number of ranks, ranked, with pipeline cuts",
+        description="Rank every legal layout of a recipe: what fits the GPU first, then by the "
+        "bytes that leave a node in a step. Pipelines are cut by work. Needs no GPU.",
+    )
+    add_recipe(
+        parser, overrides="settings to change; a degree, such as tp=8, keeps that axis as it is"
+    )
+    parser.add_argument("--world-size", metavar="N", help="ranks; default: the recipe's world_size")
+    parser.add_argument("--hbm", metavar="141GB", help="memory of a GPU, which layouts must fit")
+    parser.add_argument("--gpus-per-node", default="8", metavar="N", help="default: 8")
+    parser.add_argument("--top", default="10", metavar="N", help="layouts to show; default: 10")
+    parser.add_argument(
+        "--kernels", choices=("gpu", "torch"), default="gpu", help="whose activations are counted"
+    )
+    parser.add_argument("--rejected", action="store_true", help="give every reason of a rejection")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--write", metavar="FILE.yaml", help="write a recipe that 'plan' and 'train' accept"
+    )
+    parser.add_argument("--pick", metavar="N", help="the rank of the layout to write; default: 1")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: Namespace) -> int:
+    """Print the ranked layouts of a recipe, and write one as YAML if asked to.
+
+    Returns:
+        0, or 1 if no legal layout fits the GPU, or 2 if no layout is legal.
+
+    Raises:
+        UserError: an option or setting that cannot be read, or nothing to write.
+    """
+    from nemo_megacpp.contract.search import search_layouts
+    from nemo_megacpp.contract.show_layouts import layouts_document, print_layouts
+    from nemo_megacpp.layout import ParallelLayout
+    from nemo_megacpp.preflight.model import validate_model
+    from nemo_megacpp.recipes.job import job_of
+    from nemo_megacpp.recipes.shape import shape_of
+    from nemo_megacpp.render import make_console
+
+    hbm = None if args.hbm is None else read_gpu_memory(args.hbm)
+    gpus = read_count("--gpus-per-node", args.gpus_per_node)
+    top = read_count("--top", args.top)
+    if args.pick is not None and args.write is None:
+        raise UserError("--pick chooses what is written: give --write FILE.yaml as well.")
+    pick = read_count("--pick", args.pick or "1")
+    if args.write is not None:
+        _validate_path(Path(args.write))
+    given = read_recipe(args)
+    say_assumed(given)
+    if given.layout.world_size is None:
+        raise UserError("Say how many ranks there are: --world-size N.")
+    world = read_count("world_size", str(given.layout.world_size))
+    fixed = _fixed(given.layout, args)
+    # The cuts are chosen anew, and so is the layout.
+    recipe = _in_layout(given, ParallelLayout(world_size=world), given.pattern.letters)
+    validate_model(recipe)
+    job = job_of(recipe, gpus_per_node=gpus, hbm_bytes=hbm, kernels=args.kernels)
+    search = search_layouts(job, shape_of(recipe), world, fixed)
+    if not search.candidates.total:
+        kept = ", ".join(f"{name}={str(value).lower()}" for name, value in fixed.items())
+        raise UserError(f"No layout of {world:,} ranks has {kept}: the degrees must divide it.")
+    chosen = _choose(search, pick, hbm) if args.write is not None else None
+    if args.json:
+        print_json(layouts_document(job, search, top))
+    else:
+        console = make_console(_WIDTH)
+        if given.pattern.cuts:
+            console.print(f"The recipe's {len(given.pattern.cuts)} cuts are replaced: see below.")
+        print_layouts(console, job, search, top, args.rejected)
+    if chosen is not None:
+        _write(Path(args.write), _in_layout(given, chosen.layout, str(chosen.pattern)), chosen)
+        print(f"written: {args.write} ({chosen.layout.short()})", file=sys.stderr)
+    if not search.ranked:
+        print(f"nemo-megacpp: no layout of {world:,} ranks is legal.", file=sys.stderr)
+        return 2
+    if not search.fitting and hbm is not None:
+        least = show_bytes(search.too_big[0].memory)
+        print(
+            f"nemo-megacpp: none of {len(search.too_big):,} legal layouts fits {show_bytes(hbm)}; "
+            f"the smallest holds {least} on its fullest GPU.",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _fixed(layout: ParallelLayout, args: Namespace) -> dict[str, Any]:
+    """Return the degrees that the command line gave, by short name."""
+    from nemo_megacpp.layout.parallel import FIELD_OF
+    from nemo_megacpp.recipes.given import read_command_line
+
+    given = read_command_line(args.overrides, args.layout)
+    return {name: getattr(layout, name) for name in _DEGREES if FIELD_OF[name] in given}
+
+
+def _in_layout(recipe: Recipe, layout: ParallelLayout, pattern: str) -> Recipe:
+    model = {**recipe.model, "hybrid_pattern": pattern, "num_layers": len(recipe.pattern)}
+    return dataclasses.replace(recipe, model=model, layout=layout)
+
+
+def _choose(search: Search, pick: int, hbm: int | None) -> Priced:
+    choices = search.fitting
+    if not choices:
+        what = "is legal" if not search.too_big else f"fits {show_bytes(hbm or 0)}"
+        raise UserError(f"There is nothing to write: no layout {what}.")
+    if pick > len(choices):
+        raise UserError(f"--pick {pick}: there are {len(choices):,} layouts to choose from.")
+    return choices[pick - 1]
+
+
+def _validate_path(path: Path) -> None:
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--write {path}: a recipe's file name ends in .yaml.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--write {path}: there is no folder {path.parent}, or it is the file.")
+
+
+def _write(path: Path, recipe: Recipe, chosen: Priced) -> None:
+    import yaml
+
+    sent = show_bytes(chosen.between_nodes or 0)
+    text = (
+        f"# {recipe.name} in {chosen.layout.describe()}\n"
+        f"# By plan: {show_bytes(chosen.memory)} on the fullest GPU, {sent} between nodes a step.\n"
+    )
+    path.write_text(text + yaml.safe_dump(recipe.to_mapping(), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,161 @@
+"""The answer to "which layouts?", as tables for a terminal and as plain data.
+
+The document, version 1; sizes in bytes, keys are only ever added within a version::
+
+    schema: 1
+    model, world_size, gpus_per_node, hbm_bytes, candidates, legal, fitting
+    order: how the layouts are ranked, in words
+    work: {unit, families: {letter}, embedding, head}, by which cuts are balanced
+    layouts: [{rank, layout, pattern, chunk_layers, cuts_balance, heaviest_chunk_over_mean, fits,
+        fullest_stage, memory: {parameters, gradients, optimizer, activations, total},
+        bubble, between_nodes_per_step, sent_per_step}]
+    rejected: [{setting, axis, rule, message, layouts}]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+
+from nemo_megacpp.contract.candidates import Rejection
+from nemo_megacpp.contract.job import Job
+from nemo_megacpp.contract.search import Priced, Search
+from nemo_megacpp.render import Table, Toned, print_table, show_bytes
+
+SCHEMA = 1
+ORDER = (
+    "fewest bytes between nodes per step; ties: fewest bytes sent at all, smallest bubble, "
+    "emptiest GPU, text"
+)
+
+
+def layouts_document(job: Job, search: Search, top: int) -> dict[str, Any]:
+    """Return the ``top`` best layouts and all rejections as plain data."""
+    return {
+        "schema": SCHEMA,
+        "model": job.name,
+        "world_size": job.layout.world,
+        "gpus_per_node": job.gpus_per_node,
+        "hbm_bytes": job.hbm_bytes,
+        "candidates": search.candidates.total,
+        "legal": len(search.candidates.legal),
+        "fitting": len(search.fitting),
+        "order": f"what fits first, by {ORDER}; then what does not fit, by memory",
+        "work": {"unit": "forward operations per token", **asdict(search.work)},
+        "layouts": [
+            _plain(rank, priced, job) for rank, priced in enumerate(search.ranked[:top], start=1)
+        ],
+        "rejected": [asdict(rejection) for rejection in search.candidates.rejected],
+    }
+
+
+def print_layouts(
+    console: Console, job: Job, search: Search, top: int, every_rejection: bool
+) -> None:
+    """Print the ``top`` best layouts, and why others were rejected: in groups, or all reasons."""
+    candidates = search.candidates
+    limit = job.hbm_bytes
+    verdict = (
+        "memory not compared (--hbm)"
+        if limit is None
+        else f"{len(search.fitting):,} fit {show_bytes(limit)}"
+    )
+    ranks, total = job.layout.world, candidates.total
+    console.print(
+        f"[bold]{job.name}[/bold] on {ranks:,} rank{'s' * (ranks > 1)}, {job.gpus_per_node} GPUs a "
+        f"node: {total:,} layout{'s' * (total > 1)}, {len(candidates.legal):,} legal, {verdict}"
+    )
+    if search.ranked:
+        console.print(f"order: {ORDER}\n" if search.fitting else "order: memory\n")
+        _ranking(console, search.ranked[:top], limit)
+        _cuts(console, search)
+    _rejections(console, candidates.rejected, every_rejection)
+
+
+def _ranking(console: Console, ranked: Sequence[Priced], limit: int | None) -> None:
+    table = Table(
+        (
+            *("rank", "<layout", "fullest GPU", *(["of it"] if limit else [])),
+            *("between nodes", "sent", "bubble", "heaviest chunk", "<layers per chunk"),
+        )
+    )
+    for rank, priced in enumerate(ranked, start=1):
+        share = f"{priced.memory / limit:.0%}" if limit else ""
+        over = limit is not None and priced.memory > limit
+        sizes = "+".join(map(str, priced.chunk_sizes))
+        table.add(
+            str(rank),
+            priced.layout.short().removesuffix(f",world={priced.layout.world}"),
+            show_bytes(priced.memory),
+            *([Toned(share, "bad") if over else share] if limit else []),
+            "-" if priced.between_nodes is None else show_bytes(priced.between_nodes),
+            "-" if priced.sent is None else show_bytes(priced.sent),
+            f"{priced.bubble:.1%}",
+            f"{priced.heaviest:.2f} x mean",
+            sizes + (", cut by memory" if priced.balance == "memory" else ""),
+        )
+    print_table(console, table)
+    console.print(
+        "Bytes are of one step and all ranks; activations by formula, balanced routing; not "
+        "counted: temporaries, fragmentation, the communication library's buffers.\n"
+    )
+
+
+def _cuts(console: Console, search: Search) -> None:
+    best, work = search.ranked[0], search.work
+    if best.layout.pp == 1:
+        return
+    unit = max(work.families.values())
+    weights = ", ".join(f"{letter} {count / unit:.2f}" for letter, count in work.families.items())
+    console.print(
+        f"cuts of the first: {best.pattern}\n"
+        f"  balanced by work, in units of the heaviest layer ({unit / 1e6:,.1f} M operations a "
+        f"token, forward): {weights}, embedding {work.embedding / unit:.2f}, head "
+        f"{work.head / unit:.2f}\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _rejections(console: Console, rejected: Sequence[Rejection], every: bool) -> None:
+    if not rejected:
+        return
+    if every:
+        table = Table(("layouts", "<with", "<axis", "<reason"), "Rejected")
+        for item in rejected:
+            table.add(f"{item.layouts:,}", item.setting, item.axis, item.message)
+        print_table(console, table)
+        return
+    table = Table(("layouts", "<axis", "<for example", "<reason"), "Rejected (--rejected: all)")
+    by_rule: dict[tuple[str, str], list[Rejection]] = {}
+    for item in rejected:
+        by_rule.setdefault((item.axis, item.rule), []).append(item)
+    for (axis, _), items in sorted(by_rule.items(), key=lambda entry: -_count(entry[1])):
+        table.add(f"{_count(items):,}", axis, items[0].setting, items[0].message)
+    print_table(console, table)
+
+
+def _count(items: Sequence[Rejection]) -> int:
+    return sum(item.layouts for item in items)
+
+
+def _plain(rank: int, priced: Priced, job: Job) -> dict[str, Any]:
+    fullest = priced.stages[priced.fullest_stage]
+    kinds = ("parameters", "gradients", "optimizer", "activations", "total")
+    return {
+        "rank": rank,
+        "layout": priced.layout.short(),
+        "pattern": str(priced.pattern),
+        "chunk_layers": list(priced.chunk_sizes),
+        "cuts_balance": priced.balance,
+        "heaviest_chunk_over_mean": priced.heaviest,
+        "fits": None if job.hbm_bytes is None else priced.memory <= job.hbm_bytes,
+        "fullest_stage": priced.fullest_stage,
+        "memory": {kind: getattr(fullest, kind) for kind in kinds},
+        "bubble": priced.bubble,
+        "between_nodes_per_step": priced.between_nodes,
+        "sent_per_step": priced.sent,
+    }

@@ -1,0 +1,113 @@
+"""A recipe against this machine: layout, data, kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+
+from nemo_megacpp.data.builtin import MAX_VOCAB_SIZE
+from nemo_megacpp.doctor.finding import Finding
+from nemo_megacpp.doctor.machine import nvlink_domain
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.pattern import Family
+from nemo_megacpp.preflight.data import open_data
+from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
+from nemo_megacpp.recipes.recipe import Recipe
+
+
+def recipe_findings(recipe: Recipe, gpus: int) -> Iterator[Finding]:
+    """Yield whether ``recipe`` can be trained here.
+
+    Args:
+        recipe: resolved.
+        gpus: on this machine.
+    """
+    yield _held("layout", recipe.layout.describe(), lambda: validate_recipe_layout(recipe))
+    yield _held("model", _families(recipe), lambda: validate_model(recipe))
+    yield _data(recipe)
+    if gpus == 0:
+        return
+    yield _held(
+        "TP in the NVLink domain",
+        f"TP={recipe.layout.tp}",
+        lambda: validate_recipe_layout(recipe, nvlink_domain()),
+    )
+    nodes, rest = divmod(recipe.layout.world, gpus)
+    if nodes > 1 or (nodes == 1 and rest):
+        yield Finding(
+            "ranks",
+            f"{recipe.layout.world} on {gpus} GPUs",
+            "limited",
+            f"needs {nodes + bool(rest)} such nodes: torchrun, Slurm",
+        )
+    yield from _kernels(recipe)
+
+
+def _families(recipe: Recipe) -> str:
+    counts = ", ".join(
+        f"{count} {family.value}" for family, count in recipe.pattern.counts().items()
+    )
+    return f"{len(recipe.pattern)} layers: {counts}"
+
+
+def _held(part: str, found: str, check: Callable[[], object]) -> Finding:
+    try:
+        check()
+    except UserError as error:
+        return Finding(part, found, "broken", str(error))
+    except ImportError as error:
+        return Finding(part, found, "limited", f"not checked: {error}")
+    return Finding(part, found)
+
+
+def _data(recipe: Recipe) -> Finding:
+    folders = ", ".join(recipe.data) if isinstance(recipe.data, dict) else recipe.data or "built-in"
+    try:
+        recipe, sources = open_data(recipe)
+    except UserError as error:
+        return Finding("data", folders, "broken", str(error))
+    if sources:
+        found = ", ".join(f"{data.root}: {data.tokens:,} tokens" for data in sources)
+        return Finding("data", found)
+    vocab_size = recipe.model["vocab_size"]
+    if vocab_size > MAX_VOCAB_SIZE:
+        return Finding(
+            "data",
+            "none given",
+            "broken",
+            f"the built-in corpus has no vocabulary of {vocab_size}: nemo-megacpp data prepare, "
+            f"then data=FOLDER",
+        )
+    return Finding("data", "built-in, prepared on first use")
+
+
+def _kernels(recipe: Recipe) -> Iterator[Finding]:
+    import torch
+
+    from nemo_megacpp.config import mamba3_dimensions
+    from nemo_megacpp.mixers.kernels.mamba3_gpu import mamba3_gpu_reason
+
+    if Family.MAMBA not in recipe.pattern.families:
+        return
+    if recipe.model.get("mode") != "mamba3":
+        needed = ("mamba_ssm", "causal_conv1d")
+        absent = [name for name in needed if importlib.util.find_spec(name) is None]
+        if absent:
+            why = "Megatron's MambaMixer does not run on a GPU without them"
+            yield Finding("M blocks", f"without {' and '.join(absent)}", "broken", why)
+        else:
+            yield Finding("M blocks", "mamba-ssm's kernels")
+    else:
+        dims = mamba3_dimensions(validate_model(recipe))
+        reason = mamba3_gpu_reason(
+            rank=dims.mimo_rank,
+            head_dim=dims.head_dim,
+            state_dim=dims.state_dim,
+            num_angles=dims.num_angles,
+            pairs=dims.pairs,
+            dtype=torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32,
+        )
+        if reason is None:
+            yield Finding("Mamba-3 kernel", "Triton")
+        else:
+            yield Finding("Mamba-3 kernel", "plain torch", "limited", f"much slower: {reason}")

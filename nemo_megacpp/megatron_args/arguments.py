@@ -1,0 +1,167 @@
+"""A recipe as the argument vector of Megatron-LM's ``pretrain_mamba.py``.
+
+Every setting of the recipe either has an option, or travels in the name of the spec
+(:mod:`nemo_megacpp.specs.named`), or the recipe is refused; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.data.blend import weighted_prefixes
+from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.megatron_args.dialect import Dialect
+from nemo_megacpp.megatron_args.model_options import model_options
+from nemo_megacpp.pattern import Family
+from nemo_megacpp.preflight.data import open_data
+from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.outputs import validate_loggers
+from nemo_megacpp.recipes.catalog import Training
+from nemo_megacpp.recipes.recipe import Recipe
+
+Device = Literal["cuda", "cpu"]
+
+_TRAINING_OPTIONS = {
+    "max_steps": ("--train-iters", "--lr-decay-iters"),
+    "stop_after": ("--exit-interval",),
+    "micro_batch_size": ("--micro-batch-size",),
+    "global_batch_size": ("--global-batch-size",),
+    "lr": ("--lr",),
+    "min_lr": ("--min-lr",),
+    "warmup_steps": ("--lr-warmup-iters",),
+    "weight_decay": ("--weight-decay",),
+    "clip_grad": ("--clip-grad",),
+    "adam_beta2": ("--adam-beta2",),
+    "val_check_interval": ("--eval-interval",),
+    "limit_val_batches": ("--eval-iters",),
+    "save_interval": ("--save-interval",),
+    "log_interval": ("--log-interval",),
+    "seed": ("--seed",),
+}
+_OTHER_TRAINING = frozenset(
+    {"precision", "use_distributed_optimizer", "tensorboard", "wandb_project", "wandb_name"}
+)
+"""Written too, in another form."""
+
+
+def megatron_arguments(
+    recipe: Recipe, dialect: Dialect, run_dir: str, device: Device
+) -> tuple[list[str], list[str]]:
+    """Return the argument vector of ``recipe``, and remarks for the person who uses it.
+
+    Args:
+        recipe: resolved; its layout and model are checked here.
+        dialect: of the Megatron-LM that will read the vector.
+        run_dir: where the run writes; checkpoints go to ``checkpoints`` in it.
+        device: what the run computes on.
+
+    Raises:
+        UserError: an illegal layout, data that cannot be used, or settings that the script cannot
+            be told, all of them at once.
+    """
+    validate_recipe_layout(recipe)
+    validate_loggers(recipe)
+    validate_model(recipe, device)
+    recipe, sources = open_data(recipe)
+    config = validate_model(recipe, device)
+    model, unsaid = model_options(config, dialect)
+    refusals = [*unsaid, *_refusals(recipe, config)]
+    if refusals:
+        listed = "\n".join(f"  {refusal}" for refusal in refusals)
+        raise UserError(f"{dialect.script} cannot be told this of {recipe.name}:\n{listed}")
+    words = [*model, *_data(recipe, sources), *_training(recipe.training)]
+    words += _outputs(recipe, Path(run_dir).absolute())
+    if device == "cpu":
+        words += ["--transformer-impl", "local", "--distributed-backend", "gloo"]
+    chosen = [*recipe.assumed, *(x for x in recipe.defaults if x.startswith("warmup_steps:"))]
+    remarks = [f"defaults taken: {'; '.join(chosen)}"] if chosen else []
+    remarks.append(f"layout: {recipe.layout.describe()}")
+    if not sources:
+        remarks.append("no data=FOLDER in the recipe: mock data")
+    if Family.RECURRENT in config.pattern.families:
+        remarks.append("the script's TFLOP/s leave out the R blocks, which it does not know")
+    return words, remarks
+
+
+def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
+    """Return what has no option, one phrase each."""
+    found = []
+    training = recipe.training
+    if recipe.resume not in (None, "auto"):
+        found.append(
+            f"resume={recipe.resume}: it goes on from checkpoints of its own kind; resume=auto "
+            f"takes its newest in run_dir"
+        )
+    if recipe.layout.vpp is not None:
+        found.append(
+            f"virtual_pipeline_model_parallel_size={recipe.layout.vpp}: it builds every virtual "
+            f"stage as the first"
+        )
+    counted = config.moe_z_loss_coeff or config.moe_router_load_balancing_type != "none"
+    if Family.EXPERT in config.pattern.families and counted:
+        stages = config.pattern.chunks(recipe.layout.pp)
+        for stage, layers in enumerate(stages):
+            if all(config.pattern.families[layer] is not Family.EXPERT for layer in layers):
+                found.append(
+                    f"pipeline stage {stage} of {len(stages)} without an E block: its logging of "
+                    f"auxiliary losses then sums tensors of unequal sizes"
+                )
+    known = {*_TRAINING_OPTIONS, *_OTHER_TRAINING}
+    return found + [
+        f"{field.name}={getattr(training, field.name)!r}"
+        for field in dataclasses.fields(Training)
+        if field.name not in known and getattr(training, field.name) != field.default
+    ]
+
+
+def _data(recipe: Recipe, sources: list[PreparedData]) -> list[str]:
+    # The stack's attention is causal by its mask type.
+    words = ["--no-create-attention-mask-in-dataloader"]
+    if not sources:
+        # The null tokenizer adds an end-of-document token to the vocabulary that it is given.
+        return [
+            *words,
+            "--mock-data",
+            *("--tokenizer-type", "NullTokenizer"),
+            *("--vocab-size", str(recipe.model["vocab_size"] - 1)),
+        ]
+    weights = list(recipe.data.values()) if isinstance(recipe.data, dict) else [None]
+    train = weighted_prefixes([data.train_prefix for data in sources], weights)
+    heldout = weighted_prefixes([data.heldout_prefix for data in sources], weights)
+    return [
+        *words,
+        *("--train-data-path", *train),
+        *("--valid-data-path", *heldout),
+        *("--test-data-path", *heldout),
+        *("--tokenizer-type", "HuggingFaceTokenizer"),
+        *("--tokenizer-model", str(sources[0].tokenizer_dir.absolute())),
+    ]
+
+
+def _outputs(recipe: Recipe, run_dir: Path) -> list[str]:
+    """Return where the run writes, and goes on from."""
+    training, checkpoints = recipe.training, str(run_dir / "checkpoints")
+    words = ["--save", checkpoints]
+    if recipe.resume == "auto":
+        words += ["--load", checkpoints]
+    if training.tensorboard:
+        words += ["--tensorboard-dir", str(run_dir / "tensorboard")]
+    if training.wandb_project is not None:
+        words += ["--wandb-project", training.wandb_project]
+        words += ["--wandb-exp-name", training.wandb_name or run_dir.name]
+    return words
+
+
+def _training(training: Training) -> list[str]:
+    words = ["--lr-decay-style", "cosine"]
+    for name, names in _TRAINING_OPTIONS.items():
+        value = getattr(training, name)
+        if value is not None:
+            words += [word for option in names for word in (option, str(value))]
+    if training.use_distributed_optimizer:
+        words.append("--use-distributed-optimizer")
+    return words

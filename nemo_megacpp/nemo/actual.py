@@ -1,0 +1,130 @@
+"""What a run is, once NeMo's overrides have had their say.
+
+A factory's configuration can be changed afterwards (``model.config.add_qkv_bias=true``,
+``trainer.strategy.tensor_model_parallel_size=1``), so what is checked before the ranks start, and
+what a checkpoint says of itself, is read from the objects that train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nemo_megacpp.checkpoint.identity import STRUCTURE, read_identity
+from nemo_megacpp.config import HybridConfig, validate_config
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout import ModelShape, ParallelLayout, validate_layout
+from nemo_megacpp.preflight.resume import validate_steps_left
+from nemo_megacpp.settings.check import validate_ddp, validate_optimizer
+from nemo_megacpp.settings.combinations import validate_coherent_training
+
+
+def actual_layout(degrees: Any, ranks: int) -> ParallelLayout:
+    """Return the layout of ``degrees``, an object with Megatron's fields, on ``ranks`` ranks."""
+    names = [f.name for f in dataclasses.fields(ParallelLayout) if f.name != "world_size"]
+    layout = ParallelLayout(**{name: getattr(degrees, name) for name in names})
+    return layout if layout.world == ranks else dataclasses.replace(layout, world_size=ranks)
+
+
+def actual_model(config: HybridConfig, names: Iterable[str]) -> dict[str, Any]:
+    """Return what a checkpoint says of its model.
+
+    Args:
+        config: of the model.
+        names: the fields that its recipe gave; what decides the shape of a tensor is added.
+    """
+    return {name: getattr(config, name) for name in {*names, *STRUCTURE, "hybrid_pattern"}}
+
+
+def tokenizer_of(data: Any) -> str | None:
+    """Return the fingerprint of the tokenizer of our data; None for another data module."""
+    return getattr(data, "tokenizer_fingerprint", None)
+
+
+def validate_wrapper(fsdp: Any, ddp: Any) -> None:
+    """Refuse FSDP and PyTorch's DDP in the place of Megatron's.
+
+    Args:
+        fsdp: of NeMo's ``MegatronStrategy``.
+        ddp: of the same.
+
+    Raises:
+        UserError: with the reason.
+    """
+    flags = [name for name in ("use_megatron_fsdp", "use_custom_fsdp") if getattr(ddp, name, False)]
+    asked = [f"trainer.strategy.fsdp={fsdp!r}"] if fsdp is not None else []
+    asked += [f"trainer.strategy.ddp.{name}=True" for name in flags]
+    asked += [f"trainer.strategy.ddp={ddp!r}"] if ddp == "pytorch" else []
+    if asked:
+        raise UserError(
+            f"{' and '.join(asked)}: gradients are reduced, clipped and saved by Megatron's "
+            f"DistributedDataParallel here; no other wrapper has been shown to keep the numbers "
+            f"of every layout. Leave it out; use_distributed_optimizer=true shards the optimizer's "
+            f"state over data-parallel ranks."
+        )
+
+
+def validate_run_steps_left(checkpoint: Path, trainer: Any) -> None:
+    """Refuse to resume where NeMo's overrides (``trainer.max_steps``) leave no step to train.
+
+    Args:
+        checkpoint: that is about to be loaded.
+        trainer: Lightning's.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    identity = read_identity(checkpoint)
+    if identity is not None and trainer.max_steps > 0:
+        validate_steps_left(checkpoint, identity["step"], trainer.max_steps)
+
+
+def validate_actual(layout: ParallelLayout, config: HybridConfig, data: Any, node: int) -> None:
+    """Refuse a layout that is illegal for the model, and data that are not for it.
+
+    Args:
+        layout: of the ranks that are about to start.
+        config: of the model.
+        data: NeMo's data module.
+        node: ranks of a node, where there are several nodes; else 0.
+
+    Raises:
+        UserError: with the numbers and the legal choices.
+    """
+    if data.seq_length != config.seq_length:
+        raise UserError(
+            f"data.seq_length={data.seq_length} and model.config.seq_length={config.seq_length} "
+            f"are two names of one number; give the factory seq_length=…, which sets both."
+        )
+    vocab_size = getattr(data.tokenizer, "vocab_size", config.vocab_size)
+    if vocab_size != config.vocab_size:
+        raise UserError(
+            f"The tokenizer of the data has {vocab_size} tokens and model.config.vocab_size is "
+            f"{config.vocab_size}. Give the factory data=…, whose vocabulary the model takes."
+        )
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    shape = ModelShape.read(
+        {**fields, "pattern": config.pattern}, data.micro_batch_size, data.global_batch_size
+    )
+    validate_layout(layout, shape, gpus_per_node=node or None)
+
+
+def validate_training(config: HybridConfig, ddp: Any, optim: Any) -> None:
+    """Refuse settings of the run that are neither proved nor neutral.
+
+    Args:
+        config: of the model.
+        ddp: Megatron's configuration of the data-parallel wrapper.
+        optim: NeMo's optimizer module; None for a run that only validates.
+
+    Raises:
+        UserError: for the first such setting.
+    """
+    validate_config(config, config.pattern)
+    validate_ddp(ddp)
+    optimizer = None if optim is None else optim.config
+    if optimizer is not None:
+        validate_optimizer(optimizer)
+    validate_coherent_training(config, ddp, optimizer)

@@ -1,0 +1,97 @@
+"""NeMo's pre-training data module over a folder of ``nemo-megacpp data prepare``."""
+
+# NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
+
+from pathlib import Path
+from typing import Any, Optional
+
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
+
+from nemo_megacpp.data.blend import open_blend, weighted_prefixes
+from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
+from nemo_megacpp.data.packed_rows import PackedDocuments
+from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.errors import UserError
+
+
+class HybridDataModule(PreTrainingDataModule):
+    """``PreTrainingDataModule`` that knows its data by one folder.
+
+    It makes no attention masks: without Transformer Engine NeMo turns them on, ``[1, s, s]`` for
+    every sample, and a hybrid stack's attention is causal by its mask type.
+
+    Args:
+        folder: written by ``nemo-megacpp data prepare``; the built-in corpus is prepared on first
+            use.
+        vocab_size: of the model; must be the tokenizer's.
+        seq_length: tokens per sample.
+        blend: weights by folder, to draw from several in Megatron's ``BlendedDataset``; None for
+            all of them: by their tokens. ``folder`` is then the first, whose tokenizer all share.
+        made_with: folder of the tokenizer that the data must have been made with; None for its own.
+        packed_documents: mark where documents begin in a row, so that the model resets there.
+        kwargs: of ``PreTrainingDataModule``.
+
+    Raises:
+        UserError: for data that is missing, unreadable, too short, or of another vocabulary or
+            tokenizer.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        vocab_size: int,
+        seq_length: int,
+        blend: Optional[dict[str, Optional[float]]] = None,  # noqa: UP045
+        made_with: Optional[str] = None,  # noqa: UP045
+        packed_documents: bool = False,
+        **kwargs: Any,
+    ):
+        self.folder = Path(folder)
+        if blend is not None:
+            sources = open_blend(blend)
+        elif self.folder == builtin_folder(vocab_size):
+            sources = [ensure_builtin(self.folder, vocab_size)]
+        else:
+            sources = [PreparedData.open(self.folder)]
+        for data in sources:
+            validate_data_module(data, data.root, vocab_size, seq_length)
+            if made_with is not None:
+                data.check_tokenizer(made_with)
+        weights = list((blend or {}).values()) or [None]
+        train = weighted_prefixes([data.train_prefix for data in sources], weights)
+        heldout = weighted_prefixes([data.heldout_prefix for data in sources], weights)
+        prepared = sources[0]
+        super().__init__(
+            {"train": train, "validation": heldout, "test": heldout},
+            seq_length=seq_length,
+            tokenizer=AutoTokenizer(pretrained_model_name=str(prepared.tokenizer_dir)),
+            split=None,  # type: ignore[arg-type]  # three separate files, nothing to split
+            dataset_cls=PackedDocuments if packed_documents else GPTDataset,
+            **kwargs,
+        )
+        self.create_attention_mask = False
+        self.tokenizer_fingerprint = prepared.tokenizer_fingerprint
+
+
+def validate_data_module(
+    data: PreparedData, folder: Path, vocab_size: int, seq_length: int
+) -> None:
+    """Refuse data whose vocabulary is not the model's, or that does not fill one sample.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    if data.vocab_size != vocab_size:
+        raise UserError(
+            f"{folder} was made with a vocabulary of {data.vocab_size}, the model has "
+            f"vocab_size={vocab_size}. Leave vocab_size out to take the data's, or prepare the "
+            f"data with --vocab-size {vocab_size}."
+        )
+    for split, counts in data.splits.items():
+        if counts.tokens <= seq_length:
+            raise UserError(
+                f"The {split} split of {folder} has {counts.tokens} tokens; one sample of "
+                f"seq_length={seq_length} needs {seq_length + 1}."
+            )

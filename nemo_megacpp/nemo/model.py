@@ -1,0 +1,140 @@
+"""The model as NeMo trains it: our configuration inside NeMo's ``GPTModel``."""
+
+# NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.backends import BackendSpecProvider
+from nemo.collections.llm.gpt.model.base import GPTModel, gpt_data_step
+from nemo.lightning import OptimizerModule, io
+
+from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.mixers.documents import packed_seq_params
+from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp
+from nemo_megacpp.nemo.loss import HybridLossReduction
+from nemo_megacpp.specs.model import build_hybrid_model
+
+
+def hybrid_data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
+    """Return this rank's share of the next microbatch.
+
+    NeMo's ``gpt_data_step``, and the same for rows whose documents are marked
+    (:class:`nemo_megacpp.data.packed_rows.PackedDocuments`): the batch then carries
+    ``packed_seq_params``, on every pipeline stage.
+
+    Raises:
+        UserError: marked rows, several in a microbatch; documents that CP cannot deal.
+    """
+    batch = next(dataloader_iter)
+    if isinstance(batch, tuple) and len(batch) == 3:  # NeMo's loaders add two numbers
+        batch = batch[0]
+    if "document_start" not in batch:
+        return gpt_data_step(iter([batch]))
+    packed = packed_seq_params(batch["document_start"].cpu())
+    wanted: list[str] = []
+    if parallel_state.is_pipeline_first_stage():
+        wanted += ["tokens", "position_ids"]
+    if parallel_state.is_pipeline_last_stage():
+        wanted += ["labels", "loss_mask"]
+    here = {
+        name: batch[name].cuda(non_blocking=True) if name in wanted else None
+        for name in ("tokens", "position_ids", "labels", "loss_mask")
+    }
+    device = torch.cuda.current_device()
+    packed.cu_seqlens_q = packed.cu_seqlens_kv = packed.cu_seqlens_q.to(device)
+    return {**split_batch_for_cp(here, packed), "packed_seq_params": packed}
+
+
+def hybrid_forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Run one microbatch; attention is causal by its mask type, so no mask is passed."""
+    return model(
+        input_ids=batch["tokens"],
+        position_ids=batch["position_ids"],
+        attention_mask=None,
+        labels=batch["labels"],
+        packed_seq_params=batch.get("packed_seq_params"),
+    )
+
+
+@dataclass
+class HybridModelConfig(HybridConfig, io.IOMixin):
+    """:class:`HybridConfig` as a NeMo model configuration (it serialises, and builds the model)."""
+
+    forward_step_fn: Callable = hybrid_forward_step
+    data_step_fn: Callable = hybrid_data_step
+
+    def configure_model(
+        self,
+        tokenizer: Any,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> torch.nn.Module:
+        """Build this rank's pipeline chunk; NeMo calls this once per virtual stage."""
+        assert tokenizer.vocab_size == self.vocab_size, (
+            f"tokenizer of {tokenizer.vocab_size}, model of {self.vocab_size}: the launcher checks"
+        )
+        stages = self.virtual_pipeline_model_parallel_size or 1
+        if vp_stage is None and stages > 1:
+            vp_stage = 0  # Lightning has the first chunk built, and does not know of stages
+        if pre_process is None:
+            pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+            pre_process = pre_process and (vp_stage or 0) == 0
+        if post_process is None:
+            post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            post_process = post_process and (vp_stage or 0) == stages - 1
+        return build_hybrid_model(
+            self,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            backend=self.backend(),
+        )
+
+    def backend(self) -> BackendSpecProvider | None:
+        """Return where the modules come from; None for this installation's default."""
+        return None
+
+
+class HybridModel(GPTModel):
+    """NeMo's ``GPTModel`` around a hybrid A/M/E/R model.
+
+    Args:
+        config: the model.
+        optim: optimizer module; :class:`nemo_megacpp.nemo.optimizer.HybridOptimizer`.
+        tokenizer: NeMo tokenizer; taken from the data module if not given.
+    """
+
+    _training_loss_reduction: Any
+    _validation_loss_reduction: Any
+
+    def __init__(
+        self,
+        config: HybridModelConfig,
+        optim: OptimizerModule | None = None,
+        tokenizer: Any = None,
+        model_transform: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
+    ):
+        super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
+
+    @property
+    def training_loss_reduction(self) -> HybridLossReduction:
+        """What a training step averages over, and what it logs."""
+        if not self._training_loss_reduction:
+            self._training_loss_reduction = HybridLossReduction(
+                self.config.calculate_per_token_loss
+            )
+        return self._training_loss_reduction
+
+    @property
+    def validation_loss_reduction(self) -> HybridLossReduction:
+        """The mean over all tokens of the held-out rows."""
+        if not self._validation_loss_reduction:
+            self._validation_loss_reduction = HybridLossReduction(
+                self.config.calculate_per_token_loss, validation_step=True
+            )
+        return self._validation_loss_reduction

@@ -1,0 +1,109 @@
+"""NeMo's Megatron optimizer module on Megatron-Core 0.16, saved so that any layout can load it."""
+
+# NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed, and it
+# knows Optional[int], but not "int | None".
+# ruff: noqa: UP045
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from nemo.core.optim import McoreDistributedOptimizer
+from nemo.lightning import LRSchedulerModule, MegatronOptimizerModule
+from nemo.utils import AppState
+
+from nemo_megacpp.checkpoint.optimizer_state import (
+    load_optimizer_state_dict,
+    optimizer_sharded_state_dict,
+    validate_optimizer_form,
+)
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.settings.check import validate_optimizer
+
+
+class ReshardableOptimizer(McoreDistributedOptimizer):
+    """NeMo's wrapper of a Megatron optimizer, with :mod:`nemo_megacpp.checkpoint.optimizer_state`
+    in the place of Megatron's own form of its state."""
+
+    def sharded_state_dict(
+        self,
+        model_sharded_state_dict: dict[str, Any],
+        optimizer_state_dict: Any = None,
+        is_loading: bool = False,
+        dist_ckpt_parallel_save: Any = None,
+        metadata: Any = None,
+    ) -> dict[str, Any]:
+        """Return the sharded state; see :func:`optimizer_sharded_state_dict`.
+
+        Args:
+            model_sharded_state_dict: of all model chunks.
+            optimizer_state_dict, dist_ckpt_parallel_save: NeMo's, unused.
+            is_loading: whether the result is to be filled from a checkpoint.
+            metadata: content metadata, of the checkpoint when loading.
+
+        Raises:
+            UserError: the checkpoint's optimizer state has another form; nothing is loaded then.
+        """
+        if is_loading:
+            validate_optimizer_form(metadata)
+        return optimizer_sharded_state_dict(
+            self.mcore_optimizer, model_sharded_state_dict, is_loading=is_loading
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state that a checkpoint has filled."""
+        load_optimizer_state_dict(self.mcore_optimizer, state_dict)
+
+
+class HybridOptimizer(MegatronOptimizerModule):
+    """``MegatronOptimizerModule`` without the three arguments that Megatron-Core 0.16 dropped.
+
+    NeMo 2.7.3 passes ``no_weight_decay_cond``, ``scale_lr_cond`` and ``lr_mult`` to
+    ``get_megatron_optimizer``, a TypeError on any device. Megatron's own rule stands in their
+    place: no weight decay on biases and vectors.
+
+    Args:
+        config: of Megatron's optimizer.
+        lr_scheduler: one of NeMo's.
+        no_weight_decay_cond: must stay unset.
+        scale_lr_cond: must stay unset.
+        lr_mult: must stay at 1.
+
+    Raises:
+        UserError: a setting of the optimizer that is neither proved nor neutral, or one that
+            Megatron-Core 0.16 no longer takes.
+    """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        lr_scheduler: Optional[LRSchedulerModule] = None,
+        no_weight_decay_cond: Optional[Callable] = None,
+        scale_lr_cond: Optional[Callable] = None,
+        lr_mult: float = 1.0,
+    ):
+        for name, value, usual in (
+            ("no_weight_decay_cond", no_weight_decay_cond, None),
+            ("scale_lr_cond", scale_lr_cond, None),
+            ("lr_mult", lr_mult, 1.0),
+        ):
+            if value != usual:
+                raise UserError(
+                    f"optim.{name}={value!r}: Megatron-Core 0.16 no longer takes it. "
+                    f"Legal: {usual!r}."
+                )
+        validate_optimizer(config)
+        super().__init__(config, lr_scheduler=lr_scheduler)
+
+    def optimizers(self, model: Any) -> list[McoreDistributedOptimizer]:
+        """Build the optimizer of all model chunks."""
+        optimizer = get_megatron_optimizer(
+            self.config,
+            [chunk.module for chunk in model],
+            use_gloo_process_groups=AppState().use_gloo_process_groups,
+        )
+        for group in optimizer.param_groups:
+            # Megatron's scheduler applies these factors at every step; NeMo's does not.
+            group["lr"] *= group["lr_mult"]
+            group["weight_decay"] *= group["wd_mult"]
+        return [ReshardableOptimizer(optimizer)]

@@ -1,0 +1,221 @@
+"""The steps of a proof, taken by the path that trains.
+
+A proof's step is a run of ``llm.pretrain`` with the configuration that
+:func:`nemo_megacpp.nemo.build.to_pretrain` makes of a recipe: NeMo's trainer and Megatron
+strategy, the precision plugin, Megatron's data-parallel wrapper and optimizer, the data sampler and
+its microbatches, our data step, forward step and loss reduction. :data:`NOT_SHARED` lists what
+differs from a user's run, each with its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import fiddle
+import nemo_run as run
+import torch
+from megatron.core.models.backends import BackendSpecProvider
+
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.nemo.build import to_pretrain
+from nemo_megacpp.nemo.model import HybridModelConfig
+from nemo_megacpp.nemo.proof_data import ProofData
+from nemo_megacpp.nemo.proof_probe import Done, Probe
+from nemo_megacpp.nemo.worker import quiet_libraries
+from nemo_megacpp.proof.bench import TrainingPath
+from nemo_megacpp.proof.gather import GlobalValues
+from nemo_megacpp.proof.kernels import kernels_here, use_kernels
+from nemo_megacpp.proof.objective import linear_form_step
+from nemo_megacpp.proof.reshard import Carried
+from nemo_megacpp.proof.step import ADAM_EPS, StepResult
+from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.recipes.catalog import Training
+from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.runtime.launch import be_launched
+
+NOT_SHARED: Mapping[str, str] = MappingProxyType(
+    {
+        "the rows": "random, of given documents and masks: what a proof needs is in no corpus; "
+        "they have the form of the dataset's samples and go through the run's own sampler, data "
+        "step and packing",
+        "the initial weights": "one rank's, disturbed, and dealt to every layout's ranks by their "
+        "checkpoint keys: a run's own start draws them anew",
+        "the objective in float64": "a linear form of the logits: Megatron's cross entropy "
+        "computes in float32 whatever the model is",
+        "precision in float64": "float64 parameters, gradients and router: a recipe has fp32 and "
+        "bf16",
+        "adam_eps": f"{ADAM_EPS}: with the usual 1e-8 the rounding of a gradient that ought to be "
+        "zero would become a whole step",
+        "kernels in float64 and float32 on GPUs": "plain torch: causal_conv1d and Transformer "
+        "Engine have no float64, and TF32 is coarser than the limits",
+        "loggers, progress and validation": "off: they write files and change no number",
+    }
+)
+"""What a proof's step does not share with a run, and why."""
+
+_NEVER = 10**9
+
+
+@dataclass
+class ProofModelConfig(HybridModelConfig):
+    """The model's configuration of a run, also in float64, in the kernels of the proof's trial.
+
+    Megatron keeps a few parameters of its Mamba mixer in float32; in a float64 model they become
+    float64, so that their gradients are accumulated and reduced exactly as well.
+    """
+
+    def configure_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        module = super().configure_model(*args, **kwargs)
+        if self.params_dtype == torch.float64:
+            for parameter in module.parameters():
+                parameter.data = parameter.data.double()
+        return module
+
+    def backend(self) -> BackendSpecProvider | None:
+        return use_kernels(self.params_dtype)
+
+
+def run_step(
+    spec: StepSpec,
+    layout: ParallelLayout,
+    weights: GlobalValues | None = None,
+    trace: bool = False,
+    perturb_seed: int | None = None,
+) -> StepResult | None:
+    """Take the steps of ``spec`` in ``layout``, on every rank of it.
+
+    Args:
+        spec: what to compute.
+        layout: where.
+        weights: initial weights, :attr:`StepResult.initial` of one rank's step; None for the run's
+            own, disturbed.
+        trace: record the tensors inside the model as well.
+        perturb_seed: move the activations within bfloat16 rounding, with these random signs.
+
+    Returns:
+        On rank 0, what the steps gave.
+    """
+    probe = Probe(spec, weights, trace=trace, perturb_seed=perturb_seed)
+    _pretrain(spec, layout, probe)
+    return probe.result
+
+
+def train_and_save(
+    spec: StepSpec,
+    layout: ParallelLayout,
+    run_dir: str,
+    after: int,
+    weights: GlobalValues | None = None,
+) -> Carried | None:
+    """Take the steps of ``spec``, and save a checkpoint as a run does when ``after`` of them are
+    done, under ``run_dir`` (:func:`nemo_megacpp.proof.reshard.checkpoint_of`).
+
+    Returns:
+        On rank 0, the state that was saved and the steps that followed it.
+    """
+    probe = Probe(spec, weights, state_at=after)
+    _pretrain(spec, layout, probe, run_dir=run_dir, save_interval=max(after, 1))
+    return probe.carried
+
+
+def resume_and_train(
+    spec: StepSpec, layout: ParallelLayout, checkpoint: str, after: int
+) -> Carried | None:
+    """Resume a checkpoint of ``after`` steps in ``layout`` as a run does, and take the remaining
+    steps of ``spec``; none if it has no more.
+
+    Returns:
+        On rank 0, the state that was loaded and the steps that followed it.
+    """
+    ends = spec.steps <= after
+    if ends:  # a run that is complete does nothing
+        spec = dataclasses.replace(spec, steps=after + 1)
+    probe = Probe(spec, resumed=True, state_at=after, end_there=ends)
+    _pretrain(spec, layout, probe, resume=checkpoint)
+    return probe.carried
+
+
+def _pretrain(
+    spec: StepSpec,
+    layout: ParallelLayout,
+    probe: Probe,
+    run_dir: str | None = None,
+    save_interval: int | None = None,
+    resume: str | None = None,
+) -> None:
+    """Run ``llm.pretrain`` on the ranks of the default process group, which it goes on to use."""
+    world = torch.distributed.get_world_size()
+    be_launched(torch.distributed.get_rank(), world)
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as scratch:
+        config = _configuration(spec, layout, Path(run_dir or scratch), world)
+        config.log.ckpt.every_n_train_steps = save_interval or _NEVER
+        config.resume.resume_from_path = resume
+        pretrain = fiddle.build(config)
+        pretrain.keywords["trainer"].callbacks.append(probe)
+        torch.set_num_threads(1)  # Lightning gives a single process all cores
+        with contextlib.suppress(Done):
+            pretrain()
+
+
+def _configuration(
+    spec: StepSpec, layout: ParallelLayout, run_dir: Path, world: int
+) -> run.Partial:
+    """Return a run's configuration of ``spec``, with the changes of :data:`NOT_SHARED`."""
+    training = Training(
+        max_steps=spec.steps,
+        micro_batch_size=spec.micro_batch_size,
+        global_batch_size=spec.global_batch_size,
+        packed_documents=bool(spec.documents),
+        lr=spec.learning_rate,
+        min_lr=spec.learning_rate / 2,
+        warmup_steps=0,
+        weight_decay=0.01,
+        clip_grad=spec.clip_grad,
+        precision="bf16" if spec.dtype == "bfloat16" else "fp32",
+        seed=spec.seed,
+        use_distributed_optimizer=spec.use_distributed_optimizer,
+        tensorboard=False,
+    )
+    model = kernels_here(getattr(torch, spec.dtype)).fields(spec.model)
+    recipe = Recipe("proof", model, layout, training)
+    config = to_pretrain(recipe, run_dir, devices=world)
+    settled = config.model.config
+    fields = {name: getattr(settled, name) for name in settled.__arguments__}
+    config.model.config = run.Config(ProofModelConfig, **fields)
+    config.data = run.Config(ProofData, spec=spec)
+    config.trainer.limit_val_batches, config.trainer.val_check_interval = 0, 1
+    config.trainer.callbacks, config.trainer.logger = [], False
+    config.optim.config.adam_eps = ADAM_EPS
+    if spec.objective == "logits":
+        config.model.config.forward_step_fn = linear_form_step
+    if spec.dtype == "float64":
+        _in_float64(config)
+    _update(config.trainer.strategy.ddp, spec.ddp)
+    _update(config.optim.config, spec.optimizer)
+    return config
+
+
+def _in_float64(config: run.Partial) -> None:
+    config.model.config.params_dtype = torch.float64
+    config.model.config.pipeline_dtype = torch.float64
+    config.model.config.moe_router_dtype = "fp64"
+    config.trainer.strategy.pipeline_dtype = torch.float64
+    config.trainer.strategy.ddp.grad_reduce_in_fp32 = False
+    config.optim.config.params_dtype = torch.float64
+
+
+def _update(config: run.Config, fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        setattr(config, name, value)
+
+
+NEMO = TrainingPath(run_step, train_and_save, resume_and_train)
+"""The path of ``nemo-megacpp train`` and of the NeMo factories."""

@@ -1,0 +1,122 @@
+"""What ends a run before its last step: a set step, SIGTERM, numbers that are none."""
+
+# NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from nemo.lightning.io import IOMixin
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.runs.events import record_event
+from nemo_megacpp.runtime import stopping
+
+
+class StopAfter(pl.Callback, IOMixin):
+    """Stop after a step before the end of the schedule, as a job with a time limit would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step >= self.step:
+            trainer.should_stop = True
+
+
+class StopOnSigterm(pl.Callback, IOMixin):
+    """Stop after the step in which SIGTERM has reached any rank; the checkpoint follows.
+
+    An evaluation is broken off, as it may take longer than the time that a scheduler leaves.
+
+    In place of NeMo's ``PreemptionCallback``, which looks at rank 0 alone, saves only where a
+    ``-last`` checkpoint is asked for, and ends the process in the middle of its callbacks.
+
+    Args:
+        run_dir: the run's folder, whose record says so.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = Path(run_dir)
+        self.stopping = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen here too: Lightning has taken the signal, to raise before anything is saved."""
+        stopping.listen()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._obey(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._obey(trainer)
+        if self.stopping:
+            raise StopIteration  # by which Lightning's loop knows the end of its data
+
+    def _obey(self, trainer: pl.Trainer) -> None:
+        asked = torch.tensor(int(stopping.stop_asked()), device=torch.cuda.current_device())
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        if not asked.item():
+            return
+        self.stopping = trainer.should_stop = True
+        trainer.limit_val_batches = 0  # Lightning would evaluate before it stops
+        if trainer.is_global_zero:
+            print(f"step {trainer.global_step:>5}  SIGTERM: saving, then stopping", flush=True)
+            record_event(self.run_dir, "sigterm", trainer.global_step)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so when the checkpoint is there: one that is saved in the background is awaited."""
+        if self.stopping and trainer.is_global_zero:
+            print("stopped by SIGTERM; resume=auto goes on from here", flush=True)
+
+
+class StopOnNonFinite(pl.Callback, IOMixin):
+    """Stop with an error, before anything is saved, when loss or gradient norm is no number.
+
+    A gradient that is not finite before it is reduced is found earlier, and on its rank: see
+    :meth:`nemo_megacpp.nemo.strategy.HybridStrategy.training_step`.
+    """
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        for name, key in (("loss", "reduced_train_loss"), ("gradient norm", "grad_norm")):
+            value = trainer.callback_metrics.get(key)
+            if value is not None and not math.isfinite(value):
+                raise UserError(told(trainer.global_step, f"the {name} is {float(value)}"))
+
+
+def told(step: int, what: str) -> str:
+    """Return the message of a run that ends because of a number."""
+    return (
+        f"Step {step}: {what}. The run ends here and saves nothing of it; go on from an earlier "
+        f"checkpoint, with a lower lr or without what the data holds there."
+    )

@@ -1,0 +1,211 @@
+"""NeMo's Megatron strategy on whatever host there is, resumed exactly."""
+
+# NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from nemo.lightning import MegatronStrategy, megatron_init
+from nemo.lightning._strategy_lib import init_model_parallel
+from nemo.lightning.io.pl import MegatronCheckpointIO, ckpt_to_weights_subdir
+
+from nemo_megacpp.checkpoint.folder import find_checkpoint
+from nemo_megacpp.checkpoint.guard import guard_load
+from nemo_megacpp.checkpoint.identity import validate_same_model
+from nemo_megacpp.checkpoint.optimizer_state import content_metadata
+from nemo_megacpp.checkpoint.random_state import (
+    RandomState,
+    load_random_state,
+    random_state,
+    set_random_state,
+    sharded_random_state,
+)
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.nemo.actual import (
+    actual_layout,
+    actual_model,
+    tokenizer_of,
+    validate_actual,
+    validate_run_steps_left,
+    validate_training,
+    validate_wrapper,
+)
+from nemo_megacpp.nemo.checkpoint_io import AcrossBackends, AsyncCheckpointIO
+from nemo_megacpp.nemo.optimizer import HybridOptimizer
+from nemo_megacpp.nemo.stops import told
+from nemo_megacpp.preflight.resume import validate_optimizer_state
+from nemo_megacpp.runtime.host import ensure_host
+from nemo_megacpp.runtime.orphans import bind_helpers
+from nemo_megacpp.settings.check import validate_ddp
+
+_NON_FINITE = re.compile(r"^Rank (\d+), .*found (NaN|Inf) in local grad norm", re.DOTALL)
+"""How Megatron's ``check_for_nan_in_grad`` puts it (``rerun_state_machine.py``)."""
+
+_logger = logging.getLogger(__name__)
+
+
+class HybridStrategy(MegatronStrategy):
+    """``MegatronStrategy`` that prepares its process first, and whose runs go on exactly.
+
+    However the run was started (our launcher, torchrun, NeMo's command line, a NeMo-Run executor),
+    every rank builds its strategy before it touches a device, so this is where the no-GPU host is
+    put in place when there is no GPU.
+
+    NeMo saves no random state. Here each training step begins with the generators as the step
+    before has left them, whatever was drawn in between (a data loader draws a seed whenever it is
+    started, for training or validation), and a checkpoint keeps that state.
+
+    Args:
+        seed: of the weights and of dropout; NeMo's own is fixed.
+        kwargs: of ``MegatronStrategy``. ``ckpt_optim_fully_reshardable`` is without effect:
+            optimizer state is always saved so that any layout can load it.
+
+    Raises:
+        UserError: another way to keep data-parallel replicas than Megatron's DDP, or a setting of
+            ``ddp`` that is neither proved nor neutral.
+    """
+
+    def __init__(self, seed: int = 1234, **kwargs: Any):
+        ensure_host(nemo=True)
+        ddp = kwargs.get("ddp", "megatron")
+        if isinstance(ddp, DistributedDataParallelConfig):
+            validate_ddp(ddp)
+        validate_wrapper(kwargs.get("fsdp"), ddp)
+        if not isinstance(ddp, DistributedDataParallelConfig) and ddp != "megatron":
+            raise UserError(
+                f"trainer.strategy.ddp={ddp!r}: Megatron's optimizer needs Megatron's wrapper. "
+                f"Legal: 'megatron', or a DistributedDataParallelConfig."
+            )
+        super().__init__(**kwargs)
+        validate_ddp(self.ddp_config)  # some of the strategy's own settings enter it
+        self.seed = seed
+        self._random_state: RandomState | None = None
+        if self.async_save:
+            self.checkpoint_io = AsyncCheckpointIO(
+                MegatronCheckpointIO(
+                    save_ckpt_format=self.save_ckpt_format,
+                    load_directly_on_device=self.load_directly_on_device,
+                    async_save=True,
+                    torch_dist_multiproc=self.torch_dist_multiproc,
+                    assume_constant_structure=self.assume_constant_structure,
+                    parallel_save=self.parallel_save,
+                    parallel_save_within_dp=self.parallel_save_within_dp,
+                    parallel_load=self.parallel_load,
+                )
+            )
+
+    def connect(self, model: Any) -> None:
+        """Take the model, if it can be trained in this layout and on these data.
+
+        Raises:
+            UserError: an override has made the layout illegal, or model and data unlike; or
+                a setting is neither proved nor neutral.
+        """
+        trainer = model.trainer
+        layout = actual_layout(self.parallelism, trainer.world_size)
+        node = trainer.num_devices if trainer.num_nodes > 1 else 0
+        validate_actual(layout, model.config, trainer.datamodule, node)
+        if model.optim is not None and not isinstance(model.optim, HybridOptimizer):
+            raise UserError(
+                f"optim is a {type(model.optim).__name__}, which Megatron-Core 0.16 or our "
+                f"checkpoints do not know. Legal: HybridOptimizer "
+                f"(nemo_megacpp.nemo.optimizer)."
+            )
+        super().connect(model)
+        # The precision plugin and the strategy have by now had their say in all three.
+        validate_training(model.config, self.ddp_config, model.optim)
+
+    def setup_distributed(self) -> None:
+        """Start the process groups, or use the caller's default one; then seed this rank."""
+        bind_helpers()
+        joined = torch.distributed.is_initialized()
+        super().setup_distributed()
+        if joined:  # NeMo then leaves out what follows
+            init_model_parallel(self.model)
+            if self.data_sampler:
+                self.data_sampler.setup(torch.distributed.get_rank())
+        megatron_init._set_random_seed(self.seed)
+
+    def training_step(self, dataloader_iter: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run one training step on the random numbers that follow those of the step before.
+
+        Raises:
+            UserError: the gradient is not finite on this rank; nothing was updated.
+        """
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+        try:
+            output = super().training_step(dataloader_iter, *args, **kwargs)
+        except RuntimeError as error:
+            if (found := _NON_FINITE.match(str(error))) is None:
+                raise
+            step, (rank, value) = self.trainer.global_step + 1, found.groups()
+            raise UserError(told(step, f"the gradient is {value} on rank {rank}")) from None
+        self._random_state = random_state()
+        return output
+
+    @property
+    def sharded_state_dict_metadata(self) -> dict[str, Any]:
+        """What a checkpoint says of its form."""
+        sharded = bool(getattr(self.ddp_config, "use_distributed_optimizer", False))
+        return {**super().sharded_state_dict_metadata, **content_metadata(sharded)}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return nothing: NeMo saves the sharded state in the place of what it would be, which
+        Megatron cannot give where a pipeline stage has no experts, or before the first step."""
+        return {}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Save a checkpoint that keeps the random state."""
+        state = self._random_state or random_state()
+        checkpoint["random_state"] = sharded_random_state(state)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, selective_restore: bool = False
+    ) -> dict[str, Any]:
+        """Load a checkpoint of any backend, once its pickles are known to run nothing; where the
+        optimizer goes on, so do the random numbers.
+
+        Its bytes were compared with its manifest before the ranks were started.
+        """
+        guard_load(Path(checkpoint_path), verify=False)
+        config: Any = self.lightning_module.config
+        tokenizer = tokenizer_of(self.lightning_module.trainer.datamodule)
+        model, letters = actual_model(config, ()), config.pattern.letters
+        directory = find_checkpoint(Path(checkpoint_path))  # NeMo gives its weights/
+        validate_same_model(directory, model, letters, tokenizer)
+        if self.should_restore_optimizer_states(selective_restore=selective_restore):
+            validate_optimizer_state(directory)
+            validate_run_steps_left(directory, self.trainer)
+        usual = self.checkpoint_io  # type: ignore[has-type]
+        self.checkpoint_io = AcrossBackends(usual)
+        try:
+            checkpoint = super().load_checkpoint(checkpoint_path, selective_restore)
+        finally:
+            self.checkpoint_io = usual
+        _count_saving_step(checkpoint)
+        if self.should_restore_optimizer_states(selective_restore=selective_restore):
+            weights = ckpt_to_weights_subdir(checkpoint_path, is_saving=False)
+            self._random_state = load_random_state(weights)
+            if self._random_state is None:
+                _logger.info(
+                    "the checkpoint keeps no random state for this layout: dropout starts anew "
+                    "from the seed"
+                )
+        return checkpoint
+
+
+def _count_saving_step(checkpoint: dict[str, Any]) -> None:
+    """Lightning saves at the end of a step before it counts the step's batch as completed, and
+    takes back up what is not completed: every validation would come one step late."""
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    for counts in (progress.get("current"), progress.get("total")):
+        if counts is not None:
+            counts["completed"] = counts["processed"]

@@ -1,0 +1,76 @@
+"""Train a recipe: validate everything, then start the ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.preflight import preflight
+from nemo_megacpp.preflight.model import validate_recipe_layout
+from nemo_megacpp.preflight.outputs import validate_shared
+from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.runs.run_folder import RECIPE_FILE
+from nemo_megacpp.runtime.launch import Launched, launch, launched, validate_device_count
+
+
+def train_recipe(recipe: Recipe) -> Path:
+    """Train a resolved recipe, on this machine or under torchrun.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: for anything that can be told before the ranks start; nothing is written.
+        RankFailed: if a rank fails later.
+    """
+    here = launched()
+    speaks = here is None or here.rank == 0
+    if here is not None:
+        recipe = _in_world(recipe, here)
+    settled = preflight(recipe, announce=speaks)
+    recipe, run_dir = settled.recipe, settled.run_dir
+    if here is not None:
+        from nemo_megacpp.nemo.worker import run_recipe
+
+        if speaks:
+            _write_recipe(recipe, run_dir)
+        run_recipe(recipe, run_dir, devices=here.local_world_size)
+        return run_dir
+    validate_device_count(recipe.layout.world)
+    if recipe.data is None:
+        vocab_size = recipe.model["vocab_size"]
+        ensure_builtin(builtin_folder(vocab_size), vocab_size)
+    file = _write_recipe(recipe, run_dir)
+    launch(
+        ["-m", "nemo_megacpp.nemo.worker", str(file), str(run_dir)],
+        recipe.layout.world,
+        run_dir / "logs",
+    )
+    return run_dir
+
+
+def _write_recipe(recipe: Recipe, run_dir: Path) -> Path:
+    file = run_dir / RECIPE_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(recipe.to_mapping(), sort_keys=False), encoding="utf-8")
+    return file
+
+
+def _in_world(recipe: Recipe, here: Launched) -> Recipe:
+    """The launcher has decided the number of ranks: more of them are data-parallel."""
+    if recipe.layout.world_size not in (None, here.world_size):
+        raise UserError(
+            f"world_size={recipe.layout.world_size} was asked for, and the launcher has started "
+            f"{here.world_size} ranks. Leave world_size out, or start the job otherwise."
+        )
+    nodes = here.world_size // here.local_world_size
+    validate_shared(recipe.run_dir, nodes)
+    layout = dataclasses.replace(recipe.layout, world_size=here.world_size)
+    recipe = dataclasses.replace(recipe, layout=layout)
+    if nodes > 1:
+        validate_recipe_layout(recipe, gpus_per_node=here.local_world_size)
+    return recipe

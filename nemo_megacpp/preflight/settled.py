@@ -1,0 +1,76 @@
+"""From a resolved recipe to one that can be trained as it stands."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_megacpp.checkpoint.dcp import require_psutil
+from nemo_megacpp.checkpoint.guard import inspect_before_load
+from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.preflight.data import open_data
+from nemo_megacpp.preflight.model import validate_host, validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.outputs import new_run_dir, validate_loggers, validate_run_dir
+from nemo_megacpp.preflight.resume import find_resume, validate_optimizer_state
+from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.runtime.launch import launched
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What will be trained.
+
+    Attributes:
+        recipe: with vocabulary and checkpoint settled.
+        config: of its model, as the recipe leaves it before the data settle the vocabulary.
+        sources: its data; none for a built-in corpus that is yet to be prepared.
+        run_dir: the folder that the run will write.
+    """
+
+    recipe: Recipe
+    config: HybridConfig
+    sources: tuple[PreparedData, ...]
+    run_dir: Path
+
+
+def preflight(recipe: Recipe, announce: bool = True) -> Settled:
+    """Validate ``recipe`` and settle what it leaves open, without writing anything.
+
+    Args:
+        recipe: what to train.
+        announce: this process speaks for the job: it prints what was settled, and it is the one
+            that verifies the checkpoint that the run resumes.
+
+    Raises:
+        UserError: for anything that can be told before the ranks start.
+    """
+    require_psutil()
+    validate_recipe_layout(recipe)
+    config = validate_model(recipe)
+    validate_host(recipe, config)
+    validate_loggers(recipe)
+    recipe, sources = open_data(recipe)
+    resumes = recipe.resume is not None
+    recipe = find_resume(recipe, sources)
+    run_dir = Path(recipe.run_dir or new_run_dir(recipe.name, launched() is not None))
+    validate_run_dir(run_dir, recipe.resume, resumes)
+    if announce:
+        _announce(recipe, run_dir)
+    return Settled(recipe, config, tuple(sources), run_dir)
+
+
+def _announce(recipe: Recipe, run_dir: Path) -> None:
+    resumed = None
+    if recipe.resume is not None:
+        checkpoint = Path(recipe.resume)
+        resumed = inspect_before_load(checkpoint, verify=recipe.training.verify_checkpoint)
+        validate_optimizer_state(checkpoint)
+    if recipe.defaults:
+        print(f"defaults taken: {'; '.join(recipe.defaults)}")
+    print(f"{recipe.name}: {recipe.pattern}")
+    print(f"layout: {recipe.layout.describe()}; run folder: {run_dir}")
+    if resumed is not None:
+        print(f"resuming {recipe.resume} ({resumed})")
+    sys.stdout.flush()

@@ -1,0 +1,96 @@
+"""Read what runs recorded, and draw it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_megacpp.runs.events import read_records
+from nemo_megacpp.runs.run_folder import METRICS_FILE
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The metrics of one run.
+
+    Attributes:
+        steps: one record per training step, by step.
+        heldout: held-out loss by step.
+    """
+
+    steps: dict[int, dict[str, Any]]
+    heldout: dict[int, float]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Training loss by step."""
+        return {step: record["loss"] for step, record in self.steps.items()}
+
+
+def read_curve(run_dir: Path) -> Curve:
+    """Read the metrics of a run; a step recorded twice counts as last written."""
+    steps: dict[int, dict[str, Any]] = {}
+    heldout: dict[int, float] = {}
+    for record in read_records(run_dir / METRICS_FILE):
+        if "heldout_loss" in record:
+            heldout[record["step"]] = record["heldout_loss"]
+        else:
+            steps[record["step"]] = record
+    return Curve(steps, heldout)
+
+
+def draw_phases(phases: list[tuple[str, Curve]], resumed_at: int, path: Path) -> None:
+    """Draw training and held-out loss of runs that follow each other, as PNG.
+
+    Args:
+        phases: label and curve of each run.
+        resumed_at: step of the checkpoint that the second run resumed.
+        path: of the PNG.
+    """
+    figure, axes = _draw(phases)
+    axes.axvline(resumed_at, color="0.4", ls=":")
+    axes.annotate(
+        f" resumed from the checkpoint of step {resumed_at}",
+        (resumed_at, 1.0),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        color="0.3",
+    )
+    figure.savefig(path, dpi=120)
+
+
+def draw_runs(runs: list[tuple[str, Curve]], path: Path) -> None:
+    """Draw training and held-out loss of runs beside each other, as PNG.
+
+    Args:
+        runs: label and curve of each run.
+        path: of the PNG.
+    """
+    _draw(runs)[0].savefig(path, dpi=120)
+
+
+def _draw(runs: list[tuple[str, Curve]]) -> tuple[Any, Any]:
+    """Return a figure with all curves, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (label, curve) in enumerate(runs):
+        color = f"C{index}"
+        losses, heldout = curve.losses, curve.heldout
+        axes.plot(list(losses), list(losses.values()), color=color, lw=1, label=f"{label}, train")
+        axes.plot(
+            list(heldout),
+            list(heldout.values()),
+            "o--",
+            color=color,
+            ms=4,
+            label=f"{label}, held-out",
+        )
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure, axes

@@ -1,0 +1,90 @@
+"""What happened in a run, apart from its steps: starts, checkpoints, stops, failures."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.runs.run_folder import EVENTS_FILE
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event.
+
+    Attributes:
+        kind: ``started``, ``resumed``, ``checkpoint``, ``stopped``, ``failed``, ``finished``, or
+            ``sigterm``, or any other word.
+        step: steps that the run had made.
+        time: when, in UTC.
+        details: what there is to say.
+    """
+
+    kind: str
+    step: int
+    time: datetime.datetime
+    details: dict[str, Any]
+
+
+def record_event(run_dir: Path, kind: str, step: int, **details: Any) -> None:
+    """Append an event to the run's record; one rank calls this.
+
+    Args:
+        run_dir: the run's folder.
+        kind, step: see :class:`Event`.
+        details: values that JSON holds.
+    """
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    append_record(
+        run_dir / EVENTS_FILE, {"kind": kind, "step": step, "time": now, "details": details}
+    )
+
+
+def read_events(run_dir: Path) -> list[Event]:
+    """Return the run's events in their order; none where it has recorded none."""
+    return [
+        Event(
+            record["kind"],
+            record["step"],
+            datetime.datetime.fromisoformat(record["time"]),
+            record["details"],
+        )
+        for record in read_records(run_dir / EVENTS_FILE)
+    ]
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Append a line of JSON, on a line of its own even after one that a kill has cut short.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines, without lines that a kill has cut short."""
+    records = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            records.append(dict(json.loads(line)))
+        except ValueError:
+            continue
+    return records

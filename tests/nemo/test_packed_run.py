@@ -1,0 +1,107 @@
+"""Two real runs through NeMo, with packed documents: TP=2, and on from its checkpoint at TP=1."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.runs.curves import Curve, read_curve
+from nemo_megacpp.runs.events import read_events
+from nemo_megacpp.runs.page import write_page
+from nemo_megacpp.runs.record import read_run
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
+# One block of each family. The vocabulary of 300 is padded to the same size in both layouts.
+SETTINGS = {
+    "pattern": "AEMR",
+    "depth": 4,
+    "hidden_size": 56,
+    "seq_length": 64,
+    "make_vocab_size_divisible_by": 50,
+    "global_batch_size": 4,
+    "packed_documents": "true",
+    "max_steps": 4,
+    "save_interval": 2,
+    "val_check_interval": 4,
+    "limit_val_batches": 1,
+    "log_interval": 2,
+    "warmup_steps": 1,
+}
+
+
+def _train(folder: Path, data: PreparedData, *settings: str) -> str:
+    command = [sys.executable, "-m", "nemo_megacpp.cli", "train", "nam56r_tiny"]
+    given = [f"{key}={value}" for key, value in SETTINGS.items()]
+    done = subprocess.run(
+        [*command, *given, f"data={data.root}", *settings],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the two runs printed, by their folders."""
+    folder = tmp_path_factory.mktemp("runs")
+    two, one = str(folder / "two"), str(folder / "one")
+    layout = ("tensor_parallel=2", "expert_tensor_parallel=1")
+    checkpoint = f"resume={two}/checkpoints/step=2"
+    return {
+        two: _train(folder, small_data, *layout, f"run_dir={two}", "stop_after=3"),
+        one: _train(folder, small_data, "tensor_parallel=1", f"run_dir={one}", checkpoint),
+    }
+
+
+def _curves(runs: dict[str, str]) -> list[Curve]:
+    return [read_curve(Path(folder)) for folder in runs]
+
+
+def test_packs_give_the_same_loss_in_both_layouts(runs: dict[str, str]) -> None:
+    two, one = _curves(runs)
+    assert sorted(two.steps) == [1, 2, 3]
+    assert sorted(one.steps) == [3, 4]
+    assert one.losses[3] == pytest.approx(two.losses[3], rel=1e-5)
+    assert one.steps[3]["grad_norm"] == pytest.approx(two.steps[3]["grad_norm"], rel=1e-4)
+
+
+def test_what_is_shown_and_recorded(runs: dict[str, str]) -> None:
+    (two, shown), (one, last) = runs.items()
+    line = next(line for line in shown.splitlines() if line.startswith("step     2/4"))
+    for part in ("loss ", "seq_load_balancing_loss ", "grad norm ", " tokens/s", " s ", " GiB"):
+        assert part in line, line
+    assert [event.kind for event in read_events(Path(two))] == [
+        "started",
+        "checkpoint",
+        "checkpoint",
+        "stopped",
+    ]
+    resumed, *_, finished = read_events(Path(one))
+    assert (resumed.kind, resumed.step, resumed.details["ranks"]) == ("resumed", 2, 1)
+    assert resumed.details["checkpoint"] == f"{two}/checkpoints/step=2"
+    assert (finished.kind, finished.step) == ("finished", 4)
+    assert resumed.details["pattern"] == "AEMR"
+    assert resumed.details["layout"] == "TP=1 CP=1 EP=1 ETP=1 PP=1 (1 rank: DP=1, expert DP=1)"
+    for record in read_curve(Path(one)).steps.values():
+        assert record["tokens_per_second"] * record["seconds"] == pytest.approx(4 * 64)
+    for text in (f"stopped            {two}", "checkpoints saved  2", "wall time "):
+        assert text in shown
+    assert f"finished           {one}" in last
+
+
+def test_report_of_a_real_run(runs: dict[str, str]) -> None:
+    two, one = map(Path, runs)
+    assert [step for step, _ in read_run(two).checkpoints] == [2, 3]
+    text = write_page(read_run(one)).read_text()
+    for part in ("TP=1", "resumed", "finished", "<svg", "packed_documents: true"):
+        assert part in text

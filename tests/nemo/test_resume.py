@@ -1,0 +1,211 @@
+"""A run that was saved and resumed is the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.runs.curves import Curve, read_curve
+from nemo_megacpp.runtime.workers import WorkerPool
+
+STEPS = 4
+SMALL = {
+    "pattern": "AEMR",
+    "depth": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 8,
+    "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "moe_router_topk": 2,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "mamba_state_dim": 8,
+    "mamba_num_groups": 2,
+    "m2rnn_num_heads": 4,
+    "m2rnn_key_head_dim": 8,
+    "m2rnn_value_head_dim": 8,
+    "seq_length": 32,
+    "micro_batch_size": 1,
+    "global_batch_size": 4,
+    "max_steps": STEPS,
+    "warmup_steps": 2,
+    "save_interval": 2,
+    "val_check_interval": 3,
+    "limit_val_batches": 2,
+    "etp": 1,
+}
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture
+def train(ranks: WorkerPool, small_data: PreparedData, tmp_path: Path) -> Train:
+    """Return a function that trains on two ranks; a run is named by its folder."""
+    from tests.nemo import nemo_ranks
+
+    def run(name: str, *, task: str = "run_train", **settings: Any) -> Path:
+        given = {**SMALL, **settings, "data": small_data.root, "run_dir": tmp_path / name}
+        overrides = [f"{key}={value}" for key, value in given.items()]
+        ranks.run(2, getattr(nemo_ranks, task), _free_port(), overrides)
+        return tmp_path / name
+
+    return run
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def _checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step={step}"
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a checkpoint, whole, in one process."""
+    reader = dcp.FileSystemReader(str(checkpoint / "weights"))
+    saved = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in saved.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def _what_goes_on(checkpoint: Path) -> dict[str, Any]:
+    """Return what all ranks share: optimizer settings and step, scheduler, consumed samples."""
+    common = dist_checkpointing.load_common_state_dict(str(checkpoint / "weights"))
+    kept = ("global_step", "optimizer", "lr_schedulers", "HybridDataModule")
+    return {key: common[key] for key in kept}
+
+
+def _same_end(one: Path, other: Path, step: int = STEPS) -> None:
+    """Both runs end alike: weights, moments, master weights, random states, and what is shared."""
+    a, b = _tensors(_checkpoint(one, step)), _tensors(_checkpoint(other, step))
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+    assert _what_goes_on(_checkpoint(one, step)) == _what_goes_on(_checkpoint(other, step))
+
+
+def _records(run: Path) -> dict[int, dict[str, Any]]:
+    """Return what each step computed, without what its host decides."""
+    host = ("seconds", "tokens_per_second", "memory")
+    steps = read_curve(run).steps
+    return {
+        step: {key: value for key, value in record.items() if key not in host}
+        for step, record in steps.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"tp": 2}, id="TP with SP", marks=pytest.mark.slow),
+        pytest.param(
+            {"tp": 1, "world_size": 2, "use_distributed_optimizer": True, "precision": "bf16"},
+            id="distributed optimizer, bf16",
+        ),
+        pytest.param(
+            {"tp": 1, "cp": 2, "ep": 2, "mode": "mamba3"},
+            id="CP, EP, Mamba-3",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"tp": 1, "pp": 2, "vpp": 2, "precision": "bf16"},
+            id="PP, VPP, bf16",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_same_layout_is_exact(train: Train, settings: dict[str, Any]) -> None:
+    """With dropout on. The validation between the steps is no part of the training."""
+    at_once = train("at_once", **settings, **DROPOUT)
+    resumed = train("resumed", **settings, **DROPOUT, resume=_checkpoint(at_once, 2))
+    first, second = _records(at_once), _records(resumed)
+    assert (list(first), list(second)) == ([1, 2, 3, 4], [3, 4])
+    assert second == {step: first[step] for step in (3, 4)}
+    assert read_curve(at_once).heldout == read_curve(resumed).heldout
+    assert list(read_curve(resumed).heldout) == [3]
+    _same_end(at_once, resumed)
+    moments = [
+        value for key, value in _tensors(_checkpoint(resumed, STEPS)).items() if "exp_" in key
+    ]
+    assert moments and all(value.any() for value in moments)
+
+
+@pytest.mark.slow
+def test_stopped_twice_is_never_stopped(train: Train) -> None:
+    """Saved wherever the run was stopped, in one folder, with the random state of the end."""
+    settings = {"tp": 2, **DROPOUT, "save_interval": 1000}
+    at_once = train("at_once", **settings)
+    train("parts", **settings, stop_after=1)
+    train("parts", **settings, stop_after=3, resume="auto")
+    parts = train("parts", **settings, resume="auto")
+    assert _records(parts) == _records(at_once)
+    _same_end(at_once, parts)
+    assert _what_goes_on(_checkpoint(parts, STEPS))["HybridDataModule"] == {
+        "consumed_samples": STEPS * SMALL["global_batch_size"]  # type: ignore[operator]
+    }
+    # The generators are part of it: dropout that starts anew is another run.
+    step_one = _checkpoint(parts, 1)
+    other = train("other", task="run_train_without_random_state", **settings, resume=step_one)
+    assert _records(other)[2]["loss"] != _records(at_once)[2]["loss"]
+
+
+@pytest.mark.slow
+def test_other_layouts_follow_within_rounding(train: Train) -> None:
+    """Losses, gradient norms and held-out losses of the steps that follow, float32, dropout off."""
+    at_once = train("at_once", tp=2)
+    expected = read_curve(at_once)
+    for name, settings in {
+        "pp": {"tp": 1, "pp": 2},
+        "sharded": {"tp": 1, "world_size": 2, "use_distributed_optimizer": True},
+    }.items():
+        run = train(name, **settings, resume=_checkpoint(at_once, 2))
+        _close(read_curve(run), expected)
+
+
+def _close(curve: Curve, expected: Curve, within: float = 1e-5) -> None:
+    assert list(curve.steps) == [3, 4]
+    for step, record in curve.steps.items():
+        assert record["lr"] == expected.steps[step]["lr"]
+        for number in ("loss", "grad_norm"):
+            assert record[number] == pytest.approx(expected.steps[step][number], rel=within)
+    assert curve.heldout == pytest.approx(expected.heldout, rel=within)
+
+
+def test_nemo_factory_is_exact(ranks: WorkerPool, small_data: PreparedData, tmp_path: Path) -> None:
+    """Through the recipe behind ``nemo llm pretrain --factory``, at its own size."""
+    from tests.nemo import nemo_ranks
+
+    settings = {
+        "max_steps": 2,
+        "save_interval": 1,
+        "micro_batch_size": 1,
+        "global_batch_size": 2,
+        "seq_length": 16,
+        "data": str(small_data.root),
+    }
+    at_once, resumed = tmp_path / "at_once", tmp_path / "resumed"
+    ranks.run(2, nemo_ranks.run_factory, _free_port(), {**settings, "run_dir": str(at_once)})
+    again = {**settings, "run_dir": str(resumed), "resume": str(_checkpoint(at_once, 1))}
+    ranks.run(2, nemo_ranks.run_factory, _free_port(), again)
+    assert _records(resumed) == {2: _records(at_once)[2]}
+    _same_end(at_once, resumed, step=2)

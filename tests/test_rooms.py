@@ -1,0 +1,105 @@
+"""The rooms of the package: each imports from those before it, and nothing imports in a circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import nemo_megacpp
+
+ROOT = Path(nemo_megacpp.__file__).parent
+
+ROOMS = (
+    *("errors", "values", "render", "pattern", "layout", "families", "settings", "config"),
+    *("mixers", "specs", "runtime", "checkpoint", "contract", "proof", "data"),
+    *("recipes", "preflight", "runs", "nemo", "megatron_args", "doctor", "commands", "cli"),
+)
+"""A room imports from those before it."""
+FRONT_ENDS = {"nemo", "megatron_args"}
+"""They do not import each other."""
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Yield every module of this package that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] == "nemo_megacpp")
+
+
+def _name(path: Path) -> str:
+    parts = ("nemo_megacpp", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+FILES = {_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def _module(name: str) -> str:
+    """Return the module of an imported name: the name itself, or what it is defined in."""
+    return name if name in FILES else name.rpartition(".")[0]
+
+
+def _graph() -> dict[str, set[str]]:
+    graph = {name: set(map(_module, _imports(path))) for name, path in FILES.items()}
+    assert len(graph) > 100
+    for name, imported in graph.items():
+        assert imported <= FILES.keys(), f"{name} imports {imported - FILES.keys()}"
+    return graph
+
+
+def _room(name: str) -> str:
+    return (*name.split("."), "")[1]
+
+
+def test_rooms_import_downwards() -> None:
+    """Each room from those before it, without exception."""
+    climbs = []
+    for name, imported in _graph().items():
+        for other in imported:
+            room, target = _room(name), _room(other)
+            if room in ("", "__main__") or target == "":
+                continue
+            assert room in ROOMS and target in ROOMS, f"{name} imports {other}: no such room"
+            if ROOMS.index(target) > ROOMS.index(room):
+                climbs.append(f"{name} imports {other}")
+            if {room, target} <= FRONT_ENDS and room != target:
+                climbs.append(f"{name} imports {other}: two front ends")
+    assert not climbs
+
+
+def test_no_module_imports_in_a_circle() -> None:
+    """A package and what it gathers from its modules count as one way only."""
+    graph = {
+        name: {other for other in imported if not name.startswith(f"{other}.")}
+        for name, imported in _graph().items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
+
+
+def test_only_the_runtime_knows_the_stand_ins() -> None:
+    stand_ins = {"cpu_torch", "cpu_megatron", "cpu_nemo", "cpu_scripts"}
+    users = {
+        name
+        for name, path in FILES.items()
+        for imported in _imports(path)
+        if stand_ins & set(imported.split("."))
+    }
+    assert users, "the scan must see the import in runtime/host.py"
+    assert set(map(_room, users)) == {"runtime"}
+
+
+def test_a_command_is_one_file() -> None:
+    """Its name in the command line is the file's."""
+    from nemo_megacpp.cli import COMMANDS
+
+    files = {name.rpartition(".")[2] for name in FILES if _room(name) == "commands"}
+    names = {command.__name__.rpartition(".")[2] for command in COMMANDS}
+    assert files - {"commands", "arguments"} == names
