@@ -12,7 +12,7 @@ With ``[B, C, x]`` for every channel from ``W_in u``, the block is ``W_out (C âŠ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,18 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from nemo_megacpp.families import BlockFamily, register
+from nemo_megacpp.formulas.collectives import (
+    Collective,
+    column_parallel,
+    exchange,
+    row_parallel,
+)
+from nemo_megacpp.formulas.saved import Saved, norm
+from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.layout.rules import Broken, Case, Divides
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d
 from nemo_megacpp.mixers.sequence_layout import heads_to_sequence, sequence_to_heads, token_order
 from nemo_megacpp.mixers.sharding import sharded_by_head
-from nemo_megacpp.pattern import Family
 from nemo_megacpp.specs.backend import mamba_layer_norm
 
 TAPS = 4
@@ -128,7 +135,7 @@ class ShortConvMixer(MegatronModule):
         return sharded_by_head(self, (), self.tp_group, prefix, sharded_offsets, metadata)
 
 
-def short_conv_layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
+def short_conv_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any]) -> ModuleSpec:
     """Return a ``MambaLayer`` (norm, mixer, residual) around the mixer."""
     return ModuleSpec(
         module=MambaLayer,
@@ -157,13 +164,49 @@ def channels_over_tp_and_cp(case: Case) -> Iterator[Broken]:
         yield Broken("CP", "short-conv-channels-cp", message, knobs=("cp", "tp"))
 
 
+def collectives(sizes: Sizes) -> list[Collective]:
+    """What a layer sends in one microbatch: into and out of TP, and over cp to whole channels."""
+    width = sizes.h // sizes.layout.tp
+    return [
+        *column_parallel(sizes, "normed hidden states"),
+        *exchange(sizes, 3 * width, "B, C and x"),
+        *exchange(sizes, width, "gated output"),
+        *row_parallel(sizes, "mixer output"),
+    ]
+
+
+def saved_activations(sizes: Sizes) -> list[Saved]:
+    """What autograd saves of one microbatch, in the plain torch form, on any machine."""
+    channels = sizes.h // sizes.layout.tp // sizes.layout.cp
+    length = sizes.length * sizes.layout.cp
+    values = sizes.batch * length * channels
+    padded = sizes.batch * (length + TAPS - 1) * channels
+    return [
+        *norm(sizes),
+        Saved("projected B, C and x", 3 * values * sizes.e),
+        Saved("convolution: padded input", padded * sizes.wide),
+        Saved("convolution: taps", channels * TAPS * sizes.wide),
+        Saved("convolution: output", values * sizes.e),
+        Saved("output projection's input", values * sizes.e),
+    ]
+
+
+def mixing(sizes: Sizes) -> int:
+    """Operations of the two gates and the convolution, for one token."""
+    return sizes.h * (2 * TAPS + 2)
+
+
 register(
     BlockFamily(
         letter="C",
+        name="short convolution",
         layer_spec=short_conv_layer_spec,
         rules=(
-            Divides("short-conv-channels", Family("C"), "hidden_size", "tp", WHY),
+            Divides("short-conv-channels", "hidden_size", "tp", WHY),
             channels_over_tp_and_cp,
         ),
+        collectives=collectives,
+        saved_activations=saved_activations,
+        mixing=mixing,
     )
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import os
 import signal
 import sys
@@ -99,8 +98,6 @@ def main() -> None:
     warnings.simplefilter("ignore")  # the libraries' remarks on what is not installed,
     if "ignore" not in sys.warnoptions:
         sys.warnoptions.append("ignore")  # here and in the processes started from here
-    # A CUDA build of torch on a machine that has CUDA's compiler and no GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         with importing():  # most of a short command; a long one works in processes of its own
             code = args.run(args)

@@ -1,84 +1,123 @@
-"""Block families that a user adds to A, M, E and R.
+"""Block families: everything that one is, in one declaration.
 
-A family is a letter, a layer spec and the rules of the layouts it can be split in. A module that
-calls :func:`register` defines it; a recipe (or ``HybridConfig``) names the module in
-``family_modules``, and every rank imports it before it reads the pattern.
+A family is a letter, a layer spec, the rules of the layouts it can be split in, and what a layer
+sends, saves and computes. The four built-in ones are declared in :mod:`nemo_megacpp.specs`, one
+file each. A module of a user's that calls :func:`register` adds another; a recipe (or
+``HybridConfig``) names the module in ``family_modules``, and every rank imports it before it reads
+the pattern.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.layout.rules import RULES, Broken, Case, Rule
-from nemo_megacpp.pattern import Family, add_family
+from nemo_megacpp.pattern import BUILT_IN, Family, add_family
 
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
     from megatron.core.transformer.spec_utils import ModuleSpec
 
+BUILT_IN_MODULES = tuple(
+    f"nemo_megacpp.specs.{name}" for name in ("attention", "mamba", "expert", "recurrent")
+)
+"""They load no torch until a layer spec or a formula is asked for."""
+
 
 @dataclass(frozen=True)
 class BlockFamily:
-    """A family of blocks beside the four.
+    """A family of blocks.
 
     Attributes:
-        letter: its letter in a pattern, ``A`` to ``Z`` but for A, M, E and R.
-        layer_spec: from the backend to the spec of one layer: a ``MambaLayer`` around a mixer, or a
-            ``TransformerLayer``.
-        rules: what a layout must divide, beside the rules of the four families
-            (:mod:`nemo_megacpp.layout.rules`), asked of models that have the family. Without a
-            rule, every layout counts as legal.
+        letter: its letter in a pattern, ``A`` to ``Z``.
+        layer_spec: from the backend, and the hybrid fields that are known when a stack is
+            specified (``mode`` among them), to the spec of one layer: a ``MambaLayer`` around a
+            mixer, or a ``TransformerLayer``.
+        name: for people.
+        rules: what a layout must divide (:mod:`nemo_megacpp.layout.rules`), asked of models that
+            have the family. Without a rule, every layout counts as legal.
+        required: sizes of :class:`nemo_megacpp.layout.ModelShape` that the family needs.
+        collectives: from :class:`nemo_megacpp.formulas.sizes.Sizes` to what a layer sends in one
+            microbatch, forward and backward (:mod:`nemo_megacpp.formulas.collectives`); messages
+            within a group of one rank may be in it. None: not known, and ``plan`` and ``layouts``
+            refuse the family.
+        saved_activations: from the same to what a layer saves of one microbatch
+            (:mod:`nemo_megacpp.formulas.saved`). None: as for ``collectives``.
+        mixing: from the same to the operations between tokens and on states: for one token,
+            forward, in the whole model. Those of the weights are counted from the parameters.
+            None: there are no others.
+
+    Who owns a parameter is not declared: it is read off the built modules, whose tags Megatron
+    trains by.
     """
 
     letter: str
-    layer_spec: Callable[[BackendSpecProvider], ModuleSpec]
-    rules: tuple[Rule, ...] = ()
+    layer_spec: Callable[[BackendSpecProvider, Mapping[str, Any]], ModuleSpec]
+    name: str = ""
+    rules: tuple[Callable[[Any], Any], ...] = ()
+    required: tuple[str, ...] = ()
+    collectives: Callable[[Any], list[Any]] | None = None
+    saved_activations: Callable[[Any], list[Any]] | None = None
+    mixing: Callable[[Any], int] | None = None
 
     @property
     def family(self) -> Family:
         """The family as patterns hold it."""
         return Family(self.letter)
 
+    @property
+    def is_priced(self) -> bool:
+        """Whether a plan knows what the family sends and saves."""
+        return self.collectives is not None and self.saved_activations is not None
+
 
 _registered: dict[str, BlockFamily] = {}
 
 
 def register(block: BlockFamily) -> BlockFamily:
-    """Make ``block`` known to patterns, layouts and stacks of this process.
+    """Make ``block`` known to patterns, layouts, stacks and plans of this process.
 
     Raises:
         UserError: its letter is no letter, or another family's.
     """
-    add_family(block.letter)
+    if block.layer_spec.__module__ not in BUILT_IN_MODULES:
+        add_family(block.letter)
     if block.letter in _registered and _registered[block.letter] != block:
         raise UserError(f"Two block families are registered under the letter {block.letter!r}.")
-    if block.letter not in _registered:
-        _registered[block.letter] = block
-        RULES.extend(_where_there_is(block.family, rule) for rule in block.rules)
+    _registered.setdefault(block.letter, block)
     return block
 
 
-def _where_there_is(family: Family, rule: Rule) -> Rule:
-    """Return ``rule`` for the models that have ``family``: others need not have its sizes."""
-
-    def asked(case: Case) -> Iterator[Broken]:
-        if case.has(family):
-            yield from rule(case)
-
-    return asked
-
-
 def registered() -> tuple[BlockFamily, ...]:
-    """Return the families that were added, in the order of their registration."""
-    return tuple(_registered.values())
+    """Return all families: the four, then those that were added, in the order of registration."""
+    for module in BUILT_IN_MODULES:
+        import_module(module)
+    first = [_registered[family.value] for family in BUILT_IN]
+    return (*first, *(block for block in _registered.values() if block not in first))
+
+
+def added() -> tuple[BlockFamily, ...]:
+    """Return the families beside the four."""
+    return registered()[len(BUILT_IN) :]
+
+
+def block_of(family: Family) -> BlockFamily:
+    """Return the declaration of a family."""
+    if family.value not in _registered:
+        registered()
+    return _registered[family.value]
+
+
+def own_fields(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the settings of one mixer, for its module: those whose names begin with ``prefix``."""
+    return {name: value for name, value in settings.items() if name.startswith(prefix)}
 
 
 def load_families(modules: Sequence[str] | None) -> None:
@@ -99,7 +138,7 @@ def load_families(modules: Sequence[str] | None) -> None:
             raise UserError(
                 f"family_modules: {name} cannot be imported: {type(error).__name__}: {error}"
             ) from error
-        if all(block.layer_spec.__module__ != module.__name__ for block in registered()):
+        if all(block.layer_spec.__module__ != module.__name__ for block in added()):
             raise UserError(
                 f"family_modules: {name} registers no family; it has to call "
                 f"nemo_megacpp.families.register(BlockFamily(...))."

@@ -10,22 +10,22 @@ import pytest
 from nemo_megacpp import families, pattern
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import BlockFamily, load_families, register
-from nemo_megacpp.layout import rules
+from nemo_megacpp.layout.rules import Divides
 from nemo_megacpp.pattern import HybridPattern
 
 
 @pytest.fixture(autouse=True)
 def _leave_no_family_behind() -> Iterator[None]:
-    known, added, all_rules = dict(pattern._families), dict(families._registered), [*rules.RULES]
+    families.registered()
+    known, added = dict(pattern._families), dict(families._registered)
     yield
     pattern._families.clear()
     pattern._families.update(known)
     families._registered.clear()
     families._registered.update(added)
-    rules.RULES[:] = all_rules
 
 
-def _spec(backend: object) -> None:
+def _spec(backend: object, settings: object) -> None:
     raise AssertionError("no stack is built here")
 
 
@@ -38,13 +38,12 @@ def test_a_letter_is_legal_once_its_family_is_registered() -> None:
 
 
 def test_registering_twice_is_once_and_another_family_is_refused() -> None:
-    rule = rules.RULES[0]
-    block = register(BlockFamily("Z", _spec, (rule,)))
-    count = len(rules.RULES)
-    assert register(BlockFamily("Z", _spec, (rule,))) == block
-    assert len(rules.RULES) == count
+    rule = Divides("width", "hidden_size", "tp", "whole channels")
+    block = register(BlockFamily("Z", _spec, rules=(rule,)))
+    assert register(BlockFamily("Z", _spec, rules=(rule,))) == block
+    assert [added.letter for added in families.added()].count("Z") == 1
     with pytest.raises(UserError, match="Two block families"):
-        register(BlockFamily("Z", lambda backend: _spec(backend)))
+        register(BlockFamily("Z", lambda backend, settings: _spec(backend, settings)))
 
 
 @pytest.mark.parametrize("letter", ["A", "M", "E", "R"])

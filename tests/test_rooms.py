@@ -12,8 +12,8 @@ import nemo_megacpp
 ROOT = Path(nemo_megacpp.__file__).parent
 
 ROOMS = (
-    *("errors", "values", "render", "pattern", "layout", "families", "settings", "config"),
-    *("mixers", "specs", "runtime", "checkpoint", "contract", "proof", "data"),
+    *("errors", "values", "render", "pattern", "families", "layout", "settings", "config"),
+    *("mixers", "formulas", "specs", "runtime", "checkpoint", "contract", "proof", "data"),
     *("recipes", "preflight", "runs", "nemo", "megatron_args", "doctor", "commands", "cli"),
 )
 """A room imports from those before it."""

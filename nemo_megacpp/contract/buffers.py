@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from nemo_megacpp.contract.build import BuiltChunk, BuiltParameter, BuiltStage
-from nemo_megacpp.contract.job import Job
+from nemo_megacpp.formulas.job import Job
 
 GRADIENT_BYTES = 4
 """A gradient is accumulated and reduced in float32, in either precision."""

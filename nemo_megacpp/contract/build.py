@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from nemo_megacpp.checkpoint.dcp import sharding_metadata
-from nemo_megacpp.contract.job import Job
+from nemo_megacpp.formulas.job import Job
 from nemo_megacpp.runtime.fake import fake_rank
 from nemo_megacpp.specs.backend import TorchBackend
 from nemo_megacpp.specs.model import build_hybrid_chunks

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from nemo_megacpp.contract.activations import COUNTED_RECOMPUTATION
 from nemo_megacpp.contract.build import BuiltStage
-from nemo_megacpp.contract.placement import group_facts, group_size
-from nemo_megacpp.contract.sizes import Sizes
+from nemo_megacpp.formulas.placement import group_facts, group_size
+from nemo_megacpp.formulas.saved import COUNTED_RECOMPUTATION
+from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.mixers.kernels.mamba3_gpu import mamba3_gpu_reason
 from nemo_megacpp.pattern import Family, known_families
 

@@ -22,7 +22,7 @@ Version 1. Every size is in bytes, every shape a list; keys are only ever added 
     costs: [{axis, effect, message}]
 
 where COLLECTIVE is ``{kind, group, bytes, phase, role, what, count, neighbour}``, of one layer in
-one microbatch, or of one step; see :class:`nemo_megacpp.contract.collectives.Collective`.
+one microbatch, or of one step; see :class:`nemo_megacpp.formulas.collectives.Collective`.
 """
 
 from __future__ import annotations

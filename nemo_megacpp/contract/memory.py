@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_megacpp.contract.activations import (
-    Kept,
     block_activations,
     embedding_activations,
     head_activations,
-    total,
 )
 from nemo_megacpp.contract.buffers import (
     GRADIENT_BYTES,
@@ -23,8 +21,9 @@ from nemo_megacpp.contract.buffers import (
     largest_optimizer_bytes,
 )
 from nemo_megacpp.contract.build import BuiltChunk, BuiltStage
-from nemo_megacpp.contract.job import Job
-from nemo_megacpp.contract.sizes import Sizes
+from nemo_megacpp.formulas.job import Job
+from nemo_megacpp.formulas.saved import Saved, total
+from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.pattern import Family
 
 
@@ -82,7 +81,7 @@ def memory_of(
     )
 
 
-def chunk_activations(sizes: Sizes, chunk: BuiltChunk) -> list[tuple[str, list[Kept]]]:
+def chunk_activations(sizes: Sizes, chunk: BuiltChunk) -> list[tuple[str, list[Saved]]]:
     """Return ``(place, what it keeps)`` for embedding, layers and head of a chunk, in order."""
     of_family = {letter: block_activations(sizes, Family(letter)) for letter in set(chunk.letters)}
     places = [(letter, of_family[letter]) for letter in chunk.letters]

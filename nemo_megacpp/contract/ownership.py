@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_megacpp.contract.build import BuiltParameter, BuiltStage
-from nemo_megacpp.contract.job import Job
-from nemo_megacpp.contract.placement import group_size
+from nemo_megacpp.formulas.job import Job
+from nemo_megacpp.formulas.placement import group_size
 
 
 @dataclass(frozen=True)

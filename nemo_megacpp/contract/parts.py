@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_megacpp.contract.build import BuiltChunk, BuiltParameter, BuiltStage, build_stages
-from nemo_megacpp.contract.job import Job
+from nemo_megacpp.formulas.job import Job
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import CUT, Family
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from nemo_megacpp.contract.placement import sizes_of
 from nemo_megacpp.contract.plan import Plan
 from nemo_megacpp.contract.tables import rank_range
+from nemo_megacpp.formulas.placement import sizes_of
 from nemo_megacpp.render import show_bytes
 
 FAMILY_COLOURS = {"A": "#4c78a8", "M": "#54a24b", "E": "#f58518", "R": "#b279a2"}

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_megacpp.contract.activations import (
-    Kept,
     block_activations,
     embedding_activations,
     head_activations,
 )
 from nemo_megacpp.contract.build import BuiltStage, build_stages
-from nemo_megacpp.contract.collectives import Collective
 from nemo_megacpp.contract.costs import Cost, costs
-from nemo_megacpp.contract.job import Job
 from nemo_megacpp.contract.memory import StageMemory, stage_memory
 from nemo_megacpp.contract.ownership import OwnedParameter, ownership, parameter_count
-from nemo_megacpp.contract.placement import GROUPS, GroupFacts, group_facts, group_size
-from nemo_megacpp.contract.sizes import Sizes, sizes_of_job
 from nemo_megacpp.contract.step import layer_collectives, step_collectives, whole_step
 from nemo_megacpp.contract.traffic import Traffic, traffic
+from nemo_megacpp.formulas.collectives import Collective
+from nemo_megacpp.formulas.job import Job
+from nemo_megacpp.formulas.placement import GROUPS, GroupFacts, group_facts, group_size
+from nemo_megacpp.formulas.saved import Saved
+from nemo_megacpp.formulas.sizes import Sizes, sizes_of_job
 from nemo_megacpp.pattern import Family
 
 
@@ -79,7 +79,7 @@ class Plan:
     owned: tuple[OwnedParameter, ...]
     stages: tuple[StagePlan, ...]
     groups: tuple[GroupFacts, ...]
-    activations: dict[str, tuple[Kept, ...]]
+    activations: dict[str, tuple[Saved, ...]]
     costs: tuple[Cost, ...]
 
     @property

@@ -20,7 +20,6 @@ from nemo_megacpp.contract.activations import (
     block_activations,
     embedding_activations,
     head_activations,
-    total,
 )
 from nemo_megacpp.contract.buffers import (
     GRADIENT_BYTES,
@@ -31,20 +30,21 @@ from nemo_megacpp.contract.buffers import (
 )
 from nemo_megacpp.contract.build import BuiltParameter, BuiltStage
 from nemo_megacpp.contract.candidates import Candidates, all_layouts
-from nemo_megacpp.contract.collectives import Collective
 from nemo_megacpp.contract.communication import (
     block_collectives,
     embedding_collectives,
     head_collectives,
 )
 from nemo_megacpp.contract.cuts import choose_cuts, work_weight
-from nemo_megacpp.contract.job import Job
 from nemo_megacpp.contract.memory import StageMemory, memory_of
 from nemo_megacpp.contract.parts import Parts
-from nemo_megacpp.contract.sizes import Sizes, sizes_of_job
 from nemo_megacpp.contract.step import pipeline_messages, step_collectives
 from nemo_megacpp.contract.traffic import traffic
 from nemo_megacpp.contract.work import Work, work_of
+from nemo_megacpp.formulas.collectives import Collective
+from nemo_megacpp.formulas.job import Job
+from nemo_megacpp.formulas.saved import total
+from nemo_megacpp.formulas.sizes import Sizes, sizes_of_job
 from nemo_megacpp.layout import ModelShape, ParallelLayout
 from nemo_megacpp.pattern import Family, HybridPattern
 

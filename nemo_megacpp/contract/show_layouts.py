@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from nemo_megacpp.contract.candidates import Rejection
-from nemo_megacpp.contract.job import Job
 from nemo_megacpp.contract.search import Priced, Search
+from nemo_megacpp.formulas.job import Job
 from nemo_megacpp.render import Table, Toned, print_table, show_bytes
 
 SCHEMA = 1

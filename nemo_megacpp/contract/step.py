@@ -20,21 +20,21 @@ from nemo_megacpp.contract.buffers import (
     summed_over_tp,
 )
 from nemo_megacpp.contract.build import BuiltStage
-from nemo_megacpp.contract.collectives import Collective, Kind, Role, between_several
 from nemo_megacpp.contract.communication import (
     block_collectives,
     embedding_collectives,
     head_collectives,
 )
-from nemo_megacpp.contract.placement import group_of
-from nemo_megacpp.contract.sizes import Sizes
+from nemo_megacpp.formulas.collectives import Collective, Kind, Role, between_several
+from nemo_megacpp.formulas.placement import group_of
+from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.pattern import Family
 
 
 class Message(NamedTuple):
     """A collective between given ranks. For a send or a receive, ``ranks`` are this and the other.
 
-    Fields as in :class:`nemo_megacpp.contract.collectives.Collective`; bytes of one call.
+    Fields as in :class:`nemo_megacpp.formulas.collectives.Collective`; bytes of one call.
     """
 
     kind: str

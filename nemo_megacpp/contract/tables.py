@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nemo_megacpp.contract.collectives import Collective
 from nemo_megacpp.contract.plan import Plan, StagePlan
+from nemo_megacpp.formulas.collectives import Collective
 from nemo_megacpp.render import Cell, Table, Toned, show_bytes
 
 _NAMES = {"A": "attention", "M": "Mamba", "E": "experts", "R": "recurrent"}

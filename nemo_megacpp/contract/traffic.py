@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nemo_megacpp.contract.collectives import Collective
-from nemo_megacpp.contract.placement import group_of, group_size
+from nemo_megacpp.formulas.collectives import Collective
+from nemo_megacpp.formulas.placement import group_of, group_size
 from nemo_megacpp.layout import ParallelLayout
 
 
@@ -15,7 +15,7 @@ class Traffic:
     """What a rank sends over one kind of group in one step.
 
     Attributes:
-        group: a key of :data:`nemo_megacpp.contract.placement.GROUPS`.
+        group: a key of :data:`nemo_megacpp.formulas.placement.GROUPS`.
         calls: collectives, and messages sent.
         tensor_bytes: of the tensors that are passed to them.
         sent_bytes: that leave the rank, in a ring (or direct) algorithm.

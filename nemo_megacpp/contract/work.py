@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_megacpp.contract.build import BuiltParameter
-from nemo_megacpp.contract.sizes import MAMBA_CHUNK, Sizes
+from nemo_megacpp.families import block_of
+from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.pattern import Family
 
 
@@ -63,40 +64,5 @@ def _matrices(sizes: Sizes, parameters: Sequence[BuiltParameter]) -> int:
 
 def _mixing(sizes: Sizes, letter: str) -> int:
     """Operations between tokens, and on states."""
-    mixing = {Family.ATTENTION.value: _attention, Family.RECURRENT.value: _recurrent}
-    mixing[Family.MAMBA.value] = _mamba3 if sizes.config.mode == "mamba3" else _mamba2
-    return mixing[letter](sizes) if letter in mixing else 0
-
-
-def _attention(sizes: Sizes) -> int:
-    """Scores and weighted values over half of the sequence, as the mask is causal."""
-    return 4 * sizes.query_heads * sizes.head_dim * sizes.length // 2
-
-
-def _mamba2(sizes: Sizes) -> int:
-    config = sizes.config
-    return _scan(
-        sizes.length,
-        sizes.mamba_heads * int(config.mamba_head_dim),
-        int(config.mamba_num_groups),
-        int(config.mamba_state_dim),
-    )
-
-
-def _mamba3(sizes: Sizes) -> int:
-    dims = sizes.mamba3
-    inner = dims.num_heads * dims.head_dim * dims.mimo_rank
-    return _scan(sizes.length, inner, dims.num_groups * dims.mimo_rank, dims.state_dim)
-
-
-def _scan(length: int, inner: int, groups: int, state: int) -> int:
-    """A chunked scan: scores and outputs inside the causal half of chunks, states in and out."""
-    chunk = min(MAMBA_CHUNK, length)
-    return chunk * (groups * state + inner) + 4 * inner * state
-
-
-def _recurrent(sizes: Sizes) -> int:
-    """``H W``, the outer product of key and value, and the read-out, for each head's state."""
-    dims = sizes.m2rnn
-    width = dims.value_head_dim
-    return 2 * dims.num_heads * dims.key_head_dim * width * (width + 2)
+    mixing = block_of(Family(letter)).mixing
+    return 0 if mixing is None else mixing(sizes)

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.families import block_of
 from nemo_megacpp.layout.parallel import ParallelLayout
 from nemo_megacpp.layout.shape import ModelShape
-from nemo_megacpp.pattern import Family
+from nemo_megacpp.pattern import Family, known_families
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,17 @@ class Divides:
 
     Attributes:
         rule: a short, stable identifier.
-        family: the rule holds for models with blocks of this family.
         size: field of :class:`nemo_megacpp.layout.ModelShape`.
         degree: short name of the layout's degree.
         why: what is split, for the message.
     """
 
     rule: str
-    family: Family
     size: str
     degree: str
     why: str
 
     def __call__(self, case: Case) -> Iterator[Broken]:
-        if not case.has(self.family):
-            return
         size = getattr(case.shape, self.size)
         degree = getattr(case.layout, self.degree)
         if size and size % degree:
@@ -80,86 +77,43 @@ class Divides:
             )
 
 
-_DIVISIONS: tuple[Divides, ...] = (
-    Divides(
-        "attention-heads",
-        Family.ATTENTION,
-        "num_attention_heads",
-        "tp",
-        "each rank of an A block holds whole query heads",
-    ),
-    # Stricter than Megatron, which for fewer groups than ranks gathers the whole QKV activation
-    # over TP in each layer: the same numbers, but not a split, and one more gather boundary.
-    Divides(
-        "query-groups",
-        Family.ATTENTION,
-        "num_query_groups",
-        "tp",
-        "each rank of an A block holds whole KV heads, with their query heads",
-    ),
-    Divides(
-        "mamba-heads",
-        Family.MAMBA,
-        "mamba_num_heads",
-        "tp",
-        "each rank of an M block holds whole heads",
-    ),
-    Divides(
-        "mamba-groups",
-        Family.MAMBA,
-        "mamba_num_groups",
-        "tp",
-        "each rank of an M block holds whole B/C groups, with their heads",
-    ),
-    Divides(
-        "recurrent-heads",
-        Family.RECURRENT,
-        "m2rnn_num_heads",
-        "tp",
-        "each rank of an R block holds whole heads",
-    ),
-    Divides(
-        "experts",
-        Family.EXPERT,
-        "num_moe_experts",
-        "ep",
-        "each rank of an E block holds the same number of experts",
-    ),
-    Divides(
-        "expert-ffn",
-        Family.EXPERT,
-        "moe_ffn_hidden_size",
-        "etp",
-        "each expert's matrices are split along their FFN dimension",
-    ),
-    Divides(
-        "shared-expert-ffn",
-        Family.EXPERT,
-        "moe_shared_expert_intermediate_size",
-        "tp",
-        "the shared expert is a dense MLP, split over TP",
-    ),
-)
+@dataclass(frozen=True)
+class GroupsDivideHeads:
+    """The rule that heads come in equal groups.
 
-_REQUIRED: tuple[tuple[Family, str], ...] = (
-    (Family.ATTENTION, "num_attention_heads"),
-    (Family.MAMBA, "mamba_num_heads"),
-    (Family.MAMBA, "mamba_num_groups"),
-    (Family.RECURRENT, "m2rnn_num_heads"),
-    (Family.EXPERT, "num_moe_experts"),
-    (Family.EXPERT, "moe_ffn_hidden_size"),
-)
+    Attributes:
+        rule: a short, stable identifier.
+        heads: field of :class:`nemo_megacpp.layout.ModelShape`.
+        groups: another one.
+    """
+
+    rule: str
+    heads: str
+    groups: str
+
+    def __call__(self, case: Case) -> Iterator[Broken]:
+        heads, groups = getattr(case.shape, self.heads), getattr(case.shape, self.groups)
+        if heads and groups and heads % groups:
+            divisors = [value for value in range(1, heads + 1) if heads % value == 0]
+            close = sorted(divisors, key=lambda value: abs(value - groups))[:4]
+            yield Broken(
+                "MODEL",
+                self.rule,
+                f"{self.heads} = {heads} is not divisible by {self.groups} = {groups}.",
+                legal=tuple(f"{self.groups}={value}" for value in sorted(close)),
+            )
 
 
 def _sizes_given(case: Case) -> Iterator[Broken]:
-    for family, name in _REQUIRED:
-        size = getattr(case.shape, name)
-        if case.has(family) and (size is None or size < 1):
-            yield Broken(
-                "MODEL",
-                f"missing-{name}",
-                f"the pattern has {family.value} blocks, but {name} is {size}.",
-            )
+    for family in known_families():
+        for name in block_of(family).required if case.has(family) else ():
+            size = getattr(case.shape, name)
+            if size is None or size < 1:
+                yield Broken(
+                    "MODEL",
+                    f"missing-{name}",
+                    f"the pattern has {family.value} blocks, but {name} is {size}.",
+                )
 
 
 def _world(case: Case) -> Iterator[Broken]:
@@ -204,50 +158,6 @@ def _experts_exist(case: Case) -> Iterator[Broken]:
             f"EP = {case.layout.ep} splits an expert bank, but the model has no experts.",
             legal=("ep=1",),
         )
-
-
-def _groups_divide_heads(case: Case) -> Iterator[Broken]:
-    for family, rule, heads_name, groups_name in (
-        (Family.ATTENTION, "attention-heads-per-group", "num_attention_heads", "num_query_groups"),
-        (Family.MAMBA, "mamba-heads-per-group", "mamba_num_heads", "mamba_num_groups"),
-    ):
-        heads, groups = getattr(case.shape, heads_name), getattr(case.shape, groups_name)
-        if case.has(family) and heads and groups and heads % groups:
-            divisors = [value for value in range(1, heads + 1) if heads % value == 0]
-            close = sorted(divisors, key=lambda value: abs(value - groups))[:4]
-            yield Broken(
-                "MODEL",
-                rule,
-                f"{heads_name} = {heads} is not divisible by {groups_name} = {groups}.",
-                legal=tuple(f"{groups_name}={value}" for value in sorted(close)),
-            )
-
-
-def _mamba_context_parallel(case: Case) -> Iterator[Broken]:
-    # Under CP an M block turns from sequence shards to head shards, on top of TP's split. Source:
-    # megatron/core/ssm/mamba_context_parallel.py.
-    tp, cp = case.layout.tp, case.layout.cp
-    heads, groups = case.shape.mamba_num_heads, case.shape.mamba_num_groups
-    if not case.has(Family.MAMBA) or cp == 1:
-        return
-    if heads and heads % (tp * cp):
-        yield Broken(
-            "CP",
-            "mamba-heads-cp",
-            f"mamba_num_heads = {heads} is not divisible by TP x CP = {tp} x {cp} = {tp * cp}: "
-            f"under CP an M block shards its heads over TP and CP.",
-            knobs=("cp", "tp"),
-        )
-    if groups and groups % tp == 0:
-        local = groups // tp
-        if local % cp and cp % local:
-            yield Broken(
-                "CP",
-                "mamba-groups-cp",
-                f"mamba_num_groups = {groups} at TP = {tp} leaves {local} groups a rank, which "
-                f"CP = {cp} neither divides nor is divisible by.",
-                knobs=("cp", "tp"),
-            )
 
 
 def _sequence(case: Case) -> Iterator[Broken]:
@@ -363,12 +273,17 @@ def _nvlink_domain(case: Case) -> Iterator[Broken]:
             )
 
 
-RULES: list[Rule] = [
+def _families(case: Case) -> Iterator[Broken]:
+    """The rules of the families that the pattern holds; others need not have their sizes."""
+    for family in known_families():
+        for rule in block_of(family).rules if case.has(family) else ():
+            yield from rule(case)
+
+
+RULES: tuple[Rule, ...] = (
     _sizes_given,
     _world,
-    *_DIVISIONS,
-    _groups_divide_heads,
-    _mamba_context_parallel,
+    _families,
     _sequence_parallel,
     _experts_exist,
     _sequence,
@@ -377,8 +292,8 @@ RULES: list[Rule] = [
     _virtual_stages,
     _batch,
     _nvlink_domain,
-]
-"""All rules; :func:`nemo_megacpp.families.register` adds those of further families."""
+)
+"""All rules; those of a family are declared with it (:mod:`nemo_megacpp.families`)."""
 
 
 def _multiples(name: str, value: int, unit: int) -> tuple[str, ...]:

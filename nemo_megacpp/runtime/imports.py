@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 from collections.abc import Iterator
 
 
@@ -15,6 +16,8 @@ def importing() -> Iterator[None]:
     and again: a quarter of the time of ``from nemo.collections import llm``. What exists at the end
     is exempt from later collections, too.
     """
+    # A CUDA build of torch remarks on a machine with CUDA's compiler and without a GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nemo_megacpp.families import BlockFamily, register
+from nemo_megacpp.formulas.collectives import (
+    Collective,
+    again,
+    column_parallel,
+    row_parallel,
+    there_and_back,
+)
+from nemo_megacpp.formulas.saved import Saved, norm
+from nemo_megacpp.layout.rules import Divides, GroupsDivideHeads
+
+if TYPE_CHECKING:
+    from megatron.core.models.backends import BackendSpecProvider
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from nemo_megacpp.formulas.sizes import Sizes
+
+_RULES = (
+    Divides(
+        "attention-heads",
+        "num_attention_heads",
+        "tp",
+        "each rank of an A block holds whole query heads",
+    ),
+    # Stricter than Megatron, which for fewer groups than ranks gathers the whole QKV activation
+    # over TP in each layer: the same numbers, but not a split, and one more gather boundary.
+    Divides(
+        "query-groups",
+        "num_query_groups",
+        "tp",
+        "each rank of an A block holds whole KV heads, with their query heads",
+    ),
+    GroupsDivideHeads("attention-heads-per-group", "num_attention_heads", "num_query_groups"),
+)
 
 
-def attention_layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
+def attention_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any]) -> ModuleSpec:
     """Return Megatron's ``TransformerLayer`` with ``SelfAttention`` only."""
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import (
+        TransformerLayer,
+        TransformerLayerSubmodules,
+    )
+
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -27,3 +67,96 @@ def attention_layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _collectives(sizes: Sizes) -> list[Collective]:
+    """``SelfAttention``: Q, K, V split by head; under CP, K and V of the whole sequence."""
+    core = _ring(sizes) if sizes.job.kernels == "gpu" else _gathered(sizes)
+    return [
+        *column_parallel(sizes, "normed hidden states"),
+        *core,
+        *(again(core) if sizes.recomputes("core_attn") else []),
+        *row_parallel(sizes, "attention output"),
+    ]
+
+
+def _gathered(sizes: Sizes) -> list[Collective]:
+    """The torch core attention gathers keys and values over cp."""
+    whole = sizes.tokens * sizes.layout.cp * sizes.kv_heads * sizes.head_dim * sizes.e
+    return [
+        collective
+        for what in ("keys", "values")
+        for collective in there_and_back(
+            "all_gather", "reduce_scatter", "cp", whole, "layout transition", what
+        )
+    ]
+
+
+def _ring(sizes: Sizes) -> list[Collective]:
+    """Transformer Engine passes keys and values around a ring (``cp_comm_type='p2p'``)."""
+    steps = sizes.layout.cp - 1
+    part = 2 * sizes.tokens * sizes.kv_heads * sizes.head_dim * sizes.e
+    if not steps:
+        return []
+    return [
+        Collective("send", "cp", part, "forward", "layout transition", "keys and values", steps, 1),
+        Collective(
+            "send", "cp", part, "backward", "layout transition", "keys and values", steps, 1
+        ),
+        Collective(
+            "send",
+            "cp",
+            part,
+            "backward",
+            "layout transition",
+            "gradient of keys and values",
+            steps + 1,
+            1,
+        ),
+    ]
+
+
+def _saved_activations(sizes: Sizes) -> list[Saved]:
+    tokens, e, d = sizes.tokens, sizes.e, sizes.head_dim
+    heads, groups, cp = sizes.query_heads, sizes.kv_heads, sizes.layout.cp
+    kept = norm(sizes)
+    if sizes.config.position_embedding_type == "rope":
+        turned = int(d * sizes.config.rotary_percent)
+        kept.append(Saved("sines and cosines for q and k", 4 * sizes.length * turned * e))
+    kept.append(Saved("q", tokens * heads * d * e))
+    gathers = cp > 1 and sizes.job.kernels == "torch"
+    if gathers:
+        whole = tokens * cp * groups * d * e
+        kept += [Saved("k of the whole sequence", whole), Saved("v of the whole sequence", whole)]
+    else:
+        kept.append(Saved("k", tokens * groups * d * e))
+        kept.append(Saved("q, k, v as projected", tokens * (heads + 2 * groups) * d * e))
+    if not sizes.recomputes("core_attn"):
+        kept.append(Saved("log-sum-exp", tokens * heads * 4))
+        if gathers:
+            kept.append(Saved("mask", sizes.length * sizes.config.seq_length * e))
+    elif gathers:  # what goes into the recomputed core is kept as well: q, and k and v as shards
+        kept = kept[:-2]
+        kept.append(Saved("q, k, v as projected", tokens * (heads + 2 * groups) * d * e))
+        kept.append(Saved("k", tokens * groups * d * e))
+    kept.append(Saved("attention output", tokens * heads * d * e))
+    return kept
+
+
+def _mixing(sizes: Sizes) -> int:
+    """Scores and weighted values over half of the sequence, as the mask is causal."""
+    return 4 * sizes.query_heads * sizes.head_dim * sizes.length // 2
+
+
+register(
+    BlockFamily(
+        letter="A",
+        name="attention",
+        layer_spec=attention_layer_spec,
+        rules=_RULES,
+        required=("num_attention_heads",),
+        collectives=_collectives,
+        saved_activations=_saved_activations,
+        mixing=_mixing,
+    )
+)

@@ -1,28 +1,93 @@
-"""M in mode ``nemo_native``: Megatron's own ``MambaMixer`` (Mamba-2)."""
+"""M: a Mamba mixer, Megatron's own (mode ``nemo_native``) or ours (mode ``mamba3``)."""
 
 from __future__ import annotations
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
-from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from nemo_megacpp.mixers.mamba2 import Mamba2Mixer
+from nemo_megacpp.families import BlockFamily, register
+from nemo_megacpp.formulas.collectives import Collective
+from nemo_megacpp.formulas.saved import Saved
+from nemo_megacpp.layout.rules import Broken, Case, Divides, GroupsDivideHeads
+from nemo_megacpp.specs import mamba2, mamba3
+
+if TYPE_CHECKING:
+    from megatron.core.models.backends import BackendSpecProvider
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from nemo_megacpp.formulas.sizes import Sizes
 
 
-def mamba_layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
-    """Return Megatron's ``MambaLayer``; the norm is fused into the mixer's input projection."""
-    return ModuleSpec(
-        module=MambaLayer,
-        submodules=MambaLayerSubmodules(
-            mixer=ModuleSpec(
-                module=Mamba2Mixer,
-                submodules=MambaMixerSubmodules(
-                    in_proj=backend.column_parallel_layer_norm_linear(),
-                    out_proj=backend.row_parallel_linear(),
-                ),
+def mamba_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any]) -> ModuleSpec:
+    """Return the layer of the mode that ``settings`` name."""
+    if settings["mode"] == "mamba3":
+        return mamba3.mamba3_layer_spec(backend, settings)
+    return mamba2.mamba2_layer_spec(backend)
+
+
+def _context_parallel(case: Case) -> Iterator[Broken]:
+    # Under CP an M block turns from sequence shards to head shards, on top of TP's split. Source:
+    # megatron/core/ssm/mamba_context_parallel.py.
+    tp, cp = case.layout.tp, case.layout.cp
+    heads, groups = case.shape.mamba_num_heads, case.shape.mamba_num_groups
+    if cp == 1:
+        return
+    if heads and heads % (tp * cp):
+        yield Broken(
+            "CP",
+            "mamba-heads-cp",
+            f"mamba_num_heads = {heads} is not divisible by TP x CP = {tp} x {cp} = {tp * cp}: "
+            f"under CP an M block shards its heads over TP and CP.",
+            knobs=("cp", "tp"),
+        )
+    if groups and groups % tp == 0:
+        local = groups // tp
+        if local % cp and cp % local:
+            yield Broken(
+                "CP",
+                "mamba-groups-cp",
+                f"mamba_num_groups = {groups} at TP = {tp} leaves {local} groups a rank, which "
+                f"CP = {cp} neither divides nor is divisible by.",
+                knobs=("cp", "tp"),
+            )
+
+
+def _collectives(sizes: Sizes) -> list[Collective]:
+    is_mamba3 = sizes.config.mode == "mamba3"
+    return (mamba3.mamba3_collectives if is_mamba3 else mamba2.mamba2_collectives)(sizes)
+
+
+def _saved_activations(sizes: Sizes) -> list[Saved]:
+    is_mamba3 = sizes.config.mode == "mamba3"
+    return (mamba3.mamba3_saved if is_mamba3 else mamba2.mamba2_saved)(sizes)
+
+
+def _mixing(sizes: Sizes) -> int:
+    is_mamba3 = sizes.config.mode == "mamba3"
+    return (mamba3.mamba3_mixing if is_mamba3 else mamba2.mamba2_mixing)(sizes)
+
+
+register(
+    BlockFamily(
+        letter="M",
+        name="Mamba",
+        layer_spec=mamba_layer_spec,
+        rules=(
+            Divides(
+                "mamba-heads", "mamba_num_heads", "tp", "each rank of an M block holds whole heads"
             ),
-            mamba_bda=get_bias_dropout_add,
+            Divides(
+                "mamba-groups",
+                "mamba_num_groups",
+                "tp",
+                "each rank of an M block holds whole B/C groups, with their heads",
+            ),
+            GroupsDivideHeads("mamba-heads-per-group", "mamba_num_heads", "mamba_num_groups"),
+            _context_parallel,
         ),
+        required=("mamba_num_heads", "mamba_num_groups"),
+        collectives=_collectives,
+        saved_activations=_saved_activations,
+        mixing=_mixing,
     )
+)

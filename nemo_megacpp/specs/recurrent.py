@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
+from nemo_megacpp.families import BlockFamily, own_fields, register
+from nemo_megacpp.formulas.collectives import (
+    Collective,
+    column_parallel,
+    exchange,
+    replicated_weight,
+    row_parallel,
+    there_and_back,
+)
+from nemo_megacpp.formulas.saved import Saved, norm
+from nemo_megacpp.layout.rules import Divides
 
-from nemo_megacpp.config import NO_SETTINGS
-from nemo_megacpp.mixers.linear import SharedColumnParallelLinear
-from nemo_megacpp.mixers.m2rnn import M2RNNMixer, M2RNNMixerSubmodules
-from nemo_megacpp.specs.backend import mamba_layer_norm
+if TYPE_CHECKING:
+    from megatron.core.models.backends import BackendSpecProvider
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from nemo_megacpp.formulas.sizes import Sizes
+
+_RULES = (
+    Divides(
+        "recurrent-heads",
+        "m2rnn_num_heads",
+        "tp",
+        "each rank of an R block holds whole heads",
+    ),
+)
 
 
-def recurrent_layer_spec(
-    backend: BackendSpecProvider, settings: Mapping[str, Any] = NO_SETTINGS
-) -> ModuleSpec:
+def recurrent_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any]) -> ModuleSpec:
     """Return a ``MambaLayer`` around :class:`nemo_megacpp.mixers.m2rnn.M2RNNMixer`.
 
     The norm is a module of its own here: its output feeds split and shared rows alike.
@@ -27,13 +42,21 @@ def recurrent_layer_spec(
         backend: where the modules come from.
         settings: the mixer's, for a plain configuration.
     """
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from nemo_megacpp.mixers.linear import SharedColumnParallelLinear
+    from nemo_megacpp.mixers.m2rnn import M2RNNMixer, M2RNNMixerSubmodules
+    from nemo_megacpp.specs.backend import mamba_layer_norm
+
     return ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
             norm=mamba_layer_norm(backend),
             mixer=ModuleSpec(
                 module=M2RNNMixer,
-                params={"settings": dict(settings)},
+                params={"settings": own_fields(settings, "m2rnn_")},
                 submodules=M2RNNMixerSubmodules(
                     in_proj=SharedColumnParallelLinear, out_proj=backend.row_parallel_linear()
                 ),
@@ -41,3 +64,107 @@ def recurrent_layer_spec(
             mamba_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _collectives(sizes: Sizes) -> list[Collective]:
+    """Our M²RNN mixer, in either form of CP."""
+    dims, heads = sizes.m2rnn, sizes.m2rnn_heads
+    shared, inner = 2 * dims.key_head_dim, heads * dims.value_head_dim
+    split = heads * (2 * dims.value_head_dim + 1)
+    square = sizes.tokens * sizes.wide
+    made = column_parallel(sizes, "normed hidden states")
+    made += replicated_weight(sizes, shared * sizes.h, "the rows of q and k")
+    made += replicated_weight(sizes, shared * dims.conv_kernel, "q and k's convolution")
+    if sizes.m2rnn_is_serial:
+        made += exchange(sizes, shared, "q and k, to segments")
+        made += exchange(sizes, split, "v, forget and gate, to segments")
+        window = sizes.batch * (shared + inner) * (dims.conv_kernel - 1) * sizes.e
+        state = sizes.batch * heads * dims.key_head_dim * dims.value_head_dim * sizes.wide
+        if window:
+            made += _handed_on(window, "convolution window")
+        made += _handed_on(state, "recurrent state")
+        made += exchange(sizes, inner, "scan output, to zigzag")
+    else:
+        whole = sizes.tokens * sizes.layout.cp * shared * sizes.e
+        made += there_and_back(
+            "all_gather", "reduce_scatter", "cp", whole, "layout transition", "q and k"
+        )
+        made += exchange(sizes, split, "v, forget and gate")
+        made += exchange(sizes, inner, "scan output")
+    made += there_and_back(
+        "all_reduce", "all_reduce", "tp", square, "sum", "mean square of each token"
+    )
+    return made + row_parallel(sizes, "mixer output")
+
+
+def _handed_on(size: int, what: str) -> list[Collective]:
+    """A state passed from segment to segment, and its gradient back; the ends have one side."""
+    gradient = f"gradient of the {what}"
+    return [
+        Collective("receive", "cp", size, "forward", "hand-over", what, neighbour=-1),
+        Collective("send", "cp", size, "forward", "hand-over", what, neighbour=1),
+        Collective("receive", "cp", size, "backward", "hand-over", gradient, neighbour=1),
+        Collective("send", "cp", size, "backward", "hand-over", gradient, neighbour=-1),
+    ]
+
+
+def _saved_activations(sizes: Sizes) -> list[Saved]:
+    return [*norm(sizes), *(Saved(*item) for item in _scan(sizes))]
+
+
+def _scan(sizes: Sizes) -> list[tuple[str, int]]:
+    """What our mixer saves between its projections, as ``(what, bytes)``."""
+    from nemo_megacpp.mixers.kernels.m2rnn_triton import CHECKPOINT_EVERY
+
+    dims, e, wide, cp = sizes.m2rnn, sizes.e, sizes.wide, sizes.layout.cp
+    spread = 1 if sizes.m2rnn_is_serial else cp
+    heads, length, batch = sizes.m2rnn_heads // spread, sizes.length * spread, sizes.batch
+    tokens, inner = length * batch, heads * dims.value_head_dim
+    shared = 2 * dims.key_head_dim
+    channels = shared + inner
+    rows = sizes.m2rnn_heads * (2 * dims.value_head_dim + 1) + shared
+    items = [
+        ("projection's joined weight", rows * sizes.h * e),
+        ("convolution: padded input", batch * (length + dims.conv_kernel - 1) * channels * wide),
+        ("convolution: taps", channels * dims.conv_kernel * wide),
+        ("convolution: before SiLU", tokens * channels * wide),
+        ("convolution: output", tokens * channels * e),
+        ("forget gates", 3 * tokens * heads * wide + 2 * heads * wide),
+        ("output, gate and gated output", 3 * tokens * inner * e),
+        ("norm: input and scale", sizes.tokens * (sizes.m2rnn_heads * dims.value_head_dim + 1) * 4),
+        ("norm: normed and output", 2 * tokens * inner * e),
+    ]
+    state = heads * dims.key_head_dim * dims.value_head_dim
+    if sizes.m2rnn_in_triton:
+        kept = batch * -(-length // CHECKPOINT_EVERY)
+        items.append((f"states of the recurrence, one in {CHECKPOINT_EVERY}", kept * state * 4))
+        items.append(("q, k and v, each by itself", tokens * channels * e))
+        return items
+    items.append(("every state of the recurrence", batch * (length + 1) * state * wide))
+    if e != wide:
+        items.append(("q, k and v in float32", tokens * channels * wide))
+        items.append(
+            ("state weight in float32", heads * dims.value_head_dim * dims.value_head_dim * wide)
+        )
+    return items
+
+
+def _mixing(sizes: Sizes) -> int:
+    """``H W``, the outer product of key and value, and the read-out, for each head's state."""
+    dims = sizes.m2rnn
+    width = dims.value_head_dim
+    return 2 * dims.num_heads * dims.key_head_dim * width * (width + 2)
+
+
+register(
+    BlockFamily(
+        letter="R",
+        name="recurrent",
+        layer_spec=recurrent_layer_spec,
+        rules=_RULES,
+        required=("m2rnn_num_heads",),
+        collectives=_collectives,
+        saved_activations=_saved_activations,
+        mixing=_mixing,
+    )
+)

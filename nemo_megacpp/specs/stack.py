@@ -34,42 +34,20 @@ from megatron.core.utils import WrappedTensor, make_viewless_tensor
 
 from nemo_megacpp.config import NO_SETTINGS, HybridConfig, Mode, validate_config
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.families import registered
+from nemo_megacpp.families import added, registered
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.settings.script import validate_script
-from nemo_megacpp.specs.attention import attention_layer_spec
 from nemo_megacpp.specs.backend import default_backend
-from nemo_megacpp.specs.expert import expert_layer_spec
-from nemo_megacpp.specs.mamba import mamba_layer_spec
-from nemo_megacpp.specs.mamba3 import mamba3_layer_spec
 from nemo_megacpp.specs.packs import check_packs
-from nemo_megacpp.specs.recurrent import recurrent_layer_spec
 
 
 @dataclass
 class HybridStackSubmodules:
-    """One layer spec per family, and the final norm.
+    """One layer spec for each family, by letter, and the final norm."""
 
-    ``added_layers`` are those of families beside the four, by letter.
-    """
-
-    attention_layer: ModuleSpec | type = IdentityOp
-    mamba_layer: ModuleSpec | type = IdentityOp
-    expert_layer: ModuleSpec | type = IdentityOp
-    recurrent_layer: ModuleSpec | type = IdentityOp
+    layers: dict[str, ModuleSpec] = field(default_factory=dict)
     final_norm: ModuleSpec | type = IdentityOp
-    added_layers: dict[str, ModuleSpec] = field(default_factory=dict)
-
-    def of(self, family: Family) -> ModuleSpec | type:
-        """Return the layer spec of ``family``."""
-        built_in = {
-            Family.ATTENTION: self.attention_layer,
-            Family.MAMBA: self.mamba_layer,
-            Family.EXPERT: self.expert_layer,
-            Family.RECURRENT: self.recurrent_layer,
-        }
-        return built_in[family] if family in built_in else self.added_layers[family.value]
 
 
 class HybridStack(MegatronModule):
@@ -124,7 +102,7 @@ class HybridStack(MegatronModule):
         chunks = pattern.chunks(stages * (config.virtual_pipeline_model_parallel_size or 1))
         self.layer_range = chunks[(vp_stage or 0) * stages + self.pp_group.rank()]
         self.families = tuple(pattern.families[i] for i in self.layer_range)
-        self._added_families = {block.family for block in registered()}
+        self._added_families = {block.family for block in added()}
         self.layers = torch.nn.ModuleList()
         for index, family in zip(self.layer_range, self.families, strict=True):
             with get_fp8_context(config, index, is_init=True):
@@ -150,7 +128,7 @@ class HybridStack(MegatronModule):
         residual_in_fp32: bool,
         pg_collection: ProcessGroupCollection,
     ) -> torch.nn.Module:
-        spec = submodules.of(family)
+        spec = submodules.layers[family.value]
         module = spec.module if isinstance(spec, ModuleSpec) else spec
         if isinstance(module, type) and issubclass(module, MambaLayer):
             return build_module(
@@ -300,17 +278,12 @@ def build_hybrid_stack_spec(
         settings: ``m2rnn_*`` and ``mamba3_*`` fields for a model with a plain configuration.
     """
     backend = backend or default_backend()
-    mamba3 = mode == "mamba3"
-    mamba_layer = mamba3_layer_spec(backend, settings) if mamba3 else mamba_layer_spec(backend)
+    known = {**settings, "mode": mode}
     return ModuleSpec(
         module=HybridStack,
         params={"vp_stage": vp_stage, "settings": dict(settings)},
         submodules=HybridStackSubmodules(
-            attention_layer=attention_layer_spec(backend),
-            mamba_layer=mamba_layer,
-            expert_layer=expert_layer_spec(backend),
-            recurrent_layer=recurrent_layer_spec(backend, settings),
+            layers={block.letter: block.layer_spec(backend, known) for block in registered()},
             final_norm=backend.layer_norm(rms_norm=True),
-            added_layers={block.letter: block.layer_spec(backend) for block in registered()},
         ),
     )

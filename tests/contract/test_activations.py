@@ -10,15 +10,15 @@ from nemo_megacpp.contract.activations import (
     block_activations,
     embedding_activations,
     head_activations,
-    total,
 )
-from nemo_megacpp.contract.job import Job
-from nemo_megacpp.contract.sizes import sizes_of_job
+from nemo_megacpp.formulas.job import Job
+from nemo_megacpp.formulas.saved import total
+from nemo_megacpp.formulas.sizes import sizes_of_job
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
-from tests.contract.test_recorded import BALANCED, SELECTIVE, job_of, recorded
+from tests.contract.test_recorded import BALANCED, EXAMPLE, SELECTIVE, job_of, recorded
 from tests.selection import slow_if
 
 WITHIN = 0.05
@@ -33,6 +33,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("M", {"mode": "mamba3", "mamba3_mimo_rank": 2, "mamba_num_groups": 2}, ("tp=2",)),
     ("R", {}, ("tp=1", "tp=2,sp=false", "tp=2,cp=2")),
     ("R", {"m2rnn_context_parallel": "serial"}, ("tp=2,cp=2",)),
+    ("C", {"family_modules": [EXAMPLE]}, ("tp=1", "tp=2,cp=2")),
     ("E", BALANCED, ("tp=1", "tp=2", "tp=2,cp=2,ep=2,etp=1")),
     ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["moe"]}, ("ep=2",)),
     ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["shared_experts"]}, ("tp=2",)),

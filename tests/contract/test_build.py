@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nemo_megacpp.contract.build import build_rank, build_stages
-from nemo_megacpp.contract.job import Job
 from nemo_megacpp.contract.ownership import ownership, parameter_count
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.formulas.job import Job
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.bare import build_chunks, make_config
 from nemo_megacpp.proof.cases import tiny_model
@@ -114,8 +114,12 @@ def test_a_callers_process_group_is_not_disturbed(ranks: WorkerPool) -> None:
     assert ranks.run(1, _build_within_a_group) == [(expected, 1)]
 
 
-def test_a_users_own_family_is_not_priced_by_guess() -> None:
-    example = str(Path(__file__).parents[2] / "examples" / "short_conv.py")
-    model = tiny_model("AC", family_modules=[example])
-    with pytest.raises(UserError, match="C blocks, of a family from family_modules"):
-        Job(model)
+def test_a_family_without_formulas_is_not_priced_by_guess(tmp_path: Path) -> None:
+    module = tmp_path / "family.py"
+    module.write_text(
+        "from nemo_megacpp.families import BlockFamily, register\n"
+        "def spec(backend, settings): ...\n"
+        "register(BlockFamily('Q', spec))\n"
+    )
+    with pytest.raises(UserError, match="Q blocks, whose family declares neither collectives nor"):
+        Job(tiny_model("AQ", family_modules=[str(module)]))

@@ -8,8 +8,8 @@ import pytest
 
 from nemo_megacpp.contract.buffers import buffers_of, largest_optimizer_bytes, optimizer_bytes
 from nemo_megacpp.contract.build import build_stages
-from nemo_megacpp.contract.job import Job
 from nemo_megacpp.contract.memory import peak_of_schedule
+from nemo_megacpp.formulas.job import Job
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.bare import prepare
 from nemo_megacpp.proof.cases import tiny_model

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_megacpp.contract.collectives import Collective
-from nemo_megacpp.contract.placement import GROUPS, group_facts, group_of, group_size
 from nemo_megacpp.contract.traffic import traffic
+from nemo_megacpp.formulas.collectives import Collective
+from nemo_megacpp.formulas.placement import GROUPS, group_facts, group_of, group_size
 from nemo_megacpp.layout import ParallelLayout
 
 

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemo_megacpp.contract.buffers import GRADIENT_BYTES, buffers_of, optimizer_bytes
 from nemo_megacpp.contract.build import BuiltStage, build_stages
-from nemo_megacpp.contract.collectives import Collective
-from nemo_megacpp.contract.job import Job
-from nemo_megacpp.contract.sizes import sizes_of_job
 from nemo_megacpp.contract.step import Message, messages_of_rank
+from nemo_megacpp.formulas.collectives import Collective
+from nemo_megacpp.formulas.job import Job
+from nemo_megacpp.formulas.sizes import sizes_of_job
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.record import Recorded, record_step
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.selection import slow_if
+
+EXAMPLE = str(Path(__file__).parents[2] / "examples" / "short_conv.py")
 
 BALANCED = {"moe_router_topk": 8}  # every token to every expert: routing sends equal shares
 
@@ -109,6 +112,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = [
         {},
     ),
     ("R", {}, ("tp=2", "tp=2,sp=false", "cp=2", "tp=2,cp=2"), {}),
+    ("C", {"family_modules": [EXAMPLE]}, ("tp=2", "tp=2,sp=false", "cp=2", "tp=2,cp=2"), {}),
     ("R", {"m2rnn_context_parallel": "serial"}, ("cp=4", "tp=2,cp=2"), {}),
     (
         "E",

@@ -198,7 +198,7 @@ def test_auto_says_once_why_it_scans_in_torch(ranks: WorkerPool) -> None:
 
 def test_the_named_spec_has_this_mixer() -> None:
     native, ours = (
-        import_module(("nemo_megacpp.specs", name)).submodules.mamba_layer.submodules.mixer.module
+        import_module(("nemo_megacpp.specs", name)).submodules.layers["M"].submodules.mixer.module
         for name in ("hybrid_stack_spec", "hybrid_mamba3_stack_spec")
     )
     assert (native.__name__, ours) == ("Mamba2Mixer", mamba3.Mamba3Mixer)

@@ -42,7 +42,7 @@ def test_only_megatrons_own_hooks_are_called() -> None:
     assert waited == [linear] and not others
 
 
-def _stock_mamba(backend: BackendSpecProvider) -> ModuleSpec:
+def _stock_mamba(backend: BackendSpecProvider, settings: Any) -> ModuleSpec:
     mixer = MambaMixerSubmodules(
         in_proj=backend.column_parallel_layer_norm_linear(), out_proj=backend.row_parallel_linear()
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from nemo_megacpp.contract.placement import group_size
-from nemo_megacpp.contract.sizes import Sizes
+from nemo_megacpp.formulas.placement import group_size
+
+if TYPE_CHECKING:
+    from nemo_megacpp.formulas.sizes import Sizes
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "receive"]
 Phase = Literal["forward", "backward", "recompute", "step"]
@@ -30,7 +32,7 @@ class Collective:
 
     Attributes:
         kind: what is called; a point-to-point message is a ``send`` here and a ``receive`` there.
-        group: between whom, a key of :data:`nemo_megacpp.contract.placement.GROUPS`.
+        group: between whom, a key of :data:`nemo_megacpp.formulas.placement.GROUPS`.
         bytes: of the whole tensor: the input of an all-reduce or a reduce-scatter, the output of an
             all-gather, this rank's input of an all-to-all, the message of a send or receive.
         phase: when.
@@ -116,3 +118,9 @@ def there_and_back(
         Collective(kind, group, size, "forward", role, what),
         Collective(reverse, group, size, "backward", role, f"gradient of {what}"),
     ]
+
+
+def exchange(sizes: Sizes, width: int, what: str) -> list[Collective]:
+    """An all-to-all over cp of ``width`` channels of this rank's tokens."""
+    size = sizes.tokens * width * sizes.e
+    return there_and_back("all_to_all", "all_to_all", "cp", size, "layout transition", what)

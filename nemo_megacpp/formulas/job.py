@@ -9,9 +9,9 @@ import torch
 
 from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.families import load_families
+from nemo_megacpp.families import block_of, load_families
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.pattern import BUILT_IN, HybridPattern
+from nemo_megacpp.pattern import HybridPattern
 
 Precision = Literal["fp32", "bf16"]
 Kernels = Literal["gpu", "torch"]
@@ -35,8 +35,7 @@ class Job:
         name: what to call the job in a report.
 
     Raises:
-        UserError: the pattern has blocks of a family that a user added: what those send and keep is
-            not known here.
+        UserError: the pattern has blocks of a family that does not declare what it sends and saves.
     """
 
     model: dict[str, Any] = field(hash=False)
@@ -54,12 +53,13 @@ class Job:
         load_families(self.model.get("family_modules"))
         pattern = self.model.get("hybrid_pattern")
         letters = HybridPattern.parse(pattern).families if pattern else ()
-        added = sorted({family.value for family in letters} - {f.value for f in BUILT_IN})
-        if added:
+        unpriced = [f.value for f in dict.fromkeys(letters) if not block_of(f).is_priced]
+        if unpriced:
             raise UserError(
-                f"The pattern has {', '.join(added)} blocks, of a family from family_modules: what "
-                f"they send and keep is not known, so a plan would be wrong. It knows A, M, E and "
-                f"R. 'nemo-megacpp verify' proves a layout of any family."
+                f"The pattern has {', '.join(unpriced)} blocks, whose family declares neither "
+                f"collectives nor saved_activations, so a plan would be wrong. Declare both in its "
+                f"BlockFamily, as examples/short_conv.py does. 'nemo-megacpp verify' proves a "
+                f"layout of any family."
             )
 
     @property

@@ -12,13 +12,9 @@ from nemo_megacpp.config import (
     m2rnn_dimensions,
     mamba3_dimensions,
 )
-from nemo_megacpp.contract.job import Job
+from nemo_megacpp.formulas.job import Job
 from nemo_megacpp.layout import ParallelLayout, padded_vocab_size
 from nemo_megacpp.mixers.kernels.m2rnn_triton import unfit_for_triton
-
-# Of Megatron's MambaMixer and of mamba_ssm, which the configuration cannot change.
-MAMBA_CONV_KERNEL = 4
-MAMBA_CHUNK = 128
 
 
 @dataclass(frozen=True)

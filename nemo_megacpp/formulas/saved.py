@@ -1,0 +1,52 @@
+"""Saved activations: what autograd keeps of one microbatch for the backward pass.
+
+Each entry names a tensor and gives its bytes on one rank. The ``torch`` entries follow the plain
+torch modules and kernels and are held to recorded runs. The ``gpu`` entries follow what Transformer
+Engine's and mamba_ssm's autograd functions save; no GPU has confirmed them yet. Routing is data:
+E's entries are those of balanced routing.
+
+Of Megatron's selective recomputation, ``core_attn``, ``moe`` and ``shared_experts`` are counted;
+other modules are reckoned as if they kept everything. Not counted, on either: tensors that live
+only inside a kernel or between two operations, and what an allocator rounds up or cannot reuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from nemo_megacpp.formulas.sizes import Sizes
+
+
+COUNTED_RECOMPUTATION = frozenset(("core_attn", "moe", "shared_experts"))
+"""Megatron's ``recompute_modules`` whose effect the formulas know."""
+
+
+class Saved(NamedTuple):
+    """A tensor that waits for the backward pass.
+
+    Attributes:
+        what: its name.
+        bytes: on one rank.
+    """
+
+    what: str
+    bytes: int
+
+
+def norm(sizes: Sizes) -> list[Saved]:
+    """Return what an RMS norm over ``h`` saves, and its output, which the next linear saves."""
+    tokens, h = sizes.shared_tokens, sizes.h
+    # torch composes the norm, and keeps the wide input and its product with the scale.
+    width = sizes.e if sizes.job.kernels == "gpu" else 2 * sizes.wide
+    return [
+        Saved("norm: input", tokens * h * width),
+        Saved("norm: scale of each token", tokens * 4),
+        Saved("norm: output", tokens * h * sizes.e),
+    ]
+
+
+def total(saved: Iterable[Saved]) -> int:
+    """Return the bytes of all entries."""
+    return sum(item.bytes for item in saved)
