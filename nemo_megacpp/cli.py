@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import signal
@@ -27,7 +28,7 @@ from nemo_megacpp.commands import (
     train,
     verify,
 )
-from nemo_megacpp.errors import RankFailed, UserError
+from nemo_megacpp.errors import RankFailed, UserError, nearest
 from nemo_megacpp.runtime.imports import importing
 
 COMMANDS = (
@@ -83,13 +84,36 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     for before, word in itertools.pairwise(["", *words]):
         if not word.strip() or (word.startswith("--") and word.rstrip().endswith("=")):
             parser.error(f"{word.strip() or f'the argument after {before}'} is empty")
+    _suggest_command(parser, words)
     args, rest = parser.parse_known_args(words)
     strange = [word for word in rest if word.startswith("-") or "=" not in word]
     if strange or (rest and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}{_as_setting(strange)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
+
+
+def _suggest_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Name the nearest command where there is none of this name; argparse lists all of them."""
+    names = [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
+    first = next(iter(words), "-")
+    if not first.startswith("-") and first not in names:
+        known = ", ".join(names)
+        parser.error(f"there is no command {first!r}.{nearest(first, names)} Commands: {known}")
+
+
+def _as_setting(strange: Sequence[str]) -> str:
+    """Say how a setting is written that was given as an option, such as ``--tp 2``."""
+    from nemo_megacpp.recipes.names import full_name
+
+    for word in strange:
+        name, _, value = word.lstrip("-").replace("-", "_").partition("=")
+        if word.startswith("--"):
+            with contextlib.suppress(UserError):
+                full_name(name)
+                return f". {name} is a setting: write {name}={value or 'VALUE'}"
+    return ""
 
 
 def main() -> None:

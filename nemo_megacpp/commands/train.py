@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+import argparse
 from typing import Any
 
-from nemo_megacpp.commands.arguments import add_recipe
+from nemo_megacpp.commands.arguments import add_recipe, read_recipe
+from nemo_megacpp.recipes.describe import settings_help
 
 
 def add_parser(commands: Any) -> None:
     """Add ``train`` to the command line's parsers."""
-    parser = commands.add_parser(
-        "train", help="train a recipe or a YAML file", description="Train a recipe."
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "train",
+        help="train a recipe or a YAML file",
+        description="Train a recipe on this machine, or as one of torchrun's ranks.",
+        epilog=settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="validate everything, start nothing, write nothing"
+    )
     parser.set_defaults(run=_run)
 
 
-def _run(args: Namespace) -> int:
-    from nemo_megacpp.commands.arguments import read_recipe
+def _run(args: argparse.Namespace) -> int:
+    recipe = read_recipe(args)  # a typing error is told before the seconds that NeMo takes
     from nemo_megacpp.nemo.train import train_recipe
 
-    train_recipe(read_recipe(args))
+    train_recipe(recipe, dry_run=args.dry_run)
     return 0

@@ -17,8 +17,12 @@ from nemo_megacpp.runs.run_folder import RECIPE_FILE
 from nemo_megacpp.runtime.launch import Launched, launch, launched, validate_device_count
 
 
-def train_recipe(recipe: Recipe) -> Path:
+def train_recipe(recipe: Recipe, dry_run: bool = False) -> Path:
     """Train a resolved recipe, on this machine or under torchrun.
+
+    Args:
+        recipe: resolved.
+        dry_run: validate everything, start no rank and write nothing.
 
     Returns:
         The run's folder.
@@ -33,6 +37,12 @@ def train_recipe(recipe: Recipe) -> Path:
         recipe = _in_world(recipe, here)
     settled = preflight(recipe, announce=speaks)
     recipe, run_dir = settled.recipe, settled.run_dir
+    if here is None:
+        validate_device_count(recipe.layout.world)
+    if dry_run:
+        if speaks:
+            print("dry run: everything is valid; nothing was started or written")
+        return run_dir
     if here is not None:
         from nemo_megacpp.nemo.worker import run_recipe
 
@@ -40,7 +50,6 @@ def train_recipe(recipe: Recipe) -> Path:
             _write_recipe(recipe, run_dir)
         run_recipe(recipe, run_dir, devices=here.local_world_size)
         return run_dir
-    validate_device_count(recipe.layout.world)
     if recipe.data is None:
         vocab_size = recipe.model["vocab_size"]
         ensure_builtin(builtin_folder(vocab_size), vocab_size)

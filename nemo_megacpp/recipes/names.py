@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_megacpp.errors import UserError, nearest
+from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.parallel import FIELD_OF, validate_given_once
 from nemo_megacpp.recipes.catalog import Training
+from nemo_megacpp.settings.transformer import TRANSFORMER
 
 RUN_KEYS = ("recipe", "data", "tokenizer", "run_dir", "resume")
 TEXTS = ("tokenizer", "run_dir", "resume", "wandb_project", "wandb_name")
@@ -100,9 +102,9 @@ def validate_not_empty(name: str, key: str, text: str) -> None:
 
 def field_owners() -> dict[str, str]:
     """Map every field name to the part of a recipe that it belongs to."""
-    from nemo_megacpp.config import HybridConfig
-
-    owners = {f.name: "model" for f in dataclasses.fields(HybridConfig) if f.init}
+    # Megatron's own are those with a verdict: importing Megatron to list them takes seconds.
+    owners = dict.fromkeys(TRANSFORMER, "model")
+    owners |= {f.name: "model" for f in dataclasses.fields(HybridFields)}
     owners |= dict.fromkeys(RUN_KEYS, "run")
     owners |= {f.name: "training" for f in dataclasses.fields(Training)}
     owners |= {f.name: "layout" for f in dataclasses.fields(ParallelLayout)}

@@ -64,7 +64,8 @@ def validate_optimizer(config: OptimizerConfig) -> None:
 def legal_values(setting: Setting, default: Any) -> list[Any]:
     """Return the values that a setting with a few legal ones accepts."""
     values = [] if setting.legal is None else list(setting.legal)
-    unsaid = default not in values and setting.accepts(default, default)
+    said = any(value in (default, str(default)) for value in values)
+    unsaid = not said and setting.accepts(default, default)
     return [*values, default] if unsaid else values
 
 

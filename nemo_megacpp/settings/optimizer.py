@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-
-from nemo_megacpp.settings.verdict import Setting, Table, neutral, only_with, proved, refused
+from nemo_megacpp.settings.verdict import (
+    DTYPES,
+    Setting,
+    Table,
+    neutral,
+    only_with,
+    proved,
+    refused,
+)
 
 _ONE_ELEMENT = "Enters the step of one element, by its own gradient alone"
 _FP16 = only_with("fp16")
@@ -58,7 +64,7 @@ OPTIMIZER: Table = {
         "Every model is proved in float64 and float32, and within rounding in bfloat16",
         "tests/proof/test_parity.py::test_float64",
         "tests/proof/test_verify.py::test_a_recipe_verified",
-        legal=(torch.float32, torch.bfloat16, torch.float64),
+        legal=DTYPES,
         otherwise="In float16 the loss would be scaled, which is proved in no layout",
     ),
     "fp8_recipe": neutral(

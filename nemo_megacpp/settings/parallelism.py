@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from nemo_megacpp.settings.verdict import Table, neutral, only_with, proved, refused
+from nemo_megacpp.settings.verdict import DTYPES, Table, neutral, only_with, proved, refused
 
 _PARITY = (
     "tests/proof/test_parity.py::test_float64",
@@ -54,7 +52,7 @@ PARALLELISM: Table = {
         "Every model is proved in float64 and float32, and within rounding in bfloat16",
         *_PARITY,
         "tests/proof/test_verify.py::test_a_recipe_verified",
-        legal=(torch.float32, torch.bfloat16, torch.float64),
+        legal=DTYPES,
         otherwise="In float16 the loss would be scaled, which is proved in no layout",
     ),
     "pipeline_dtype": neutral(

@@ -9,16 +9,13 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
-from nemo_megacpp.settings.architecture import ARCHITECTURE
 from nemo_megacpp.settings.ddp import DDP
-from nemo_megacpp.settings.experts import EXPERTS
-from nemo_megacpp.settings.kernels import KERNELS
 from nemo_megacpp.settings.optimizer import OPTIMIZER
-from nemo_megacpp.settings.parallelism import PARALLELISM
+from nemo_megacpp.settings.transformer import TRANSFORMER
 from nemo_megacpp.settings.verdict import Table
 
 TABLES: dict[type, Table] = {
-    TransformerConfig: {**PARALLELISM, **ARCHITECTURE, **EXPERTS, **KERNELS},
+    TransformerConfig: TRANSFORMER,
     DistributedDataParallelConfig: DDP,
     OptimizerConfig: OPTIMIZER,
 }

@@ -9,6 +9,18 @@ from typing import Any, Literal
 Verdict = Literal["proved", "neutral", "refused"]
 
 
+class Named(str):
+    """A value by its name, such as a dtype of torch, which this module does not load."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+DTYPES = tuple(map(Named, ("torch.float32", "torch.bfloat16", "torch.float64")))
+
+
 @dataclass(frozen=True)
 class Setting:
     """The verdict on one field of a Megatron configuration.
@@ -20,8 +32,9 @@ class Setting:
         reason: what reads the field and what follows; one sentence, without the final stop.
         proofs: of a proved setting: ``covering:Class.field``, a setting that the covering list of
             :mod:`nemo_megacpp.proof` varies, or a test, ``tests/file.py::test_name``.
-        legal: the values that are accepted, beside a default that is empty; None: all of a proved
-            or neutral setting, the default alone of a refused one.
+        legal: the values that are accepted, beside a default that is empty, a dtype by its
+            :class:`Named`; None: all of a proved or neutral setting, the default alone of a
+            refused one.
         otherwise: why other values than ``legal`` are refused; ``reason`` if empty.
         each: a list is accepted if each of its elements is.
     """
@@ -45,7 +58,7 @@ class Setting:
         if self.legal is None:
             return self.verdict != "refused" or value == default
         values = value if self.each and isinstance(value, list) else [value]
-        return all(any(one == choice for choice in self.legal) for one in values)
+        return all(any(choice in (one, str(one)) for choice in self.legal) for one in values)
 
 
 Table = Mapping[str, Setting]

@@ -17,8 +17,9 @@ from typing import Any
 
 import yaml
 
-from nemo_megacpp.config import HybridConfig, Mode, m2rnn_dimensions
+from nemo_megacpp.config import HybridConfig, m2rnn_dimensions
 from nemo_megacpp.errors import UserError, nearest
+from nemo_megacpp.hybrid_fields import Mode
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.values import read_value
 

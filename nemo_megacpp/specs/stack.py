@@ -32,9 +32,10 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import WrappedTensor, make_viewless_tensor
 
-from nemo_megacpp.config import NO_SETTINGS, HybridConfig, Mode, validate_config
+from nemo_megacpp.config import NO_SETTINGS, HybridConfig, validate_config
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import added, registered
+from nemo_megacpp.hybrid_fields import Mode
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.settings.script import validate_script

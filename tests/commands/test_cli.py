@@ -132,7 +132,10 @@ def test_loads_nothing_heavy_in_under_half_a_second(
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("arguments", [("recipes",), ("train", "nam56r_tinny")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("recipes",), ("train", "nam56r_tinny"), ("train", "nam56r_tiny", "tensor_paralel=2")],
+)
 def test_what_needs_no_torch_loads_none(arguments: tuple[str, ...], tmp_path: Path) -> None:
     done = python("-X", "importtime", "-m", "nemo_megacpp.cli", *arguments, cwd=tmp_path)
     loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
@@ -192,13 +195,46 @@ def test_a_recipe_printed_is_that_recipe(run: Run, tmp_path: Path) -> None:
         assert resolve(str(file)) == resolve(name)
 
 
-@pytest.mark.parametrize(
-    "arguments", [(), ("fly",), ("train",), ("data",), ("recipes", "nam56r", "extra")]
-)
+@pytest.mark.parametrize("arguments", [(), ("fly",), ("train",), ("data",), ("demo", "extra")])
 def test_usage_errors(arguments: tuple[str, ...], run: Run) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("usage: nemo-megacpp")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("trian", "nam56r_tiny"), "there is no command 'trian'. Did you mean 'train'? Commands: "),
+        (("train", "nam56r_tiny", "--tp", "2"), "--tp 2. tp is a setting: write tp=VALUE"),
+        (("train", "nam56r_tiny", "--max-steps=2"), "max_steps is a setting: write max_steps=2"),
+        (("train", "nam56r_tiny", "--fast"), "unrecognized arguments: --fast\n"),
+    ],
+)
+def test_usage_errors_name_what_was_meant(
+    arguments: tuple[str, ...], message: str, run: Run
+) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_recipes_prints_the_settings_that_are_given(run: Run) -> None:
+    code, out, _ = run("recipes", "nam56r_tiny", "tp=4", "etp=none", "max_steps=7")
+    assert code == 0
+    settings = yaml.safe_load(out)
+    assert (settings["tensor_model_parallel_size"], settings["max_steps"]) == (4, 7)
+
+
+def test_a_dry_run_starts_and_writes_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(train, "launch", lambda *_: pytest.fail("ranks were started"))
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = run("train", "nam56r_tiny", "--dry-run")
+    assert code == 0 and out.endswith("everything is valid; nothing was started or written\n")
+    assert run("train", "nam56r_tiny", "tp=3", "--dry-run")[0] == 2
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_train_asks_for_a_recipe_only(run: Run) -> None:
@@ -443,7 +479,7 @@ def test_what_is_refused_is_refused_for_its_own_reason(
 def test_a_bare_installation_is_sent_to_the_doctor(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(*_: object) -> None:
+    def missing(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
     monkeypatch.setattr(train, "train_recipe", missing)

@@ -37,7 +37,7 @@ def _run(*words: str) -> None:
 
 
 def _train(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "train_recipe", lambda recipe: seen.append(recipe.layout))
+    monkeypatch.setattr(training, "train_recipe", lambda recipe, **_: seen.append(recipe.layout))
     _run("train", *words)
 
 

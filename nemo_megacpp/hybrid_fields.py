@@ -1,0 +1,60 @@
+"""The fields that a hybrid model adds to Megatron's ``TransformerConfig``. Loads no torch."""
+
+# NeMo-Run reads a command-line value by its field's annotation at run time, and knows
+# Optional[int], but neither "int | None" nor postponed annotations.
+# ruff: noqa: UP045
+
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+from nemo_megacpp.dimensions import AActivation, ClipOrder, Kernel, Pairs, SequenceExchange
+
+Mode = Literal["nemo_native", "mamba3"]
+
+
+@dataclass
+class HybridFields:
+    """See :class:`nemo_megacpp.config.HybridConfig`, which is these and Megatron's fields."""
+
+    hybrid_pattern: str = ""
+    """The A/M/E/R pattern, with ``|`` for explicit pipeline cuts (:mod:`nemo_megacpp.pattern`)."""
+    mode: Mode = "nemo_native"
+    """Which mixer an M block gets: ``nemo_native`` is Megatron's own ``MambaMixer`` (Mamba-2),
+    ``mamba3`` is ours (:mod:`nemo_megacpp.mixers.mamba3`). Both take Megatron's ``mamba_*``
+    sizes."""
+
+    family_modules: Optional[list[str]] = None
+    """Modules, or paths of Python files, that add block families (:mod:`nemo_megacpp.families`)."""
+
+    vocab_size: int = 0
+    """Tokens of the tokenizer, before padding."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this and of the tensor-parallel size: not of their
+    product, as Megatron's is, so that the rows are the same in every layout. 0: no padding."""
+    seq_length: int = 4096
+    """Tokens per sample, ``s``."""
+    position_embedding_type: Literal["rope", "none"] = "rope"
+    rotary_base: int = 10000
+    rotary_percent: float = 1.0
+    share_embeddings_and_output_weights: bool = False
+    parallel_output: bool = True
+    fp16_lm_cross_entropy: bool = False
+
+    m2rnn_num_heads: Optional[int] = None
+    """``N``; left at None, as many heads as make ``N·V`` the hidden size."""
+    m2rnn_key_head_dim: int = 64
+    m2rnn_value_head_dim: int = 16
+    m2rnn_conv_kernel: int = 4
+    m2rnn_state_gradient_clip: Optional[float] = 1.0
+    m2rnn_clip_order: ClipOrder = "before_output"
+    m2rnn_context_parallel: SequenceExchange = "auto"
+    m2rnn_kernel: Kernel = "auto"
+
+    mamba3_mimo_rank: int = 1
+    mamba3_rope_fraction: float = 0.5
+    mamba3_A_activation: AActivation = "softplus"
+    mamba3_A_floor: float = 1e-4
+    mamba3_pairs: Optional[Pairs] = None
+    """None: ``interleaved`` for SISO and ``halves`` for MIMO, as mamba_ssm's kernels have it."""
+    mamba3_output_norm: bool = False
+    mamba3_kernel: Kernel = "auto"
