@@ -56,7 +56,7 @@ def forms_on(device: torch.device, value_dim: int, dtype: torch.dtype) -> dict[s
     }
     reason = m2rnn_triton_reason(value_dim=value_dim, dtype=dtype, device=device)
     if reason is not None:
-        print(f"The Triton form is out: {reason}.")
+        print(f"Skipping the Triton kernel: {reason}.")
         return forms
     for block_k in (16, 32, 64):
         forms[f"triton, {block_k} rows a program"] = partial(m2rnn_triton, block_k=block_k)

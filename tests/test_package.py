@@ -87,7 +87,7 @@ def test_doctor_in_a_clean_environment(clean: Path) -> None:
     assert "nemo_megacpp[core]" in found["megatron-core"]["cost"]
     code, out, err = _run(clean, "doctor", "nam56r_tiny")
     assert (code, err) == (1, "")
-    assert "cannot train before this is mended: torch, megatron-core, einops" in out
+    assert "cannot train until this is fixed: torch, megatron-core, einops" in out
 
 
 def test_what_needs_the_stack_says_so(clean: Path) -> None:

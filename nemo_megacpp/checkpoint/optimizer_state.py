@@ -69,8 +69,8 @@ def validate_optimizer_form(metadata: Mapping[str, Any] | None) -> None:
     if kind in ("dp_reshardable", "dp_zero_gather_scatter"):
         kind += ": only the degrees it was saved with can load it, data parallelism apart"
     raise UserError(
-        f"This checkpoint's optimizer state has Megatron's own form ({kind}), not the one that "
-        f"nemo_megacpp saves and every layout loads. Load its weights alone (in NeMo: "
+        f"The optimizer state of this checkpoint is in Megatron's format ({kind}), which cannot be "
+        f"resumed in every layout. Load its weights only (in NeMo: "
         f"strategy.ckpt_load_optimizer=False)."
     )
 

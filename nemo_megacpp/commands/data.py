@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Split documents into train and held-out, train a byte-level BPE (or take one) "
         "and write Megatron .bin/.idx. A text file is a document; so is each line of a .jsonl "
         "file. Folders are searched recursively, hidden files left out; .gz, .bz2, .xz and .zst "
-        "are decompressed. Interrupted or killed, the same command goes on where it was.",
+        "are decompressed. If it is interrupted or killed, the same command resumes it.",
     )
     prepare.add_argument("paths", nargs="+", metavar="PATH", help="file or folder of text or JSONL")
     prepare.add_argument("--out", required=True, metavar="DIR", help="folder to make")

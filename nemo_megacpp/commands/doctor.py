@@ -73,5 +73,5 @@ def _print(findings: list[Finding], usable: bool) -> None:
     console.print(
         "[green]ready to train[/green]"
         if usable
-        else f"[red]cannot train before this is mended: {', '.join(broken)}[/red]"
+        else f"[red]cannot train until this is fixed: {', '.join(broken)}[/red]"
     )

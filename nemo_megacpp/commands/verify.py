@@ -46,7 +46,7 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
         pool: ranks to run on; this machine's, as many as the layout needs, if not given.
 
     Returns:
-        0 if every number agrees, 1 if a layout changes one.
+        0 if all checks passed, 1 if a layout changes one.
 
     Raises:
         UserError: for a recipe or layout that is illegal.
@@ -80,7 +80,7 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
     device = device_for(recipe.layout.world) if pool is None else pool.device
     console = make_console(_WIDTH, stderr=as_json)
     console.print(
-        f"{recipe.name}: {recipe.layout.describe()}, on a canary of its proportions; "
+        f"{recipe.name}: {recipe.layout.describe()}, on a proxy model of its proportions; "
         f"{RANKS_ON[device]}"
     )
     for line in _left_out(recipe):
@@ -103,7 +103,7 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
 
 def _left_out(recipe: Recipe) -> list[str]:
     """Return what of the recipe is not part of the proof."""
-    from nemo_megacpp.proof.canary import DRAWN
+    from nemo_megacpp.proof.proxy_model import DRAWN
 
     drawn = [
         f"{name}={value}" for name, value in recipe.model.items() if value != DRAWN.get(name, value)

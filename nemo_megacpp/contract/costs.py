@@ -18,7 +18,7 @@ class Cost(NamedTuple):
 
     Attributes:
         axis: what causes it: ``TP``, ``CP``, … or ``MODEL``.
-        effect: ``forces``, ``turns off``, ``repeats`` or ``waits``.
+        effect: ``forces``, ``turns off``, ``repeats``, ``waits`` or ``bubble``.
         message: what happens, with the numbers.
     """
 
@@ -140,9 +140,9 @@ def _pipeline(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     bubble = (layout.pp - 1) / (chunks * microbatches)
     yield Cost(
         "PP",
-        "waits",
-        f"{bubble:.0%} on top of the work: {layout.pp - 1} of {layout.pp} stages fill and drain "
-        f"over {microbatches} microbatches" + (f" x {chunks} chunks" if chunks > 1 else ""),
+        "bubble",
+        f"of {bubble:.0%} (PP={layout.pp}, {microbatches} microbatches"
+        + (f", {chunks} chunks a stage)" if chunks > 1 else ")"),
     )
     letters = ["".join(chunk.letters for chunk in stage.chunks) for stage in stages]
     for family in known_families():

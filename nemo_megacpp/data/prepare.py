@@ -2,7 +2,7 @@
 
 Three passes over the text: survey and split, train the BPE, encode. Each goes shard by shard, in
 one process or several, with the same result. The folder appears at the end under its name, whole.
-An interrupted preparation goes on from its last whole shard when it is asked for again.
+An interrupted preparation resumes from its last whole shard when it is started again.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def _interrupt_told(stage: Stage) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"Interrupted. The same command goes on from here (kept in {stage.folder}).")
+        print(f"Interrupted. Run the same command to resume (kept in {stage.folder}).")
         raise
 
 

@@ -16,7 +16,7 @@ class Finding:
         part: its name.
         found: a version, a number, a place.
         status: ``ok``; ``limited``: something is slower or unavailable for that; ``broken``:
-            nothing can be trained before it is mended.
+            nothing can be trained until it is fixed.
         cost: what the missing or broken part costs, and what would bring it.
     """
 

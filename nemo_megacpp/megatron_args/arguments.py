@@ -93,8 +93,8 @@ def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
     training = recipe.training
     if recipe.resume not in (None, "auto"):
         found.append(
-            f"resume={recipe.resume}: it goes on from checkpoints of its own kind; resume=auto "
-            f"takes its newest in run_dir"
+            f"resume={recipe.resume}: the script resumes only checkpoints of its own format; "
+            f"resume=auto takes the newest in run_dir"
         )
     if recipe.layout.vpp is not None:
         found.append(

@@ -283,9 +283,9 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
                 f"m2rnn_kernel='triton' cannot be used: {reason}. Choose 'torch' or 'auto'."
             )
         log_once(
-            "R recurs in Triton kernels."
+            "Using the Triton M²RNN kernel."
             if reason is None
-            else f"R recurs in plain torch; the Triton form is out: {reason}."
+            else f"Using the PyTorch M²RNN kernel (Triton: {reason})."
         )
         return reason is None
 

@@ -310,9 +310,9 @@ class Mamba3Mixer(KeepsFloat32, MegatronModule):
                 f"mamba3_kernel='triton' cannot be used: {reason}. Choose 'torch' or 'auto'."
             )
         log_once(
-            "Mamba-3 scans with mamba_ssm's Triton kernel."
+            "Using mamba_ssm's Triton kernel for Mamba-3."
             if reason is None
-            else f"Mamba-3 scans in plain torch; mamba_ssm's Triton kernel is out: {reason}."
+            else f"Using the PyTorch Mamba-3 kernel (Triton: {reason})."
         )
         return reason is None
 

@@ -40,7 +40,7 @@ class HybridCheckpoint(ModelCheckpoint):
 
     Args:
         model_fields: what each checkpoint says of its model, beside what shapes its tensors.
-        keep_last: how many of the newest checkpoints are kept; None: all.
+        keep_last: newest checkpoints to keep; None: all.
         keep_every: checkpoints of multiples of this step are kept as well.
     """
 

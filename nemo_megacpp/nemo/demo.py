@@ -1,4 +1,4 @@
-"""The main job: train a hybrid model, stop, go on from its checkpoint in another layout."""
+"""The main job: train a hybrid model, stop, resume its checkpoint in another layout."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class EventRecorder(pl.Callback, IOMixin):
 
     Args:
         run_dir: the run's folder; only global rank 0 writes it.
-        resumed: the checkpoint that the run goes on from.
+        resumed: the checkpoint that the run resumes.
     """
 
     def __init__(

@@ -131,8 +131,8 @@ def factory_parameters(
         lr: peak learning rate.
         min_lr: final learning rate.
         warmup_steps: steps of linear warm-up.
-        weight_decay: of AdamW.
-        adam_beta2: of AdamW.
+        weight_decay: AdamW weight decay.
+        adam_beta2: AdamW beta2.
         clip_grad: bound on the gradient's norm.
         use_distributed_optimizer: shard optimizer state over data-parallel ranks.
         precision: ``fp32`` or ``bf16``.
@@ -145,14 +145,14 @@ def factory_parameters(
         log_interval: steps between progress lines.
         tensorboard: write TensorBoard files. None: yes.
         wandb_project: Weights & Biases project to log to. None: it is not used.
-        wandb_name: of the run there. None: the run folder's.
-        seed: of weights and data order.
+        wandb_name: name of the run in Weights & Biases. None: the run folder's.
+        seed: seed of weights and data order.
         data: folder of ``nemo-megacpp data prepare``, or a blend: a list of folders, weights by
             folder, or Megatron's ``0.7 code 0.3 prose``. None: the built-in corpus.
         tokenizer: folder of the tokenizer that the data must have been made with. None: its own.
         packed_documents: start attention, M and R anew at each document of a row. None: no.
         run_dir: where the run writes. None: a new folder under ``runs/``.
-        resume: checkpoint or run folder to go on from, or ``auto`` for the newest in ``run_dir``.
+        resume: checkpoint or run folder to resume, or ``auto`` for the newest in ``run_dir``.
         verify_checkpoint: compare every byte of it with its manifest first. None: yes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What ends a run before its last step: a set step, SIGTERM, numbers that are none."""
+"""What ends a run before its last step: a set step, SIGTERM, NaN or Inf."""
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
@@ -90,7 +90,7 @@ class StopOnSigterm(pl.Callback, IOMixin):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so when the checkpoint is there: one that is saved in the background is awaited."""
         if self.stopping and trainer.is_global_zero:
-            print("stopped by SIGTERM; resume=auto goes on from here", flush=True)
+            print("stopped by SIGTERM; resume it with resume=auto", flush=True)
 
 
 class StopOnNonFinite(pl.Callback, IOMixin):
@@ -117,6 +117,6 @@ class StopOnNonFinite(pl.Callback, IOMixin):
 def told(step: int, what: str) -> str:
     """Return the message of a run that ends because of a number."""
     return (
-        f"Step {step}: {what}. The run ends here and saves nothing of it; go on from an earlier "
-        f"checkpoint, with a lower lr or without what the data holds there."
+        f"Step {step}: {what}. The run stops and saves nothing of this step. Resume an earlier "
+        f"checkpoint with a lower lr, or without the data of this step."
     )

@@ -31,14 +31,13 @@ def validate_run_dir(run_dir: Path, resume: str | None, resumes: bool) -> None:
     _validate_writable(run_dir)
     if not resumes and (run_dir / "checkpoints").exists():
         raise UserError(
-            f"{run_dir} already holds a run. Go on from it with resume=auto, or choose another "
-            f"run_dir."
+            f"{run_dir} already holds a run. Resume it with resume=auto, or choose another run_dir."
         )
     newest = newest_checkpoint(run_dir / "checkpoints")
     if newest is not None and newest.resolve() != Path(str(resume)).resolve():
         raise UserError(
             f"{run_dir} already holds a run, whose newest checkpoint is {newest.name}: a run that "
-            f"goes on from {resume} would come to overwrite it. Go on from the newest with "
+            f"resumes {resume} would overwrite it. Resume the newest with "
             f"resume=auto, or choose another run_dir."
         )
 

@@ -110,6 +110,6 @@ def validate_optimizer_state(checkpoint: Path) -> None:
     content = CheckpointContent(checkpoint)
     if content.tensors and not content.optimizer_tensors:
         raise UserError(
-            f"{checkpoint} holds the weights alone, and resume needs the optimizer's state too. "
-            f"Give a checkpoint that a run has saved."
+            f"{checkpoint} holds weights only, without optimizer state, so it cannot be resumed. "
+            f"Resume a checkpoint that a run has saved."
         )

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.canary import every_expert, one_family
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Limits, Rung, compare
 from nemo_megacpp.proof.differences import find
 from nemo_megacpp.proof.failure import describe_failure
 from nemo_megacpp.proof.kernels import kernels_for
+from nemo_megacpp.proof.proxy_model import every_expert, one_family
 from nemo_megacpp.proof.reshard import Carried, checkpoint_of
 from nemo_megacpp.proof.rounding import SEEDS, rounding_limits
 from nemo_megacpp.proof.step import StepResult
@@ -56,7 +56,7 @@ class Bench:
         pool: as many ranks as the largest layout needs.
         path: takes the steps.
         folder: for checkpoints.
-        small: fields of the canary's ``HybridConfig``.
+        small: fields of the proxy model's ``HybridConfig``.
         training: further fields of every :class:`StepSpec`: batch, masks, documents, optimizer.
     """
 

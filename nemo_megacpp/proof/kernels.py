@@ -65,7 +65,7 @@ class Kernels:
     Attributes:
         name: ``torch`` for plain torch forms with TF32 off, ``default`` for those that training
             takes on this machine.
-        narrowest: the widths to which a canary may be narrowed, by field of ``HybridConfig``.
+        narrowest: the widths to which a proxy model may be narrowed, by field of ``HybridConfig``.
     """
 
     name: KernelsName

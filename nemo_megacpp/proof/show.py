@@ -102,7 +102,7 @@ def print_trials(console: Console, trials: Sequence[Trial]) -> None:
         for line in _what_broke(trial):
             console.print(f"[red]{line}[/red]")
     if all(trial.holds for trial in trials):
-        console.print("every number agrees: the layout changes where they live, not what they are")
+        console.print("all checks passed: the layout does not change the numbers")
 
 
 def _cell(rung: Rung) -> Cell:

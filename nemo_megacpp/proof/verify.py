@@ -14,8 +14,8 @@ from nemo_megacpp.layout import ParallelLayout, validate_layout
 from nemo_megacpp.pattern import HybridPattern
 from nemo_megacpp.proof.axes import axes_alone, axes_in_pairs, axes_of, spelled_out
 from nemo_megacpp.proof.bench import Bench, TrainingPath
-from nemo_megacpp.proof.canary import canary
 from nemo_megacpp.proof.kernels import kernels_for
+from nemo_megacpp.proof.proxy_model import proxy_model
 from nemo_megacpp.proof.step_spec import Dtype
 from nemo_megacpp.proof.trial import Trial
 from nemo_megacpp.runtime.workers import WorkerPool, device_for
@@ -55,7 +55,7 @@ def verify(
             f"a smaller one with --layout: the axes are proved by their kind, not their size."
         )
     device = device_for(layout.world) if pool is None else pool.device
-    small = canary(model, layout, kernels_for(device, "bfloat16").narrowest)
+    small = proxy_model(model, layout, kernels_for(device, "bfloat16").narrowest)
     training = dict(training or {})
     if training.pop("packed", False):
         quarter = small["seq_length"] // 4

@@ -86,25 +86,25 @@ class Training:
             and the end of a document predicts nothing; else they run across. Megatron's
             ``reset_attention_mask``, ``reset_position_ids`` and ``eod_mask_loss``, and the states.
         lr: peak learning rate of a cosine schedule.
-        min_lr: its final learning rate.
+        min_lr: final learning rate.
         warmup_steps: steps of linear warm-up.
-        weight_decay: of AdamW.
+        weight_decay: AdamW weight decay.
         clip_grad: bound on the gradient's norm.
-        adam_beta2: of AdamW.
+        adam_beta2: AdamW beta2.
         precision: ``fp32`` or ``bf16``.
         val_check_interval: steps between evaluations on held-out data.
         limit_val_batches: global batches per evaluation.
         save_interval: steps between checkpoints.
         async_save: write checkpoints in the background, while the training goes on.
-        keep_last: how many of the newest checkpoints are kept; None: all.
+        keep_last: newest checkpoints to keep; None: all.
         keep_every: checkpoints of multiples of this step are kept as well.
         log_interval: steps between progress lines.
-        seed: of weights and data order.
+        seed: seed of weights and data order.
         use_distributed_optimizer: shard optimizer state over data-parallel ranks.
         verify_checkpoint: compare every byte of a checkpoint with its manifest before it is loaded.
         tensorboard: write TensorBoard files.
         wandb_project: Weights & Biases project to log to; None: it is not used.
-        wandb_name: of the run there; None: the run folder's.
+        wandb_name: name of the run in Weights & Biases; None: the run folder's.
     """
 
     max_steps: int = 1000

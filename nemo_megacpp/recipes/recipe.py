@@ -42,7 +42,7 @@ class Recipe:
         tokenizer: folder of the tokenizer that the data must have been made with; None for the
             data's own.
         run_dir: where the run writes; None for a new folder under ``runs/``.
-        resume: checkpoint to go on from, or ``auto`` for the newest in ``run_dir``.
+        resume: checkpoint to resume, or ``auto`` for the newest in ``run_dir``.
         given: the full names of the settings that the user gave.
         defaults: what was chosen for the user, one phrase each.
     """
@@ -146,7 +146,7 @@ def from_mapping(settings: Mapping[str, Any], changes: Mapping[str, Any] | None 
         elif owner == "run":
             if not isinstance(value, str | None):
                 raise UserError(
-                    f"{key}: {value!r} is not a text; put it in quotes if that is its name."
+                    f"{key}: {value!r} is not a string; put it in quotes if that is its name."
                 )
             run[key] = value
         else:

@@ -223,7 +223,7 @@ def _panels(record: RunRecord) -> list[tuple[str, dict[str, Points]]]:
 def thinned(points: Points, most: int = _POINTS) -> Points:
     """Return at most about ``most`` points: of each stretch the lowest and the highest.
 
-    A spike stays a spike; numbers that are none are left to the gaps they make.
+    A spike stays a spike; NaN and Inf leave gaps.
     """
     if len(points) <= most:
         return points

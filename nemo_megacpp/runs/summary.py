@@ -51,7 +51,7 @@ class Summary:
         if self.memory is not None:
             rows.append(("peak memory", f"{show_memory(self.memory)} on the fullest rank"))
         rows.append(("checkpoints saved", f"{self.checkpoints:,}"))
-        rows.append(("wall time", show_seconds(self.seconds)))
+        rows.append(("training time", show_seconds(self.seconds)))
         return rows
 
 

@@ -51,7 +51,7 @@ def test_the_articles_job(capsys: Any) -> None:
         "EAEMEAEMRAEME + head",
         "and fits 141 GB",
         "not measured on a GPU",
-        "38% on top of the work",
+        "bubble of 38%",
     ):
         assert part in out
 

@@ -138,7 +138,7 @@ def test_interrupt_keeps_what_is_done(
         patch.setattr(Encoding, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare([corpus], out, **OPTIONS)
-    assert "Interrupted. The same command goes on from here" in capsys.readouterr().out
+    assert "Interrupted. Run the same command to resume" in capsys.readouterr().out
     assert not out.exists()
     prepare([corpus], out, **OPTIONS)
     assert "1 of " in capsys.readouterr().out

@@ -54,7 +54,7 @@ def test_a_recipe_that_cannot_be_trained(
     code, text = _doctor(capsys, "nam56r", "--layout", "tp=3")
     assert code == 1
     assert "num_attention_heads = 56" in " ".join(text.split())
-    assert "cannot train before this is mended: layout, model, data" in " ".join(text.split())
+    assert "cannot train until this is fixed: layout, model, data" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_the_table_keeps_its_brackets(
     code, text = _doctor(capsys)
     assert code == 1
     assert "pip install 'nemo_megacpp[core]'" in " ".join(text.split())
-    assert "before this is mended: torch, megatron-core, einops, psutil" in " ".join(text.split())
+    assert "until this is fixed: torch, megatron-core, einops, psutil" in " ".join(text.split())
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_sigterm_saves_and_exits_0(stopped: Run) -> None:
     assert last < 1000
     assert newest_step(stopped) == last
     lines = stopped.output.splitlines()
-    assert lines[-1] == "stopped by SIGTERM; resume=auto goes on from here"
+    assert lines[-1] == "stopped by SIGTERM; resume it with resume=auto"
     assert f"step {last:>5}  saved {stopped.run_dir / 'checkpoints' / f'step={last}'}" in lines
     assert not stopped.left_behind()
 

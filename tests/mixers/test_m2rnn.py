@@ -298,11 +298,11 @@ def test_heads_that_do_not_divide_are_refused(ranks: WorkerPool) -> None:
 @pytest.mark.parametrize(
     ("kernel", "triton_runs", "said", "calls"),
     [
-        ("auto", False, "R recurs in plain torch; the Triton form is out: it needs a CUDA", 0),
-        ("auto", True, "R recurs in Triton kernels.", 1),
-        ("triton", True, "R recurs in Triton kernels.", 1),
+        ("auto", False, "Using the PyTorch M²RNN kernel (Triton: needs a CUDA", 0),
+        ("auto", True, "Using the Triton M²RNN kernel.", 1),
+        ("triton", True, "Using the Triton M²RNN kernel.", 1),
         ("torch", True, "", 0),
-        ("triton", False, "m2rnn_kernel='triton' cannot be used: it computes in float32, and", 0),
+        ("triton", False, "m2rnn_kernel='triton' cannot be used: computes in float32, and", 0),
     ],
 )
 def test_which_kernel_runs(

@@ -191,8 +191,8 @@ def test_initial_values_are_mamba_ssms(ranks: WorkerPool) -> None:
 def test_auto_says_once_why_it_scans_in_torch(ranks: WorkerPool) -> None:
     log = ranks.run(1, _one_rank, SISO)[0]["log"]
     assert [line for line in log if "Mamba-3" in line] == [
-        "Mamba-3 scans in plain torch; mamba_ssm's Triton kernel is out: it needs a CUDA device, "
-        "and the activations are on cpu."
+        "Using the PyTorch Mamba-3 kernel (Triton: needs a CUDA device, and the activations are on "
+        "cpu)."
     ]
 
 
@@ -269,7 +269,7 @@ def test_rank_share(heads: int, groups: int, tp: int, cp: int, expected: Any) ->
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (MIMO, "mamba3_kernel='triton' cannot be used: it is single-input, and .* is 3"),
+        (MIMO, "mamba3_kernel='triton' cannot be used: single-input only, and .* is 3"),
         (SISO, "mamba3_kernel='triton' cannot be used: .* powers of two .* mamba_head_dim is 6"),
     ],
 )

@@ -335,7 +335,7 @@ def test_resume_of_weights_alone(
     del held["optimizer.state.exp_avg.decoder.weight"]
     metadata.write_bytes(pickle.dumps(Metadata(held, None, {})))
     message = refusal(preflight, f"resume={checkpoint}")
-    assert f"{checkpoint} holds the weights alone, and resume needs the" in message
+    assert f"{checkpoint} holds weights only, without optimizer state" in message
     assert [path.name for path in elsewhere.iterdir()] == ["run"]
 
 
@@ -402,7 +402,7 @@ def test_settle_chooses_a_new_run_folder_and_can_be_silent(
 def test_a_run_is_not_written_over(save: Save, elsewhere: Path) -> None:
     checkpoint = save(tiny())
     message = refusal(preflight, "run_dir=run")
-    assert message.startswith("run already holds a run. Go on from it with resume=auto")
+    assert message.startswith("run already holds a run. Resume it with resume=auto")
     recipe = preflight(tiny("run_dir=run", "resume=auto"), announce=False).recipe
     assert recipe.resume == str(checkpoint)
 

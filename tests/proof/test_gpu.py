@@ -12,9 +12,9 @@ import pytest
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import NEMO, run_step
 from nemo_megacpp.proof.bench import Bench
-from nemo_megacpp.proof.canary import canary
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.kernels import kernels_for
+from nemo_megacpp.proof.proxy_model import proxy_model
 from nemo_megacpp.proof.step_spec import Dtype, StepSpec
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.runtime.workers import WorkerPool
@@ -27,7 +27,7 @@ def _model(pattern: str = "AEMR") -> dict:
     """NAM56R's proportions, at widths that the kernels take."""
     recipe = resolve("nam56r", [f"pattern={pattern}", f"depth={len(pattern)}"])
     model = {**recipe.model, "m2rnn_num_heads": 8}
-    return canary(model, ONE, kernels_for("cuda", "bfloat16").narrowest)
+    return proxy_model(model, ONE, kernels_for("cuda", "bfloat16").narrowest)
 
 
 def test_torch_forms_give_the_numbers_of_the_cpu(gpu_ranks: WorkerPool, ranks: WorkerPool) -> None:

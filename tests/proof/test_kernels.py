@@ -1,4 +1,4 @@
-"""Which kernels a trial runs in, and a canary that they take. No GPU has run them yet."""
+"""Which kernels a trial runs in, and a proxy model that they take. No GPU has run them yet."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from nemo_megacpp.config import HybridConfig, mamba3_dimensions
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.kernels.m2rnn_triton import unfit_for_triton
-from nemo_megacpp.proof.canary import canary
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.kernels import kernels_for
+from nemo_megacpp.proof.proxy_model import proxy_model
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import resolve
 
@@ -29,7 +29,7 @@ def test_the_choice() -> None:
     }
     assert names.pop(("cuda", "bfloat16")) == "default"
     assert set(names.values()) == {"torch"}
-    assert kernels_for("cuda", "float64").narrowest == _GPU.narrowest, "one canary for all trials"
+    assert kernels_for("cuda", "float64").narrowest == _GPU.narrowest, "one proxy model for all"
 
 
 def test_settings_that_ask_for_a_kernel() -> None:
@@ -59,9 +59,9 @@ def test_settings_that_ask_for_a_kernel() -> None:
 
 @pytest.mark.parametrize("name", CATALOG)
 @pytest.mark.parametrize("text", ["tp=1", "tp=2,cp=2", "tp=4"])
-def test_canary_has_widths_that_kernels_take(name: str, text: str) -> None:
+def test_a_proxy_model_has_widths_that_kernels_take(name: str, text: str) -> None:
     recipe, layout = resolve(name), ParallelLayout.parse(text)
-    small = canary(recipe.model, layout, _GPU.narrowest)
+    small = proxy_model(recipe.model, layout, _GPU.narrowest)
     for width in ("kv_channels", "mamba_head_dim", "mamba_state_dim", "m2rnn_key_head_dim"):
         assert small[width] == min(recipe.model[width], 16), width
         assert small[width] % 8 == 0 and math.log2(small[width]).is_integer(), width

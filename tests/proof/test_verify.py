@@ -14,11 +14,11 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, check_layout
 from nemo_megacpp.nemo.proof_run import NEMO
 from nemo_megacpp.proof.axes import axes_alone, axes_in_pairs
-from nemo_megacpp.proof.canary import canary, every_expert, one_family
 from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, Rung, compare, tensor_difference
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.kernels import kernels_for
+from nemo_megacpp.proof.proxy_model import every_expert, one_family, proxy_model
 from nemo_megacpp.proof.show import BACKENDS, proof_document
 from nemo_megacpp.proof.step import StepResult
 from nemo_megacpp.proof.trial import Difference, Finding, Trial
@@ -41,10 +41,10 @@ COUNTS = (
 
 @pytest.mark.parametrize("name", CATALOG)
 @pytest.mark.parametrize("text", ["tp=2,etp=1", "tp=4,cp=2", "pp=2,ep=2", "tp=8", "tp=4,cp=4"])
-def test_canary_is_legal_where_the_recipe_is(name: str, text: str) -> None:
+def test_a_proxy_model_is_legal_where_the_recipe_is(name: str, text: str) -> None:
     recipe = resolve(name)
     layout = ParallelLayout.parse(text)
-    small = canary(recipe.model, layout, kernels_for("cpu", "float64").narrowest)
+    small = proxy_model(recipe.model, layout, kernels_for("cpu", "float64").narrowest)
     assert {key: small[key] for key in COUNTS} == {key: recipe.model[key] for key in COUNTS}
     assert small["hidden_size"] <= 64
 
@@ -52,7 +52,7 @@ def test_canary_is_legal_where_the_recipe_is(name: str, text: str) -> None:
         sized = dataclasses.replace(recipe, model=model)
         return {violation.rule for violation in check_layout(layout, shape_of(sized))}
 
-    batch = {"batch"}  # the recipes' batches are not the canary's
+    batch = {"batch"}  # the recipes' batches are not the proxy model's
     assert axes(small) - batch == axes(recipe.model) - batch
 
 
@@ -228,4 +228,4 @@ def test_what_is_not_part_of_the_proof_is_said(
     assert "packed" not in told, "packs are part of the proof"
     assert "defaults taken: num_layers: 12 (depth of the recipe)" in told
     assert proved[0]["hidden_dropout"] == 0.1
-    assert canary(proved[0], ParallelLayout(), {})["hidden_dropout"] == 0.0
+    assert proxy_model(proved[0], ParallelLayout(), {})["hidden_dropout"] == 0.0

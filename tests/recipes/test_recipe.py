@@ -441,7 +441,7 @@ def test_texts_are_taken_as_they_are_typed(tmp_path: Path) -> None:
         assert resolve("nam56r_tiny", [f"run_dir={name}"]).run_dir == name
     for value in ("0123", "[a, b]", "true"):
         path = written(tmp_path, f"run_dir: {value}\n")
-        assert "is not a text; put it in quotes" in refused(source=path)
+        assert "is not a string; put it in quotes" in refused(source=path)
     assert resolve(written(tmp_path, "run_dir: '0123'\n")).run_dir == "0123"
     assert "neither a folder nor a blend" in refused("data=0123")
 

@@ -48,14 +48,14 @@ def m2rnn_triton_reason(
         device: where the activations are; None if that is not known yet.
     """
     if device is not None and device.type != "cuda":
-        return f"it needs a CUDA device, and the activations are on {device.type}"
+        return f"needs a CUDA device, and the activations are on {device.type}"
     if (unfit := unfit_for_triton(value_dim, dtype)) is not None:
         return unfit
     kernels = _kernels()
     if isinstance(kernels, str):
         return kernels
     if device is not None and (found := torch.cuda.get_device_capability(device)) < _TENSOR_CORES:
-        return f"it wants compute capability 8.0, and {device} has {found[0]}.{found[1]}"
+        return f"needs compute capability 8.0, and {device} has {found[0]}.{found[1]}"
     return None
 
 
@@ -63,11 +63,11 @@ def unfit_for_triton(value_dim: int, dtype: torch.dtype) -> str | None:
     """Say what of a model the Triton kernels cannot do, on whatever machine; None if nothing."""
     if value_dim > _LARGEST_VALUE_DIM:
         return (
-            f"it holds value head dims up to {_LARGEST_VALUE_DIM}, and m2rnn_value_head_dim is "
+            f"holds value head dims up to {_LARGEST_VALUE_DIM}, and m2rnn_value_head_dim is "
             f"{value_dim}"
         )
     if dtype not in _DTYPES:
-        return f"it computes in float32, and the activations are {str(dtype).split('.')[-1]}"
+        return f"computes in float32, and the activations are {str(dtype).split('.')[-1]}"
     return None
 
 

@@ -45,18 +45,18 @@ def mamba3_gpu_reason(
         device: where the activations are; None if that is not known yet.
     """
     if device is not None and device.type != "cuda":
-        return f"it needs a CUDA device, and the activations are on {device.type}"
+        return f"needs a CUDA device, and the activations are on {device.type}"
     if rank != 1:
-        return f"it is single-input, and mamba3_mimo_rank is {rank}"
+        return f"single-input only, and mamba3_mimo_rank is {rank}"
     if pairs != "interleaved":
-        return f"it turns interleaved pairs of channels, and mamba3_pairs is {pairs!r}"
+        return f"rotates interleaved pairs of channels, and mamba3_pairs is {pairs!r}"
     for name, size in (("mamba_head_dim", head_dim), ("mamba_state_dim", state_dim)):
         if size < _SMALLEST_TILE or size & (size - 1):
-            return f"it wants powers of two from {_SMALLEST_TILE} on, and {name} is {size}"
+            return f"needs powers of two from {_SMALLEST_TILE} on, and {name} is {size}"
     if num_angles % 2:
-        return f"it wants an even number of angles, and there are {num_angles}"
+        return f"needs an even number of angles, and there are {num_angles}"
     if dtype != torch.bfloat16:
-        return f"it computes in bfloat16, and the activations are {str(dtype).split('.')[-1]}"
+        return f"computes in bfloat16, and the activations are {str(dtype).split('.')[-1]}"
     if packed:
         return "packed sequences have not been tried with it"
     kernel = _siso_kernel()

@@ -148,7 +148,7 @@ def test_compiles_for_a_gpu(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"device": torch.device("cpu")}, "it needs a CUDA device, and the activations are on cpu"),
+        ({"device": torch.device("cpu")}, "needs a CUDA device, and the activations are on cpu"),
         ({"value_dim": 65}, "up to 64, and m2rnn_value_head_dim is 65"),
         ({"dtype": torch.float64}, "computes in float32, and the activations are float64"),
     ],
@@ -162,7 +162,7 @@ def test_reasons(changes: dict[str, Any], reason: str) -> None:
 def test_an_old_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     found = m2rnn_triton_reason(value_dim=16, dtype=torch.bfloat16, device=torch.device("cuda", 0))
-    assert found == "it wants compute capability 8.0, and cuda:0 has 7.5"
+    assert found == "needs compute capability 8.0, and cuda:0 has 7.5"
 
 
 def test_a_triton_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_no_reason_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"device": torch.device("cpu")}, "it needs a CUDA device, and the activations are on cpu"),
+        ({"device": torch.device("cpu")}, "needs a CUDA device, and the activations are on cpu"),
         ({"rank": 4}, "mamba3_mimo_rank is 4"),
         ({"pairs": "halves"}, "mamba3_pairs is 'halves'"),
         ({"head_dim": 48}, "powers of two from 16 on, and mamba_head_dim is 48"),

@@ -24,7 +24,7 @@ _DIVIDED = ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 _DEEP = 16
 
 
-def canary(
+def proxy_model(
     model: Mapping[str, Any], layout: ParallelLayout, narrowest: Mapping[str, int]
 ) -> dict[str, Any]:
     """Return fields of a small ``HybridConfig`` with the proportions that ``layout`` splits, and
