@@ -3,7 +3,7 @@
 # NeMo-Run reads a command-line value by its field's annotation at run time, and knows
 # Optional[int], but neither "int | None" nor postponed annotations.
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from types import MappingProxyType
@@ -14,17 +14,17 @@ from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
 from nemo_megacpp.dimensions import M2RNNDimensions, Mamba3Dimensions
-from nemo_megacpp.errors import UserError
+from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.families import load_families
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import Family, HybridPattern
-from nemo_megacpp.settings.check import validate_transformer
+from nemo_megacpp.settings.check import setting_violations
 from nemo_megacpp.settings.combinations import (
-    validate_biases,
-    validate_meaningful,
-    validate_none_ignored,
-    validate_recompute,
+    bias_violations,
+    ignored_violations,
+    range_violations,
+    recompute_violations,
 )
 
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
@@ -65,8 +65,7 @@ class HybridConfig(HybridFields, TransformerConfig):
         depth: int = self.num_layers
         pattern = HybridPattern.parse(self.hybrid_pattern, depth=depth or None)
         self.num_layers: int = len(pattern)
-        validate_config(self, pattern)
-        self._check_own_fields()
+        raise_violations(self._violations(pattern))
         if (
             self.virtual_pipeline_model_parallel_size is not None
             and self.pipeline_model_parallel_size == 2
@@ -76,17 +75,6 @@ class HybridConfig(HybridFields, TransformerConfig):
             # one by one, they travel over two groups.
             self.overlap_p2p_comm = True
             self.batch_p2p_comm = False
-        if Family.MAMBA in pattern.families and self.mode == "mamba3":
-            mamba3_dimensions(self)
-        if Family.RECURRENT in pattern.families:
-            m2rnn_dimensions(self)
-        if Family.ATTENTION in pattern.families and self.position_embedding_type == "rope":
-            head_dim = self.kv_channels or self.hidden_size // self.num_attention_heads
-            if (turned := int(head_dim * self.rotary_percent)) % 2 or not turned:
-                raise UserError(
-                    f"rotary_percent={self.rotary_percent} turns {turned} of kv_channels={head_dim}"
-                    f" channels: it must be an even number, and at least 2."
-                )
         if Family.EXPERT not in pattern.families:
             # Megatron refuses sizes of experts that are not there.
             self.num_moe_experts = None
@@ -94,41 +82,64 @@ class HybridConfig(HybridFields, TransformerConfig):
             self.moe_shared_expert_intermediate_size = None
             self.moe_router_num_groups = None
             self.moe_router_group_topk = None
-        elif not self.num_moe_experts:
-            raise UserError(
-                f"The pattern {pattern} has E blocks, and num_moe_experts is "
-                f"{self.num_moe_experts}."
-            )
         if self.m2rnn_num_heads is None:
             self.m2rnn_num_heads = _heads_that_fill(self.hidden_size, self.m2rnn_value_head_dim)
 
-    def _check_own_fields(self) -> None:
-        """Refuse values of the hybrid fields that nothing would read as they are meant."""
+    def _violations(self, pattern: HybridPattern) -> Iterator[str]:
+        """Yield everything that cannot be built or would be read otherwise than it is meant."""
+        yield from config_violations(self, pattern)
+        yield from self._field_violations()
+        families = pattern.families
+        needed: list[Callable[[], object]] = []
+        if Family.MAMBA in families and self.mode == "mamba3":
+            needed.append(partial(mamba3_dimensions, self))
+        if Family.RECURRENT in families:
+            needed.append(partial(m2rnn_dimensions, self))
+        for dimensions in needed:
+            try:
+                dimensions()
+            except UserError as error:
+                yield str(error)
+        rotates = self.position_embedding_type == "rope" and 0 < self.rotary_percent <= 1
+        if Family.ATTENTION in families and rotates:
+            head_dim = self.kv_channels or self.hidden_size // self.num_attention_heads
+            if (turned := int(head_dim * self.rotary_percent)) % 2 or not turned:
+                yield (
+                    f"rotary_percent={self.rotary_percent} turns {turned} of kv_channels={head_dim}"
+                    f" channels: it must be an even number, and at least 2."
+                )
+        if Family.EXPERT in families and not self.num_moe_experts:
+            yield (
+                f"The pattern {pattern} has E blocks, and num_moe_experts is "
+                f"{self.num_moe_experts}."
+            )
+
+    def _field_violations(self) -> Iterator[str]:
+        """Yield values of the hybrid fields that nothing would read as they are meant."""
         for field in fields(HybridConfig):
             value, choices = getattr(self, field.name), _choices(field.type)
             if choices and value not in choices and value != field.default:
-                known = ", ".join(choices)
-                raise UserError(f"{field.name}={value!r}: the choices are {known}.")
-            if (
+                yield f"{field.name}={value!r}: the choices are {', '.join(choices)}."
+            elif (
                 self.mode != "mamba3"
                 and field.name.startswith("mamba3_")
                 and value != field.default
             ):
-                raise UserError(
+                yield (
                     f"{field.name}={value!r} is a setting of mode='mamba3'; here mode="
                     f"{self.mode!r}, whose M blocks are Megatron's own. Set the mode, or leave it "
                     f"out."
                 )
         if not 0 < self.rotary_percent <= 1:
-            raise UserError(f"rotary_percent: {self.rotary_percent} must be above 0, at most 1.")
+            yield f"rotary_percent: {self.rotary_percent} must be above 0, at most 1."
         if self.make_vocab_size_divisible_by < 0:
-            raise UserError(
+            yield (
                 f"make_vocab_size_divisible_by: {self.make_vocab_size_divisible_by} must be at "
                 f"least 0, which turns padding off."
             )
         if not self.parallel_output and self.tensor_model_parallel_size > 1:
             # The loss takes each rank's logits for its share of the vocabulary.
-            raise UserError(
+            yield (
                 f"parallel_output=False gathers the logits over TP="
                 f"{self.tensor_model_parallel_size}, and the loss would count them as many times. "
                 f"Leave it at True."
@@ -153,10 +164,10 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return ()
 
 
-def validate_config(
+def config_violations(
     config: TransformerConfig, pattern: HybridPattern, settings: Mapping[str, Any] = NO_SETTINGS
-) -> None:
-    """Refuse what the hybrid stack would get wrong: of a :class:`HybridConfig`, or of the plain
+) -> Iterator[str]:
+    """Yield what the hybrid stack would get wrong: of a :class:`HybridConfig`, or of the plain
     configuration that Megatron's own scripts build.
 
     Args:
@@ -164,23 +175,17 @@ def validate_config(
         pattern: its layers.
         settings: with a plain configuration, the ``m2rnn_*`` and ``mamba3_*`` fields that are not
             at their defaults.
-
-    Raises:
-        UserError: for the first such setting.
     """
-    validate_transformer(config)
-    validate_meaningful(config)
-    validate_none_ignored(config)
+    yield from setting_violations(TransformerConfig, vars(config))
+    yield from range_violations(config)
+    yield from ignored_violations(config)
     present = dict.fromkeys(pattern.families)
-    validate_recompute(config, [family.value for family in present])
-    validate_biases(config, [family.value for family in present if _unbiased(config, family)])
+    yield from recompute_violations(config, [family.value for family in present])
+    unbiased = [family.value for family in present if _unbiased(config, family)]
+    yield from bias_violations(config, unbiased)
     clip = _hybrid_field(config, settings, "m2rnn_state_gradient_clip")
-    if (
-        Family.RECURRENT in pattern.families
-        and clip is not None
-        and config.calculate_per_token_loss
-    ):
-        raise UserError(
+    if Family.RECURRENT in present and clip is not None and config.calculate_per_token_loss:
+        yield (
             "calculate_per_token_loss=True scales gradients during the backward pass, where the R "
             "block bounds them. Turn it off, or set m2rnn_state_gradient_clip to null."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -12,6 +12,46 @@ class UserError(ValueError):
     The message stands alone: what is wrong, the numbers, the legal choices. The command line prints
     it without a traceback and exits with code 2.
     """
+
+
+class Violations(UserError):
+    """Several things that a user asked for cannot be done; the message lists all of them.
+
+    Attributes:
+        messages: one for each.
+    """
+
+    def __init__(self, messages: Sequence[str]):
+        indented = [message.replace("\n", "\n   ") for message in messages]
+        listed = "\n".join(f"  {number}. {text}" for number, text in enumerate(indented, start=1))
+        super().__init__(f"{len(messages)} settings are invalid:\n{listed}")
+        self.messages = tuple(messages)
+
+
+def raise_violations(messages: Iterable[str]) -> None:
+    """Raise a UserError that names every violation; do nothing if there are none."""
+    found = list(dict.fromkeys(messages))
+    if len(found) == 1:
+        raise UserError(found[0])
+    if found:
+        raise Violations(found)
+
+
+def validate_all(*checks: Callable[[], object]) -> None:
+    """Run every check, and raise one UserError for what all of them found.
+
+    Args:
+        checks: functions that raise a UserError.
+    """
+    found: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except Violations as violations:
+            found += violations.messages
+        except UserError as error:
+            found.append(str(error))
+    raise_violations(found)
 
 
 class RankFailed(RuntimeError):

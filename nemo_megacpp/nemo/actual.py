@@ -12,13 +12,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+
 from nemo_megacpp.checkpoint.identity import STRUCTURE, read_identity
-from nemo_megacpp.config import HybridConfig, validate_config
-from nemo_megacpp.errors import UserError
+from nemo_megacpp.config import HybridConfig, config_violations
+from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.layout import ModelShape, ParallelLayout, validate_layout
 from nemo_megacpp.preflight.resume import validate_steps_left
-from nemo_megacpp.settings.check import validate_ddp, validate_optimizer
-from nemo_megacpp.settings.combinations import validate_coherent_training
+from nemo_megacpp.settings.check import setting_violations
+from nemo_megacpp.settings.combinations import training_violations
 
 
 def actual_layout(degrees: Any, ranks: int) -> ParallelLayout:
@@ -120,11 +123,13 @@ def validate_training(config: HybridConfig, ddp: Any, optim: Any) -> None:
         optim: NeMo's optimizer module; None for a run that only validates.
 
     Raises:
-        UserError: for the first such setting.
+        UserError: for all such settings.
     """
-    validate_config(config, config.pattern)
-    validate_ddp(ddp)
+    violations = [
+        *config_violations(config, config.pattern),
+        *setting_violations(DistributedDataParallelConfig, vars(ddp)),
+    ]
     optimizer = None if optim is None else optim.config
     if optimizer is not None:
-        validate_optimizer(optimizer)
-    validate_coherent_training(config, ddp, optimizer)
+        violations += setting_violations(OptimizerConfig, vars(optimizer))
+    raise_violations([*violations, *training_violations(config, ddp, optimizer)])

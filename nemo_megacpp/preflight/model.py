@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from nemo_megacpp.config import HybridConfig
-from nemo_megacpp.errors import UserError
+from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.layout import validate_layout
 from nemo_megacpp.mixers.core_attention import validate_torch_attention
 from nemo_megacpp.mixers.norm import validate_torch_norm
@@ -41,22 +42,24 @@ def validate_model(recipe: Recipe, device: str | None = None) -> HybridConfig:
         UserError: sizes below 1, more experts per token than there are, a setting that is neither
             proved nor neutral, or Megatron's own reason.
     """
-    model = recipe.model
-    for name, value in model.items():
-        if type(NAM56R_MODEL.get(name)) is int and value is not None and value < 1:
-            raise UserError(f"{name}: {value} must be at least 1.")
-    chosen, experts = model["moe_router_topk"], model["num_moe_experts"]
-    if Family.EXPERT in recipe.pattern.families and chosen > (experts or 0):
-        raise UserError(
-            f"moe_router_topk={chosen} experts per token are more than num_moe_experts={experts}."
-        )
-    _validate_low_precision(model)
+    _validate_low_precision(recipe.model)
+    raise_violations(_size_violations(recipe))  # Megatron divides by sizes
     try:
         return HybridConfig(**model_settings(recipe, device or current_host().device))
     except UserError:
         raise
     except (AssertionError, ImportError, ValueError) as error:
         raise UserError(f"Megatron refuses this model: {error}") from None
+
+
+def _size_violations(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    for name, value in model.items():
+        if type(NAM56R_MODEL.get(name)) is int and value is not None and value < 1:
+            yield f"{name}: {value} must be at least 1."
+    chosen, experts = model["moe_router_topk"], model["num_moe_experts"]
+    if Family.EXPERT in recipe.pattern.families and chosen > (experts or 0):
+        yield f"moe_router_topk={chosen} experts per token are more than num_moe_experts={experts}."
 
 
 def _validate_low_precision(model: dict[str, Any]) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_megacpp.checkpoint.dcp import require_psutil
 from nemo_megacpp.checkpoint.guard import inspect_before_load
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.errors import validate_all
+from nemo_megacpp.layout import ParallelLayout, check_layout
 from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model import validate_host, validate_model, validate_recipe_layout
 from nemo_megacpp.preflight.outputs import new_run_dir, validate_loggers, validate_run_dir
 from nemo_megacpp.preflight.resume import find_resume, validate_optimizer_state
 from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.recipes.shape import shape_of
 from nemo_megacpp.runtime.launch import launched
 
 
@@ -47,10 +50,16 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
         UserError: for anything that can be told before the ranks start.
     """
     require_psutil()
-    validate_recipe_layout(recipe)
-    config = validate_model(recipe)
-    validate_host(recipe, config)
-    validate_loggers(recipe)
+    built: list[HybridConfig] = []
+
+    def build() -> None:
+        legal = not check_layout(recipe.layout, shape_of(recipe))
+        # Else Megatron's checks would end at the first thing that is wrong with the layout.
+        here = recipe if legal else replace(recipe, layout=ParallelLayout())
+        built.append(validate_model(here))
+        validate_host(here, built[0])
+
+    validate_all(lambda: validate_recipe_layout(recipe), build, lambda: validate_loggers(recipe))
     recipe, sources = open_data(recipe)
     resumes = recipe.resume is not None
     recipe = find_resume(recipe, sources)
@@ -58,7 +67,7 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
     validate_run_dir(run_dir, recipe.resume, resumes)
     if announce:
         _announce(recipe, run_dir)
-    return Settled(recipe, config, tuple(sources), run_dir)
+    return Settled(recipe, built[0], tuple(sources), run_dir)
 
 
 def _announce(recipe: Recipe, run_dir: Path) -> None:

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
-from nemo_megacpp.errors import UserError
+from nemo_megacpp.errors import raise_violations
 from nemo_megacpp.settings.tables import TABLES, default_of
 from nemo_megacpp.settings.verdict import Setting
 
 
-def validate_settings(kind: type, values: Mapping[str, Any]) -> None:
-    """Refuse settings that are neither proved nor neutral.
+def setting_violations(kind: type, values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield settings that are neither proved nor neutral, one without a verdict included: with the
+    value, the reason and the legal values.
 
     Args:
         kind: Megatron's configuration: a key of :data:`nemo_megacpp.settings.tables.TABLES`.
         values: its fields; one that is missing is at its default.
-
-    Raises:
-        UserError: for the first such field, one without a verdict included: with its value, the
-            reason and the legal values.
     """
     for field in dataclasses.fields(kind):
         default = default_of(field)
@@ -33,31 +30,31 @@ def validate_settings(kind: type, values: Mapping[str, Any]) -> None:
         name = field.name if kind is TransformerConfig else f"{kind.__name__}.{field.name}"
         if setting is None:
             if value != default and (value or default):
-                raise UserError(
+                yield (
                     f"{kind.__name__}.{field.name}={value!r}: this Megatron-Core has a setting "
                     f"that nemo_megacpp does not know. Legal: {default!r}."
                 )
         elif not setting.accepts(value, default):
             reason = setting.otherwise or setting.reason
-            raise UserError(f"{name}={value!r}: {reason}. Legal: {_legal(setting, default)}.")
+            yield f"{name}={value!r}: {reason}. Legal: {_legal(setting, default)}."
 
 
-def validate_transformer(config: TransformerConfig) -> None:
-    """Refuse settings of a model, by :func:`validate_settings`.
+def validate_settings(kind: type, values: Mapping[str, Any]) -> None:
+    """Validate all settings of a configuration, by :func:`setting_violations`.
 
-    Args:
-        config: a plain one or a :class:`nemo_megacpp.config.HybridConfig`.
+    Raises:
+        UserError: for all that are neither proved nor neutral.
     """
-    validate_settings(TransformerConfig, vars(config))
+    raise_violations(setting_violations(kind, values))
 
 
 def validate_ddp(config: DistributedDataParallelConfig) -> None:
-    """Refuse settings of the data-parallel wrapper, by :func:`validate_settings`."""
+    """Validate the data-parallel wrapper, by :func:`validate_settings`."""
     validate_settings(DistributedDataParallelConfig, vars(config))
 
 
 def validate_optimizer(config: OptimizerConfig) -> None:
-    """Refuse settings of the optimizer, by :func:`validate_settings`."""
+    """Validate the optimizer, by :func:`validate_settings`."""
     validate_settings(OptimizerConfig, vars(config))
 
 

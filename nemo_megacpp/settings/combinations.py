@@ -1,8 +1,8 @@
-"""Values that are refused beside others, or that mean nothing by themselves."""
+"""Values that are refused beside others, or that mean nothing by themselves, as messages."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -11,28 +11,24 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
-from nemo_megacpp.errors import UserError
 
-
-def validate_meaningful(config: TransformerConfig) -> None:
-    """Refuse numbers outside their range.
+def range_violations(config: TransformerConfig) -> Iterator[str]:
+    """Yield numbers outside their range.
 
     Args:
         config: of the model, a plain one or a :class:`nemo_megacpp.config.HybridConfig`.
 
-    Raises:
-        UserError: for the first such number.
     """
     for name in ("hidden_dropout", "attention_dropout"):
         if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"{name}: {getattr(config, name)} must be at least 0 and below 1.")
+            yield (f"{name}: {getattr(config, name)} must be at least 0 and below 1.")
     for name in ("layernorm_epsilon", "softmax_scale", "moe_expert_capacity_factor"):
         value = getattr(config, name)
         if value is not None and not value > 0:
-            raise UserError(f"{name}: {value} must be above 0.")
+            yield (f"{name}: {value} must be above 0.")
     kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     if isinstance(coefficients, list) != isinstance(kinds, list):
-        raise UserError(
+        yield (
             f"moe_router_load_balancing_type={kinds!r} and moe_aux_loss_coeff={coefficients!r} "
             f"must both be lists, of one length, or neither."
         )
@@ -44,21 +40,19 @@ def validate_meaningful(config: TransformerConfig) -> None:
     for name, value in at_least_zero.items():
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not number >= 0:
-                raise UserError(f"{name}: {number} must be at least 0.")
+                yield (f"{name}: {number} must be at least 0.")
 
 
-def validate_biases(config: TransformerConfig, unbiased: list[str]) -> None:
-    """Refuse biases that some blocks of the pattern would have and others not.
+def bias_violations(config: TransformerConfig, unbiased: list[str]) -> Iterator[str]:
+    """Yield biases that some blocks of the pattern would have and others not.
 
     Args:
-        config: as for :func:`validate_meaningful`.
+        config: as for :func:`range_violations`.
         unbiased: letters of the pattern whose mixers have no biases.
 
-    Raises:
-        UserError: with the letters.
     """
     if config.add_bias_linear and unbiased:
-        raise UserError(
+        yield (
             f"add_bias_linear=True: the projections of {' and '.join(unbiased)} have no biases, so "
             f"only some blocks of this pattern would have them. Leave add_bias_linear at False."
         )
@@ -73,15 +67,13 @@ _RECOMPUTED = {
 """What the blocks of a family can recompute in the backward pass."""
 
 
-def validate_recompute(config: TransformerConfig, letters: Collection[str]) -> None:
-    """Refuse modules to be recomputed that no block of the pattern has.
+def recompute_violations(config: TransformerConfig, letters: Collection[str]) -> Iterator[str]:
+    """Yield modules to be recomputed that no block of the pattern has.
 
     Args:
-        config: as for :func:`validate_meaningful`.
+        config: as for :func:`range_violations`.
         letters: of the pattern. What a user's own family recomputes is not known here.
 
-    Raises:
-        UserError: for the first such module.
     """
     if config.recompute_granularity != "selective" or not set(letters) <= set(_RECOMPUTED):
         return
@@ -95,7 +87,7 @@ def validate_recompute(config: TransformerConfig, letters: Collection[str]) -> N
     ]
     if wrong or asked == []:
         default = " (Megatron's default)" if asked is None else ""
-        raise UserError(
+        yield (
             f"recompute_modules={asked or wrong}{default}: "
             + (f"no block of this model recomputes {', '.join(wrong)}. " if wrong else "is empty. ")
             + (
@@ -106,14 +98,12 @@ def validate_recompute(config: TransformerConfig, letters: Collection[str]) -> N
         )
 
 
-def validate_none_ignored(config: TransformerConfig) -> None:
-    """Refuse settings that another one would make Megatron ignore, or fail on in the first step.
+def ignored_violations(config: TransformerConfig) -> Iterator[str]:
+    """Yield settings that another one would make Megatron ignore, or fail on in the first step.
 
     Args:
-        config: as for :func:`validate_meaningful`.
+        config: as for :func:`range_violations`.
 
-    Raises:
-        UserError: for the first such setting.
     """
     modules = config.recompute_modules
     if (
@@ -121,34 +111,34 @@ def validate_none_ignored(config: TransformerConfig) -> None:
         and not config.moe_layer_recompute
         and modules not in (None, ["core_attn"])  # what Megatron fills in
     ):
-        raise UserError(
+        yield (
             f"recompute_modules={modules!r} has no effect without "
             f"recompute_granularity='selective'."
         )
     stages, computed = config.pipeline_model_parallel_size, _computed_in(config)
     if stages > 1 and config.pipeline_dtype not in (None, computed):
-        raise UserError(
+        yield (
             f"pipeline_dtype={config.pipeline_dtype}: a stage computes and sends {computed}, and "
             f"the next one would receive something else. Legal: {computed}."
         )
     if config.num_moe_experts:
-        _validate_none_ignored_by_experts(config)
+        yield from _ignored_by_experts(config)
 
 
 def _computed_in(config: TransformerConfig) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else config.params_dtype
 
 
-def _validate_none_ignored_by_experts(config: TransformerConfig) -> None:
-    """Refuse what an expert's activation would leave out, or has no code for."""
+def _ignored_by_experts(config: TransformerConfig) -> Iterator[str]:
+    """Yield what an expert's activation would leave out, or has no code for."""
     if config.moe_apply_probs_on_input and config.moe_router_topk != 1:
-        raise UserError(
+        yield (
             f"moe_apply_probs_on_input=True needs one expert per token; moe_router_topk="
             f"{config.moe_router_topk}. Leave it at False, or set moe_router_topk=1."
         )
     fused = config.bias_activation_fusion
     if fused and not (config.activation_func is F.silu and config.gated_linear_unit):
-        raise UserError(
+        yield (
             "bias_activation_fusion=True: the fused kernel that all of Megatron's experts have is "
             "that of silu with a gate. Leave it at False for other activations."
         )
@@ -161,40 +151,37 @@ def _validate_none_ignored_by_experts(config: TransformerConfig) -> None:
     ):
         for name in ("glu_linear_offset", "activation_func_clamp_value"):
             if getattr(config, name) and on:
-                raise UserError(
+                yield (
                     f"{name}={getattr(config, name)} would be ignored with "
                     f"{culprit}={getattr(config, culprit)}. Leave one of them at its default."
                 )
 
 
-def validate_coherent_training(
+def training_violations(
     model: TransformerConfig, ddp: DistributedDataParallelConfig, optimizer: OptimizerConfig | None
-) -> None:
-    """Refuse a data-parallel wrapper or an optimizer that is not for this model.
+) -> Iterator[str]:
+    """Yield what makes a data-parallel wrapper or an optimizer unfit for this model.
 
     Args:
         model: its configuration.
         ddp: the wrapper's.
         optimizer: the optimizer's; None where there is none.
 
-    Raises:
-        UserError: gradients of a bf16 model that would be summed in bfloat16, a mean that cannot be
-            taken while summing, or an optimizer for another precision.
     """
     if model.bf16 and not ddp.grad_reduce_in_fp32:
-        raise UserError(
+        yield (
             "DistributedDataParallelConfig.grad_reduce_in_fp32=False: in bf16 the gradients of all "
             "microbatches would be added up in bfloat16, so that how many of them a rank has would "
             "change the sum. Legal: True."
         )
     if ddp.average_in_collective and model.calculate_per_token_loss:
-        raise UserError(
+        yield (
             "DistributedDataParallelConfig.average_in_collective=True: with "
             "calculate_per_token_loss=True gradients are summed, and divided by the tokens "
             "afterwards. Legal: False."
         )
     if optimizer is not None and optimizer.bf16 != model.bf16:
-        raise UserError(
+        yield (
             f"OptimizerConfig.bf16={optimizer.bf16}, and the model has bf16={model.bf16}: without "
             f"float32 master weights a bf16 model would lose its steps. Legal: {model.bf16}."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,9 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
-from nemo_megacpp.errors import UserError
-from nemo_megacpp.settings.check import validate_settings
-from nemo_megacpp.settings.combinations import validate_coherent_training
+from nemo_megacpp.errors import raise_violations
+from nemo_megacpp.settings.check import setting_violations
+from nemo_megacpp.settings.combinations import training_violations
 from nemo_megacpp.settings.tables import default_of
 
 _ARGUMENTS = "megatron.training.global_vars"
@@ -38,28 +39,33 @@ def validate_script(model: TransformerConfig) -> None:
         model: its configuration.
 
     Raises:
-        UserError: for the first setting that is neither proved nor neutral.
+        UserError: for all settings that are neither proved nor neutral.
     """
     args = _arguments()
     if args is None:
         return
-    if getattr(args, "use_torch_fsdp2", False):
-        raise UserError("--use-torch-fsdp2: no case has torch's FSDP. Leave it out.")
-    _validate_even_masks(model, args)
     ddp = _said(args, DistributedDataParallelConfig, _RENAMED)
     optimizer = _said(args, OptimizerConfig, {})
-    validate_settings(DistributedDataParallelConfig, ddp)
-    validate_settings(OptimizerConfig, optimizer)
-    validate_coherent_training(model, SimpleNamespace(**ddp), SimpleNamespace(**optimizer))
+    wrapper: Any = SimpleNamespace(**ddp)
+    raise_violations(
+        (
+            *_argument_violations(model, args),
+            *setting_violations(DistributedDataParallelConfig, ddp),
+            *setting_violations(OptimizerConfig, optimizer),
+            *training_violations(model, wrapper, SimpleNamespace(**optimizer)),
+        )
+    )
 
 
-def _validate_even_masks(model: TransformerConfig, args: Any) -> None:
-    """A script's loss function divides by the unmasked tokens of one context-parallel rank."""
+def _argument_violations(model: TransformerConfig, args: Any) -> Iterator[str]:
+    if getattr(args, "use_torch_fsdp2", False):
+        yield "--use-torch-fsdp2: no case has torch's FSDP. Leave it out."
+    # A script's loss function divides by the unmasked tokens of one context-parallel rank.
     if model.context_parallel_size == 1 or model.calculate_per_token_loss:
         return
     for name in ("eod_mask_loss", "sft"):
         if getattr(args, name, False):
-            raise UserError(
+            yield (
                 f"--{name.replace('_', '-')} with CP={model.context_parallel_size}: the script "
                 f"averages the loss over each context-parallel rank's own unmasked tokens, and the "
                 f"mask keeps more of some ranks' than of others'. Add --calculate-per-token-loss, "

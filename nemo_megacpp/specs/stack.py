@@ -32,8 +32,8 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import WrappedTensor, make_viewless_tensor
 
-from nemo_megacpp.config import NO_SETTINGS, HybridConfig, validate_config
-from nemo_megacpp.errors import UserError
+from nemo_megacpp.config import NO_SETTINGS, HybridConfig, config_violations
+from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.families import added, registered
 from nemo_megacpp.hybrid_fields import Mode
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
@@ -254,7 +254,7 @@ def _validate_plain(
     vp_stage: int | None,
 ) -> None:
     """Refuse, of a configuration that is not ours, what ours would have refused."""
-    validate_config(config, pattern, settings)
+    raise_violations(config_violations(config, pattern, settings))
     validate_script(config)
     chunks = config.virtual_pipeline_model_parallel_size
     if chunks is not None and vp_stage is None:

@@ -65,6 +65,19 @@ def test_the_shape_is_what_will_be_built() -> None:
     assert shape.make_vocab_size_divisible_by == 128  # the configuration's default
 
 
+def test_layout_model_and_loggers_are_refused_together() -> None:
+    settings = ("tp=3", "hidden_dropout=2", "attention_dropout=-1", "wandb_name=x")
+    message = refusal(preflight, *settings)
+    assert message.startswith("4 settings are invalid:\n  1. Layout tp=3,sp=true,etp=1 is illegal")
+    for part in (
+        "\n     1. [TP] num_attention_heads = 28 is not divisible by TP = 3",
+        "\n  2. hidden_dropout: 2.0 must be at least 0 and below 1.",
+        "\n  3. attention_dropout: -1.0 must be at least 0 and below 1.",
+        "\n  4. wandb_name is given without wandb_project",
+    ):
+        assert part in message, part
+
+
 def test_every_violation_at_once_with_numbers_and_choices() -> None:
     message = refusal(
         validate_recipe_layout,

@@ -80,7 +80,7 @@ def test_a_refused_setting_of_the_model(field: dataclasses.Field[Any], setting: 
     with pytest.raises(UserError) as refusal:
         HybridConfig(**tiny_model("AEMR", **{field.name: value}))
     message = str(refusal.value)
-    assert message.startswith(f"{field.name}={value!r}: {_words(setting)}. Legal: ")
+    assert f"{field.name}={value!r}: {_words(setting)}. Legal: " in message
     assert "\n" not in message
 
 
@@ -215,15 +215,15 @@ def test_a_refused_setting_of_the_wrapper(
     message = f"DistributedDataParallelConfig.{field.name}={value!r}: {setting.reason}. Legal: "
     with pytest.raises(UserError) as refusal:
         HybridStrategy(ddp=config)
-    assert str(refusal.value).startswith(message)
+    assert message in str(refusal.value)
     model = HybridConfig(**tiny_model("AEMR"))
     with pytest.raises(UserError) as refusal:
         validate_training(model, config, None)
-    assert str(refusal.value).startswith(message)
+    assert message in str(refusal.value)
     setattr(script, field.name, value)
     with pytest.raises(UserError) as refusal:
         validate_script(model)
-    assert str(refusal.value).startswith(message)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize(("field", "setting"), _limited(OptimizerConfig))
@@ -238,16 +238,16 @@ def test_a_refused_setting_of_the_optimizer(
     message = f"OptimizerConfig.{field.name}={value!r}: {_words(setting)}. Legal: "
     with pytest.raises(UserError) as refusal:
         HybridOptimizer(config)
-    assert str(refusal.value).startswith(message)
+    assert message in str(refusal.value)
     model = HybridConfig(**tiny_model("AEMR"))
     with pytest.raises(UserError) as refusal:
         validate_training(model, DistributedDataParallelConfig(), SimpleNamespace(config=config))
-    assert str(refusal.value).startswith(message)
+    assert message in str(refusal.value)
     setattr(script, field.name, value)
     with pytest.raises(UserError) as refusal:
         validate_script(model)
     if field.name not in TABLES[DistributedDataParallelConfig]:  # else one argument sets both
-        assert str(refusal.value).startswith(message)
+        assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize("kind", [DistributedDataParallelConfig, OptimizerConfig])
