@@ -81,7 +81,6 @@ def test_a_refused_setting_of_the_model(field: dataclasses.Field[Any], setting: 
         HybridConfig(**tiny_model("AEMR", **{field.name: value}))
     message = str(refusal.value)
     assert f"{field.name}={value!r}: {_words(setting)}. Legal: " in message
-    assert "\n" not in message
 
 
 _LISTS = {"moe_router_load_balancing_type": ["aux_loss", "none"], "recompute_modules": ["moe"]}
