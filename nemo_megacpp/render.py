@@ -85,13 +85,9 @@ def make_console(width: int, *, stderr: bool = False) -> Console:
 
 def print_table(console: Console, table: Table) -> None:
     """Print a table in a terminal."""
-    shown = rich_table.Table(
-        title=table.title or None,
-        title_justify="left",
-        box=None,
-        header_style="bold",
-        padding=(0, 1),
-    )
+    if table.title:  # a line of its own: the title of a narrow table would be wrapped to its width
+        console.print(Text(table.title, style="italic"))
+    shown = rich_table.Table(box=None, header_style="bold", padding=(0, 1))
     for column in table.columns:
         justify: Literal["left", "right"] = "left" if column.startswith("<") else "right"
         shown.add_column(Text(column.lstrip("<")), justify=justify, overflow="fold")

@@ -71,7 +71,8 @@ def _run(args: Namespace) -> int:
     else:
         print_comparison(make_console(_WIDTH), comparison)
     if args.plot is not None and a.curve is not None and b.curve is not None:
-        draw_runs([(f"A {a.name}", a.curve), (f"B {b.name}", b.curve)], Path(args.plot))
+        sides = [(f"A {Path(a.name).name}", a.curve), (f"B {Path(b.name).name}", b.curve)]
+        draw_runs(sides, Path(args.plot))
     return 0
 
 

@@ -81,7 +81,8 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
     console = make_console(_WIDTH, stderr=as_json)
     console.print(
         f"{recipe.name}: {recipe.layout.describe()}, on a proxy model of its proportions; "
-        f"{RANKS_ON[device]}"
+        f"{RANKS_ON[device]}",
+        soft_wrap=True,
     )
     for line in _left_out(recipe):
         console.print(line)

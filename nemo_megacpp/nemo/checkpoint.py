@@ -42,6 +42,7 @@ class HybridCheckpoint(ModelCheckpoint):
         model_fields: what each checkpoint says of its model, beside what shapes its tensors.
         keep_last: newest checkpoints to keep; None: all.
         keep_every: checkpoints of multiples of this step are kept as well.
+        prints: whether a line tells of each checkpoint that is saved.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class HybridCheckpoint(ModelCheckpoint):
         model_fields: list[str],
         keep_last: Optional[int] = None,  # noqa: UP045
         keep_every: Optional[int] = None,  # noqa: UP045
+        prints: bool = True,
         **kwargs: Any,
     ):
         require_psutil()
@@ -56,6 +58,7 @@ class HybridCheckpoint(ModelCheckpoint):
         self.model_fields = model_fields
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self.prints = prints
 
     def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Clear away what a crashed run left, before NeMo does: it would take a whole one too."""
@@ -122,7 +125,8 @@ class HybridCheckpoint(ModelCheckpoint):
         def announce() -> None:
             finish()
             if trainer.is_global_zero:
-                print(f"step {global_step:>5}  saved {directory}", flush=True)
+                if self.prints:
+                    print(f"step {global_step:>5}  saved {directory}", flush=True)
                 run_dir = directory.parent.parent
                 record_event(run_dir, "checkpoint", global_step, path=str(directory))
                 self._prune(directory)

@@ -9,6 +9,8 @@ differs from a user's run, each with its reason.
 
 from __future__ import annotations
 
+import nemo_megacpp.nemo.quietly  # noqa: F401  # isort: skip  (before NeMo is imported below)
+
 import contextlib
 import dataclasses
 import tempfile
@@ -28,7 +30,7 @@ from nemo_megacpp.nemo.build import to_pretrain
 from nemo_megacpp.nemo.model import HybridModelConfig
 from nemo_megacpp.nemo.proof_data import ProofData
 from nemo_megacpp.nemo.proof_probe import Done, Probe
-from nemo_megacpp.nemo.worker import quiet_libraries
+from nemo_megacpp.nemo.quietly import quiet_libraries
 from nemo_megacpp.proof.bench import TrainingPath
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.kernels import kernels_here, use_kernels
@@ -156,6 +158,7 @@ def _pretrain(
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         config = _configuration(spec, layout, Path(run_dir or scratch), world)
+        config.log.ckpt.prints = False
         config.log.ckpt.every_n_train_steps = save_interval or _NEVER
         config.resume.resume_from_path = resume
         pretrain = fiddle.build(config)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import logging
 import signal
 import sys
-import tempfile
-import warnings
 from pathlib import Path
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.runtime import stopping
-from nemo_megacpp.runtime.imports import importing
 from nemo_megacpp.runtime.launch import launched, leave_last_words
 from nemo_megacpp.runtime.orphans import end_with_parent
 
@@ -28,7 +23,7 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
         devices: ranks on this node.
     """
     stopping.listen()
-    _import_quietly()
+    _import_nemo()
     from nemo_megacpp.runtime.host import ensure_host
 
     ensure_host(nemo=True)
@@ -40,37 +35,16 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
     fiddle.build(to_pretrain(recipe, run_dir, devices=devices, num_nodes=nodes))()
 
 
-def _import_quietly() -> None:
-    """Import NeMo, keeping the terminal for the run: its remarks go to the run's log file."""
-    warnings.simplefilter("ignore")
-    # A real file: Megatron's import turns on faulthandler, which needs a descriptor. It stays open:
-    # the libraries' log handlers keep it.
-    remarks = tempfile.TemporaryFile("w+")  # noqa: SIM115
-    try:
-        with contextlib.redirect_stderr(remarks), importing():
-            from nemo.collections import llm  # noqa: F401
-    except ImportError:
-        remarks.seek(0)
-        print(remarks.read(), file=sys.stderr)
-        raise
-    faulthandler.enable()  # again, on the real stderr
-    quiet_libraries()
+def _import_nemo() -> None:
+    """Import NeMo; rank 0 shows our own log on the terminal, NeMo's goes to the run's log file."""
+    import nemo_megacpp.nemo.quietly  # noqa: F401
+
     place = launched()
     if place is None or place.rank == 0:
         ours = logging.getLogger("nemo_megacpp")
         ours.setLevel(logging.INFO)
         ours.addHandler(logging.StreamHandler(sys.stdout))
         ours.propagate = False
-
-
-def quiet_libraries() -> None:
-    """Leave only errors of the libraries' logs; Lightning sets its own levels when imported."""
-    from nemo.utils import logging as nemo_logging
-
-    for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "megatron"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    nemo_logging.setLevel(nemo_logging.ERROR)
-    logging.getLogger("nv_one_logger").setLevel(logging.CRITICAL)  # an error ends its spans too
 
 
 def main() -> None:

@@ -51,9 +51,11 @@ def draw_phases(phases: list[tuple[str, Curve]], resumed_at: int, path: Path) ->
     figure, axes = _draw(phases)
     axes.axvline(resumed_at, color="0.4", ls=":")
     axes.annotate(
-        f" resumed from the checkpoint of step {resumed_at}",
+        f"resumed from the checkpoint of step {resumed_at}",
         (resumed_at, 1.0),
         xycoords=("data", "axes fraction"),
+        xytext=(6, -8),
+        textcoords="offset points",
         va="top",
         color="0.3",
     )
