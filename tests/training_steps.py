@@ -21,11 +21,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_megacpp.checkpoint.dcp import load_model
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.bare import forward_step, make_config, microbatches
 from nemo_megacpp.proof.gather import gather_values
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.specs.model import build_hybrid_chunks
+from tests.bare import forward_step, make_config, microbatches
 
 OVERLAPS: Mapping[str, Any] = {
     "use_distributed_optimizer": True,

@@ -16,8 +16,8 @@ from typing import Any
 from torch.nn import functional as F
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import Dtype, StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 
 _WITHOUT_SP = "TP without SP"
 

@@ -37,6 +37,7 @@ _HEADINGS: dict[RungName, str] = {
     "checkpoint": "ckpt",
 }
 _COUNTS: tuple[RungName, ...] = ("build", "tags", "checkpoint")
+_PLURALS: tuple[RungName, ...] = ("tags", "gradients", "replicas")
 _DTYPES = {"float64": "f64", "float32": "f32", "bfloat16": "bf16"}
 
 
@@ -134,7 +135,8 @@ def _what_broke(trial: Trial) -> list[str]:
     broken = next((rung for rung in trial.rungs if not rung.holds), None)
     if broken is None:
         return []
-    lines = [f"{where}: {broken.name} {_beyond(broken)}"]
+    verb = "differ" if broken.name in _PLURALS else "differs"
+    lines = [f"{where}: {broken.name} {verb} by {_beyond(broken)}"]
     if broken.problem:
         lines = [f"{where}: {broken.name}: {_parameters(broken)}: {broken.problem}"]
     if finding := trial.finding:
@@ -154,12 +156,12 @@ def _first(first: Difference | None) -> str:
     if first is None:
         return "every output, output gradient and parameter gradient agrees"
     place = "" if first.layer is None else f" ({first.family}, layer {first.layer})"
-    text = f"the {first.kind} of {first.module}{place} {_beyond(first)}"
+    text = f"the {first.kind} of {first.module}{place} differs by {_beyond(first)}"
     if first.expected is None or first.found is None:
         return text
     return f"{text}: {first.expected:.6g} on one rank, {first.found:.6g} here"
 
 
 def _beyond(item: Rung | Difference) -> str:
-    text = f"differs by {item.difference:.1e}, allowed {item.tolerance:.1e}"
+    text = f"{item.difference:.1e}, allowed {item.tolerance:.1e}"
     return text if item.rounding is None else f"{text} (rounding moves it by {item.rounding:.1e})"

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.bare import save_initial_weights
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.bare import save_initial_weights
 
 SMALL = StepSpec(tiny_model("AEMR"), dtype="float32")
 

@@ -21,11 +21,11 @@ from nemo_megacpp.checkpoint.backends import fit_to_checkpoint, other_name
 from nemo_megacpp.checkpoint.dcp import load_model, model_sharded_state_dict, save_model
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.bare import make_config
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 from nemo_megacpp.specs.backend import TorchBackend
 from nemo_megacpp.specs.model import build_hybrid_model
+from tests.bare import make_config
 from tests.checkpoint.conftest import SMALL
 from tests.checkpoint.te_backend import SCALES, TransformerEngineNames, _ExtraState
 

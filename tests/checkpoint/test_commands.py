@@ -37,9 +37,9 @@ from nemo_megacpp.checkpoint.reshard import import_safetensors, reshard
 from nemo_megacpp.checkpoint.safe_pickle import scan_checkpoint
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.bare import build_chunks, make_config
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.bare import build_chunks, make_config
 from tests.checkpoint.conftest import SMALL
 from tests.checkpoint.malice import PLACES, Payload
 

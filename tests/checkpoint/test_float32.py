@@ -19,11 +19,11 @@ from nemo_megacpp.checkpoint.training_state import (
 )
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.float32 import KeepsFloat32
-from nemo_megacpp.proof.bare import Trainee, prepare
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.gather import gather_sharded
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.bare import Trainee, prepare
 
 MODEL = tiny_model("AEMR", mode="mamba3")
 KEPT = ("layers.2.mixer.dt_bias", "layers.2.mixer.B_bias", "layers.3.mixer.A_log")

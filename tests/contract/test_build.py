@@ -14,12 +14,12 @@ from nemo_megacpp.contract.ownership import ownership, parameter_count
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.formulas.job import Job
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.bare import build_chunks, make_config
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.recipes.catalog import NAM56R_MODEL
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.bare import build_chunks, make_config
 
 LAYOUTS = ("tp=2,cp=2,ep=4,etp=1,pp=2", "tp=2,ep=2,etp=2,pp=2,vpp=2", "ep=2,pp=4")
 

@@ -11,10 +11,10 @@ from nemo_megacpp.contract.build import build_stages
 from nemo_megacpp.contract.memory import peak_of_schedule
 from nemo_megacpp.formulas.job import Job
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.bare import prepare
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.bare import prepare
 
 
 def _most_in_flight(spec: StepSpec, layout: ParallelLayout) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ from nemo_megacpp.families import load_families
 from nemo_megacpp.layout import ParallelLayout, check_layout
 from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.pattern import HybridPattern
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.shape import shape_of
 from nemo_megacpp.runtime.workers import WorkerPool

@@ -143,7 +143,7 @@ def test_nan_ends_the_run_before_it_saves(start: Start) -> None:
     said = run.output.splitlines()[-1]
     assert "Traceback" not in run.output
     step = int(said.removeprefix("Step ").partition(":")[0])
-    assert "The run ends here and saves nothing of it" in said
+    assert "The run stops and saves nothing of this step" in said
     assert newest_step(run) == max(run.losses()) == step - 1
     assert not run.left_behind()
 

@@ -15,11 +15,11 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.core_attention import TorchCoreAttention
 from nemo_megacpp.mixers.sequence_layout import token_order
-from nemo_megacpp.proof.bare import make_config
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.bare import make_config
 
 HEADS, GROUPS, DIM = 8, 4, 6
 TOLERANCE = 1e-13

@@ -14,12 +14,12 @@ from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers import m2rnn
 from nemo_megacpp.mixers.float32 import KeepsFloat32, keep_in_float32
-from nemo_megacpp.proof.bare import make_config, prepare
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from nemo_megacpp.specs.model import build_hybrid_model
+from tests.bare import make_config, prepare
 
 MIMO = {"mode": "mamba3", "mamba3_mimo_rank": 3, "mamba3_output_norm": True, "mamba_num_groups": 2}
 M2RNN = {"A_log", "dt_bias", "D"}

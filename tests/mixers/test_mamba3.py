@@ -23,13 +23,13 @@ from nemo_megacpp.mixers.kernels.mamba3_state import negative_decay_rate
 from nemo_megacpp.mixers.log import log_once
 from nemo_megacpp.mixers.mamba3_rows import rank_share, rows_in_mamba_ssm_order, split_rows
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.bare import build_chunks, make_config
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.step import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
+from tests.bare import build_chunks, make_config
 from tests.selection import slow_if
 
 # Between two M blocks an A block mixes tokens, so that a wrong token order cannot hide.

@@ -6,10 +6,10 @@ import torch
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.router import CapacityRouter
-from nemo_megacpp.proof.bare import prepare
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.bare import prepare
 
 TOKENS = 301  # bfloat16 has no 301
 

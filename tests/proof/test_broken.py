@@ -6,9 +6,9 @@ import pytest
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, Rung, compare
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.proof.faults import run_broken
 from tests.reference import Reference

@@ -11,8 +11,8 @@ import torch
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.bench import Bench, TrainingPath
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.failure import describe_failure
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerError
 
 

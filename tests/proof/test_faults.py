@@ -11,7 +11,7 @@ from nemo_megacpp.commands.verify import verify_recipe
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import NEMO
 from nemo_megacpp.proof.bench import Bench
-from nemo_megacpp.proof.cases import tiny_model
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.proof.trial import Trial
 from nemo_megacpp.proof.verify import verify
 from nemo_megacpp.recipes.recipe import resolve
@@ -145,7 +145,7 @@ def test_command_says_it(ranks: WorkerPool, capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     assert "ranks on the CPU (gloo)" in text
     for trial in ("tp=2,sp=true,etp=2 (f64)", "tp=2,sp=true (f32)", "tp=2,sp=true (bf16)"):
-        assert f"all in {trial}: gradients differs by" in text
+        assert f"all in {trial}: gradients differ by" in text
     assert "parameter: decoder.layers.0.mixer.in_proj.shared_weight" in text
     assert "first: the parameter gradient of decoder.layers.0.mixer.in_proj (R, layer 1)" in text
     assert "axis: TP alone" in text

@@ -19,13 +19,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp, token_order
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.bare import build_chunks, make_config
-from nemo_megacpp.proof.cases import FAMILIES, tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.gather import GlobalValues, deal_values
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
+from tests.bare import build_chunks, make_config
+from tests.proof.cases import FAMILIES
 from tests.reference import Reference
 from tests.selection import slow_if
 

@@ -8,9 +8,9 @@ import pytest
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.cases import FAMILIES, MIXED
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Tolerances, compare
 from nemo_megacpp.proof.step_spec import StepSpec
+from tests.proof.cases import FAMILIES, MIXED
 from tests.reference import Reference
 from tests.selection import slow_if, small_or_last
 

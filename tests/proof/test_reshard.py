@@ -19,13 +19,14 @@ from nemo_megacpp.checkpoint.training_state import load_training_state
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import resume_and_train, train_and_save
-from nemo_megacpp.proof.bare import prepare
-from nemo_megacpp.proof.cases import RESHARDINGS, SHARDED_RESHARDINGS, Place, tiny_model
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Tolerances, compare
 from nemo_megacpp.proof.reshard import Carried, checkpoint_of
 from nemo_megacpp.proof.step import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.bare import prepare
+from tests.proof.cases import RESHARDINGS, SHARDED_RESHARDINGS, Place
 from tests.selection import slow_if
 
 Source = Callable[[StepSpec, str], tuple[str, Carried]]
@@ -220,4 +221,4 @@ def test_other_forms_are_refused(
     folder = str(tmp_path / "foreign")
     message = ranks.run(1, _load_foreign, ParallelLayout(), spec, folder, metadata)[0]
     assert says in message
-    assert "Load its weights alone" in message
+    assert "Load its weights only" in message

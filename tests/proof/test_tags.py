@@ -10,14 +10,14 @@ from megatron.core import parallel_state
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.bare import build_chunks, make_config
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.tag_rules import Violation
 from nemo_megacpp.proof.tags import tag_violations
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.bare import build_chunks, make_config
 from tests.reference import Reference
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "short_conv.py"

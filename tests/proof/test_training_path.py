@@ -13,11 +13,11 @@ from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.loss import HybridLossReduction
 from nemo_megacpp.nemo.proof_run import NOT_SHARED, run_step
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.step import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.reference import Reference
 

@@ -14,13 +14,13 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, check_layout
 from nemo_megacpp.nemo.proof_run import NEMO
 from nemo_megacpp.proof.axes import axes_alone, axes_in_pairs
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, Rung, compare, tensor_difference
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.kernels import kernels_for
 from nemo_megacpp.proof.proxy_model import every_expert, one_family, proxy_model
 from nemo_megacpp.proof.show import BACKENDS, proof_document
 from nemo_megacpp.proof.step import StepResult
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.proof.trial import Difference, Finding, Trial
 from nemo_megacpp.proof.verify import verify
 from nemo_megacpp.recipes.catalog import CATALOG

@@ -10,13 +10,13 @@ from megatron.core import parallel_state, tensor_parallel
 
 from nemo_megacpp.checkpoint.dcp import load_model
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.bare import build_chunks, make_config, prepare, save_initial_weights
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT32, compare
 from nemo_megacpp.proof.step import StepResult, gather_gradients, gather_parameters
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.bare import build_chunks, make_config, prepare, save_initial_weights
 from tests.training_steps import mean_loss
 
 HIDDEN = {"hidden_dropout": 0.3}

@@ -8,11 +8,11 @@ import pytest
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.step import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 
 EVERY_KIND = ("layernorm", "core_attn", "shared_experts", "moe")

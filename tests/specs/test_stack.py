@@ -19,15 +19,15 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.m2rnn import M2RNNMixer
 from nemo_megacpp.mixers.mamba2 import Mamba2Mixer
-from nemo_megacpp.proof.bare import build_chunks, make_config, microbatches
-from nemo_megacpp.proof.cases import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.fake import fake_rank
 from nemo_megacpp.runtime.workers import WorkerPool
 from nemo_megacpp.specs import stack
 from nemo_megacpp.specs.model import build_hybrid_model
 from nemo_megacpp.specs.stack import HybridStack
+from tests.bare import build_chunks, make_config, microbatches
 
 TWELVE = "AEMEAEMEAEMR"
 

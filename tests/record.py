@@ -16,8 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.bare import Trainee, prepare
 from nemo_megacpp.proof.step_spec import StepSpec
+from tests.bare import Trainee, prepare
 
 # What torch.distributed's functions become, and which argument holds the larger side.
 _KINDS: dict[str, tuple[str, int]] = {

@@ -2,7 +2,7 @@
 
 No proof of a layout comes from here: those take the path that trains
 (:mod:`nemo_megacpp.nemo.proof_run`). Here a step is nothing but Megatron's schedule and
-optimizer, so that what it allocates and sends can be counted (:mod:`nemo_megacpp.proof.record`)
+optimizer, so that what it allocates and sends can be counted (:mod:`tests.record`)
 without what NeMo logs.
 """
 
