@@ -5,8 +5,12 @@ segments of a sequence run one after another. Rank ``r`` waits for the state tha
 ends with, runs its segment, and hands its own final state on; in the backward pass the gradients
 of these states travel the other way. Exact, and serial in cp.
 
-The gradient is sent by the backward pass of what was received: differentiate with ``backward()``.
-``autograd.grad`` of a few chosen inputs would skip it, and the previous rank would wait for ever.
+Messages between two ranks are matched by their order, which must not depend on what autograd
+happens to run first. In the forward pass it is the order of the calls. In the backward pass it is
+made a dependency of the data: both functions pass an activation through, so that the gradient of a
+received state has been sent before anything earlier in the layer is differentiated, and the
+gradient of a sent state has been received before anything earlier is. Within a layer, and from
+layer to layer, every rank then sees the forward pass's messages in reverse.
 """
 
 from __future__ import annotations
@@ -17,15 +21,19 @@ import torch
 from torch.distributed import ProcessGroup as Group
 
 
-def receive_state(state: torch.Tensor, cp_group: Group) -> torch.Tensor:
-    """Return the state that the previous segment ended with; ``state`` on the first rank.
+def receive_state(
+    state: torch.Tensor, through: torch.Tensor, cp_group: Group
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the state that the previous segment ended with, and ``through`` unchanged.
 
     Args:
-        state: zeros of the state's shape, dtype and device, requiring grad so that autograd keeps
-            the edge over which the gradient is sent back.
+        state: zeros of the state's shape, dtype and device: what the first rank begins with.
+        through: an activation that is computed before the state is used, and whose gradient is
+            wanted. Whoever differentiates it has sent the state's gradient back before.
         cp_group: ranks in the order of their segments.
     """
-    return _Receive.apply(state, cp_group) if cp_group.rank() > 0 else state
+    first = cp_group.rank() == 0
+    return (state, through) if first else _Receive.apply(state, through, cp_group)
 
 
 def send_state(state: torch.Tensor, output: torch.Tensor, cp_group: Group) -> torch.Tensor:
@@ -44,17 +52,21 @@ def _neighbour(cp_group: Group, step: int) -> int:
 
 class _Receive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, state: torch.Tensor, cp_group: Group) -> torch.Tensor:
+    def forward(
+        ctx: Any, state: torch.Tensor, through: torch.Tensor, cp_group: Group
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.cp_group = cp_group
         received = torch.empty_like(state, memory_format=torch.contiguous_format)
         torch.distributed.recv(received, _neighbour(cp_group, -1), group=cp_group)
-        return received
+        return received, through.view_as(through)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: torch.Tensor, through: torch.Tensor
+    ) -> tuple[None, torch.Tensor, None]:
         target = _neighbour(ctx.cp_group, -1)
         torch.distributed.send(grad.contiguous(), target, group=ctx.cp_group)
-        return torch.zeros_like(grad), None
+        return None, through, None
 
 
 class _Send(torch.autograd.Function):

@@ -248,10 +248,9 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
         wide = torch.promote_types(v.dtype, torch.float32)
         state = None
         if self.serial:
-            zeros = v.new_zeros(
-                v.size(0), v.size(2), self.k_dim, self.v_dim, dtype=wide, requires_grad=True
-            )
-            state = receive_state(zeros, self.cp_group) * continues
+            zeros = v.new_zeros(v.size(0), v.size(2), self.k_dim, self.v_dim, dtype=wide)
+            state, q = receive_state(zeros, q, self.cp_group)
+            state = state * continues
         recurrence = m2rnn_triton if self._triton_runs(v.dtype, v.device) else m2rnn_scan
         y, last = recurrence(
             q,
@@ -305,8 +304,9 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
         packs = None if packs is None else packs.expand(x.size(0), -1)
         window, taps = None, weight.size(1)
         if self.serial and taps > 1:
-            zeros = x.new_zeros(x.size(0), x.size(2), taps - 1, requires_grad=True)
-            window = receive_state(zeros, self.cp_group) * continues
+            zeros = x.new_zeros(x.size(0), x.size(2), taps - 1)
+            window, x = receive_state(zeros, x, self.cp_group)
+            window = window * continues
             x = send_state(causal_conv1d_state(x, taps, packs, window), x, self.cp_group)
         qkv = causal_conv1d(x, weight, None, "silu", seq_idx=packs, initial_state=window)
         q, k, v = qkv.split([self.k_dim, self.k_dim, qkv.size(-1) - 2 * self.k_dim], dim=-1)
