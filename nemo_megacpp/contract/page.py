@@ -6,8 +6,8 @@ from html import escape
 
 from nemo_megacpp.contract.picture import (
     END_COLOUR,
-    FAMILY_COLOURS,
     MEMORY_COLOURS,
+    family_colours,
     legend,
     memory_picture,
     nodes_picture,
@@ -78,8 +78,7 @@ def plan_summary(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> str:
-    present = set(plan.sizes.config.pattern.letters)
-    families = {k: v for k, v in FAMILY_COLOURS.items() if k in present}
+    families = family_colours(plan)
     names = {**{letter: place_name(letter) for letter in families}, "": "embedding, head"}
     return legend({**families, "": END_COLOUR}, names) + stages_picture(plan)
 

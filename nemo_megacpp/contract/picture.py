@@ -18,6 +18,8 @@ MEMORY_COLOURS = {
     "optimizer": "#eeca3b",
     "activations": "#e45756",
 }
+_ADDED_COLOURS = ("#bab0ac", "#d37295", "#fabfd2", "#9c755f", "#59a14f", "#edc948")
+"""Of families that a user adds, in the order of their letters."""
 _STAGE_COLOURS = ("#35455e", "#7a8ba5", "#4f6f6b", "#93aca6", "#6b5b4d", "#a8998a")
 """Other colours than the families': a stage is not a family."""
 _WIDTH = 1080
@@ -26,9 +28,19 @@ _MOST_STAGES = 64
 _MOST_NODES = 16
 
 
+def family_colours(plan: Plan) -> dict[str, str]:
+    """Return the colour of each family of the model, by letter, the built-in ones first."""
+    present = set(plan.sizes.config.pattern.letters)
+    added = sorted(present - FAMILY_COLOURS.keys())
+    return {
+        **{letter: colour for letter, colour in FAMILY_COLOURS.items() if letter in present},
+        **{x: _ADDED_COLOURS[n % len(_ADDED_COLOURS)] for n, x in enumerate(added)},
+    }
+
+
 def stages_picture(plan: Plan) -> str:
     """Draw each stage as a row of blocks, in the order in which its chunks run."""
-    stages = plan.stages[:_MOST_STAGES]
+    stages, colours = plan.stages[:_MOST_STAGES], family_colours(plan)
     longest = max(
         sum(len(c.letters) + c.owns_embedding + c.owns_head for c in stage.built.chunks)
         + len(stage.built.chunks)
@@ -44,7 +56,7 @@ def stages_picture(plan: Plan) -> str:
         for chunk in stage.built.chunks:
             blocks = [("embedding", "in", END_COLOUR)] if chunk.owns_embedding else []
             blocks += [
-                (f"layer {layer}, {letter}", letter, FAMILY_COLOURS[letter])
+                (f"layer {layer}, {letter}", letter, colours[letter])
                 for layer, letter in zip(chunk.layers, chunk.letters, strict=True)
             ]
             blocks += [("final norm, head and loss", "out", END_COLOUR)] if chunk.owns_head else []

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nemo_megacpp.contract.plan import Plan, StagePlan
+from nemo_megacpp.families import block_of
 from nemo_megacpp.formulas.collectives import Collective
+from nemo_megacpp.pattern import Family
 from nemo_megacpp.render import Cell, Table, Toned, show_bytes
 
-_NAMES = {"A": "attention", "M": "Mamba", "E": "experts", "R": "recurrent"}
 _EXAMPLE = 9
 """Ranks of a group that are listed."""
 
 
 def place_name(place: str) -> str:
     """Return ``A attention`` for a family's letter; ``embedding`` and ``head`` as they are."""
-    return f"{place} {_NAMES.get(place, '')}".strip()
+    return f"{place} {block_of(Family(place)).name}".strip() if len(place) == 1 else place
 
 
 def rank_range(stage: StagePlan) -> str:
-    """Return ``rank 3`` or ``ranks 0 to 7``."""
+    """Return ``3``, or ``0-7`` for several ranks."""
     last = stage.first_rank + stage.ranks - 1
     return f"{stage.first_rank}" if stage.ranks == 1 else f"{stage.first_rank}-{last}"
 

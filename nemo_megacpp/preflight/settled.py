@@ -8,8 +8,6 @@ from pathlib import Path
 
 from nemo_megacpp.checkpoint.dcp import require_psutil
 from nemo_megacpp.checkpoint.guard import inspect_before_load
-from nemo_megacpp.config import HybridConfig
-from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import validate_all
 from nemo_megacpp.layout import ParallelLayout, check_layout
 from nemo_megacpp.preflight.data import open_data
@@ -27,14 +25,10 @@ class Settled:
 
     Attributes:
         recipe: with vocabulary and checkpoint settled.
-        config: of its model, as the recipe leaves it before the data settle the vocabulary.
-        sources: its data; none for a built-in corpus that is yet to be prepared.
         run_dir: the folder that the run will write.
     """
 
     recipe: Recipe
-    config: HybridConfig
-    sources: tuple[PreparedData, ...]
     run_dir: Path
 
 
@@ -50,16 +44,18 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
         UserError: for anything that can be told before the ranks start.
     """
     require_psutil()
-    built: list[HybridConfig] = []
 
-    def build() -> None:
+    def validate_what_is_built() -> None:
         legal = not check_layout(recipe.layout, shape_of(recipe))
         # Else Megatron's checks would end at the first thing that is wrong with the layout.
         here = recipe if legal else replace(recipe, layout=ParallelLayout())
-        built.append(validate_model(here))
-        validate_host(here, built[0])
+        validate_host(here, validate_model(here))
 
-    validate_all(lambda: validate_recipe_layout(recipe), build, lambda: validate_loggers(recipe))
+    validate_all(
+        lambda: validate_recipe_layout(recipe),
+        validate_what_is_built,
+        lambda: validate_loggers(recipe),
+    )
     recipe, sources = open_data(recipe)
     resumes = recipe.resume is not None
     recipe = find_resume(recipe, sources)
@@ -67,7 +63,7 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
     validate_run_dir(run_dir, recipe.resume, resumes)
     if announce:
         _announce(recipe, run_dir)
-    return Settled(recipe, built[0], tuple(sources), run_dir)
+    return Settled(recipe, run_dir)
 
 
 def _announce(recipe: Recipe, run_dir: Path) -> None:

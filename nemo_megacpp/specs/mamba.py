@@ -52,19 +52,20 @@ def _context_parallel(case: Case) -> Iterator[Broken]:
             )
 
 
+def _is_mamba3(sizes: Sizes) -> bool:
+    return sizes.config.mode == "mamba3"
+
+
 def _collectives(sizes: Sizes) -> list[Collective]:
-    is_mamba3 = sizes.config.mode == "mamba3"
-    return (mamba3.mamba3_collectives if is_mamba3 else mamba2.mamba2_collectives)(sizes)
+    return (mamba3.mamba3_collectives if _is_mamba3(sizes) else mamba2.mamba2_collectives)(sizes)
 
 
 def _saved_activations(sizes: Sizes) -> list[Saved]:
-    is_mamba3 = sizes.config.mode == "mamba3"
-    return (mamba3.mamba3_saved if is_mamba3 else mamba2.mamba2_saved)(sizes)
+    return (mamba3.mamba3_saved if _is_mamba3(sizes) else mamba2.mamba2_saved)(sizes)
 
 
 def _mixing(sizes: Sizes) -> int:
-    is_mamba3 = sizes.config.mode == "mamba3"
-    return (mamba3.mamba3_mixing if is_mamba3 else mamba2.mamba2_mixing)(sizes)
+    return (mamba3.mamba3_mixing if _is_mamba3(sizes) else mamba2.mamba2_mixing)(sizes)
 
 
 register(

@@ -177,3 +177,13 @@ def test_which_model_was_assumed_is_said(capsys: Any, tmp_path: Path) -> None:
     args = read_arguments(["megatron-args", str(mine)])
     assert args.run(args) == 0
     assert said in capsys.readouterr().err
+
+
+def test_a_users_family_is_on_the_page(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "short_conv.py"
+    page = tmp_path / "plan.html"
+    settings = [f"family_modules=[{example}]", "pattern=CEMR"]
+    args = read_arguments(["plan", "nam56r_tiny", *settings, "--html", str(page)])
+    assert args.run(args) == 0
+    text = page.read_text()
+    assert "C short convolution" in text and "layer 0, C" in text
