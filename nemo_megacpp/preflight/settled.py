@@ -57,6 +57,7 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
         lambda: validate_loggers(recipe),
     )
     recipe, sources = open_data(recipe)
+    validate_recipe_layout(recipe)  # again, with the vocabulary of the data
     resumes = recipe.resume is not None
     recipe = find_resume(recipe, sources)
     run_dir = Path(recipe.run_dir or new_run_dir(recipe.name, launched() is not None))

@@ -65,6 +65,15 @@ def test_the_shape_is_what_will_be_built() -> None:
     assert shape.make_vocab_size_divisible_by == 128  # the configuration's default
 
 
+def test_the_vocabulary_of_the_data_is_held_to_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(recipe: Recipe) -> tuple[Recipe, list[PreparedData]]:
+        return dataclasses.replace(recipe, model={**recipe.model, "vocab_size": 301}), []
+
+    monkeypatch.setattr("nemo_megacpp.preflight.settled.open_data", odd)
+    message = refusal(preflight, "make_vocab_size_divisible_by=0")
+    assert "vocab_size = 301 is not divisible by TP = 2, and padding is off" in message
+
+
 def test_layout_model_and_loggers_are_refused_together() -> None:
     settings = ("tp=3", "hidden_dropout=2", "attention_dropout=-1", "wandb_name=x")
     message = refusal(preflight, *settings)
