@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_naive, m2rnn_scan
+from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_naive, m2rnn_scan
 from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
 
 Form = Callable[..., tuple[Tensor, Tensor]]

@@ -10,7 +10,7 @@ the pattern.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -24,6 +24,8 @@ from nemo_megacpp.pattern import BUILT_IN, Family, add_family
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
     from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from nemo_megacpp.hybrid_fields import HybridFields
 
 BUILT_IN_MODULES = tuple(
     f"nemo_megacpp.specs.{name}" for name in ("attention", "mamba", "expert", "recurrent")
@@ -59,7 +61,7 @@ class BlockFamily:
     """
 
     letter: str
-    layer_spec: Callable[[BackendSpecProvider, Mapping[str, Any]], ModuleSpec]
+    layer_spec: Callable[[BackendSpecProvider, HybridFields], ModuleSpec]
     name: str = ""
     rules: tuple[Callable[[Any], Any], ...] = ()
     required: tuple[str, ...] = ()
@@ -113,11 +115,6 @@ def block_of(family: Family) -> BlockFamily:
     if family.value not in _registered:
         registered()
     return _registered[family.value]
-
-
-def own_fields(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the settings of one mixer, for its module: those whose names begin with ``prefix``."""
-    return {name: value for name, value in settings.items() if name.startswith(prefix)}
 
 
 def load_families(modules: Sequence[str] | None) -> None:

@@ -33,7 +33,7 @@ def test_m2rnn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 def test_m2rnn_tells_a_wrong_form(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_scan
+    from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_scan
 
     def unclipped(*tensors: Any, **options: Any) -> Any:
         return m2rnn_scan(*tensors, **options | {"state_gradient_clip": None})

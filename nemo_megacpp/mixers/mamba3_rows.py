@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import torch
 
-from nemo_megacpp.config import Mamba3Dimensions
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixer_settings import Mamba3Dimensions
 
 
 def rows_per_head(dims: Mamba3Dimensions) -> int:

@@ -9,8 +9,8 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
-from nemo_megacpp.settings.ddp import DDP
-from nemo_megacpp.settings.optimizer import OPTIMIZER
+from nemo_megacpp.settings.ddp_verdicts import DDP
+from nemo_megacpp.settings.optimizer_verdicts import OPTIMIZER
 from nemo_megacpp.settings.transformer import TRANSFORMER
 from nemo_megacpp.settings.verdict import Table
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from nemo_megacpp.settings.architecture import ARCHITECTURE
-from nemo_megacpp.settings.experts import EXPERTS
-from nemo_megacpp.settings.kernels import KERNELS
-from nemo_megacpp.settings.parallelism import PARALLELISM
+from nemo_megacpp.settings.architecture_verdicts import ARCHITECTURE
+from nemo_megacpp.settings.implementation_verdicts import KERNELS
+from nemo_megacpp.settings.moe_verdicts import EXPERTS
+from nemo_megacpp.settings.parallelism_verdicts import PARALLELISM
 from nemo_megacpp.settings.verdict import Table
 
 TRANSFORMER: Table = {**PARALLELISM, **ARCHITECTURE, **EXPERTS, **KERNELS}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.formulas.collectives import (
@@ -14,6 +13,7 @@ from nemo_megacpp.formulas.collectives import (
     there_and_back,
 )
 from nemo_megacpp.formulas.saved import Saved, norm
+from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Divides, GroupsDivideHeads
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _RULES = (
 )
 
 
-def attention_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any]) -> ModuleSpec:
+def attention_layer_spec(backend: BackendSpecProvider, fields: HybridFields) -> ModuleSpec:
     """Return Megatron's ``TransformerLayer`` with ``SelfAttention`` only."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.formulas.collectives import (
@@ -14,6 +13,7 @@ from nemo_megacpp.formulas.collectives import (
     there_and_back,
 )
 from nemo_megacpp.formulas.saved import Saved, norm
+from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Divides
 
 if TYPE_CHECKING:
@@ -44,13 +44,11 @@ _RULES = (
 )
 
 
-def expert_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any]) -> ModuleSpec:
+def expert_layer_spec(backend: BackendSpecProvider, fields: HybridFields) -> ModuleSpec:
     """Return Megatron's ``TransformerLayer`` with ``MoELayer`` only.
 
-    The experts come from the backend, which tags their weights for the expert groups
-    (:mod:`nemo_megacpp.mixers.experts`); the router drops tokens over a whole microbatch where a
-    capacity is set (:mod:`nemo_megacpp.mixers.router`); the shared expert is right with
-    ``overlap_param_gather`` (:mod:`nemo_megacpp.mixers.shared_experts`).
+    Router, experts and shared expert are Megatron's, as :mod:`nemo_megacpp.mixers.experts` corrects
+    them.
     """
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
@@ -60,8 +58,7 @@ def expert_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any])
         TransformerLayerSubmodules,
     )
 
-    from nemo_megacpp.mixers.router import CapacityRouter
-    from nemo_megacpp.mixers.shared_experts import SharedExpert
+    from nemo_megacpp.mixers.experts import CapacityRouter, SharedExpert
 
     # Megatron's helper only checks that there are experts; the configuration counts them.
     moe = get_moe_module_spec_for_backend(backend, num_experts=1, moe_grouped_gemm=True)

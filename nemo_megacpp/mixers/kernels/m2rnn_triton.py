@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.kernels.m2rnn import ClipOrder, check_inputs
+from nemo_megacpp.mixers.kernels.m2rnn_scan import ClipOrder, check_inputs
 from nemo_megacpp.mixers.kernels.packing import document_starts
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,15 +32,15 @@ def _kernels() -> ModuleType | str:
     """Return the module with the kernels, or why it cannot be loaded."""
     try:
         from nemo_megacpp.mixers.kernels import m2rnn_triton_kernels
-    except Exception as error:  # importing Triton fails in its own ways
-        return f"Triton does not load ({error})"
+    except Exception as error:  # importing Triton has errors of its own
+        return f"cannot be imported ({error})"
     return m2rnn_triton_kernels
 
 
 def m2rnn_triton_reason(
     *, value_dim: int, dtype: torch.dtype, device: torch.device | None = None
 ) -> str | None:
-    """Say why the Triton kernels cannot be used; None if they can.
+    """Return why the Triton kernels cannot run, as what they "need"; None if they can.
 
     Args:
         value_dim: ``v``.
@@ -48,26 +48,23 @@ def m2rnn_triton_reason(
         device: where the activations are; None if that is not known yet.
     """
     if device is not None and device.type != "cuda":
-        return f"needs a CUDA device, and the activations are on {device.type}"
+        return "needs a CUDA device"
     if (unfit := unfit_for_triton(value_dim, dtype)) is not None:
         return unfit
     kernels = _kernels()
     if isinstance(kernels, str):
         return kernels
     if device is not None and (found := torch.cuda.get_device_capability(device)) < _TENSOR_CORES:
-        return f"needs compute capability 8.0, and {device} has {found[0]}.{found[1]}"
+        return f"needs compute capability 8.0; {device} has {found[0]}.{found[1]}"
     return None
 
 
 def unfit_for_triton(value_dim: int, dtype: torch.dtype) -> str | None:
-    """Say what of a model the Triton kernels cannot do, on whatever machine; None if nothing."""
+    """Return what in a model the Triton kernels do not support, on any machine; None if nothing."""
     if value_dim > _LARGEST_VALUE_DIM:
-        return (
-            f"holds value head dims up to {_LARGEST_VALUE_DIM}, and m2rnn_value_head_dim is "
-            f"{value_dim}"
-        )
+        return f"needs m2rnn_value_head_dim of at most {_LARGEST_VALUE_DIM}; it is {value_dim}"
     if dtype not in _DTYPES:
-        return f"computes in float32, and the activations are {str(dtype).split('.')[-1]}"
+        return f"computes in float32; the activations are {str(dtype).removeprefix('torch.')}"
     return None
 
 
@@ -85,7 +82,7 @@ def m2rnn_triton(
     checkpoint_every: int = CHECKPOINT_EVERY,
     block_k: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`nemo_megacpp.mixers.kernels.m2rnn.m2rnn_scan` on a GPU; computes in float32.
+    """:func:`nemo_megacpp.mixers.kernels.m2rnn_scan.m2rnn_scan` on a GPU; computes in float32.
 
     One program for each head, batch row and ``block_k`` rows of the state. No atomics: the same
     inputs give the same bits. Kept for the backward pass, beside the inputs: one state in
@@ -113,7 +110,7 @@ def m2rnn_triton(
         raise UserError(f"block_k must be a power of two from {_SMALLEST_TILE} on, got {block_k}.")
     reason = m2rnn_triton_reason(value_dim=v.shape[-1], dtype=v.dtype)
     if reason is not None:
-        raise UserError(f"the Triton form of M²RNN cannot be used: {reason}.")
+        raise UserError(f"The Triton M²RNN kernel cannot run: it {reason}.")
     batch, length, heads, value_dim = v.shape
     if initial_state is None:
         shape = (batch, heads, k.shape[-1], value_dim)

@@ -99,7 +99,7 @@ def _build(
 ) -> HybridModel:
     return HybridModel(
         config,
-        mamba_stack_spec=build_hybrid_stack_spec(backend, vp_stage, config.mode),
+        mamba_stack_spec=build_hybrid_stack_spec(config, backend, vp_stage),
         vocab_size=padded_vocab_size(
             config.vocab_size,
             config.make_vocab_size_divisible_by,

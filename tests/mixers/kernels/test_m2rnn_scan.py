@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_naive, m2rnn_scan
+from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_naive, m2rnn_scan
 
 DTYPE = torch.float64
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.kernels.mamba3 import mamba3_chunked, mamba3_naive
+from nemo_megacpp.mixers.kernels.mamba3_scan import mamba3_chunked, mamba3_naive
 from nemo_megacpp.mixers.kernels.mamba3_state import Mamba3State, negative_decay_rate
 
 STATE_NAMES = tuple(f"state_{field}" for field in Mamba3State._fields)
