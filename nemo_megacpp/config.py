@@ -17,13 +17,13 @@ from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Settings
 from nemo_megacpp.pattern import Family, HybridPattern
-from nemo_megacpp.settings.check import setting_violations
 from nemo_megacpp.settings.combinations import (
     bias_violations,
     ignored_violations,
     range_violations,
     recompute_violations,
 )
+from nemo_megacpp.settings.validate import setting_violations
 
 
 @dataclass

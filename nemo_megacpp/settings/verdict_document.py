@@ -20,8 +20,7 @@ from rich.console import Console
 
 from nemo_megacpp.errors import UserError, nearest
 from nemo_megacpp.render import Table, Tone, Toned, print_table
-from nemo_megacpp.settings.check import legal_values
-from nemo_megacpp.settings.tables import TABLES, default_of
+from nemo_megacpp.settings.validate import TABLES, default_of, legal_values
 from nemo_megacpp.settings.verdict import Verdict
 
 SCHEMA = 1
@@ -70,7 +69,7 @@ def settings_document(name: str | None = None) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as it is shown: a function or a member of an enumeration by its name."""
+    """Return a value as text: a function or a member of an enumeration by its name."""
     if isinstance(value, Enum):
         return value.name
     return value.__name__ if callable(value) else repr(value)
