@@ -33,24 +33,6 @@ def split_rows(dims: Mamba3Dimensions) -> int:
     return dims.num_groups * rows_of_group_state(dims) + dims.num_heads * rows_per_head(dims)
 
 
-def rows_in_mamba_ssm_order(dims: Mamba3Dimensions) -> torch.Tensor:
-    """Return the permutation from our rows to those of mamba_ssm's ``Mamba3.in_proj``.
-
-    Returns:
-        int64 ``[split_rows + S]``, with ``their_weight = cat([weight, shared_weight])[rows]`` for
-        whole (tp=1) weights; ``rows.argsort()`` leads back.
-    """
-    state_rows, head_dim = rows_of_group_state(dims), dims.head_dim
-    split = torch.arange(split_rows(dims))
-    by_group = split.view(dims.num_groups, -1)
-    states = by_group[:, :state_rows].unflatten(1, (2, dims.mimo_rank, dims.state_dim))
-    heads = by_group[:, state_rows:].reshape(dims.num_heads, rows_per_head(dims))
-    z, x, dd_dt, dd_A, trap = heads.split([head_dim, head_dim, 1, 1, 1], dim=1)
-    B, C = states.permute(1, 2, 0, 3)  # (r, g, n)
-    theta = len(split) + torch.arange(dims.num_angles)
-    return torch.cat([rows.flatten() for rows in (z, x, B, C, dd_dt, dd_A, trap, theta)])
-
-
 def rank_share(dims: Mamba3Dimensions, tp: int, cp: int) -> tuple[int, int, int]:
     """Return what a rank gets: heads and groups of its tp shard, and the copies of a group that
     spreading its heads over cp takes (1: each cp rank gets whole groups).

@@ -16,7 +16,6 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers import m2rnn_mixer as module
 from nemo_megacpp.mixers.head_parallel import log_once
-from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d_naive
 from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_naive
 from nemo_megacpp.mixers.m2rnn_mixer import M2RNNMixer
 from nemo_megacpp.mixers.sequence_layout import token_order
@@ -25,6 +24,7 @@ from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import build_chunks, make_config
+from tests.mixers.kernels.naive import causal_conv1d_naive
 
 # Without a bound on the state's gradient, gradients are linear: those of ranks can be added up.
 MODEL = tiny_model("R", m2rnn_state_gradient_clip=None)

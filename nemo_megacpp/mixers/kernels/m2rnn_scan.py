@@ -9,16 +9,14 @@ The skip ``D·v_t``, the norm and the gate belong to the mixer.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixer_settings import ClipOrder
 from nemo_megacpp.mixers.kernels.m2rnn_autograd import M2RNNFunction
-from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, check_shape, document_starts
+from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, check_shapes, document_starts
 
-ClipOrder = Literal["before_output", "after_output"]
 _CLIP_ORDERS = ("before_output", "after_output")
 
 
@@ -32,22 +30,15 @@ def check_inputs(
     clip: float | None,
     clip_order: str,
 ) -> None:
-    if v.dim() != 4:
-        raise UserError(f"v must have shape [b, l, n, v], got {list(v.shape)}.")
-    batch, length, heads, value_dim = v.shape
-    if length == 0:
-        raise UserError("the sequence must hold at least one token, got l=0.")
-    key_dim = k.shape[-1]
-    for name, tensor in (("q", q), ("k", k)):
-        if tensor.dim() == 4:
-            check_shape(name, tensor, (batch, length, heads, key_dim), "[b, l, n, k]")
-        else:
-            check_shape(name, tensor, (batch, length, key_dim), "[b, l, k] (or [b, l, n, k])")
-    check_shape("forget", forget, (batch, length, heads), "[b, l, n]")
-    check_shape("W", W, (heads, value_dim, value_dim), "[n, v, v]")
-    if initial_state is not None:
-        expected = (batch, heads, key_dim, value_dim)
-        check_shape("initial_state", initial_state, expected, "[b, n, k, v]")
+    shapes = {
+        "v": (v, "b l n v"),
+        "k": (k, "b l n k" if k.dim() == 4 else "b l k"),
+        "q": (q, "b l n k" if q.dim() == 4 else "b l k"),
+        "forget": (forget, "b l n"),
+        "W": (W, "n v v"),
+        "initial_state": (initial_state, "b n k v"),
+    }
+    check_shapes(shapes)
     if clip is not None and not clip > 0:
         raise UserError(f"state_gradient_clip must be positive or None, got {clip}.")
     if clip_order not in _CLIP_ORDERS:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.kernels.m2rnn_scan import ClipOrder, check_inputs
+from nemo_megacpp.mixer_settings import ClipOrder
+from nemo_megacpp.mixers.kernels.m2rnn_scan import check_inputs
 from nemo_megacpp.mixers.kernels.packing import document_starts
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

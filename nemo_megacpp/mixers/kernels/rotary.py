@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixer_settings import Pairs
 
-Pairs = Literal["interleaved", "halves"]
 PAIRS = ("interleaved", "halves")
 TWO_PI = 2 * math.pi
 

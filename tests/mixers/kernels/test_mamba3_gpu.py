@@ -14,13 +14,14 @@ from torch import Tensor
 
 from nemo_megacpp.mixer_settings import Mamba3Dimensions
 from nemo_megacpp.mixers.kernels import mamba3_gpu as adapter
-from nemo_megacpp.mixers.kernels.mamba3_scan import mamba3_chunked, mamba3_naive
+from nemo_megacpp.mixers.kernels.mamba3_scan import mamba3_chunked
 from tests.mixers.kernels.conftest import (
     Tensors,
     assert_same,
     oracles_folder,
     run_with_gradients,
 )
+from tests.mixers.kernels.naive import mamba3_naive
 from tests.mixers.kernels.triton_interpreter import peer_kernels
 
 DIMS = Mamba3Dimensions(8, 64, 128, 8, num_angles=32)
