@@ -32,19 +32,13 @@ DDP = table(
     covered("overlap_param_gather", "When parameters are gathered"),
     neutral("align_param_gather", "Whether stages gather parameters at the same time"),
     covered("use_distributed_optimizer", "Which rank holds which optimizer state"),
-    refused(
-        "num_distributed_optimizer_instances",
-        "No case compares several instances, and checkpoints hold one",
-    ),
+    refused("num_distributed_optimizer_instances", "No case and no checkpoint has several"),
     covered("bucket_size", "How many gradients one message holds"),
     neutral("pad_buckets_for_high_nccl_busbw", "Pads a message with numbers that no one reads"),
     neutral("check_for_nan_in_grad", "Ends a run whose gradients are NaN or Inf"),
     neutral("check_for_large_grads", "Ends a run whose gradients are unexpectedly large"),
     neutral("reduce_scatter_with_fp32_accumulation", "Another order of the same float32 sums"),
-    neutral(
-        "average_in_collective",
-        "Divides after the sum instead of before, for experts too: rounding; only NCCL can",
-    ),
+    neutral("average_in_collective", "Divides after the sum, not before: rounding; only NCCL can"),
     neutral("nccl_ub", "Where NCCL finds the buffers"),
     neutral("disable_symmetric_registration", "How NCCL learns where the buffers are"),
     _as_the_model("delay_wgrad_compute"),
@@ -110,10 +104,7 @@ OPTIMIZER = table(
         "Which rank holds which optimizer state",
         "covering:DistributedDataParallelConfig.use_distributed_optimizer",
     ),
-    neutral(
-        "overlap_param_gather",
-        "Read only with fp8; set DistributedDataParallelConfig.overlap_param_gather",
-    ),
+    neutral("overlap_param_gather", "Read only with fp8; the wrapper's own setting counts"),
     refused(
         "overlap_param_gather_with_optimizer_step",
         "It makes an optimizer of the first chunk alone, which no case or checkpoint covers",

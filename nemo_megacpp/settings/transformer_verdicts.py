@@ -14,6 +14,7 @@ from nemo_megacpp.settings.verdict import (
 
 _INFERENCE = "Only inference reads it, and the hybrid stack trains"
 _MASKS = "Proved where the generators are the same; else a rank draws other masks, equally probable"
+_SCORES = "A function of one token's scores"
 _PARITY = (
     "tests/proof/test_parity.py::test_float64",
     "tests/proof/test_parity.py::test_float32_loss",
@@ -38,13 +39,9 @@ _PARALLELISM = table(
     refused("moe_extended_tp", "Unused in Megatron-Core 0.16; use expert_tensor_parallel_size"),
     # Initialization and data types.
     neutral(
-        "perform_initialization",
-        "Whether weights are initialized (False: a checkpoint is loaded); layouts are compared on "
-        "the same weights",
-    ),
-    neutral(
-        "use_cpu_initialization",
-        "Where weights are initialized; layouts are compared on the same weights",
+        """perform_initialization use_cpu_initialization is_hybrid_model init_method
+        output_layer_init_method init_method_std embedding_init_method embedding_init_method_std""",
+        "Initializes weights; layouts are compared on the same weights",
     ),
     refused(
         "fp16",
@@ -60,10 +57,7 @@ _PARALLELISM = table(
         legal=DTYPES,
         otherwise="No layout is proved with the loss scaling that float16 needs",
     ),
-    neutral(
-        "pipeline_dtype",
-        "The type in which a stage receives; any other than the type that is sent is refused",
-    ),
+    neutral("pipeline_dtype", "The type that a stage receives; another than is sent is refused"),
     refused("enable_autocast", "torch.autocast would override the types that mixers choose"),
     only_with("autocast_dtype", "enable_autocast"),
     # Set by the trainer.
@@ -75,10 +69,7 @@ _PARALLELISM = table(
     neutral("use_te_rng_tracker", "Who keeps the random states; seeds and forks are the same"),
     covered("deterministic_mode", "Selects kernels that sum in one order"),
     # Fused kernels and overlap.
-    neutral(
-        "gradient_accumulation_fusion",
-        "Adds the same product to main_grad inside the kernel; needs Apex or Transformer Engine",
-    ),
+    neutral("gradient_accumulation_fusion", "Adds the same product to main_grad in the kernel"),
     neutral("async_tensor_model_parallel_allreduce", "Megatron-Core 0.16 no longer reads it"),
     neutral(
         "tp_comm_overlap",
@@ -121,14 +112,7 @@ _PARALLELISM = table(
         "When virtual stages take turns; each sees the microbatches in the same order",
     ),
     refused("use_ring_exchange_p2p", "Needs a custom build of torch, with ring_exchange"),
-    neutral(
-        "deallocate_pipeline_outputs",
-        "Frees what was sent; the stack's outputs share their storage with nothing",
-    ),
-    refused(
-        "num_microbatches_with_partial_activation_checkpoints",
-        "Only the full recompute of Megatron's TransformerBlock reads it",
-    ),
+    neutral("deallocate_pipeline_outputs", "Frees what was sent; nothing shares its storage"),
     refused("defer_embedding_wgrad_compute", "Only Megatron's GPTModel defers it"),
     only_with("wgrad_deferral_limit", "defer_embedding_wgrad_compute"),
     only_with("mtp_standalone mtp_loss_scaling_factor", "mtp_num_layers"),
@@ -162,10 +146,7 @@ _ARCHITECTURE = table(
     refused("mtp_num_layers", "MambaModel has no multi-token prediction"),
     neutral("ffn_hidden_size", "No block has a dense MLP; only moe_ffn_hidden_size defaults to it"),
     covered("kv_channels", "The width of a head, which no layout splits"),
-    refused(
-        "use_mamba_mem_eff_path",
-        "Without it Megatron's mixer takes no packed sequences, and no case covers that path",
-    ),
+    refused("use_mamba_mem_eff_path", "Without it Megatron's mixer takes no packed sequences"),
     # Attention.
     covered("softmax_scale", "One number for all heads"),
     refused(
@@ -196,14 +177,8 @@ _ARCHITECTURE = table(
         linear_value_head_dim linear_num_key_heads linear_num_value_heads""",
         "experimental_attention_variant",
     ),
-    refused(
-        "apply_query_key_layer_scaling",
-        "Transformer Engine reads it from an environment variable; the torch backend ignores it",
-    ),
-    neutral(
-        "attention_softmax_in_fp32",
-        "Only Megatron's DotProductAttention reads it; the stack's softmax is always in float32",
-    ),
+    refused("apply_query_key_layer_scaling", "An environment variable sets it; torch ignores it"),
+    neutral("attention_softmax_in_fp32", "The stack's attention always has a float32 softmax"),
     neutral("test_mode", "Compares the replicas of an A block's tensors, and changes none"),
     # Norms, residuals, dropout, biases, activations.
     neutral(
@@ -219,10 +194,7 @@ _ARCHITECTURE = table(
         "backend refuses it",
     ),
     refused("apply_residual_connection_post_layernorm", "Megatron-Core 0.16 does not implement it"),
-    refused(
-        "fp32_residual_connection",
-        "In bf16 the stack's blocks take and send bfloat16, and Megatron's embedding would not",
-    ),
+    refused("fp32_residual_connection", "Blocks send bfloat16, Megatron's embedding float32"),
     covered("hidden_dropout", _MASKS),
     proved(
         "attention_dropout",
@@ -234,11 +206,6 @@ _ARCHITECTURE = table(
     covered("activation_func", "A function of one element"),
     neutral("glu_linear_offset activation_func_clamp_value", "Acts on one element in an expert"),
     # Initial weights and the loss.
-    neutral(
-        """is_hybrid_model init_method output_layer_init_method init_method_std
-        embedding_init_method embedding_init_method_std""",
-        "Initializes weights; layouts are compared on the same weights",
-    ),
     refused("init_model_with_meta_device", "Only Megatron's FSDP fills such weights"),
     covered("calculate_per_token_loss", "What the loss is averaged over"),
 )
@@ -252,16 +219,10 @@ _EXPERTS = table(
     refused("moe_use_legacy_grouped_gemm", "The backend decides which experts are built"),
     neutral("moe_apply_probs_on_input", "Where one token is multiplied by its one probability"),
     # Routing.
-    neutral("moe_router_topk", "A function of one token's scores"),
-    covered(
-        """moe_router_num_groups moe_router_group_topk moe_router_pre_softmax
-        moe_router_topk_scaling_factor moe_router_score_function""",
-        "A function of one token's scores",
-    ),
-    neutral(
-        "moe_router_dtype",
-        "The type of one token's scores: rounding, the same in all layouts; recipes set 'fp32'",
-    ),
+    neutral("moe_router_topk", _SCORES),
+    covered("moe_router_num_groups moe_router_group_topk moe_router_pre_softmax", _SCORES),
+    covered("moe_router_topk_scaling_factor moe_router_score_function", _SCORES),
+    neutral("moe_router_dtype", "Rounding of one token's scores, the same in all layouts"),
     refused(
         "moe_router_topk_limited_devices",
         "It makes EP groups of experts, so EP would change the routing; use moe_router_num_groups "
@@ -269,10 +230,7 @@ _EXPERTS = table(
     ),
     refused("moe_router_force_load_balancing", "Every rank would route at random"),
     refused("moe_enable_routing_replay", "Nothing in a training loop records or replays routes"),
-    refused(
-        "moe_input_jitter_eps",
-        "Each rank draws its own noise; with SP, the same noise for different tokens",
-    ),
+    refused("moe_input_jitter_eps", "Each rank draws its own noise; with SP, for other tokens"),
     # Balance and capacity.
     covered(
         "moe_router_load_balancing_type",
@@ -380,7 +338,8 @@ _IMPLEMENTATION = table(
         each=True,
     ),
     refused(
-        "recompute_method recompute_num_layers distribute_saved_activations",
+        """recompute_method recompute_num_layers distribute_saved_activations
+        num_microbatches_with_partial_activation_checkpoints""",
         "Only the full recompute of Megatron's TransformerBlock reads it",
     ),
     refused("fine_grained_activation_offloading", "Only Megatron's GPTModel offloads"),
