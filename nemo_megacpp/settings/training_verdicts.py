@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 from nemo_megacpp.settings.transformer_verdicts import TRANSFORMER
-from nemo_megacpp.settings.verdict import (
-    Table,
-    covered,
-    neutral,
-    only_with,
-    proved,
-    refused,
-    table,
-)
+from nemo_megacpp.settings.verdict import Table, covered, neutral, only_with, proved, refused, table
 
 _FP8 = "It needs fp8, which is refused"
 _ONE_ELEMENT = "Enters the step of one element, by its own gradient alone"

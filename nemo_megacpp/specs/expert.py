@@ -85,7 +85,7 @@ def _collectives(sizes: Sizes) -> list[Collective]:
     ]
     made = [*shared, *_capacity(sizes), *dispatch(sizes)]
     if sizes.recomputes("moe"):
-        # Megatron leaves the auxiliary losses out of the pass that keeps nothing.
+        # In the pass that saves nothing Megatron skips the auxiliary losses.
         made += again(made)
     elif sizes.recomputes("shared_experts"):
         made += again(shared)
@@ -94,21 +94,13 @@ def _collectives(sizes: Sizes) -> list[Collective]:
 
 def _auxiliary_losses(sizes: Sizes) -> list[Collective]:
     """The counts that balancing losses need, of the tokens that the ranks of a group hold."""
-    kinds, coefficients = (
-        sizes.config.moe_router_load_balancing_type,
-        sizes.config.moe_aux_loss_coeff,
-    )
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    coefficients = coefficients if isinstance(coefficients, list) else [coefficients] * len(kinds)
-    rows_counted = {"aux_loss": 1, "seq_aux_loss": sizes.batch}
-    made = []
-    for kind, coefficient in zip(kinds, coefficients, strict=True):
-        if kind in rows_counted and coefficient:
-            size = rows_counted[kind] * sizes.experts * 8
-            made.append(
-                Collective("all_reduce", "tp-cp", size, "forward", "routing", "tokens per expert")
-            )
-    return made
+    from nemo_megacpp.mixers.aux_loss import balancing_kinds
+
+    return [
+        Collective("all_reduce", "tp-cp", rows * sizes.experts * 8, "forward", "routing", what)
+        for kind in balancing_kinds(sizes.config)
+        for what, rows in [("tokens per expert", sizes.batch if kind == "seq_aux_loss" else 1)]
+    ]
 
 
 def _capacity(sizes: Sizes) -> list[Collective]:
@@ -126,9 +118,7 @@ def _all_to_all_dispatch(sizes: Sizes) -> list[Collective]:
     rows, layout = sizes.shared_tokens * sizes.topk, sizes.layout
     metadata = sizes.experts * 8 * layout.etp * layout.ep
     tokens, probabilities = rows * sizes.h * sizes.e, rows * sizes.router_bytes
-    made = [
-        Collective("all_gather", "etp-ep", metadata, "forward", "routing", "tokens per expert"),
-    ]
+    made = [Collective("all_gather", "etp-ep", metadata, "forward", "routing", "tokens per expert")]
     for what, size in (("token copies", tokens), ("probabilities", probabilities)):
         made += there_and_back("all_to_all", "all_to_all", "ep", size, "dispatch", what)
         made += there_and_back(
@@ -157,12 +147,7 @@ def _all_gather_dispatch(sizes: Sizes) -> list[Collective]:
             "probabilities",
         ),
         *there_and_back(
-            "all_gather",
-            "reduce_scatter",
-            "etp-ep",
-            rows * sizes.h * sizes.e,
-            "dispatch",
-            "tokens",
+            "all_gather", "reduce_scatter", "etp-ep", rows * sizes.h * sizes.e, "dispatch", "tokens"
         ),
         *there_and_back(
             "reduce_scatter",

@@ -24,10 +24,7 @@ from nemo_megacpp.pattern import Family
 from nemo_megacpp.values import read_value
 
 SPEC_MODULE = "nemo_megacpp.specs"
-MODES: dict[str, Mode] = {
-    "hybrid_stack_spec": "nemo_native",
-    "hybrid_mamba3_stack_spec": "mamba3",
-}
+MODES: dict[str, Mode] = {"hybrid_stack_spec": "nemo_native", "hybrid_mamba3_stack_spec": "mamba3"}
 _WITH_SETTINGS = re.compile(r"(\w+)\((.*)\)")
 
 

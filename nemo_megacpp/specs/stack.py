@@ -218,10 +218,7 @@ class HybridStack(MegatronModule):
         )
 
     def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple | None = None,
-        metadata: dict | None = None,
+        self, prefix: str = "", sharded_offsets: tuple | None = None, metadata: dict | None = None
     ) -> dict:
         """Key layers by their global index, so that a checkpoint does not know the stages."""
         sharded: dict[str, Any] = {}
@@ -264,9 +261,7 @@ def _validate_plain(
 
 
 def build_hybrid_stack_spec(
-    fields: HybridFields,
-    backend: BackendSpecProvider | None = None,
-    vp_stage: int | None = None,
+    fields: HybridFields, backend: BackendSpecProvider | None = None, vp_stage: int | None = None
 ) -> ModuleSpec:
     """Return the spec of a stack.
 

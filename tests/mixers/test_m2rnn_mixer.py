@@ -12,11 +12,11 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch.nn import functional as F
 
+from benchmarks.m2rnn import m2rnn_naive
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers import m2rnn_mixer as module
 from nemo_megacpp.mixers.head_parallel import log_once
-from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_naive
 from nemo_megacpp.mixers.m2rnn_mixer import M2RNNMixer
 from nemo_megacpp.mixers.sequence_layout import token_order
 from nemo_megacpp.proof.step_spec import StepSpec

@@ -22,11 +22,7 @@ from nemo_megacpp.mixer_settings import Pairs
 from nemo_megacpp.mixers.kernels.chunk_states import chunk_decays, pass_states, to_chunks
 from nemo_megacpp.mixers.kernels.mamba3_state import Mamba3State, check_inputs, starting_state
 from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, chunked_ids, document_ids
-from nemo_megacpp.mixers.kernels.rotary import (
-    accumulated_angles,
-    from_halves,
-    to_halves,
-)
+from nemo_megacpp.mixers.kernels.rotary import accumulated_angles, from_halves, to_halves
 
 
 def mamba3_chunked(

@@ -1,7 +1,6 @@
 """Reference loops of the scans and the convolution: the equations, one token at a time.
 
-M²RNN's is :func:`nemo_megacpp.mixers.kernels.m2rnn_scan.m2rnn_naive`: ``benchmarks/m2rnn.py``
-checks the kernels on a user's GPU with it.
+M²RNN's is in ``benchmarks/m2rnn.py``, which checks the kernels on a user's GPU with it.
 """
 
 from __future__ import annotations

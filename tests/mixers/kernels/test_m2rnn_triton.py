@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.m2rnn import m2rnn_naive
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers import kernels as package
 from nemo_megacpp.mixers.kernels import m2rnn_triton as triton_form
-from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_naive
 from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
 from tests.mixers.kernels.conftest import assert_same, run_with_gradients
 from tests.mixers.kernels.test_m2rnn_scan import make
