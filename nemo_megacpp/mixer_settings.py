@@ -176,7 +176,7 @@ class Mamba3Settings(MixerSettings):
 
 @dataclass(frozen=True)
 class Mamba3Dimensions:
-    """The sizes of a Mamba-3 mixer.
+    """The sizes of a Mamba-3 mixer, by :meth:`Mamba3Settings.dimensions`.
 
     Attributes:
         num_heads: ``H``.
@@ -186,9 +186,6 @@ class Mamba3Dimensions:
         mimo_rank: ``R``.
         num_angles: ``S``, the channel pairs that rotate.
         pairs: which channels are a pair.
-
-    Raises:
-        UserError: a size is illegal.
     """
 
     num_heads: int

@@ -50,9 +50,8 @@ class HeadParallelMixer(KeepsFloat32, MegatronModule):
     """The base of a mixer for Megatron's ``MambaLayer`` that splits heads (or channels) over tp.
 
     Attributes:
-        tp_group, cp_group: process groups.
-        spread: ranks of cp that share out the heads of a tensor-parallel rank.
-        in_proj, out_proj: the projections.
+        spread: cp ranks that share out the heads of a tensor-parallel rank; 1: CP does not spread
+            heads.
     """
 
     def __init__(

@@ -51,7 +51,9 @@ def setting_violations(kind: type, values: Mapping[str, Any]) -> Iterator[str]:
                 )
         elif not setting.accepts(value, default):
             reason = setting.otherwise or setting.reason
-            yield f"{name}={value!r}: {reason}. Legal: {_legal(setting, default)}."
+            legal = ", ".join(map(repr, legal_values(setting, default)))
+            lists = ", or a list of these" if setting.each else ""
+            yield f"{name}={value!r}: {reason}. Legal: {legal}{lists}."
 
 
 def validate_config(config: DistributedDataParallelConfig | OptimizerConfig) -> None:
@@ -69,8 +71,3 @@ def legal_values(setting: Setting, default: Any) -> list[Any]:
     values = list(setting.legal or ())
     listed = any(value in (default, str(default)) for value in values)
     return values if listed or not setting.accepts(default, default) else [*values, default]
-
-
-def _legal(setting: Setting, default: Any) -> str:
-    text = ", ".join(map(repr, legal_values(setting, default)))
-    return f"{text}, or a list of these" if setting.each else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nemo_megacpp.families import BlockFamily, register
@@ -133,29 +134,17 @@ def _all_to_all_dispatch(sizes: Sizes) -> list[Collective]:
 
 def _all_gather_dispatch(sizes: Sizes) -> list[Collective]:
     """``MoEAllGatherTokenDispatcher``: every rank sees every token and keeps its experts'."""
-    ranks = sizes.layout.etp * sizes.layout.ep
-    rows = sizes.shared_tokens * ranks
-    wanted = rows * sizes.experts
+    rows = sizes.shared_tokens * sizes.layout.etp * sizes.layout.ep
+    chosen = rows * sizes.experts
+    tokens, outputs = rows * sizes.h * sizes.e, rows * sizes.h * sizes.router_bytes
+    gather = partial(there_and_back, "all_gather", "reduce_scatter", "etp-ep")
+    probabilities = chosen * sizes.router_bytes
     return [
-        Collective("all_gather", "etp-ep", wanted, "forward", "routing", "routing map"),
+        Collective("all_gather", "etp-ep", chosen, "forward", "routing", "routing map"),
+        *gather(probabilities, "routing", "probabilities"),
+        *gather(tokens, "dispatch", "tokens"),
         *there_and_back(
-            "all_gather",
-            "reduce_scatter",
-            "etp-ep",
-            wanted * sizes.router_bytes,
-            "routing",
-            "probabilities",
-        ),
-        *there_and_back(
-            "all_gather", "reduce_scatter", "etp-ep", rows * sizes.h * sizes.e, "dispatch", "tokens"
-        ),
-        *there_and_back(
-            "reduce_scatter",
-            "all_gather",
-            "etp-ep",
-            rows * sizes.h * sizes.router_bytes,
-            "dispatch",
-            "expert outputs",
+            "reduce_scatter", "all_gather", "etp-ep", outputs, "dispatch", "expert outputs"
         ),
     ]
 

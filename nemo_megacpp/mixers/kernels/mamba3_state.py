@@ -97,9 +97,5 @@ def starting_state(x: Tensor, B: Tensor, num_angles: int, state: Mamba3State | N
         return Mamba3State(*(part.to(acc) for part in state))
     batch, _, heads, head_dim = x.shape
     rank, _, state_dim = B.shape[2:]
-    return Mamba3State(
-        x.new_zeros(batch, heads, head_dim, state_dim, dtype=acc),
-        x.new_zeros(batch, heads, rank, state_dim, dtype=acc),
-        x.new_zeros(batch, heads, head_dim, dtype=acc),
-        x.new_zeros(batch, heads, num_angles, dtype=acc),
-    )
+    shapes = ((head_dim, state_dim), (rank, state_dim), (head_dim,), (num_angles,))
+    return Mamba3State(*(x.new_zeros(batch, heads, *shape, dtype=acc) for shape in shapes))
