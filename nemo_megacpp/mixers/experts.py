@@ -66,10 +66,10 @@ def with_expert_tags(experts: type) -> type:
 
 
 class SharedExpert(SharedExpertMLP):
-    """Megatron's ``SharedExpertMLP``, right with ``overlap_param_gather`` too.
+    """Megatron's ``SharedExpertMLP``, correct under ``overlap_param_gather``.
 
-    With ``moe_shared_expert_overlap`` the token dispatcher calls the shared expert piece by piece
-    and never its ``forward``, so nothing waits until the weight of its gate is gathered.
+    With ``moe_shared_expert_overlap`` the token dispatcher calls parts of the shared expert and
+    never its ``forward``, so nothing waits for the gather of its gate's weight.
     """
 
     def pre_forward_comm(self, input: torch.Tensor) -> None:
@@ -121,7 +121,7 @@ class CapacityRouter(TopKRouter):
         return probs * kept, kept
 
     def _within_capacity(self, probs: torch.Tensor, batch: int) -> torch.Tensor:
-        """Return which of this rank's choices ``[tokens, experts]`` the experts have room for."""
+        """Return which of this rank's choices ``[tokens, experts]`` are within the capacity."""
         group, cp = self.tp_cp_group, self.cp_group.size()
         everyone = [torch.empty_like(probs) for _ in range(group.size())]
         torch.distributed.all_gather(everyone, probs.contiguous(), group=group)

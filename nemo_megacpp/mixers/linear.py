@@ -19,8 +19,8 @@ from nemo_megacpp.mixers.replicated import mark_replicated, replicated
 class NormColumnParallelLinear(ColumnParallelLinear):
     """``ColumnParallelLinear(RMSNorm(x))`` with parameters ``layer_norm_weight`` and ``weight``.
 
-    These are the names of ``TELayerNormColumnParallelLinear``, so a checkpoint does not know which
-    backend wrote it. Input ``[s, b, h]`` (``[s/tp, b, h]`` under SP), output ``[s, b, out/tp]``.
+    These are the names of ``TELayerNormColumnParallelLinear``, so checkpoints of both backends are
+    the same. Input ``[s, b, h]`` (``[s/tp, b, h]`` under SP), output ``[s, b, out/tp]``.
 
     ``layer_norm_weight``: replicated on tp with SP (gradient partial, summed over tp by Megatron
     through the ``sequence_parallel`` tag), invariant without SP. ``weight``: varying on tp (rows).

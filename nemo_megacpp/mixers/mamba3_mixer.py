@@ -189,7 +189,7 @@ class Mamba3Mixer(HeadParallelMixer):
         theta: torch.Tensor,
         documents: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return ``o [b, s, n, R, P]``, from the kernel that was asked for."""
+        """Return ``o [b, s, n, R, P]``, from the kernel that the settings choose."""
         B_bias, C_bias, D = (self.mine(p) for p in (self.B_bias, self.C_bias, self.D))
         if self._runs_triton(x.dtype, documents is not None, x.device):
             return mamba3_gpu(x, B, C, B_bias, C_bias, dt, A, trap, theta, D)

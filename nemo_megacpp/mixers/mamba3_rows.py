@@ -1,6 +1,6 @@
 """The rows of Mamba-3's input projection: their order, and how tp and cp share them.
 
-mamba_ssm keeps kind by kind, ``[z | x | B | C | dd_dt | dd_A | trap | θ̂]``, with B and C laid out
+mamba_ssm orders them by kind, ``[z | x | B | C | dd_dt | dd_A | trap | θ̂]``, with B and C laid out
 ``(r, g, n)``: a tensor-parallel shard is a slice of each kind, for ``R > 1`` of each ``r``. Here
 the split rows are laid out group by group, so that a shard is one contiguous range of rows and a
 checkpoint needs no rearranging::
@@ -55,7 +55,7 @@ def rank_share(dims: Mamba3Dimensions, tp: int, cp: int) -> tuple[int, int, int]
         )
     if groups % cp and cp % groups:
         raise UserError(
-            f"mamba_num_groups={dims.num_groups} / TP={tp} = {groups} groups of a rank fit no "
+            f"mamba_num_groups={dims.num_groups} / TP={tp} = {groups} groups of a rank do not fit "
             f"CP={cp}: one must divide the other, so that each cp rank gets whole groups or the "
             f"heads of a single one."
         )

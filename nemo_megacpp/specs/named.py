@@ -1,7 +1,7 @@
-"""Names for ``--spec nemo_megacpp.specs NAME``, which carry what Megatron has no option for.
+"""Names for ``--spec nemo_megacpp.specs NAME``, with settings that Megatron has no option for.
 
-Megatron's scripts find a spec by module and name, and hand it a plain ``TransformerConfig``. The
-mode and the settings of our mixers therefore travel in the name::
+Megatron's scripts load a spec by module and name, and build it with a plain ``TransformerConfig``,
+so the mode and the mixers' settings are part of the name::
 
     hybrid_stack_spec
     hybrid_mamba3_stack_spec(mamba3_mimo_rank=4,m2rnn_clip_order=after_output)

@@ -1,8 +1,8 @@
 """The stack: the layers of one pipeline chunk of a hybrid model.
 
 Megatron's ``MambaStack`` has fixed symbols, a hard-coded Transformer Engine norm, no virtual
-stages, and ``num_layers // pp`` layers per stage: 52 layers at PP=8 become 48 without a word. This
-stack takes the A/M/E/R pattern, honours explicit cuts, and builds every layer or refuses.
+stages, and ``num_layers // pp`` layers per stage: 52 layers at PP=8 silently become 48. This stack
+takes the A/M/E/R pattern with explicit cuts, and builds every layer or raises.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class HybridStack(MegatronModule):
             fields that the specs were made of; their defaults if not given.
 
     Raises:
-        UserError: when the pattern cannot be cut into PP x virtual stages without losing layers, or
-            for a plain configuration that a :class:`HybridConfig` would refuse.
+        UserError: PP x virtual stages do not divide the pattern's layers, or a plain configuration
+            is one that :class:`HybridConfig` would refuse.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class HybridStack(MegatronModule):
         """Run the chunk on ``[s, b, h]`` (the rank's share of ``s`` under SP and CP).
 
         Raises:
-            UserError: packed rows that cannot be run so; see :mod:`nemo_megacpp.specs.packs`.
+            UserError: packed rows that the stack cannot run (:mod:`nemo_megacpp.specs.packs`).
         """
         assert inference_context is None and inference_params is None, "the hybrid stack trains"
         if not self.pre_process:
@@ -193,7 +193,7 @@ class HybridStack(MegatronModule):
                 self.layer_range, self.families, self.layers, strict=True
             ):
                 if family in self._added_families:
-                    # Their modules may read parameters of modules that they do not call.
+                    # They may read parameters of modules that they do not call.
                     wait_for_parameters(*layer.modules())
                 with nullcontext() if delayed else get_fp8_context(self.config, index):
                     if isinstance(layer, TransformerLayer):
@@ -255,8 +255,8 @@ def _validate_plain(
     chunks = config.virtual_pipeline_model_parallel_size
     if chunks is not None and vp_stage is None:
         raise UserError(
-            f"{chunks} virtual pipeline stages: pretrain_mamba.py of Megatron-LM 0.16 does not say "
-            f"which of them it builds. Train without virtual stages, or with nemo-megacpp train."
+            f"{chunks} virtual pipeline stages: pretrain_mamba.py of Megatron-LM 0.16 does not "
+            f"pass the stage to the model. Train without them, or with nemo-megacpp train."
         )
 
 

@@ -255,7 +255,7 @@ def test_dimensions_of_a_plain_configuration() -> None:
         (8, 4, 3, 1, "mamba_num_heads=8 is not divisible by TP=3"),
         (8, 2, 4, 1, "mamba_num_groups=2 is not divisible by TP=4"),
         (12, 4, 2, 4, "mamba_num_heads=12 / TP=2 = 6 heads .* not divisible by CP=4"),
-        (24, 6, 2, 2, "mamba_num_groups=6 / TP=2 = 3 groups .* fit no CP=2"),
+        (24, 6, 2, 2, "mamba_num_groups=6 / TP=2 = 3 groups .* do not fit CP=2"),
     ],
 )
 def test_rank_share(heads: int, groups: int, tp: int, cp: int, expected: Any) -> None:

@@ -76,8 +76,8 @@ def m2rnn_scan(
             then adds this token's ``q_t·dy_tᵀ``, as XMA's Triton kernel does; ``'after_output'``
             clips the sum, as XMA's torch reference does. The initial state's gradient is not
             clipped again, so a sequence cut in two gives the gradients of the whole.
-        checkpoint_every: keep one state in so many for the backward pass and compute the others
-            again; None keeps all, ``b·l·n·k·v`` numbers.
+        checkpoint_every: save one state in this many for the backward pass and recompute the
+            others; None saves all, ``b·l·n·k·v`` numbers.
 
     Returns:
         ``y [b, l, n, v]`` in the dtype of ``v``, and the final state ``[b, n, k, v]`` in the

@@ -1,7 +1,7 @@
-"""The M²RNN recurrence on a GPU, by Triton kernels of our own.
+"""The M²RNN recurrence on a GPU, in Triton.
 
-Held to the reference loop in Triton's interpreter, and compiled for NVIDIA's sm_80 and sm_90;
-**not run on a GPU yet**, as none was at hand: ``benchmarks/m2rnn.py`` checks and times it on one.
+Compared with the reference loop in Triton's interpreter, and compiled for NVIDIA's sm_80 and sm_90;
+**not run on a GPU yet**. ``benchmarks/m2rnn.py`` checks and times it on one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_VALUE_DIM = 64
 _SMALLEST_TILE = 16
 CHECKPOINT_EVERY = 64
-"""One state in so many is kept for the backward pass, if nothing else is asked for."""
+"""By default, one state in this many is saved for the backward pass."""
 _TENSOR_CORES = (8, 0)
 
 
@@ -86,23 +86,23 @@ def m2rnn_triton(
     """:func:`nemo_megacpp.mixers.kernels.m2rnn_scan.m2rnn_scan` on a GPU; computes in float32.
 
     One program for each head, batch row and ``block_k`` rows of the state. No atomics: the same
-    inputs give the same bits. Kept for the backward pass, beside the inputs: one state in
-    ``checkpoint_every``, ``b·n·⌈l/c⌉·k·v`` float32 numbers. The backward pass takes for a while
-    ``b·n·c·k·v`` more, ``2·b·l·n·k`` for the gradients of q and k head by head, and
-    ``⌈k/block_k⌉·b·l·n·v`` for those of v (as many the forward pass, for y).
+    inputs give the same bits. Saved for the backward pass, beside the inputs: one state in
+    ``checkpoint_every`` (``c``), ``b·n·⌈l/c⌉·k·v`` float32 numbers. Temporary in the backward pass:
+    ``b·n·c·k·v`` for states, ``2·b·l·n·k`` for the gradients of q and k per head, and
+    ``⌈k/block_k⌉·b·l·n·v`` for those of v; in the forward pass as many for y.
 
     Args:
         q, k, v, forget, W, initial_state, seq_idx, state_gradient_clip, clip_order: as there; any
             mix of bfloat16, float16 and float32.
-        checkpoint_every: ``c``; the states between are computed again. Any ``c`` gives the same
-            numbers; memory is least near the square root of the length.
+        checkpoint_every: ``c``; the states between are recomputed. Any ``c`` gives the same
+            numbers; memory is smallest near the square root of the length.
         block_k: rows of the state that a program owns: a power of two, at least 16.
 
     Returns:
         ``y [b, l, n, v]`` in the dtype of ``v``, and the final state ``[b, n, k, v]`` in float32.
 
     Raises:
-        UserError: a shape or an option is wrong, or Triton does not load.
+        UserError: a shape or an option is wrong, or Triton cannot be imported.
     """
     check_inputs(q, k, v, forget, W, initial_state, state_gradient_clip, clip_order)
     if checkpoint_every < 1:
@@ -188,7 +188,7 @@ class _M2RNNTriton(torch.autograd.Function):
         block_k: int,
     ) -> tuple[Tensor, Tensor]:
         kernels = _kernels()
-        assert not isinstance(kernels, str), "m2rnn_triton_reason says so first"
+        assert not isinstance(kernels, str), "m2rnn_triton_reason is checked before"
         inputs = tuple(x.contiguous() for x in (q, k, v, forget, W))
         launch = _Launch(q, k, v, chunk, block_k)
         y = launch.floats(v, launch.parts, *v.shape)

@@ -1,12 +1,10 @@
 """mamba_ssm's Triton kernel for Mamba-3 SISO behind the signature of our own scan.
 
 Written against mamba_ssm 2.3.2.post1 (``ops/triton/mamba3/mamba3_siso_combined.py``). In Triton's
-interpreter the kernel agrees with :func:`mamba3_chunked`, every gradient included, to bf16's
-rounding; **not run on a GPU yet**, as none was at hand. Known from its source: Q, K, V, trap and
-the accumulated angle are held in bf16 (an angle near 2π to about 0.02 rad), and sigmoid, tanh, sin
-and cos are hardware approximations, so it agrees in bf16 only.
-
-The MIMO kernel of that release is TileLang's; it is not called from here.
+interpreter the kernel agrees with :func:`mamba3_chunked`, gradients included, to bf16's rounding;
+**not run on a GPU yet**. By its source it holds Q, K, V, trap and the accumulated angle in bf16 (an
+angle near 2π to about 0.02 rad) and approximates sigmoid, tanh, sin and cos in hardware, so it
+agrees in bf16 only. That release's MIMO kernel, in TileLang, is not used.
 """
 
 from __future__ import annotations
@@ -85,7 +83,7 @@ def mamba3_gpu(
         ``o [b, l, h, 1, p]``, not gated.
     """
     kernel = _siso_kernel()
-    assert not isinstance(kernel, str), "mamba3_gpu_reason says so first"
+    assert not isinstance(kernel, str), "mamba3_gpu_reason is checked before"
     dt, A = dt.float(), A.float()
     o = kernel(
         Q=C.squeeze(2),

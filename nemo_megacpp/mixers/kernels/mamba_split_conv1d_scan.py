@@ -1,8 +1,7 @@
 """Everything between a Mamba-2 mixer's two projections, in torch: convolution, scan, gate.
 
-Stands in for mamba_ssm's ``mamba_split_conv1d_scan_combined`` as Megatron-Core's
-``MambaMixer._ssm_training`` calls it: the same argument names and order, so that it can be handed
-over in its place.
+Replaces mamba_ssm's ``mamba_split_conv1d_scan_combined`` in Megatron-Core's
+``MambaMixer._ssm_training``, with the same argument names and order.
 """
 
 from __future__ import annotations

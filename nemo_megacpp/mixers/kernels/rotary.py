@@ -61,7 +61,7 @@ def accumulated_angles(
     Args:
         rate: ``[b, l, s]``, rad per unit of time, shared by all heads.
         dt: ``[b, l, h]``.
-        initial: ``[b, h, s]``, the angle before the row; the first document goes on from it.
+        initial: ``[b, h, s]``, the angle before the row, where the first document continues.
         ids: document numbers ``[b, l]``, or None where a row is one document.
 
     Returns:
