@@ -200,8 +200,8 @@ def _kernels(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     if sizes.config.mode == "mamba3" and _has(sizes, Family.MAMBA):
         reason = mamba3_gpu_reason(sizes.mamba3, dtype=sizes.config.params_dtype)
         if reason is not None or sizes.config.mamba3_kernel == "torch":
-            why = f"the kernel {reason}" if reason else "mamba3_kernel is 'torch'"
-            yield Cost("MODEL", "turns off", f"mamba_ssm's Triton kernel for Mamba-3: {why}")
+            why = f", which {reason}" if reason else ": mamba3_kernel is 'torch'"
+            yield Cost("MODEL", "turns off", f"mamba_ssm's Triton kernel for Mamba-3{why}")
 
 
 def _nodes(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:

@@ -124,15 +124,10 @@ def _mamba2_exchanges(sizes: Sizes) -> list[Collective]:
     inner = heads * int(config.mamba_head_dim)
     state = groups * max(1, layout.cp // groups) * int(config.mamba_state_dim)
     channels = (("z", inner), ("x", inner), ("B", state), ("C", state), ("dt", heads))
-    exchanged = [
+    return [
         collective
         for what, width in (*channels, ("scan output", inner))
         for collective in exchange(sizes, width, what)
-    ]
-    return [
-        *column_parallel(sizes, "normed hidden states"),
-        *exchanged,
-        *row_parallel(sizes, "mixer output"),
     ]
 
 
@@ -195,7 +190,6 @@ def _mamba3_exchanges(sizes: Sizes) -> list[Collective]:
     block = rows_of_group_state(dims) + heads // groups // copies * rows_per_head(dims)
     angles = sizes.tokens * layout.cp * dims.num_angles * sizes.e
     return [
-        *column_parallel(sizes, "normed hidden states"),
         *replicated_weight(sizes, dims.num_angles * sizes.h, "the rows of θ̂"),
         *there_and_back(
             "all_gather", "reduce_scatter", "cp", angles, "layout transition", "angle rates θ̂"
@@ -204,7 +198,6 @@ def _mamba3_exchanges(sizes: Sizes) -> list[Collective]:
         *replicated_weight(sizes, dims.state_dim, "B's norm weight"),
         *replicated_weight(sizes, dims.state_dim, "C's norm weight"),
         *exchange(sizes, heads * dims.head_dim, "scan output"),
-        *row_parallel(sizes, "mixer output"),
     ]
 
 
