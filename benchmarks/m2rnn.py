@@ -21,11 +21,60 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_naive, m2rnn_scan
+from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_scan
 from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
+from nemo_megacpp.mixers.kernels.packing import accumulation_dtype
 
 Form = Callable[..., tuple[Tensor, Tensor]]
 Inputs = dict[str, Tensor]
+
+
+def m2rnn_naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forget: Tensor,
+    W: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    state_gradient_clip: float | None = None,
+    clip_order: str = "before_output",
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of :func:`m2rnn_scan`, token by token, with gradients by autograd."""
+    acc = accumulation_dtype(v)
+    batch, length, heads, value_dim = v.shape
+    q_acc = (q if q.dim() == 4 else q[:, :, None]).to(acc)
+    k_acc = (k if k.dim() == 4 else k[:, :, None]).to(acc)
+    v_acc, f_acc, W_acc = v.to(acc), forget.to(acc), W.to(acc)
+    state = v_acc.new_zeros(batch, heads, k.shape[-1], value_dim)
+    if initial_state is not None:
+        state = initial_state.to(acc)
+    outputs = []
+    for t in range(length):
+        if seq_idx is not None and t > 0:
+            same = seq_idx[:, t] == seq_idx[:, t - 1]
+            state = torch.where(same[:, None, None, None], state, torch.zeros_like(state))
+        drive = k_acc[:, t, :, :, None] * v_acc[:, t, :, None, :]
+        candidate = torch.tanh(torch.einsum("bnku,nuv->bnkv", state, W_acc) + drive)
+        f = f_acc[:, t, :, None, None]
+        state = f * state + (1 - f) * candidate
+        if clip_order == "after_output":
+            state = _clip_gradient(state, state_gradient_clip)
+        outputs.append((state * q_acc[:, t, :, :, None]).sum(dim=2))
+        if clip_order == "before_output":
+            state = _clip_gradient(state, state_gradient_clip)
+    return torch.stack(outputs, dim=1).to(v.dtype), state
+
+
+def _clip_gradient(x: Tensor, clip: float | None) -> Tensor:
+    """Return ``x``; what flows back through the returned tensor is clamped to ``[-clip, clip]``."""
+    if clip is None or not x.requires_grad:
+        return x
+    bound = clip
+    x = x.view_as(x)
+    x.register_hook(lambda grad: grad.clamp(-bound, bound))
+    return x
 
 
 def make_inputs(
@@ -49,14 +98,14 @@ def make_inputs(
 
 
 def forms_on(device: torch.device, value_dim: int, dtype: torch.dtype) -> dict[str, Form]:
-    """Return the forms that run here, and say why the Triton kernels are out if they are."""
+    """Return the kernels that run here, and print why the Triton kernels do not if they do not."""
     forms: dict[str, Form] = {
         "torch": m2rnn_scan,
-        "torch, 1 state in 64 kept": partial(m2rnn_scan, checkpoint_every=64),
+        "torch, 1 state in 64 saved": partial(m2rnn_scan, checkpoint_every=64),
     }
     reason = m2rnn_triton_reason(value_dim=value_dim, dtype=dtype, device=device)
     if reason is not None:
-        print(f"Skipping the Triton kernel: {reason}.")
+        print(f"Skipping the Triton kernel, which {reason}.")
         return forms
     for block_k in (16, 32, 64):
         forms[f"triton, {block_k} rows a program"] = partial(m2rnn_triton, block_k=block_k)
@@ -87,7 +136,7 @@ def check(forms: dict[str, Form], device: torch.device, key_dim: int, value_dim:
         "clip after": {"state_gradient_clip": 0.3, "clip_order": "after_output"},
     }
     single = {name: t.float() for name, t in exact.items()}
-    # The reference sees what float32 holds of the inputs: their rounding is not a form's doing.
+    # The reference takes the inputs as rounded to float32: no kernel causes that rounding.
     exact = {name: t.double() for name, t in single.items()}
     worst = dict.fromkeys(forms, (0.0, "nothing"))
     for case, options in cases.items():
@@ -96,7 +145,7 @@ def check(forms: dict[str, Form], device: torch.device, key_dim: int, value_dim:
             found = with_gradients(form, single, weights, **options)
             for tensor, value in expected.items():
                 error = (found[tensor].double() - value).abs().max() / value.abs().max()
-                # Not a number counts as the largest difference of all.
+                # NaN counts as the largest difference of all.
                 size = float(torch.nan_to_num(error, nan=float("inf")))
                 worst[name] = max(worst[name], (size, f"{tensor}, {case}"))
     return worst

@@ -17,7 +17,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables of settings into the page that asks for them."""
     if _SETTINGS not in markdown:
         return markdown
-    from nemo_megacpp.settings.show import markdown as tables
+    from nemo_megacpp.settings.verdict_document import markdown as tables
 
     return markdown.replace(_SETTINGS, tables())
 

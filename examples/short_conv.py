@@ -12,22 +12,19 @@ With ``[B, C, x]`` for every channel from ``W_in u``, the block is ``W_out (C âŠ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 
+from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.formulas.collectives import (
     Collective,
@@ -37,76 +34,60 @@ from nemo_megacpp.formulas.collectives import (
 )
 from nemo_megacpp.formulas.saved import Saved, norm
 from nemo_megacpp.formulas.sizes import Sizes
+from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Broken, Case, Divides
+from nemo_megacpp.mixers.head_parallel import HeadParallelMixer, MixerSubmodules
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d
 from nemo_megacpp.mixers.sequence_layout import heads_to_sequence, sequence_to_heads, token_order
-from nemo_megacpp.mixers.sharding import sharded_by_head
-from nemo_megacpp.specs.backend import mamba_layer_norm
-
-TAPS = 4
+from nemo_megacpp.specs.backend import mamba_layer
 
 
-@dataclass
-class ShortConvSubmodules:
-    """The two projections."""
+@dataclass(frozen=True)
+class ShortConvSettings:
+    """What the layer spec passes to the mixer.
 
-    in_proj: ModuleSpec | type
-    out_proj: ModuleSpec | type
+    Attributes:
+        taps: ``w``, inputs that the convolution reads for a token, its own included.
+    """
+
+    taps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.taps < 1:
+            raise UserError(f"taps={self.taps} must be at least 1.")
 
 
-class ShortConvMixer(MegatronModule):
+SETTINGS = ShortConvSettings()
+
+
+class ShortConvMixer(HeadParallelMixer):
     """The mixer of Megatron's ``MambaLayer``: ``[s, b, h]`` to ``[s, b, h]``.
 
     Parameters, with their type on tp (``c = h/tp`` channels per rank): ``in_proj.weight``
     ``[3c, h]`` rows ``(B, C, x)`` per channel, V; ``conv_weight`` ``[c, w]``, V;
     ``out_proj.weight`` ``[h, c]``, V (columns). Nothing is replicated. Over cp a rank exchanges its
-    tokens for a share of its channels, because a convolution wants tokens in order.
+    tokens for a share of its channels, because a convolution reads tokens in order.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: ShortConvSubmodules,
+        submodules: MixerSubmodules,
         d_model: int,
+        settings: ShortConvSettings,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
     ):
-        super().__init__(config)
-        assert pg_collection is not None
-        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
-        self.in_proj = build_module(
-            submodules.in_proj,
-            d_model,
-            3 * d_model,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_group=self.tp_group,
-        )
-        self.out_proj = build_module(
-            submodules.out_proj,
-            d_model,
-            d_model,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_group=self.tp_group,
-        )
+        super().__init__(config, pg_collection, layer_number)
+        self.build_projections(submodules, d_model, rows=3 * d_model, inner=d_model)
         channels = d_model // self.tp_group.size()
-        weight = torch.empty(channels, TAPS, dtype=config.params_dtype)
-        self.conv_weight = torch.nn.Parameter(weight.to(self.in_proj.weight.device))
-        # Says that the ranks hold different parts; without it the gradient norm counts one of them.
-        set_tensor_model_parallel_attributes(self.conv_weight, True, 0, 1)
+        # Tagged as split over tp, and saved so: any tensor-parallel size loads the checkpoint.
+        self.conv_weight = self.split_parameter(channels, settings.taps)
         if config.perform_initialization:
+            bound = 1 / math.sqrt(settings.taps)
             with get_cuda_rng_tracker().fork():
-                torch.nn.init.uniform_(self.conv_weight, -1 / math.sqrt(TAPS), 1 / math.sqrt(TAPS))
+                torch.nn.init.uniform_(self.conv_weight, -bound, bound)
 
     def forward(
         self,
@@ -124,33 +105,24 @@ class ShortConvMixer(MegatronModule):
         gated = sequence_to_heads(gated, self.cp_group, order)
         b, c, x = gated.unflatten(-1, (-1, 3)).unbind(-1)
         documents = None if order.documents is None else order.documents.expand(x.size(1), -1)
-        weight = self.conv_weight.chunk(cp)[self.cp_group.rank()]
+        weight = self.mine(self.conv_weight)
         y = causal_conv1d((b * x).transpose(0, 1), weight, seq_idx=documents).transpose(0, 1)
         return self.out_proj(heads_to_sequence(c * y, self.cp_group, order))
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
-        """All parameters are split along whole channels: any tp can load them."""
-        return sharded_by_head(self, (), self.tp_group, prefix, sharded_offsets, metadata)
 
+def short_conv_layer_spec(backend: BackendSpecProvider, fields: HybridFields) -> ModuleSpec:
+    """Return a ``MambaLayer`` (norm, mixer, residual) around the mixer.
 
-def short_conv_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any]) -> ModuleSpec:
-    """Return a ``MambaLayer`` (norm, mixer, residual) around the mixer."""
-    return ModuleSpec(
-        module=MambaLayer,
-        submodules=MambaLayerSubmodules(
-            norm=mamba_layer_norm(backend),
-            mixer=ModuleSpec(
-                module=ShortConvMixer,
-                submodules=ShortConvSubmodules(
-                    in_proj=backend.column_parallel_linear(),
-                    out_proj=backend.row_parallel_linear(),
-                ),
-            ),
-            mamba_bda=get_bias_dropout_add,
+    ``fields`` are the model's hybrid fields; this family reads none of them.
+    """
+    mixer = ModuleSpec(
+        module=ShortConvMixer,
+        params={"settings": SETTINGS},
+        submodules=MixerSubmodules(
+            in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear()
         ),
     )
+    return mamba_layer(mixer, backend)
 
 
 WHY = "each rank of a C block holds whole channels"
@@ -180,12 +152,12 @@ def saved_activations(sizes: Sizes) -> list[Saved]:
     channels = sizes.h // sizes.layout.tp // sizes.layout.cp
     length = sizes.length * sizes.layout.cp
     values = sizes.batch * length * channels
-    padded = sizes.batch * (length + TAPS - 1) * channels
+    padded = sizes.batch * (length + SETTINGS.taps - 1) * channels
     return [
         *norm(sizes),
         Saved("projected B, C and x", 3 * values * sizes.e),
         Saved("convolution: padded input", padded * sizes.wide),
-        Saved("convolution: taps", channels * TAPS * sizes.wide),
+        Saved("convolution: taps", channels * SETTINGS.taps * sizes.wide),
         Saved("convolution: output", values * sizes.e),
         Saved("output projection's input", values * sizes.e),
     ]
@@ -193,7 +165,7 @@ def saved_activations(sizes: Sizes) -> list[Saved]:
 
 def mixing(sizes: Sizes) -> int:
     """Operations of the two gates and the convolution, for one token."""
-    return sizes.h * (2 * TAPS + 2)
+    return sizes.h * (2 * SETTINGS.taps + 2)
 
 
 register(

@@ -5,29 +5,25 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import partial
-from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
-from nemo_megacpp.dimensions import M2RNNDimensions, Mamba3Dimensions
 from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.families import load_families
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Settings
 from nemo_megacpp.pattern import Family, HybridPattern
-from nemo_megacpp.settings.check import setting_violations
 from nemo_megacpp.settings.combinations import (
     bias_violations,
     ignored_violations,
     range_violations,
     recompute_violations,
 )
-
-NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
+from nemo_megacpp.settings.validate import setting_violations
 
 
 @dataclass
@@ -35,8 +31,8 @@ class HybridConfig(HybridFields, TransformerConfig):
     """``TransformerConfig`` of a hybrid A/M/E/R model.
 
     ``num_layers`` is the depth to which ``hybrid_pattern`` is tiled; left at 0 it is the pattern's
-    own length. The ``m2rnn_*`` and ``mamba3_*`` fields are those of :class:`M2RNNDimensions` and
-    :class:`Mamba3Dimensions`; other fields without a comment are Megatron's, with its meaning.
+    own length. The ``m2rnn_*`` and ``mamba3_*`` fields are those of :class:`M2RNNSettings` and
+    :class:`Mamba3Settings`; other fields without a comment are Megatron's, with its meaning.
 
     Raises:
         UserError: for a pattern that cannot be read, or a field that no backend supports.
@@ -83,21 +79,23 @@ class HybridConfig(HybridFields, TransformerConfig):
             self.moe_router_num_groups = None
             self.moe_router_group_topk = None
         if self.m2rnn_num_heads is None:
-            self.m2rnn_num_heads = _heads_that_fill(self.hidden_size, self.m2rnn_value_head_dim)
+            self.m2rnn_num_heads = M2RNNSettings.of(self).heads(self.hidden_size)
 
     def _violations(self, pattern: HybridPattern) -> Iterator[str]:
         """Yield everything that cannot be built or would be read otherwise than it is meant."""
         yield from config_violations(self, pattern)
         yield from self._field_violations()
         families = pattern.families
-        needed: list[Callable[[], object]] = []
-        if Family.MAMBA in families and self.mode == "mamba3":
-            needed.append(partial(mamba3_dimensions, self))
-        if Family.RECURRENT in families:
-            needed.append(partial(m2rnn_dimensions, self))
-        for dimensions in needed:
+        mixers: list[Callable[[], object]] = [
+            lambda: M2RNNSettings.of(self).heads(self.hidden_size)
+        ]
+        if self.mode == "mamba3":
+            mixers.append(lambda: Mamba3Settings.of(self))
+            if Family.MAMBA in families:
+                mixers.append(lambda: Mamba3Settings.of(self).dimensions(self))
+        for settings in mixers:
             try:
-                dimensions()
+                settings()
             except UserError as error:
                 yield str(error)
         rotates = self.position_embedding_type == "rope" and 0 < self.rotary_percent <= 1
@@ -165,7 +163,7 @@ def _choices(hint: Any) -> tuple[str, ...]:
 
 
 def config_violations(
-    config: TransformerConfig, pattern: HybridPattern, settings: Mapping[str, Any] = NO_SETTINGS
+    config: TransformerConfig, pattern: HybridPattern, hybrid: HybridFields | None = None
 ) -> Iterator[str]:
     """Yield what the hybrid stack would get wrong: of a :class:`HybridConfig`, or of the plain
     configuration that Megatron's own scripts build.
@@ -173,44 +171,25 @@ def config_violations(
     Args:
         config: of the model.
         pattern: its layers.
-        settings: with a plain configuration, the ``m2rnn_*`` and ``mamba3_*`` fields that are not
-            at their defaults.
+        hybrid: with a plain configuration, the hybrid fields; their defaults if not given.
     """
+    if isinstance(config, HybridConfig):
+        assert hybrid is None, "a HybridConfig holds these fields itself"
+        hybrid = config
+    hybrid = hybrid or HybridFields()
     yield from setting_violations(TransformerConfig, vars(config))
     yield from range_violations(config)
     yield from ignored_violations(config)
     present = dict.fromkeys(pattern.families)
     yield from recompute_violations(config, [family.value for family in present])
-    unbiased = [family.value for family in present if _unbiased(config, family)]
-    yield from bias_violations(config, unbiased)
-    clip = _hybrid_field(config, settings, "m2rnn_state_gradient_clip")
+    unbiased = {Family.RECURRENT} | ({Family.MAMBA} if hybrid.mode == "mamba3" else set())
+    yield from bias_violations(config, [family.value for family in present if family in unbiased])
+    clip = hybrid.m2rnn_state_gradient_clip
     if Family.RECURRENT in present and clip is not None and config.calculate_per_token_loss:
         yield (
             "calculate_per_token_loss=True scales gradients during the backward pass, where the R "
             "block bounds them. Turn it off, or set m2rnn_state_gradient_clip to null."
         )
-
-
-def _unbiased(config: TransformerConfig, family: Family) -> bool:
-    mamba3 = isinstance(config, HybridConfig) and config.mode == "mamba3"
-    return family is Family.RECURRENT or (family is Family.MAMBA and mamba3)
-
-
-def _heads_that_fill(hidden_size: int, value_head_dim: int) -> int:
-    if hidden_size % value_head_dim:
-        raise UserError(
-            f"hidden_size={hidden_size} is not a multiple of the R block's value head dim "
-            f"{value_head_dim}, so its number of heads must be given (m2rnn_num_heads)."
-        )
-    return hidden_size // value_head_dim
-
-
-def _hybrid_field(config: TransformerConfig, settings: Mapping[str, Any], name: str) -> Any:
-    """Return a hybrid field of ``config``, or for a plain one what ``settings`` say or default."""
-    if isinstance(config, HybridConfig):
-        assert not settings, "a HybridConfig carries these fields itself"
-        return getattr(config, name)
-    return settings.get(name, getattr(HybridConfig, name))
 
 
 def config_fields(
@@ -236,62 +215,3 @@ def config_fields(
         "bf16": dtype == torch.bfloat16,
         "use_cpu_initialization": device == "cpu",
     }
-
-
-def m2rnn_dimensions(
-    config: TransformerConfig, settings: Mapping[str, Any] = NO_SETTINGS
-) -> M2RNNDimensions:
-    """Return the R mixer's sizes.
-
-    Args:
-        config: a :class:`HybridConfig`, or the plain configuration that Megatron's own scripts
-            build.
-        settings: with a plain one, the ``m2rnn_*`` fields that are not at their defaults.
-    """
-    field = partial(_hybrid_field, config, settings)
-    value_head_dim = field("m2rnn_value_head_dim")
-    return M2RNNDimensions(
-        num_heads=field("m2rnn_num_heads") or _heads_that_fill(config.hidden_size, value_head_dim),
-        key_head_dim=field("m2rnn_key_head_dim"),
-        value_head_dim=value_head_dim,
-        conv_kernel=field("m2rnn_conv_kernel"),
-        state_gradient_clip=field("m2rnn_state_gradient_clip"),
-        clip_order=field("m2rnn_clip_order"),
-        context_parallel=field("m2rnn_context_parallel"),
-        kernel=field("m2rnn_kernel"),
-    )
-
-
-def mamba3_dimensions(
-    config: TransformerConfig, settings: Mapping[str, Any] = NO_SETTINGS
-) -> Mamba3Dimensions:
-    """Return the sizes of a Mamba-3 mixer: Megatron's ``mamba_*`` fields and the ``mamba3_*`` ones.
-
-    Without ``mamba_num_heads`` the heads are twice the hidden size wide, as in Megatron's
-    ``MambaMixer``.
-
-    Args:
-        config: as for :func:`m2rnn_dimensions`.
-        settings: with a plain one, the ``mamba3_*`` fields that are not at their defaults.
-
-    Raises:
-        UserError: a size or setting is illegal.
-    """
-    field = partial(_hybrid_field, config, settings)
-    heads = config.mamba_num_heads
-    if heads is None:
-        heads = 2 * config.hidden_size // config.mamba_head_dim
-    rank = field("mamba3_mimo_rank")
-    return Mamba3Dimensions(
-        heads,
-        config.mamba_head_dim,
-        config.mamba_state_dim,
-        config.mamba_num_groups,
-        mimo_rank=rank,
-        rope_fraction=field("mamba3_rope_fraction"),
-        A_activation=field("mamba3_A_activation"),
-        A_floor=field("mamba3_A_floor"),
-        pairs=field("mamba3_pairs") or ("interleaved" if rank == 1 else "halves"),
-        output_norm=field("mamba3_output_norm"),
-        kernel=field("mamba3_kernel"),
-    )

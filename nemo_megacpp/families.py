@@ -1,16 +1,15 @@
-"""Block families: everything that one is, in one declaration.
+"""Block families: one declaration holds everything about a family.
 
-A family is a letter, a layer spec, the rules of the layouts it can be split in, and what a layer
-sends, saves and computes. The four built-in ones are declared in :mod:`nemo_megacpp.specs`, one
-file each. A module of a user's that calls :func:`register` adds another; a recipe (or
-``HybridConfig``) names the module in ``family_modules``, and every rank imports it before it reads
-the pattern.
+A family is a letter, a layer spec, the rules of legal layouts, and what a layer communicates, saves
+and computes. The four built-in families are declared in :mod:`nemo_megacpp.specs`, one file each. A
+user's module adds one by calling :func:`register`; a recipe (or ``HybridConfig``) names the module
+in ``family_modules``, and every rank imports it before it parses the pattern.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -25,10 +24,12 @@ if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
     from megatron.core.transformer.spec_utils import ModuleSpec
 
+    from nemo_megacpp.hybrid_fields import HybridFields
+
 BUILT_IN_MODULES = tuple(
     f"nemo_megacpp.specs.{name}" for name in ("attention", "mamba", "expert", "recurrent")
 )
-"""They load no torch until a layer spec or a formula is asked for."""
+"""They load no torch before a layer spec or a formula is called."""
 
 
 @dataclass(frozen=True)
@@ -37,29 +38,28 @@ class BlockFamily:
 
     Attributes:
         letter: its letter in a pattern, ``A`` to ``Z``.
-        layer_spec: from the backend, and the hybrid fields that are known when a stack is
-            specified (``mode`` among them), to the spec of one layer: a ``MambaLayer`` around a
-            mixer, or a ``TransformerLayer``.
+        layer_spec: takes the backend and the model's hybrid fields, and returns the spec of one
+            layer: a ``MambaLayer`` around a mixer, or a ``TransformerLayer``. The mixer's settings
+            are its ``params``.
         name: for people.
-        rules: what a layout must divide (:mod:`nemo_megacpp.layout.rules`), asked of models that
-            have the family. Without a rule, every layout counts as legal.
+        rules: what a layout must divide (:mod:`nemo_megacpp.layout.rules`); validated for models
+            that have the family. Without a rule, every layout is legal.
         required: sizes of :class:`nemo_megacpp.layout.ModelShape` that the family needs.
-        collectives: from :class:`nemo_megacpp.formulas.sizes.Sizes` to what a layer sends in one
-            microbatch, forward and backward (:mod:`nemo_megacpp.formulas.collectives`); messages
-            within a group of one rank may be in it. None: not known, and ``plan`` and ``layouts``
-            refuse the family.
-        saved_activations: from the same to what a layer saves of one microbatch
+        collectives: takes :class:`nemo_megacpp.formulas.sizes.Sizes` and returns what a layer sends
+            in one microbatch, forward and backward (:mod:`nemo_megacpp.formulas.collectives`);
+            messages within a group of one rank are ignored. None: ``plan`` and ``layouts`` refuse
+            the family.
+        saved_activations: likewise, what a layer saves of one microbatch
             (:mod:`nemo_megacpp.formulas.saved`). None: as for ``collectives``.
-        mixing: from the same to the operations between tokens and on states: for one token,
-            forward, in the whole model. Those of the weights are counted from the parameters.
-            None: there are no others.
+        mixing: likewise, the operations between tokens and on states: for one token, forward, in
+            the whole model. Those of the weights are counted from the parameters. None: no others.
 
-    Who owns a parameter is not declared: it is read off the built modules, whose tags Megatron
-    trains by.
+    The owner of a parameter is not declared: it is read from the tags of the built modules, by
+    which Megatron trains.
     """
 
     letter: str
-    layer_spec: Callable[[BackendSpecProvider, Mapping[str, Any]], ModuleSpec]
+    layer_spec: Callable[[BackendSpecProvider, HybridFields], ModuleSpec]
     name: str = ""
     rules: tuple[Callable[[Any], Any], ...] = ()
     required: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ def register(block: BlockFamily) -> BlockFamily:
     """Make ``block`` known to patterns, layouts, stacks and plans of this process.
 
     Raises:
-        UserError: its letter is no letter, or another family's.
+        UserError: its letter is not one of A to Z, or belongs to another family.
     """
     if block.layer_spec.__module__ not in BUILT_IN_MODULES:
         add_family(block.letter)
@@ -96,7 +96,7 @@ def register(block: BlockFamily) -> BlockFamily:
 
 
 def registered() -> tuple[BlockFamily, ...]:
-    """Return all families: the four, then those that were added, in the order of registration."""
+    """Return all families: the four built-in ones, then the others in the order of registration."""
     for module in BUILT_IN_MODULES:
         import_module(module)
     first = [_registered[family.value] for family in BUILT_IN]
@@ -104,7 +104,7 @@ def registered() -> tuple[BlockFamily, ...]:
 
 
 def added() -> tuple[BlockFamily, ...]:
-    """Return the families beside the four."""
+    """Return the families that users added."""
     return registered()[len(BUILT_IN) :]
 
 
@@ -115,19 +115,14 @@ def block_of(family: Family) -> BlockFamily:
     return _registered[family.value]
 
 
-def own_fields(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the settings of one mixer, for its module: those whose names begin with ``prefix``."""
-    return {name: value for name, value in settings.items() if name.startswith(prefix)}
-
-
 def load_families(modules: Sequence[str] | None) -> None:
-    """Import the modules that define families; one that is imported already stays as it is.
+    """Import the modules that register families, each once per process.
 
     Args:
         modules: importable names (``mypackage.family``) or paths of Python files.
 
     Raises:
-        UserError: a module that is not there, cannot be imported, or registers no family.
+        UserError: a module does not exist, cannot be imported, or registers no family.
     """
     for name in modules or ():
         try:
@@ -146,10 +141,10 @@ def load_families(modules: Sequence[str] | None) -> None:
 
 
 def _from_file(path: Path) -> ModuleType:
-    """Import a file under a name made of its path, once."""
+    """Import a file once, under a name made from its path."""
     path = path.resolve()
     if not path.is_file():
-        raise UserError(f"family_modules: there is no file {path}.")
+        raise UserError(f"family_modules: file not found: {path}.")
     name = "nemo_megacpp_family_" + "_".join(path.with_suffix("").parts[1:])
     if name in sys.modules:
         return sys.modules[name]

@@ -7,21 +7,33 @@
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from nemo_megacpp.dimensions import AActivation, ClipOrder, Kernel, Pairs, SequenceExchange
+from nemo_megacpp.mixer_settings import (
+    AActivation,
+    ClipOrder,
+    Kernel,
+    M2RNNSettings,
+    Mamba3Settings,
+    Pairs,
+    SequenceExchange,
+)
 
 Mode = Literal["nemo_native", "mamba3"]
 
 
 @dataclass
 class HybridFields:
-    """See :class:`nemo_megacpp.config.HybridConfig`, which is these and Megatron's fields."""
+    """The fields of :class:`nemo_megacpp.config.HybridConfig` beside Megatron's.
+
+    The ``m2rnn_*`` and ``mamba3_*`` fields are those of :class:`M2RNNSettings` and
+    :class:`Mamba3Settings`.
+    """
 
     hybrid_pattern: str = ""
     """The A/M/E/R pattern, with ``|`` for explicit pipeline cuts (:mod:`nemo_megacpp.pattern`)."""
     mode: Mode = "nemo_native"
     """Which mixer an M block gets: ``nemo_native`` is Megatron's own ``MambaMixer`` (Mamba-2),
-    ``mamba3`` is ours (:mod:`nemo_megacpp.mixers.mamba3`). Both take Megatron's ``mamba_*``
-    sizes."""
+    ``mamba3`` is ours (:mod:`nemo_megacpp.mixers.mamba3_mixer`). Both take Megatron's
+    ``mamba_*`` sizes."""
 
     family_modules: Optional[list[str]] = None
     """Modules, or paths of Python files, that add block families (:mod:`nemo_megacpp.families`)."""
@@ -40,21 +52,19 @@ class HybridFields:
     parallel_output: bool = True
     fp16_lm_cross_entropy: bool = False
 
-    m2rnn_num_heads: Optional[int] = None
-    """``N``; left at None, as many heads as make ``N·V`` the hidden size."""
-    m2rnn_key_head_dim: int = 64
-    m2rnn_value_head_dim: int = 16
-    m2rnn_conv_kernel: int = 4
-    m2rnn_state_gradient_clip: Optional[float] = 1.0
-    m2rnn_clip_order: ClipOrder = "before_output"
-    m2rnn_context_parallel: SequenceExchange = "auto"
-    m2rnn_kernel: Kernel = "auto"
+    m2rnn_num_heads: Optional[int] = M2RNNSettings.num_heads
+    m2rnn_key_head_dim: int = M2RNNSettings.key_head_dim
+    m2rnn_value_head_dim: int = M2RNNSettings.value_head_dim
+    m2rnn_conv_kernel: int = M2RNNSettings.conv_kernel
+    m2rnn_state_gradient_clip: Optional[float] = M2RNNSettings.state_gradient_clip
+    m2rnn_clip_order: ClipOrder = M2RNNSettings.clip_order
+    m2rnn_context_parallel: SequenceExchange = M2RNNSettings.context_parallel
+    m2rnn_kernel: Kernel = M2RNNSettings.kernel
 
-    mamba3_mimo_rank: int = 1
-    mamba3_rope_fraction: float = 0.5
-    mamba3_A_activation: AActivation = "softplus"
-    mamba3_A_floor: float = 1e-4
-    mamba3_pairs: Optional[Pairs] = None
-    """None: ``interleaved`` for SISO and ``halves`` for MIMO, as mamba_ssm's kernels have it."""
-    mamba3_output_norm: bool = False
-    mamba3_kernel: Kernel = "auto"
+    mamba3_mimo_rank: int = Mamba3Settings.mimo_rank
+    mamba3_rope_fraction: float = Mamba3Settings.rope_fraction
+    mamba3_A_activation: AActivation = Mamba3Settings.A_activation
+    mamba3_A_floor: float = Mamba3Settings.A_floor
+    mamba3_pairs: Optional[Pairs] = Mamba3Settings.pairs
+    mamba3_output_norm: bool = Mamba3Settings.output_norm
+    mamba3_kernel: Kernel = Mamba3Settings.kernel

@@ -77,19 +77,6 @@ def add_family(letter: str) -> Family:
     return _families.setdefault(letter, Family(letter))
 
 
-def _letters() -> dict[str, Family]:
-    families = known_families()
-    return {
-        **{family.value: family for family in families},
-        **{family.value.lower(): family for family in families},
-        Family.ATTENTION.megatron_symbol: Family.ATTENTION,
-    }
-
-
-def _symbols() -> dict[str, Family]:
-    return {family.megatron_symbol: family for family in known_families()}
-
-
 def _long_names() -> re.Pattern[str]:
     letters = "".join(_families)
     return re.compile(rf"(?<![a-z])([{letters}])block(?![a-z])", re.IGNORECASE)
@@ -207,8 +194,8 @@ class HybridPattern:
 
         One chunk is always legal: a cut is a place where the pipeline may be cut, so a model with
         cuts still loads on a single rank. For more, explicit cuts must make exactly ``n`` chunks;
-        without them ``n`` must divide the depth. Nothing is ever rounded: Megatron-Core 0.16.1
-        builds ``n * (depth // n)`` layers, which drops the rest without a word.
+        without them ``n`` must divide the depth. Nothing is rounded; Megatron-Core 0.16.1 silently
+        builds only ``n * (depth // n)`` layers.
 
         Raises:
             UserError: ``n`` chunks cannot be made; names the legal numbers.
@@ -223,7 +210,7 @@ class HybridPattern:
             if len(chunks) != n:
                 raise UserError(
                     f"The pattern is cut into {len(chunks)} pipeline chunks "
-                    f"({_sizes(chunks)} layers), but {n} are asked for (pipeline x virtual "
+                    f"({_sizes(chunks)} layers), but the layout has {n} (pipeline x virtual "
                     f"stages). Legal: 1 or {len(chunks)}; or write {n - 1} cuts "
                     f"({CUT!r}) instead of {len(self.cuts)}."
                 )
@@ -236,10 +223,9 @@ class HybridPattern:
         )
 
     def _advice(self, n: int) -> str:
-        depth = len(self)
-        if n > depth:
+        if n > len(self):
             return "."
-        edges = _balanced(depth, n)
+        edges = _balanced(len(self), n)
         return (
             f"; or choose the cuts yourself, for example {_join(self.families, edges[1:-1])!r} "
             f"({_sizes(_ranges(edges))} layers)."
@@ -252,7 +238,10 @@ def _scan(
     """Return the families of ``text`` and its cuts. A unit to be tiled may end with a cut."""
     if not isinstance(text, str):
         raise UserError(f"A pattern is a string such as 'AEME'; got {type(text).__name__}.")
-    alphabet = _symbols() if megatron else _letters()
+    alphabet = {family.megatron_symbol: family for family in known_families()}
+    if not megatron:
+        alphabet |= {family.value: family for family in known_families()}
+        alphabet |= {family.value.lower(): family for family in known_families()}
     long_names = _long_names()
     families: list[Family] = []
     cuts: list[int] = []
@@ -295,7 +284,7 @@ def _unknown(char: str, megatron: bool) -> tuple[str, str]:
     )
     legal = f"Legal letters: {letters}, and {CUT!r} for a pipeline cut."
     if char == "-":
-        legal += " Megatron's '-' is an MLP layer, which is no block family: use an expert layer E."
+        legal += " Megatron's '-' (an MLP layer) is not supported: use an expert layer E."
     elif char == "A":
         legal += " Megatron writes attention as '*'."
     return f"{char!r} is not a letter of the pattern", legal

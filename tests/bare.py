@@ -34,7 +34,7 @@ from nemo_megacpp.proof.rows import Rows
 from nemo_megacpp.proof.step import ADAM_EPS, disturb
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
-from nemo_megacpp.specs.model import build_hybrid_chunks
+from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 
 
 def make_config(spec: StepSpec, layout: ParallelLayout) -> HybridConfig:

@@ -66,7 +66,7 @@ def test_modules_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         load_families([str(broken)])
     with pytest.raises(UserError, match=r"empty\.py registers no family"):
         load_families([str(empty)])
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="file not found"):
         load_families([str(tmp_path / "missing.py")])
     with pytest.raises(UserError, match="cannot be imported: ModuleNotFoundError"):
         load_families(["no_such_package.family"])

@@ -199,7 +199,7 @@ def test_explicit_cuts_make_exactly_their_own_chunks() -> None:
     assert pattern.chunks(3) == (range(0, 3), range(3, 4), range(4, 6))
     assert pattern.chunks(1) == (range(0, 6),)  # a cut model still loads on one rank
     for n in (2, 4, 6):
-        with pytest.raises(UserError, match=rf"cut into 3 .*\(3\+1\+2 layers\), but {n} are"):
+        with pytest.raises(UserError, match=rf"cut into 3 .*\(3\+1\+2 layers\), but .* {n} \("):
             pattern.chunks(n)
 
 

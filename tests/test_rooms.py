@@ -12,8 +12,8 @@ import nemo_megacpp
 ROOT = Path(nemo_megacpp.__file__).parent
 
 ROOMS = (
-    *("errors", "values", "render", "pattern", "families", "layout", "settings"),
-    *("dimensions", "hybrid_fields", "config"),
+    *("errors", "values", "render", "mixer_settings", "hybrid_fields"),
+    *("pattern", "families", "layout", "settings", "config"),
     *("mixers", "formulas", "specs", "runtime", "checkpoint", "contract", "proof", "data"),
     *("recipes", "preflight", "runs", "nemo", "megatron_args", "doctor", "commands", "cli"),
 )

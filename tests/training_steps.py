@@ -24,7 +24,7 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.gather import gather_values
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
-from nemo_megacpp.specs.model import build_hybrid_chunks
+from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 from tests.bare import forward_step, make_config, microbatches
 
 OVERLAPS: Mapping[str, Any] = {

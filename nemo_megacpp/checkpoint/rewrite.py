@@ -25,7 +25,7 @@ from nemo_megacpp.checkpoint.export import read_export
 from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.runtime.distributed import start_model_parallel
-from nemo_megacpp.specs.model import build_hybrid_chunks
+from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 
 _CONTENT_METADATA = "content_metadata"
 

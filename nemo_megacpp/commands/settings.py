@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
 def _run(args: Namespace) -> int:
     from nemo_megacpp.errors import UserError
     from nemo_megacpp.render import make_console
-    from nemo_megacpp.settings.show import print_settings, settings_document
+    from nemo_megacpp.settings.verdict_document import print_settings, settings_document
 
     if args.cases and args.field is not None:
         raise UserError(f"--cases prints the whole list of cases; leave out {args.field!r}.")

@@ -25,7 +25,7 @@ from nemo_megacpp.checkpoint.dcp import sharding_metadata
 from nemo_megacpp.formulas.job import Job
 from nemo_megacpp.runtime.fake import fake_rank
 from nemo_megacpp.specs.backend import TorchBackend
-from nemo_megacpp.specs.model import build_hybrid_chunks
+from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 
 
 @dataclass(frozen=True)

@@ -198,18 +198,10 @@ def _kernels(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
             + (f"; what {', '.join(left)} saves is not taken off the activations" if left else ""),
         )
     if sizes.config.mode == "mamba3" and _has(sizes, Family.MAMBA):
-        dims = sizes.mamba3
-        reason = mamba3_gpu_reason(
-            rank=dims.mimo_rank,
-            head_dim=dims.head_dim,
-            state_dim=dims.state_dim,
-            num_angles=dims.num_angles,
-            pairs=dims.pairs,
-            dtype=sizes.config.params_dtype,
-        )
-        if reason is not None or dims.kernel == "torch":
-            why = reason or "mamba3_kernel is 'torch'"
-            yield Cost("MODEL", "turns off", f"mamba_ssm's Triton kernel for Mamba-3: {why}")
+        reason = mamba3_gpu_reason(sizes.mamba3, dtype=sizes.config.params_dtype)
+        if reason is not None or sizes.config.mamba3_kernel == "torch":
+            why = f", which {reason}" if reason else ": mamba3_kernel is 'torch'"
+            yield Cost("MODEL", "turns off", f"mamba_ssm's Triton kernel for Mamba-3{why}")
 
 
 def _nodes(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:

@@ -84,7 +84,7 @@ def _data(recipe: Recipe) -> Finding:
 def _kernels(recipe: Recipe) -> Iterator[Finding]:
     import torch
 
-    from nemo_megacpp.config import mamba3_dimensions
+    from nemo_megacpp.mixer_settings import Mamba3Settings
     from nemo_megacpp.mixers.kernels.mamba3_gpu import mamba3_gpu_reason
 
     if Family.MAMBA not in recipe.pattern.families:
@@ -98,16 +98,13 @@ def _kernels(recipe: Recipe) -> Iterator[Finding]:
         else:
             yield Finding("M blocks", "mamba-ssm's kernels")
     else:
-        dims = mamba3_dimensions(validate_model(recipe))
+        config = validate_model(recipe)
         reason = mamba3_gpu_reason(
-            rank=dims.mimo_rank,
-            head_dim=dims.head_dim,
-            state_dim=dims.state_dim,
-            num_angles=dims.num_angles,
-            pairs=dims.pairs,
+            Mamba3Settings.of(config).dimensions(config),
             dtype=torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32,
         )
         if reason is None:
             yield Finding("Mamba-3 kernel", "Triton")
         else:
-            yield Finding("Mamba-3 kernel", "plain torch", "limited", f"much slower: {reason}")
+            effect = f"much slower; the Triton kernel {reason}"
+            yield Finding("Mamba-3 kernel", "plain torch", "limited", effect)

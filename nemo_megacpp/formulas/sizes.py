@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from nemo_megacpp.config import (
-    HybridConfig,
-    M2RNNDimensions,
-    Mamba3Dimensions,
-    m2rnn_dimensions,
-    mamba3_dimensions,
-)
+from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.formulas.job import Job
 from nemo_megacpp.layout import ParallelLayout, padded_vocab_size
+from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Dimensions, Mamba3Settings
 from nemo_megacpp.mixers.kernels.m2rnn_triton import unfit_for_triton
 
 
@@ -96,25 +91,23 @@ class Sizes:
 
     @cached_property
     def mamba3(self) -> Mamba3Dimensions:
-        return mamba3_dimensions(self.config)
+        return Mamba3Settings.of(self.config).dimensions(self.config)
 
     # --- R
 
     @cached_property
-    def m2rnn(self) -> M2RNNDimensions:
-        return m2rnn_dimensions(self.config)
+    def m2rnn(self) -> M2RNNSettings:
+        return M2RNNSettings.of(self.config)
 
     @property
     def m2rnn_heads(self) -> int:
         """Heads of a tensor-parallel rank."""
-        return self.m2rnn.num_heads // self.layout.tp
+        return self.m2rnn.heads(self.h) // self.layout.tp
 
     @property
     def m2rnn_is_serial(self) -> bool:
-        """Whether CP hands the state on instead of spreading heads, as the mixer decides it."""
-        asked = self.m2rnn.context_parallel
-        cp = self.layout.cp
-        return cp > 1 and (asked == "serial" or self.m2rnn_heads % cp != 0)
+        """Whether CP hands the state on instead of spreading heads."""
+        return self.m2rnn.is_serial(self.m2rnn_heads, self.layout.cp)
 
     @property
     def m2rnn_in_triton(self) -> bool:

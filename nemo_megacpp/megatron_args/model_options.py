@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import padded_vocab_size
 from nemo_megacpp.megatron_args.dialect import Dialect
-from nemo_megacpp.specs.named import SPEC_MODULE, carried_fields, spec_name
+from nemo_megacpp.specs.named import CARRIED, SPEC_MODULE, spec_name
 
 _ACTIVATIONS = {
     (F.silu, True): ["--swiglu"],
@@ -95,7 +95,7 @@ def model_options(config: HybridConfig, dialect: Dialect) -> tuple[list[str], li
     if config.num_query_groups != config.num_attention_heads:
         words += ["--group-query-attention", "--num-query-groups", str(config.num_query_groups)]
 
-    carried = {*_SET_BY_THE_SCRIPT, *_WRITTEN, *_WRITTEN_HYBRID, *carried_fields()}
+    carried = {*_SET_BY_THE_SCRIPT, *_WRITTEN, *_WRITTEN_HYBRID, *CARRIED}
     plain = {field.name for field in dataclasses.fields(TransformerConfig)}
     for field in dataclasses.fields(HybridConfig):
         if field.name in carried or not field.init:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_utils import (
     clear_aux_losses_tracker,
     get_moe_layer_wise_logging_tracker,
@@ -16,26 +17,23 @@ from megatron.core.transformer.moe.moe_utils import (
 
 from nemo_megacpp.config import HybridConfig
 
-_NAMES = {
-    "aux_loss": "load_balancing_loss",
-    "seq_aux_loss": "seq_load_balancing_loss",
-}
+_NAMES = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}
+
+
+def balancing_kinds(config: TransformerConfig) -> list[str]:
+    """Return the balancing losses that ``config`` turns on, in Megatron's names."""
+    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    coefficients = coefficients if isinstance(coefficients, list) else [coefficients] * len(kinds)
+    pairs = zip(kinds, coefficients, strict=True)
+    return [kind for kind, coefficient in pairs if kind in _NAMES and coefficient]
 
 
 def aux_loss_names(config: HybridConfig) -> list[str]:
     """Return the tracker's names of the auxiliary losses that ``config`` turns on."""
     if config.num_expert_blocks == 0:
         return []
-    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
-    if not isinstance(kinds, list):
-        kinds = [kinds]
-    if not isinstance(coefficients, list):
-        coefficients = [coefficients] * len(kinds)
-    names = [
-        _NAMES[kind]
-        for kind, coefficient in zip(kinds, coefficients, strict=True)
-        if kind in _NAMES and coefficient
-    ]
+    names = [_NAMES[kind] for kind in balancing_kinds(config)]
     return names + (["z_loss"] if config.moe_z_loss_coeff else [])
 
 

@@ -19,15 +19,15 @@ from nemo_megacpp.mixers.sequence_layout import token_order
 
 
 def validate_torch_attention(config: TransformerConfig) -> None:
-    """Refuse what :class:`TorchCoreAttention` does not do.
+    """Validate what :class:`TorchCoreAttention` supports.
 
     Raises:
-        UserError: for another softmax than the plain one, or a sliding window.
+        UserError: a softmax other than the plain one, or a sliding window.
     """
     if config.softmax_type != "vanilla" or config.window_size is not None:
         raise UserError(
-            "The torch core attention has softmax_type='vanilla' and no sliding window; asked "
-            f"for softmax_type={config.softmax_type!r}, window_size={config.window_size}."
+            "The torch core attention has softmax_type='vanilla' and no sliding window; got "
+            f"softmax_type={config.softmax_type!r}, window_size={config.window_size}."
         )
 
 
@@ -91,28 +91,18 @@ class TorchCoreAttention(MegatronModule):
         # draws from the tracker already.
         fork = dropout > 0.0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if fork else nullcontext():
-            context = self._attend(query, key, value, mask, dropout)
+            context = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=query.size(1) != key.size(1),
+            )
         context = context.permute(2, 0, 1, 3).flatten(2)
         return context.squeeze(1) if packed else context
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        dropout: float,
-    ) -> torch.Tensor:
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.size(1) != key.size(1),
-        )
 
     def _mask(
         self, local_length: int, packed: PackedSeqParams | None, device: torch.device

@@ -1,11 +1,11 @@
 """Parameters that stay float32 in a model of bfloat16 or float16.
 
-Decay rates and step sizes lose too much in bfloat16: a forget gate is near one, where bfloat16 has
-a step of 2⁻⁸. Megatron's ``Float16Module`` converts every parameter of a model, whatever its mixer
-built it in; it does so through ``Module._apply``, which each module may override.
+Decay rates and step sizes need more than bfloat16: a forget gate is near one, where bfloat16 has a
+step of 2⁻⁸. Megatron's ``Float16Module`` converts every parameter of a model through
+``Module._apply``, which each module may override.
 
-A model with a plain ``TransformerConfig``, which Megatron's own scripts build, is converted as they
-mean it: the optimizers of Megatron-Core 0.16.1 cannot save a model that has both dtypes
+A model with a plain ``TransformerConfig``, which Megatron's own scripts build, is converted whole:
+the optimizers of Megatron-Core 0.16.1 cannot save a model that has both dtypes
 (:mod:`nemo_megacpp.checkpoint.optimizer_state` can). What is computed from the parameters is
 float32 there too.
 """
@@ -29,7 +29,7 @@ def keep_in_float32(parameter: torch.nn.Parameter, config: TransformerConfig) ->
 
     Args:
         parameter: of the module.
-        config: of the model; a plain one keeps nothing.
+        config: of the model; with a plain ``TransformerConfig`` later conversions apply.
     """
     parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     setattr(parameter, _MARK, isinstance(config, HybridConfig))

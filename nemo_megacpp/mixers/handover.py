@@ -5,8 +5,8 @@ segments of a sequence run one after another. Rank ``r`` waits for the state tha
 ends with, runs its segment, and hands its own final state on; in the backward pass the gradients
 of these states travel the other way. Exact, and serial in cp.
 
-Messages between two ranks are matched by their order, which must not depend on what autograd
-happens to run first. In the forward pass it is the order of the calls. In the backward pass it is
+Messages between two ranks are matched by their order, which must not depend on the order in which
+autograd runs nodes. In the forward pass it is the order of the calls. In the backward pass it is
 made a dependency of the data: both functions pass an activation through, so that the gradient of a
 received state has been sent before anything earlier in the layer is differentiated, and the
 gradient of a sent state has been received before anything earlier is. Within a layer, and from
@@ -28,8 +28,8 @@ def receive_state(
 
     Args:
         state: zeros of the state's shape, dtype and device: what the first rank begins with.
-        through: an activation that is computed before the state is used, and whose gradient is
-            wanted. Whoever differentiates it has sent the state's gradient back before.
+        through: an activation that is computed before the state is used and that needs a gradient:
+            the state's gradient is sent back before it is differentiated.
         cp_group: ranks in the order of their segments.
     """
     first = cp_group.rank() == 0
@@ -37,10 +37,9 @@ def receive_state(
 
 
 def send_state(state: torch.Tensor, output: torch.Tensor, cp_group: Group) -> torch.Tensor:
-    """Hand ``state`` to the next segment and return ``output`` unchanged.
+    """Send ``state`` to the next segment and return ``output`` unchanged.
 
-    Passing ``output`` through ties the sending to it: whoever differentiates the output also waits
-    for the gradient that the next segment sends back for ``state``.
+    The gradient of ``state`` is received from there before ``output`` is differentiated.
     """
     last = cp_group.size() - 1
     return output if cp_group.rank() == last else _Send.apply(state, output, cp_group)

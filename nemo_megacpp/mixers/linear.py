@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
-from nemo_megacpp.mixers.log import log_once
+from nemo_megacpp.mixers.head_parallel import log_once
 from nemo_megacpp.mixers.norm import validate_torch_norm
 from nemo_megacpp.mixers.replicated import mark_replicated, replicated
 
@@ -19,8 +19,8 @@ from nemo_megacpp.mixers.replicated import mark_replicated, replicated
 class NormColumnParallelLinear(ColumnParallelLinear):
     """``ColumnParallelLinear(RMSNorm(x))`` with parameters ``layer_norm_weight`` and ``weight``.
 
-    These are the names of ``TELayerNormColumnParallelLinear``, so a checkpoint does not know which
-    backend wrote it. Input ``[s, b, h]`` (``[s/tp, b, h]`` under SP), output ``[s, b, out/tp]``.
+    These are the names of ``TELayerNormColumnParallelLinear``, so checkpoints of both backends are
+    the same. Input ``[s, b, h]`` (``[s/tp, b, h]`` under SP), output ``[s, b, out/tp]``.
 
     ``layer_norm_weight``: replicated on tp with SP (gradient partial, summed over tp by Megatron
     through the ``sequence_parallel`` tag), invariant without SP. ``weight``: varying on tp (rows).
@@ -82,9 +82,8 @@ class SharedColumnParallelLinear(ColumnParallelLinear):
         init_method: Callable,
         **kwargs: Any,
     ):
-        super().__init__(
-            input_size, output_size, config=config, init_method=init_method, bias=False, **kwargs
-        )
+        super().__init__(input_size, output_size, config=config, init_method=init_method, **kwargs)
+        assert self.bias is None, "the product below adds no bias"
         self.shared_weight = torch.nn.Parameter(
             torch.empty(
                 shared_size, input_size, dtype=config.params_dtype, device=self.weight.device

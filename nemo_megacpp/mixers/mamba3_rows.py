@@ -1,6 +1,6 @@
 """The rows of Mamba-3's input projection: their order, and how tp and cp share them.
 
-mamba_ssm keeps kind by kind, ``[z | x | B | C | dd_dt | dd_A | trap | θ̂]``, with B and C laid out
+mamba_ssm orders them by kind, ``[z | x | B | C | dd_dt | dd_A | trap | θ̂]``, with B and C laid out
 ``(r, g, n)``: a tensor-parallel shard is a slice of each kind, for ``R > 1`` of each ``r``. Here
 the split rows are laid out group by group, so that a shard is one contiguous range of rows and a
 checkpoint needs no rearranging::
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import torch
 
-from nemo_megacpp.config import Mamba3Dimensions
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixer_settings import Mamba3Dimensions
 
 
 def rows_per_head(dims: Mamba3Dimensions) -> int:
@@ -31,24 +31,6 @@ def rows_of_group_state(dims: Mamba3Dimensions) -> int:
 def split_rows(dims: Mamba3Dimensions) -> int:
     """Rows of the input projection that tp splits: all but those of θ̂."""
     return dims.num_groups * rows_of_group_state(dims) + dims.num_heads * rows_per_head(dims)
-
-
-def rows_in_mamba_ssm_order(dims: Mamba3Dimensions) -> torch.Tensor:
-    """Return the permutation from our rows to those of mamba_ssm's ``Mamba3.in_proj``.
-
-    Returns:
-        int64 ``[split_rows + S]``, with ``their_weight = cat([weight, shared_weight])[rows]`` for
-        whole (tp=1) weights; ``rows.argsort()`` leads back.
-    """
-    state_rows, head_dim = rows_of_group_state(dims), dims.head_dim
-    split = torch.arange(split_rows(dims))
-    by_group = split.view(dims.num_groups, -1)
-    states = by_group[:, :state_rows].unflatten(1, (2, dims.mimo_rank, dims.state_dim))
-    heads = by_group[:, state_rows:].reshape(dims.num_heads, rows_per_head(dims))
-    z, x, dd_dt, dd_A, trap = heads.split([head_dim, head_dim, 1, 1, 1], dim=1)
-    B, C = states.permute(1, 2, 0, 3)  # (r, g, n)
-    theta = len(split) + torch.arange(dims.num_angles)
-    return torch.cat([rows.flatten() for rows in (z, x, B, C, dd_dt, dd_A, trap, theta)])
 
 
 def rank_share(dims: Mamba3Dimensions, tp: int, cp: int) -> tuple[int, int, int]:
@@ -73,7 +55,7 @@ def rank_share(dims: Mamba3Dimensions, tp: int, cp: int) -> tuple[int, int, int]
         )
     if groups % cp and cp % groups:
         raise UserError(
-            f"mamba_num_groups={dims.num_groups} / TP={tp} = {groups} groups of a rank fit no "
+            f"mamba_num_groups={dims.num_groups} / TP={tp} = {groups} groups of a rank do not fit "
             f"CP={cp}: one must divide the other, so that each cp rank gets whole groups or the "
             f"heads of a single one."
         )

@@ -10,12 +10,12 @@ from nemo_megacpp.errors import UserError
 
 
 def validate_torch_norm(config: TransformerConfig) -> None:
-    """Refuse what the torch backend's modules do not do.
+    """Validate what the torch backend's modules support.
 
     Raises:
-        UserError: for a normalisation other than plain RMSNorm, FP8, which Megatron leaves out
-            without a word where there is no Transformer Engine, experts with biases, which
-            its own cannot add, or the recomputation of modules that only Transformer Engine's can.
+        UserError: a normalisation other than plain RMSNorm; FP8, which Megatron silently ignores
+            without Transformer Engine; experts with biases; or the recomputation of modules, all of
+            which need Transformer Engine.
     """
     if config.recompute_granularity == "selective":
         lacking = [] if hasattr(random, "FP8GlobalStateManager") else ["layernorm"]
@@ -37,7 +37,7 @@ def validate_torch_norm(config: TransformerConfig) -> None:
         )
     if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
         raise UserError(
-            f"The torch backend has normalization='RMSNorm' with a gain around one; asked for "
+            f"The torch backend supports normalization='RMSNorm' with a gain around one; got "
             f"{config.normalization!r}, layernorm_zero_centered_gamma="
             f"{config.layernorm_zero_centered_gamma}. Install Transformer Engine or change these."
         )
@@ -70,8 +70,8 @@ class TorchRMSNorm(torch.nn.RMSNorm):
 class NormOfConfig:
     """Builds ``norm`` with ``config.layernorm_epsilon``.
 
-    Megatron's ``MambaLayer`` builds its norm without an epsilon. Transformer Engine's norm then
-    takes 1e-5, whatever the configuration says.
+    Megatron's ``MambaLayer`` builds its norm without an epsilon, and Transformer Engine's norm then
+    has 1e-5 in place of the configuration's.
     """
 
     def __new__(  # type: ignore[misc]

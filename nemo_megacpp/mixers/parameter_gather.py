@@ -2,8 +2,8 @@
 
 With ``overlap_param_gather``, Megatron's ``DistributedDataParallel`` gathers the parameters of the
 distributed optimizer while the model runs. It waits for a bucket in a forward pre-hook of the
-modules whose parameters the bucket holds. A module that is never called has no such moment: who
-reads its parameters would read those of the step before.
+modules whose parameters the bucket holds. For a module that is never called it does not wait, and
+whoever reads the parameters would get those of the previous step.
 """
 
 from __future__ import annotations

@@ -55,9 +55,7 @@ def mark_replicated(parameter: torch.nn.Parameter, config: TransformerConfig) ->
 
 
 def replicated(
-    parameter: torch.Tensor,
-    config: TransformerConfig,
-    tp_group: torch.distributed.ProcessGroup,
+    parameter: torch.Tensor, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup
 ) -> torch.Tensor:
     """Return a replicated parameter for use with this rank's heads.
 
@@ -71,7 +69,7 @@ def replicated(
 
 def sum_over_tp(x: torch.Tensor, tp_group: torch.distributed.ProcessGroup) -> torch.Tensor:
     """Sum ``x`` over tp: partial in, replicated out (the backward pass sums as well, because each
-    rank goes on to use the sum for its own heads)."""
+    rank uses the sum for its own heads)."""
     if tp_group.size() == 1:
         return x
     return _SumBoth.apply(x, tp_group)

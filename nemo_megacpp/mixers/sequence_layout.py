@@ -82,10 +82,7 @@ class TokenOrder:
 
 
 def token_order(
-    length: int,
-    cp: int,
-    packed: PackedSeqParams | None = None,
-    device: torch.device | str = "cpu",
+    length: int, cp: int, packed: PackedSeqParams | None = None, device: torch.device | str = "cpu"
 ) -> TokenOrder:
     """Return the order over ``cp`` ranks of a row of ``length`` tokens (of all ranks together).
 
@@ -168,7 +165,7 @@ def split_batch_for_cp(
             ``position_ids``, …) or None. With packs, ``attention_mask`` and the lengths
             (``cu_seqlens``, ``cu_seqlens_padded``, ``max_seqlen``) are returned as they are.
         packed: the documents of the row, by their boundaries in the whole row; the model takes the
-            same object, whatever the layout.
+            same object in every layout.
         cp_group: Megatron's context-parallel group if not given.
 
     Raises:
@@ -187,6 +184,24 @@ def split_batch_for_cp(
         name: value if value is None or name in _NOT_BY_TOKEN else share(value)
         for name, value in batch.items()
     }
+
+
+class _Rearrange(torch.autograd.Function):
+    """Both ways a gather: the stock backward pass of one would add into zeros, row by row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.inverse = inverse
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return grad.index_select(0, ctx.inverse), None, None
+
+
+_rearranged = _Rearrange.apply
 
 
 def sequence_to_heads(x: torch.Tensor, cp_group: Group, order: TokenOrder) -> torch.Tensor:
@@ -210,8 +225,7 @@ def heads_to_sequence(x: torch.Tensor, cp_group: Group, order: TokenOrder) -> to
 def gather_sequence(x: torch.Tensor, cp_group: Group, order: TokenOrder) -> torch.Tensor:
     """Gather what all heads share: ``[s/cp, b, c]`` to ``[s, b, c]``, tokens in order.
 
-    Every rank goes on to use the whole for its own heads, so the gradient is summed over cp while
-    it is scattered back.
+    Every rank uses the whole for its own heads, so the gradient is reduce-scattered over cp.
     """
     if cp_group.size() == 1:
         return x
@@ -243,22 +257,3 @@ def segments_to_zigzag(x: torch.Tensor, cp_group: Group, order: TokenOrder) -> t
     return all_to_all(
         cp_group, by_owner, order._sent[rank], [order._sent[r][rank] for r in range(cp)]
     )
-
-
-class _Rearrange(torch.autograd.Function):
-    """Both ways a gather: the stock backward pass of one would add into zeros, row by row."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.inverse = inverse
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
-        return grad.index_select(0, ctx.inverse), None, None
-
-
-def _rearranged(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    return _Rearrange.apply(x, index, inverse)

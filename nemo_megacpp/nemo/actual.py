@@ -20,8 +20,8 @@ from nemo_megacpp.config import HybridConfig, config_violations
 from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.layout import ModelShape, ParallelLayout, validate_layout
 from nemo_megacpp.preflight.resume import validate_steps_left
-from nemo_megacpp.settings.check import setting_violations
 from nemo_megacpp.settings.combinations import training_violations
+from nemo_megacpp.settings.validate import setting_violations
 
 
 def actual_layout(degrees: Any, ranks: int) -> ParallelLayout:

@@ -16,7 +16,7 @@ from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.mixers.documents import packed_seq_params
 from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp
 from nemo_megacpp.nemo.loss import HybridLossReduction
-from nemo_megacpp.specs.model import build_hybrid_model
+from nemo_megacpp.specs.hybrid_model import build_hybrid_model
 
 
 def hybrid_data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from nemo_megacpp.checkpoint.optimizer_state import (
     validate_optimizer_form,
 )
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.settings.check import validate_optimizer
+from nemo_megacpp.settings.validate import validate_config
 
 
 class ReshardableOptimizer(McoreDistributedOptimizer):
@@ -92,7 +92,7 @@ class HybridOptimizer(MegatronOptimizerModule):
                     f"optim.{name}={value!r}: Megatron-Core 0.16 no longer takes it. "
                     f"Legal: {usual!r}."
                 )
-        validate_optimizer(config)
+        validate_config(config)
         super().__init__(config, lr_scheduler=lr_scheduler)
 
     def optimizers(self, model: Any) -> list[McoreDistributedOptimizer]:

@@ -40,7 +40,7 @@ from nemo_megacpp.nemo.stops import told
 from nemo_megacpp.preflight.resume import validate_optimizer_state
 from nemo_megacpp.runtime.host import ensure_host
 from nemo_megacpp.runtime.orphans import bind_helpers
-from nemo_megacpp.settings.check import validate_ddp
+from nemo_megacpp.settings.validate import validate_config
 
 _NON_FINITE = re.compile(r"^Rank (\d+), .*found (NaN|Inf) in local grad norm", re.DOTALL)
 """How Megatron's ``check_for_nan_in_grad`` puts it (``rerun_state_machine.py``)."""
@@ -73,7 +73,7 @@ class HybridStrategy(MegatronStrategy):
         ensure_host(nemo=True)
         ddp = kwargs.get("ddp", "megatron")
         if isinstance(ddp, DistributedDataParallelConfig):
-            validate_ddp(ddp)
+            validate_config(ddp)
         validate_wrapper(kwargs.get("fsdp"), ddp)
         if not isinstance(ddp, DistributedDataParallelConfig) and ddp != "megatron":
             raise UserError(
@@ -81,7 +81,7 @@ class HybridStrategy(MegatronStrategy):
                 f"Legal: 'megatron', or a DistributedDataParallelConfig."
             )
         super().__init__(**kwargs)
-        validate_ddp(self.ddp_config)  # some of the strategy's own settings enter it
+        validate_config(self.ddp_config)  # some of the strategy's own settings enter it
         self.seed = seed
         self._random_state: RandomState | None = None
         if self.async_save:

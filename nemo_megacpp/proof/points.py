@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import torch
 
-from nemo_megacpp.config import HybridConfig, m2rnn_dimensions, mamba3_dimensions
+from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Settings
 from nemo_megacpp.mixers.mamba3_rows import split_rows
 from nemo_megacpp.pattern import Family
 
@@ -157,7 +158,7 @@ def _shared_projection() -> list[_Tap]:
 
 
 def _mamba3_taps(config: HybridConfig) -> list[_Tap]:
-    dims = mamba3_dimensions(config)
+    dims = Mamba3Settings.of(config).dimensions(config)
     rows = Alignment(split=(split_rows(dims),))
     return [
         *_shared_projection(),
@@ -167,12 +168,13 @@ def _mamba3_taps(config: HybridConfig) -> list[_Tap]:
 
 
 def _recurrent_taps(config: HybridConfig) -> list[_Tap]:
-    dims = m2rnn_dimensions(config)
-    rows = Alignment(split=(dims.num_heads * (2 * dims.value_head_dim + 1),))
+    settings = M2RNNSettings.of(config)
+    heads, value_head_dim = settings.heads(config.hidden_size), settings.value_head_dim
+    rows = Alignment(split=(heads * (2 * value_head_dim + 1),))
     return [
         *_shared_projection(),
         _Tap("mixer.in_proj", rows, index=1),
-        *_projected(dims.num_heads * dims.value_head_dim),
+        *_projected(heads * value_head_dim),
     ]
 
 

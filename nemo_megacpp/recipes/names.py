@@ -11,7 +11,7 @@ from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.parallel import FIELD_OF, validate_given_once
 from nemo_megacpp.recipes.catalog import Training
-from nemo_megacpp.settings.transformer import TRANSFORMER
+from nemo_megacpp.settings.transformer_verdicts import TRANSFORMER
 
 RUN_KEYS = ("recipe", "data", "tokenizer", "run_dir", "resume")
 TEXTS = ("tokenizer", "run_dir", "resume", "wandb_project", "wandb_name")

@@ -1,4 +1,8 @@
-"""Values that are refused beside others, or that mean nothing by themselves, as messages."""
+"""Combinations of settings that are refused, as messages.
+
+``config`` is the model's configuration in all functions: a ``HybridConfig``, or the plain one of a
+Megatron script.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,7 @@ from torch.nn import functional as F
 
 
 def range_violations(config: TransformerConfig) -> Iterator[str]:
-    """Yield numbers outside their range.
-
-    Args:
-        config: of the model, a plain one or a :class:`nemo_megacpp.config.HybridConfig`.
-
-    """
+    """Yield numbers outside their range."""
     for name in ("hidden_dropout", "attention_dropout"):
         if not 0 <= getattr(config, name) < 1:
             yield (f"{name}: {getattr(config, name)} must be at least 0 and below 1.")
@@ -44,12 +43,10 @@ def range_violations(config: TransformerConfig) -> Iterator[str]:
 
 
 def bias_violations(config: TransformerConfig, unbiased: list[str]) -> Iterator[str]:
-    """Yield biases that some blocks of the pattern would have and others not.
+    """Yield biases that only some blocks would have.
 
     Args:
-        config: as for :func:`range_violations`.
         unbiased: letters of the pattern whose mixers have no biases.
-
     """
     if config.add_bias_linear and unbiased:
         yield (
@@ -68,27 +65,25 @@ _RECOMPUTED = {
 
 
 def recompute_violations(config: TransformerConfig, letters: Collection[str]) -> Iterator[str]:
-    """Yield modules to be recomputed that no block of the pattern has.
+    """Yield modules to be recomputed that no block has.
 
     Args:
-        config: as for :func:`range_violations`.
-        letters: of the pattern. What a user's own family recomputes is not known here.
-
+        letters: of the pattern; with a user's family among them nothing is refused, as its modules
+            are not known.
     """
     if config.recompute_granularity != "selective" or not set(letters) <= set(_RECOMPUTED):
         return
     can = [name for letter in letters for name in _RECOMPUTED[letter]]
     if not config.moe_shared_expert_intermediate_size and "shared_experts" in can:
         can.remove("shared_experts")
-    asked = config.recompute_modules
+    modules = config.recompute_modules
     known = {"mlp", "mla_up_proj", *(name for names in _RECOMPUTED.values() for name in names)}
-    wrong = [
-        name for name in (["core_attn"] if asked is None else asked) if name in known - set(can)
-    ]
-    if wrong or asked == []:
-        default = " (Megatron's default)" if asked is None else ""
+    chosen = ["core_attn"] if modules is None else modules
+    wrong = [name for name in chosen if name in known - set(can)]
+    if wrong or modules == []:
+        default = " (Megatron's default)" if modules is None else ""
         yield (
-            f"recompute_modules={asked or wrong}{default}: "
+            f"recompute_modules={modules or wrong}{default}: "
             + (f"no block of this model recomputes {', '.join(wrong)}. " if wrong else "is empty. ")
             + (
                 f"It can recompute {', '.join(can)}."
@@ -99,12 +94,8 @@ def recompute_violations(config: TransformerConfig, letters: Collection[str]) ->
 
 
 def ignored_violations(config: TransformerConfig) -> Iterator[str]:
-    """Yield settings that another one would make Megatron ignore, or fail on in the first step.
-
-    Args:
-        config: as for :func:`range_violations`.
-
-    """
+    """Yield settings that Megatron would ignore because of another one, or fail on in the first
+    step."""
     modules = config.recompute_modules
     if (
         config.recompute_granularity is None
@@ -115,22 +106,19 @@ def ignored_violations(config: TransformerConfig) -> Iterator[str]:
             f"recompute_modules={modules!r} has no effect without "
             f"recompute_granularity='selective'."
         )
-    stages, computed = config.pipeline_model_parallel_size, _computed_in(config)
-    if stages > 1 and config.pipeline_dtype not in (None, computed):
+    stages = config.pipeline_model_parallel_size
+    sent = torch.bfloat16 if config.bf16 else config.params_dtype
+    if stages > 1 and config.pipeline_dtype not in (None, sent):
         yield (
-            f"pipeline_dtype={config.pipeline_dtype}: a stage computes and sends {computed}, and "
-            f"the next one would receive something else. Legal: {computed}."
+            f"pipeline_dtype={config.pipeline_dtype}: a stage computes and sends {sent}, and "
+            f"the next one would receive something else. Legal: {sent}."
         )
     if config.num_moe_experts:
         yield from _ignored_by_experts(config)
 
 
-def _computed_in(config: TransformerConfig) -> torch.dtype:
-    return torch.bfloat16 if config.bf16 else config.params_dtype
-
-
 def _ignored_by_experts(config: TransformerConfig) -> Iterator[str]:
-    """Yield what an expert's activation would leave out, or has no code for."""
+    """Yield settings that an expert's activation would ignore, or does not implement."""
     if config.moe_apply_probs_on_input and config.moe_router_topk != 1:
         yield (
             f"moe_apply_probs_on_input=True needs one expert per token; moe_router_topk="
@@ -139,8 +127,8 @@ def _ignored_by_experts(config: TransformerConfig) -> Iterator[str]:
     fused = config.bias_activation_fusion
     if fused and not (config.activation_func is F.silu and config.gated_linear_unit):
         yield (
-            "bias_activation_fusion=True: the fused kernel that all of Megatron's experts have is "
-            "that of silu with a gate. Leave it at False for other activations."
+            "bias_activation_fusion=True: only silu with a gate has a fused kernel in all of "
+            "Megatron's experts. Leave it at False for other activations."
         )
     overlapped = config.moe_shared_expert_overlap and config.moe_shared_expert_intermediate_size
     for culprit, on in (
@@ -160,28 +148,22 @@ def _ignored_by_experts(config: TransformerConfig) -> Iterator[str]:
 def training_violations(
     model: TransformerConfig, ddp: DistributedDataParallelConfig, optimizer: OptimizerConfig | None
 ) -> Iterator[str]:
-    """Yield what makes a data-parallel wrapper or an optimizer unfit for this model.
-
-    Args:
-        model: its configuration.
-        ddp: the wrapper's.
-        optimizer: the optimizer's; None where there is none.
-
-    """
+    """Yield settings of the data-parallel wrapper and the optimizer (None: there is none) that do
+    not fit the model's."""
     if model.bf16 and not ddp.grad_reduce_in_fp32:
         yield (
             "DistributedDataParallelConfig.grad_reduce_in_fp32=False: in bf16 the gradients of all "
-            "microbatches would be added up in bfloat16, so that how many of them a rank has would "
+            "microbatches would be summed in bfloat16, and their number per rank would "
             "change the sum. Legal: True."
         )
     if ddp.average_in_collective and model.calculate_per_token_loss:
         yield (
             "DistributedDataParallelConfig.average_in_collective=True: with "
-            "calculate_per_token_loss=True gradients are summed, and divided by the tokens "
-            "afterwards. Legal: False."
+            "calculate_per_token_loss=True gradients are summed, and then divided by the number of "
+            "tokens. Legal: False."
         )
     if optimizer is not None and optimizer.bf16 != model.bf16:
         yield (
-            f"OptimizerConfig.bf16={optimizer.bf16}, and the model has bf16={model.bf16}: without "
-            f"float32 master weights a bf16 model would lose its steps. Legal: {model.bf16}."
+            f"OptimizerConfig.bf16={optimizer.bf16}, and the model has bf16={model.bf16}: a "
+            f"bf16 model needs float32 master weights. Legal: {model.bf16}."
         )

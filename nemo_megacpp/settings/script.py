@@ -1,4 +1,4 @@
-"""The settings of a Megatron script that builds the stack, beside its model's."""
+"""Validation of what a Megatron script that builds the stack sets beside its model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from nemo_megacpp.errors import raise_violations
-from nemo_megacpp.settings.check import setting_violations
 from nemo_megacpp.settings.combinations import training_violations
-from nemo_megacpp.settings.tables import default_of
+from nemo_megacpp.settings.validate import default_of, setting_violations
 
 _ARGUMENTS = "megatron.training.global_vars"
 _RENAMED = {
@@ -30,22 +29,22 @@ _RENAMED = {
 
 
 def validate_script(model: TransformerConfig) -> None:
-    """Refuse what a Megatron script's own arguments say of its wrapper and its optimizer.
+    """Validate the data-parallel wrapper and the optimizer of a Megatron script's arguments.
 
-    A script hands the stack the model's configuration alone, and makes the other two of its
-    arguments after that. In a process that is not such a script there is nothing to refuse.
+    A script passes the stack only the model's configuration, and builds the other two from its
+    arguments afterwards. In a process that does not run such a script this does nothing.
 
     Args:
-        model: its configuration.
+        model: the model's configuration.
 
     Raises:
-        UserError: for all settings that are neither proved nor neutral.
+        UserError: settings that are neither proved nor neutral.
     """
     args = _arguments()
     if args is None:
         return
-    ddp = _said(args, DistributedDataParallelConfig, _RENAMED)
-    optimizer = _said(args, OptimizerConfig, {})
+    ddp = _fields_from(args, DistributedDataParallelConfig, _RENAMED)
+    optimizer = _fields_from(args, OptimizerConfig, {})
     wrapper: Any = SimpleNamespace(**ddp)
     raise_violations(
         (
@@ -59,7 +58,7 @@ def validate_script(model: TransformerConfig) -> None:
 
 def _argument_violations(model: TransformerConfig, args: Any) -> Iterator[str]:
     if getattr(args, "use_torch_fsdp2", False):
-        yield "--use-torch-fsdp2: no case has torch's FSDP. Leave it out."
+        yield "--use-torch-fsdp2: no case covers torch's FSDP. Leave it out."
     # A script's loss function divides by the unmasked tokens of one context-parallel rank.
     if model.context_parallel_size == 1 or model.calculate_per_token_loss:
         return
@@ -67,8 +66,8 @@ def _argument_violations(model: TransformerConfig, args: Any) -> Iterator[str]:
         if getattr(args, name, False):
             yield (
                 f"--{name.replace('_', '-')} with CP={model.context_parallel_size}: the script "
-                f"averages the loss over each context-parallel rank's own unmasked tokens, and the "
-                f"mask keeps more of some ranks' than of others'. Add --calculate-per-token-loss, "
+                f"averages the loss over each context-parallel rank's own unmasked tokens, whose "
+                f"number differs between ranks. Add --calculate-per-token-loss, "
                 f"use CP=1, or train with nemo-megacpp train."
             )
 
@@ -82,8 +81,8 @@ def _arguments() -> Any:
         return None
 
 
-def _said(args: Any, kind: type, renamed: dict[str, str]) -> dict[str, Any]:
-    """Return the fields of a configuration that the script would make of its arguments."""
+def _fields_from(args: Any, kind: type, renamed: dict[str, str]) -> dict[str, Any]:
+    """Return the fields of a configuration that the script would build from its arguments."""
     return {
         field.name: getattr(args, renamed.get(field.name, field.name), default_of(field))
         for field in dataclasses.fields(kind)

@@ -1,9 +1,8 @@
-"""What may be said of a setting."""
+"""The verdict on a setting, and the functions that tables of verdicts are written with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Verdict = Literal["proved", "neutral", "refused"]
@@ -18,6 +17,7 @@ class Named(str):
         return str(self)
 
 
+_COVERED = ("covering",)
 DTYPES = tuple(map(Named, ("torch.float32", "torch.bfloat16", "torch.float64")))
 
 
@@ -61,31 +61,66 @@ class Setting:
         return all(any(choice in (one, str(one)) for choice in self.legal) for one in values)
 
 
-Table = Mapping[str, Setting]
+Table = dict[str, Setting]
 """Field -> verdict."""
 
 
+def table(*parts: Table, configuration: str = "") -> Table:
+    """Join tables of different fields, and complete the citations of :func:`covered`.
+
+    Args:
+        parts: the tables.
+        configuration: name of the Megatron class whose fields these are.
+    """
+    joined: Table = {}
+    for part in parts:
+        assert not joined.keys() & part.keys(), joined.keys() & part.keys()
+        joined |= part
+    if configuration:
+        for field, setting in joined.items():
+            if setting.proofs == _COVERED:
+                joined[field] = replace(setting, proofs=(f"covering:{configuration}.{field}",))
+    return joined
+
+
+def _same(fields: str, setting: Setting) -> Table:
+    return dict.fromkeys(fields.split(), setting)
+
+
 def proved(
+    fields: str,
     reason: str,
     *proofs: str,
     legal: tuple[Any, ...] | None = None,
     otherwise: str = "",
     each: bool = False,
-) -> Setting:
-    """Return the verdict on a setting that cases vary."""
-    return Setting("proved", reason, proofs, legal, otherwise, each)
+) -> Table:
+    """Return the verdict on settings that cases vary.
+
+    Args:
+        fields: names, separated by spaces; so in the functions below.
+        reason, proofs, legal, otherwise, each: as in :class:`Setting`.
+    """
+    return _same(fields, Setting("proved", reason, proofs, legal, otherwise, each))
 
 
-def neutral(reason: str, legal: tuple[Any, ...] | None = None, otherwise: str = "") -> Setting:
-    """Return the verdict on a setting that cannot make layouts differ."""
-    return Setting("neutral", reason, legal=legal, otherwise=otherwise)
+def covered(fields: str, reason: str, **options: Any) -> Table:
+    """Return the verdict on settings that the covering list of cases varies."""
+    return proved(fields, reason, *_COVERED, **options)
 
 
-def refused(reason: str) -> Setting:
-    """Return the verdict on a setting that must stay at its default."""
-    return Setting("refused", reason)
+def neutral(
+    fields: str, reason: str, legal: tuple[Any, ...] | None = None, otherwise: str = ""
+) -> Table:
+    """Return the verdict on settings that cannot make layouts differ."""
+    return _same(fields, Setting("neutral", reason, legal=legal, otherwise=otherwise))
 
 
-def only_with(master: str) -> Setting:
-    """Return the verdict on a setting that is read only where ``master``, a refused one, is on."""
-    return neutral(f"Read only with {master}, which is refused")
+def refused(fields: str, reason: str) -> Table:
+    """Return the verdict on settings that must stay at their defaults."""
+    return _same(fields, Setting("refused", reason))
+
+
+def only_with(fields: str, master: str) -> Table:
+    """Return the verdict on settings that are read only with ``master``, which is refused."""
+    return neutral(fields, f"Read only with {master}, which is refused")

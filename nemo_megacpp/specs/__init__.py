@@ -27,7 +27,6 @@ def __getattr__(name: str) -> Any:
     from nemo_megacpp.specs.named import read_spec_name
     from nemo_megacpp.specs.stack import build_hybrid_stack_spec
 
-    mode, settings = read_spec_name(name)
     # Megatron's import_module looks the name up in vars(module), so it must stay there.
-    globals()[name] = build_hybrid_stack_spec(mode=mode, settings=settings)
+    globals()[name] = build_hybrid_stack_spec(read_spec_name(name))
     return globals()[name]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.formulas.collectives import (
     Collective,
+    Role,
     again,
     column_parallel,
     row_parallel,
     there_and_back,
 )
 from nemo_megacpp.formulas.saved import Saved, norm
+from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Divides, GroupsDivideHeads
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _RULES = (
 )
 
 
-def attention_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any]) -> ModuleSpec:
+def attention_layer_spec(backend: BackendSpecProvider, fields: HybridFields) -> ModuleSpec:
     """Return Megatron's ``TransformerLayer`` with ``SelfAttention`` only."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -98,21 +99,12 @@ def _ring(sizes: Sizes) -> list[Collective]:
     part = 2 * sizes.tokens * sizes.kv_heads * sizes.head_dim * sizes.e
     if not steps:
         return []
+    role: Role = "layout transition"
+    what = "keys and values"
     return [
-        Collective("send", "cp", part, "forward", "layout transition", "keys and values", steps, 1),
-        Collective(
-            "send", "cp", part, "backward", "layout transition", "keys and values", steps, 1
-        ),
-        Collective(
-            "send",
-            "cp",
-            part,
-            "backward",
-            "layout transition",
-            "gradient of keys and values",
-            steps + 1,
-            1,
-        ),
+        Collective("send", "cp", part, "forward", role, what, steps, 1),
+        Collective("send", "cp", part, "backward", role, what, steps, 1),
+        Collective("send", "cp", part, "backward", role, f"gradient of {what}", steps + 1, 1),
     ]
 
 
@@ -135,7 +127,7 @@ def _saved_activations(sizes: Sizes) -> list[Saved]:
         kept.append(Saved("log-sum-exp", tokens * heads * 4))
         if gathers:
             kept.append(Saved("mask", sizes.length * sizes.config.seq_length * e))
-    elif gathers:  # what goes into the recomputed core is kept as well: q, and k and v as shards
+    elif gathers:  # the inputs of the recomputed core are saved too: q, and k and v as shards
         kept = kept[:-2]
         kept.append(Saved("q, k, v as projected", tokens * (heads + 2 * groups) * d * e))
         kept.append(Saved("k", tokens * groups * d * e))

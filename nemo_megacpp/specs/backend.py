@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -68,9 +70,18 @@ def default_backend() -> BackendSpecProvider:
     return TransformerEngineBackend() if HAVE_TE else TorchBackend()
 
 
-def mamba_layer_norm(backend: BackendSpecProvider) -> ModuleSpec:
-    """Return the RMS norm of a Megatron ``MambaLayer`` whose mixer has none fused into it.
+def mamba_layer(mixer: ModuleSpec, backend: BackendSpecProvider | None = None) -> ModuleSpec:
+    """Return Megatron's ``MambaLayer`` (norm, mixer, residual) around ``mixer``.
 
-    It has ``config.layernorm_epsilon`` on every backend, which ``MambaLayer`` does not hand over.
+    Args:
+        mixer: a mixer from ``[s, b, h]`` to ``[s, b, h]``.
+        backend: of the norm; None if the mixer has a norm fused into its input projection.
     """
-    return ModuleSpec(module=NormOfConfig, params={"norm": backend.layer_norm(rms_norm=True)})
+    norm = {}
+    if backend is not None:
+        params = {"norm": backend.layer_norm(rms_norm=True)}
+        norm = {"norm": ModuleSpec(module=NormOfConfig, params=params)}
+    return ModuleSpec(
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(mixer=mixer, mamba_bda=get_bias_dropout_add, **norm),
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.formulas.collectives import (
@@ -14,6 +14,7 @@ from nemo_megacpp.formulas.collectives import (
     there_and_back,
 )
 from nemo_megacpp.formulas.saved import Saved, norm
+from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Divides
 
 if TYPE_CHECKING:
@@ -44,13 +45,11 @@ _RULES = (
 )
 
 
-def expert_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any]) -> ModuleSpec:
+def expert_layer_spec(backend: BackendSpecProvider, fields: HybridFields) -> ModuleSpec:
     """Return Megatron's ``TransformerLayer`` with ``MoELayer`` only.
 
-    The experts come from the backend, which tags their weights for the expert groups
-    (:mod:`nemo_megacpp.mixers.experts`); the router drops tokens over a whole microbatch where a
-    capacity is set (:mod:`nemo_megacpp.mixers.router`); the shared expert is right with
-    ``overlap_param_gather`` (:mod:`nemo_megacpp.mixers.shared_experts`).
+    Router, experts and shared expert are Megatron's, as :mod:`nemo_megacpp.mixers.experts` corrects
+    them.
     """
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
@@ -60,8 +59,7 @@ def expert_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any])
         TransformerLayerSubmodules,
     )
 
-    from nemo_megacpp.mixers.router import CapacityRouter
-    from nemo_megacpp.mixers.shared_experts import SharedExpert
+    from nemo_megacpp.mixers.experts import CapacityRouter, SharedExpert
 
     # Megatron's helper only checks that there are experts; the configuration counts them.
     moe = get_moe_module_spec_for_backend(backend, num_experts=1, moe_grouped_gemm=True)
@@ -88,7 +86,7 @@ def _collectives(sizes: Sizes) -> list[Collective]:
     ]
     made = [*shared, *_capacity(sizes), *dispatch(sizes)]
     if sizes.recomputes("moe"):
-        # Megatron leaves the auxiliary losses out of the pass that keeps nothing.
+        # In the pass that saves nothing Megatron skips the auxiliary losses.
         made += again(made)
     elif sizes.recomputes("shared_experts"):
         made += again(shared)
@@ -97,21 +95,13 @@ def _collectives(sizes: Sizes) -> list[Collective]:
 
 def _auxiliary_losses(sizes: Sizes) -> list[Collective]:
     """The counts that balancing losses need, of the tokens that the ranks of a group hold."""
-    kinds, coefficients = (
-        sizes.config.moe_router_load_balancing_type,
-        sizes.config.moe_aux_loss_coeff,
-    )
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    coefficients = coefficients if isinstance(coefficients, list) else [coefficients] * len(kinds)
-    rows_counted = {"aux_loss": 1, "seq_aux_loss": sizes.batch}
-    made = []
-    for kind, coefficient in zip(kinds, coefficients, strict=True):
-        if kind in rows_counted and coefficient:
-            size = rows_counted[kind] * sizes.experts * 8
-            made.append(
-                Collective("all_reduce", "tp-cp", size, "forward", "routing", "tokens per expert")
-            )
-    return made
+    from nemo_megacpp.mixers.aux_loss import balancing_kinds
+
+    return [
+        Collective("all_reduce", "tp-cp", rows * sizes.experts * 8, "forward", "routing", what)
+        for kind in balancing_kinds(sizes.config)
+        for what, rows in [("tokens per expert", sizes.batch if kind == "seq_aux_loss" else 1)]
+    ]
 
 
 def _capacity(sizes: Sizes) -> list[Collective]:
@@ -129,9 +119,7 @@ def _all_to_all_dispatch(sizes: Sizes) -> list[Collective]:
     rows, layout = sizes.shared_tokens * sizes.topk, sizes.layout
     metadata = sizes.experts * 8 * layout.etp * layout.ep
     tokens, probabilities = rows * sizes.h * sizes.e, rows * sizes.router_bytes
-    made = [
-        Collective("all_gather", "etp-ep", metadata, "forward", "routing", "tokens per expert"),
-    ]
+    made = [Collective("all_gather", "etp-ep", metadata, "forward", "routing", "tokens per expert")]
     for what, size in (("token copies", tokens), ("probabilities", probabilities)):
         made += there_and_back("all_to_all", "all_to_all", "ep", size, "dispatch", what)
         made += there_and_back(
@@ -146,34 +134,17 @@ def _all_to_all_dispatch(sizes: Sizes) -> list[Collective]:
 
 def _all_gather_dispatch(sizes: Sizes) -> list[Collective]:
     """``MoEAllGatherTokenDispatcher``: every rank sees every token and keeps its experts'."""
-    ranks = sizes.layout.etp * sizes.layout.ep
-    rows = sizes.shared_tokens * ranks
-    wanted = rows * sizes.experts
+    rows = sizes.shared_tokens * sizes.layout.etp * sizes.layout.ep
+    chosen = rows * sizes.experts
+    tokens, outputs = rows * sizes.h * sizes.e, rows * sizes.h * sizes.router_bytes
+    gather = partial(there_and_back, "all_gather", "reduce_scatter", "etp-ep")
+    probabilities = chosen * sizes.router_bytes
     return [
-        Collective("all_gather", "etp-ep", wanted, "forward", "routing", "routing map"),
+        Collective("all_gather", "etp-ep", chosen, "forward", "routing", "routing map"),
+        *gather(probabilities, "routing", "probabilities"),
+        *gather(tokens, "dispatch", "tokens"),
         *there_and_back(
-            "all_gather",
-            "reduce_scatter",
-            "etp-ep",
-            wanted * sizes.router_bytes,
-            "routing",
-            "probabilities",
-        ),
-        *there_and_back(
-            "all_gather",
-            "reduce_scatter",
-            "etp-ep",
-            rows * sizes.h * sizes.e,
-            "dispatch",
-            "tokens",
-        ),
-        *there_and_back(
-            "reduce_scatter",
-            "all_gather",
-            "etp-ep",
-            rows * sizes.h * sizes.router_bytes,
-            "dispatch",
-            "expert outputs",
+            "reduce_scatter", "all_gather", "etp-ep", outputs, "dispatch", "expert outputs"
         ),
     ]
 

@@ -1,15 +1,22 @@
-"""M: a Mamba mixer, Megatron's own (mode ``nemo_native``) or ours (mode ``mamba3``)."""
+"""M: a Mamba mixer, Megatron's own (mode ``nemo_native``) or Mamba-3 (mode ``mamba3``)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from nemo_megacpp.families import BlockFamily, register
-from nemo_megacpp.formulas.collectives import Collective
-from nemo_megacpp.formulas.saved import Saved
+from nemo_megacpp.formulas.collectives import (
+    Collective,
+    column_parallel,
+    exchange,
+    replicated_weight,
+    row_parallel,
+    there_and_back,
+)
+from nemo_megacpp.formulas.saved import Saved, norm
+from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Broken, Case, Divides, GroupsDivideHeads
-from nemo_megacpp.specs import mamba2, mamba3
 
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
@@ -17,12 +24,39 @@ if TYPE_CHECKING:
 
     from nemo_megacpp.formulas.sizes import Sizes
 
+# Of Megatron's MambaMixer and of mamba_ssm, which the configuration cannot change.
+MAMBA_CONV_KERNEL = 4
+MAMBA_CHUNK = 128
 
-def mamba_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any]) -> ModuleSpec:
-    """Return the layer of the mode that ``settings`` name."""
-    if settings["mode"] == "mamba3":
-        return mamba3.mamba3_layer_spec(backend, settings)
-    return mamba2.mamba2_layer_spec(backend)
+Items = list[tuple[str, int]]
+"""What is saved, and its bytes."""
+
+
+def mamba_layer_spec(backend: BackendSpecProvider, fields: HybridFields) -> ModuleSpec:
+    """Return Megatron's ``MambaLayer`` around the mixer of ``fields.mode``."""
+    from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from nemo_megacpp.mixer_settings import Mamba3Settings
+    from nemo_megacpp.mixers.head_parallel import MixerSubmodules
+    from nemo_megacpp.mixers.linear import SharedColumnParallelLinear
+    from nemo_megacpp.mixers.mamba2_mixer import Mamba2Mixer
+    from nemo_megacpp.mixers.mamba3_mixer import Mamba3Mixer
+    from nemo_megacpp.specs.backend import mamba_layer
+
+    if fields.mode == "nemo_native":
+        # The norm is fused into the input projection.
+        submodules = MambaMixerSubmodules(
+            in_proj=backend.column_parallel_layer_norm_linear(),
+            out_proj=backend.row_parallel_linear(),
+        )
+        return mamba_layer(ModuleSpec(module=Mamba2Mixer, submodules=submodules))
+    mixer = ModuleSpec(
+        module=Mamba3Mixer,
+        params={"settings": Mamba3Settings.of(fields)},
+        submodules=MixerSubmodules(SharedColumnParallelLinear, backend.row_parallel_linear()),
+    )
+    return mamba_layer(mixer, backend)
 
 
 def _context_parallel(case: Case) -> Iterator[Broken]:
@@ -57,15 +91,177 @@ def _is_mamba3(sizes: Sizes) -> bool:
 
 
 def _collectives(sizes: Sizes) -> list[Collective]:
-    return (mamba3.mamba3_collectives if _is_mamba3(sizes) else mamba2.mamba2_collectives)(sizes)
+    return [
+        *column_parallel(sizes, "normed hidden states"),
+        *(_mamba3_exchanges(sizes) if _is_mamba3(sizes) else _mamba2_exchanges(sizes)),
+        *row_parallel(sizes, "mixer output"),
+    ]
 
 
 def _saved_activations(sizes: Sizes) -> list[Saved]:
-    return (mamba3.mamba3_saved if _is_mamba3(sizes) else mamba2.mamba2_saved)(sizes)
+    scan = _mamba3_scan(sizes) if _is_mamba3(sizes) else _mamba2_scan(sizes)
+    return [*norm(sizes), *(Saved(*item) for item in scan)]
 
 
 def _mixing(sizes: Sizes) -> int:
-    return (mamba3.mamba3_mixing if _is_mamba3(sizes) else mamba2.mamba2_mixing)(sizes)
+    """A chunked scan: scores and outputs inside the causal half of chunks, states in and out."""
+    if _is_mamba3(sizes):
+        dims = sizes.mamba3
+        heads, dim, groups, state = dims.num_heads, dims.head_dim, dims.num_groups, dims.state_dim
+        rank = dims.mimo_rank
+    else:
+        config, heads, rank = sizes.config, sizes.mamba_heads, 1
+        dim, groups = int(config.mamba_head_dim), int(config.mamba_num_groups)
+        state = int(config.mamba_state_dim)
+    inner, chunk = heads * dim * rank, min(MAMBA_CHUNK, sizes.length)
+    return chunk * (groups * rank * state + inner) + 4 * inner * state
+
+
+def _mamba2_exchanges(sizes: Sizes) -> list[Collective]:
+    """Megatron's ``MambaMixer``; under CP each kind of channel is exchanged on its own."""
+    config, layout = sizes.config, sizes.layout
+    heads, groups = sizes.mamba_heads // layout.tp, int(config.mamba_num_groups) // layout.tp
+    inner = heads * int(config.mamba_head_dim)
+    state = groups * max(1, layout.cp // groups) * int(config.mamba_state_dim)
+    channels = (("z", inner), ("x", inner), ("B", state), ("C", state), ("dt", heads))
+    return [
+        collective
+        for what, width in (*channels, ("scan output", inner))
+        for collective in exchange(sizes, width, what)
+    ]
+
+
+def _mamba2_scan(sizes: Sizes) -> Items:
+    """Megatron's ``MambaMixer`` between its projections, and its gated norm."""
+    config, tp, cp, e, wide = sizes.config, sizes.layout.tp, sizes.layout.cp, sizes.e, sizes.wide
+    heads = sizes.mamba_heads // tp // cp
+    groups = max(1, int(config.mamba_num_groups) // tp // cp)
+    dim, state = int(config.mamba_head_dim), int(config.mamba_state_dim)
+    length, batch = sizes.length * cp, sizes.batch
+    tokens = length * batch
+    inner, channels = heads * dim, heads * dim + 2 * groups * state
+    projected = 2 * inner + 2 * groups * state + heads
+    norm_groups = int(config.mamba_num_groups) // tp
+    gated: Items = [
+        ("gated norm: input and normed", 2 * tokens * inner * wide),
+        ("gated norm: scale", sizes.tokens * norm_groups * 4),
+        ("output projection's input", tokens * inner * e),
+    ]
+    if sizes.job.kernels == "gpu":
+        # mamba_ssm's fused function keeps what goes in and its output before the gate.
+        return [
+            ("projected z, x, B, C, dt", tokens * projected * e),
+            ("scan output before and after the gate", 2 * tokens * inner * e),
+            *gated[1:],
+        ]
+    size = min(MAMBA_CHUNK, length)
+    chunks = -(-length // size)
+    padded = chunks * size * batch
+    square = padded * heads * size * wide
+    viewed = e == wide and groups == 1 and padded == tokens
+    scan: Items = [
+        ("convolution: padded input", batch * (length + MAMBA_CONV_KERNEL - 1) * channels * wide),
+        ("convolution: taps", channels * MAMBA_CONV_KERNEL * wide),
+        ("convolution: before SiLU", tokens * channels * wide),
+        ("step sizes and decays", (2 * tokens + 2 * padded + batch * chunks) * heads * wide),
+        ("decays inside chunks", square),
+        ("scores inside chunks", padded * groups * size * wide + square),
+        # One group in whole chunks is a view of the convolution's output.
+        ("B and C in chunks", 0 if viewed else 2 * padded * groups * state * wide),
+        ("B and C for each head", 2 * padded * heads * state * wide),
+        ("inputs, weighted inputs and reads", 4 * padded * inner * wide),
+        ("states before chunks", batch * chunks * heads * dim * state * wide),
+        ("gate and gated sum", 2 * tokens * inner * wide),
+    ]
+    if e == wide:
+        scan.append(("convolution's output", tokens * channels * wide))
+        scan.append(("projected z, x, B, C, dt", tokens * projected * wide))
+    else:
+        scan.append(("x and z in float32", 2 * tokens * inner * wide))
+    return scan + gated
+
+
+def _mamba3_exchanges(sizes: Sizes) -> list[Collective]:
+    """Our Mamba-3 mixer; see :mod:`nemo_megacpp.mixers.mamba3_rows` for what goes where."""
+    from nemo_megacpp.mixers.mamba3_rows import rank_share, rows_of_group_state, rows_per_head
+
+    dims, layout = sizes.mamba3, sizes.layout
+    heads, groups, copies = rank_share(dims, layout.tp, layout.cp)
+    block = rows_of_group_state(dims) + heads // groups // copies * rows_per_head(dims)
+    angles = sizes.tokens * layout.cp * dims.num_angles * sizes.e
+    return [
+        *replicated_weight(sizes, dims.num_angles * sizes.h, "the rows of θ̂"),
+        *there_and_back(
+            "all_gather", "reduce_scatter", "cp", angles, "layout transition", "angle rates θ̂"
+        ),
+        *exchange(sizes, groups * copies * block, "B, C, z, x and the head's numbers"),
+        *replicated_weight(sizes, dims.state_dim, "B's norm weight"),
+        *replicated_weight(sizes, dims.state_dim, "C's norm weight"),
+        *exchange(sizes, heads * dims.head_dim, "scan output"),
+    ]
+
+
+def _mamba3_scan(sizes: Sizes) -> Items:
+    """What our mixer saves between its projections."""
+    from nemo_megacpp.mixers.mamba3_rows import rank_share, rows_per_head, split_rows
+
+    dims, cp, e, wide = sizes.mamba3, sizes.layout.cp, sizes.e, sizes.wide
+    tp_heads, tp_groups, copies = rank_share(dims, sizes.layout.tp, cp)
+    heads, groups = tp_heads // cp, max(1, tp_groups * copies // cp)
+    rank, dim, state, angles = dims.mimo_rank, dims.head_dim, dims.state_dim, dims.num_angles
+    length, batch = sizes.length * cp, sizes.batch
+    tokens, inner = length * batch, heads * dim
+    rows = split_rows(dims) // sizes.layout.tp
+    weight: Items = [("projection's joined weight", (rows + angles) * sizes.h * e)]
+    block = groups * 2 * rank * state + heads * rows_per_head(dims)
+    output: Items = [("output projection's input", tokens * inner * e)]
+    if sizes.job.kernels == "gpu" and rank == 1:
+        # mamba_ssm's SISO function keeps q, k, v, the numbers of each token, and its output.
+        return [
+            *weight,
+            ("projected B, C, z, x and numbers", tokens * (block + angles) * e),
+            ("B and C, normed", 2 * tokens * groups * state * (wide + e)),
+            ("scan output and gate", 2 * tokens * inner * wide),
+            ("step sizes, decays, mixes", 6 * tokens * heads * wide),
+            *output,
+        ]
+    size = min(max(64 // rank, 1), length)
+    chunks = -(-length // size)
+    padded = chunks * size * batch
+    per_head = tokens * heads * wide
+    keys = padded * heads * rank * state * wide
+    values = padded * heads * rank * dim * wide
+    square = padded * heads * size * wide
+    scan: Items = [
+        ("B and C: scales and normed", 2 * tokens * groups * rank * (state + 1) * wide),
+        ("step sizes, decays, mixes", 8 * per_head + tokens * angles * wide),
+        ("angle steps (float64)", tokens * (heads + angles) * 8),
+        ("angles, sines and cosines", 5 * padded * heads * angles * wide),
+        ("B and C before rotation", 2 * keys),
+        ("B and C rotated", 2 * keys),
+        ("decays inside chunks", square + (2 * padded + batch * chunks) * heads * wide),
+        ("scores inside chunks", 2 * square * rank * rank),
+        ("inputs, weighted inputs, reads", 4 * values),
+        ("weights of own and next token", 2 * padded * heads * rank * wide + padded * heads * wide),
+        ("states before chunks", batch * (chunks + 1) * heads * dim * state * wide),
+        ("gate and output", 2 * tokens * heads * rank * dim * wide),
+    ]
+    if rank > 1:
+        scan.append(("mimo products", 4 * values))
+    if e == wide:
+        scan.append(("projected B, C, z, x and numbers", tokens * (block + _theta(cp, angles)) * e))
+        if groups > 1:  # else a view of the projection
+            scan.append(("numbers of each head", tokens * heads * rows_per_head(dims) * wide))
+    else:
+        scan.append(("B and C in float32", 2 * tokens * groups * rank * state * wide))
+        scan.append(("decays in float32", per_head))
+        scan.append(("values and gate in float32", values + tokens * inner * wide))
+    return weight + scan + output
+
+
+def _theta(cp: int, angles: int) -> int:
+    """θ̂ is part of the projection's one output, until cp gathers it apart."""
+    return angles if cp == 1 else 0
 
 
 register(

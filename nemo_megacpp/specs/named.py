@@ -1,7 +1,7 @@
-"""Names for ``--spec nemo_megacpp.specs NAME``, which carry what Megatron has no option for.
+"""Names for ``--spec nemo_megacpp.specs NAME``, with settings that Megatron has no option for.
 
-Megatron's scripts find a spec by module and name, and hand it a plain ``TransformerConfig``. The
-mode and the settings of our mixers therefore travel in the name::
+Megatron's scripts load a spec by module and name, and build it with a plain ``TransformerConfig``,
+so the mode and the mixers' settings are part of the name::
 
     hybrid_stack_spec
     hybrid_mamba3_stack_spec(mamba3_mimo_rank=4,m2rnn_clip_order=after_output)
@@ -12,55 +12,51 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from functools import cache
 from typing import Any
 
 import yaml
 
-from nemo_megacpp.config import HybridConfig, m2rnn_dimensions
+from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.errors import UserError, nearest
-from nemo_megacpp.hybrid_fields import Mode
+from nemo_megacpp.hybrid_fields import HybridFields, Mode
+from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Settings
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.values import read_value
 
 SPEC_MODULE = "nemo_megacpp.specs"
-MODES: dict[str, Mode] = {
-    "hybrid_stack_spec": "nemo_native",
-    "hybrid_mamba3_stack_spec": "mamba3",
-}
+MODES: dict[str, Mode] = {"hybrid_stack_spec": "nemo_native", "hybrid_mamba3_stack_spec": "mamba3"}
 _WITH_SETTINGS = re.compile(r"(\w+)\((.*)\)")
 
 
-@cache
-def carried_fields() -> dict[str, Any]:
-    """Return the fields of :class:`HybridConfig` that a name carries, with their defaults."""
-    return {
-        field.name: field.default
-        for field in dataclasses.fields(HybridConfig)
-        if field.name.startswith(("m2rnn_", "mamba3_"))
-    }
+CARRIED = tuple(
+    kind.prefix + field.name
+    for kind in (M2RNNSettings, Mamba3Settings)
+    for field in dataclasses.fields(kind)
+)
+"""The hybrid fields that a name carries."""
 
 
 def spec_name(config: HybridConfig) -> str:
     """Return the name under which a plain configuration becomes the model of ``config``."""
     name = next(name for name, mode in MODES.items() if mode == config.mode)
-    families = config.pattern.families
+    families, defaults = config.pattern.families, HybridFields()
     prefixes = ("m2rnn_",) * (Family.RECURRENT in families)
     prefixes += ("mamba3_",) * (config.mode == "mamba3" and Family.MAMBA in families)
     settings = {
         field: value
-        for field, default in carried_fields().items()
-        if field.startswith(prefixes) and (value := getattr(config, field)) != default
+        for field in CARRIED
+        if field.startswith(prefixes)
+        and (value := getattr(config, field)) != getattr(defaults, field)
     }
-    if m2rnn_dimensions(config).num_heads * config.m2rnn_value_head_dim == config.hidden_size:
-        settings.pop("m2rnn_num_heads", None)  # a plain configuration has as many
+    if int(config.m2rnn_num_heads or 0) * config.m2rnn_value_head_dim == config.hidden_size:
+        settings.pop("m2rnn_num_heads", None)  # the default of a plain configuration
     if not settings:
         return name
     return f"{name}({','.join(f'{key}={_word(value)}' for key, value in settings.items())})"
 
 
-def read_spec_name(name: str) -> tuple[Mode, dict[str, Any]]:
-    """Return the mode and the settings that a name carries.
+def read_spec_name(name: str) -> HybridFields:
+    """Return the fields that a name carries: the mode, and settings of our mixers.
 
     Raises:
         UserError: an unknown name or setting, a value of the wrong type, or a setting of the other
@@ -75,15 +71,15 @@ def read_spec_name(name: str) -> tuple[Mode, dict[str, Any]]:
         key, separator, value = entry.partition("=")
         if not separator:
             raise UserError(f"{entry!r} in spec {name!r} is not name=value.")
-        if key not in carried_fields():
+        if key not in CARRIED:
             raise UserError(
-                f"Spec {name!r} cannot carry {key!r}.{nearest(key, carried_fields())} It carries "
-                f"what Megatron has no option for: {', '.join(carried_fields())}."
+                f"Spec {name!r} cannot carry {key!r}.{nearest(key, CARRIED)} It carries "
+                f"what Megatron has no option for: {', '.join(CARRIED)}."
             )
         if key.startswith("mamba3_") and MODES[base] != "mamba3":
             raise UserError(f"Spec {name!r}: {key} is a setting of hybrid_mamba3_stack_spec.")
         settings[key] = read_value(HybridConfig, key, yaml.safe_load(value))
-    return MODES[base], settings
+    return HybridFields(mode=MODES[base], **settings)
 
 
 def _word(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a stack asks of packed rows, said before the first layer runs."""
+"""Validation of packed rows before the first layer runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_packs(
     config: TransformerConfig,
     cp: int,
 ) -> None:
-    """Check a pack against what enters a stack.
+    """Validate a pack for a stack.
 
     Args:
         packed: the documents of the row.
@@ -67,7 +67,7 @@ def check_packs(
 
 
 def _check_rotary_embedding(packed: PackedSeqParams, order: TokenOrder, positions: int) -> None:
-    """Megatron's turns documents one by one, and gives no others a position."""
+    """Megatron's rotates document by document, and no tokens outside of documents."""
     bounds = (
         packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
     )
@@ -94,8 +94,8 @@ def _check_order_is_honoured(
     if capacity is not None and any(isinstance(mixer, MoELayer) for mixer in mixers):
         raise UserError(
             f"Packed sequences with CP={cp} and moe_expert_capacity_factor={capacity}: which of "
-            f"two equally probable tokens is dropped depends on their order, and Megatron's "
-            f"MoELayer is not told the order of a pack. Leave the capacity factor unset, or use "
+            f"two equally probable tokens is dropped depends on their order, which "
+            f"Megatron's MoELayer does not get. Leave the capacity factor unset, or use "
             f"CP=1."
         )
     if any(isinstance(mixer, MambaMixer) for mixer in mixers):

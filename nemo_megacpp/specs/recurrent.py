@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nemo_megacpp.families import BlockFamily, own_fields, register
+from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.formulas.collectives import (
     Collective,
     column_parallel,
@@ -15,6 +14,7 @@ from nemo_megacpp.formulas.collectives import (
     there_and_back,
 )
 from nemo_megacpp.formulas.saved import Saved, norm
+from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Divides
 
 if TYPE_CHECKING:
@@ -23,47 +23,23 @@ if TYPE_CHECKING:
 
     from nemo_megacpp.formulas.sizes import Sizes
 
-_RULES = (
-    Divides(
-        "recurrent-heads",
-        "m2rnn_num_heads",
-        "tp",
-        "each rank of an R block holds whole heads",
-    ),
-)
 
-
-def recurrent_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any]) -> ModuleSpec:
-    """Return a ``MambaLayer`` around :class:`nemo_megacpp.mixers.m2rnn.M2RNNMixer`.
-
-    The norm is a module of its own here: its output feeds split and shared rows alike.
-
-    Args:
-        backend: where the modules come from.
-        settings: the mixer's, for a plain configuration.
-    """
-    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+def recurrent_layer_spec(backend: BackendSpecProvider, fields: HybridFields) -> ModuleSpec:
+    """Return Megatron's ``MambaLayer`` around :class:`M2RNNMixer`."""
     from megatron.core.transformer.spec_utils import ModuleSpec
 
+    from nemo_megacpp.mixer_settings import M2RNNSettings
+    from nemo_megacpp.mixers.head_parallel import MixerSubmodules
     from nemo_megacpp.mixers.linear import SharedColumnParallelLinear
-    from nemo_megacpp.mixers.m2rnn import M2RNNMixer, M2RNNMixerSubmodules
-    from nemo_megacpp.specs.backend import mamba_layer_norm
+    from nemo_megacpp.mixers.m2rnn_mixer import M2RNNMixer
+    from nemo_megacpp.specs.backend import mamba_layer
 
-    return ModuleSpec(
-        module=MambaLayer,
-        submodules=MambaLayerSubmodules(
-            norm=mamba_layer_norm(backend),
-            mixer=ModuleSpec(
-                module=M2RNNMixer,
-                params={"settings": own_fields(settings, "m2rnn_")},
-                submodules=M2RNNMixerSubmodules(
-                    in_proj=SharedColumnParallelLinear, out_proj=backend.row_parallel_linear()
-                ),
-            ),
-            mamba_bda=get_bias_dropout_add,
-        ),
+    mixer = ModuleSpec(
+        module=M2RNNMixer,
+        params={"settings": M2RNNSettings.of(fields)},
+        submodules=MixerSubmodules(SharedColumnParallelLinear, backend.row_parallel_linear()),
     )
+    return mamba_layer(mixer, backend)
 
 
 def _collectives(sizes: Sizes) -> list[Collective]:
@@ -153,7 +129,7 @@ def _mixing(sizes: Sizes) -> int:
     """``H W``, the outer product of key and value, and the read-out, for each head's state."""
     dims = sizes.m2rnn
     width = dims.value_head_dim
-    return 2 * dims.num_heads * dims.key_head_dim * width * (width + 2)
+    return 2 * dims.heads(sizes.h) * dims.key_head_dim * width * (width + 2)
 
 
 register(
@@ -161,7 +137,14 @@ register(
         letter="R",
         name="recurrent",
         layer_spec=recurrent_layer_spec,
-        rules=_RULES,
+        rules=(
+            Divides(
+                "recurrent-heads",
+                "m2rnn_num_heads",
+                "tp",
+                "each rank of an R block holds whole heads",
+            ),
+        ),
         required=("m2rnn_num_heads",),
         collectives=_collectives,
         saved_activations=_saved_activations,

@@ -1,13 +1,12 @@
 """The stack: the layers of one pipeline chunk of a hybrid model.
 
 Megatron's ``MambaStack`` has fixed symbols, a hard-coded Transformer Engine norm, no virtual
-stages, and ``num_layers // pp`` layers per stage: 52 layers at PP=8 become 48 without a word. This
-stack takes the A/M/E/R pattern, honours explicit cuts, and builds every layer or refuses.
+stages, and ``num_layers // pp`` layers per stage: 52 layers at PP=8 silently become 48. This stack
+takes the A/M/E/R pattern with explicit cuts, and builds every layer or raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,10 +31,10 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import WrappedTensor, make_viewless_tensor
 
-from nemo_megacpp.config import NO_SETTINGS, HybridConfig, config_violations
+from nemo_megacpp.config import HybridConfig, config_violations
 from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.families import added, registered
-from nemo_megacpp.hybrid_fields import Mode
+from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.settings.script import validate_script
@@ -63,12 +62,12 @@ class HybridStack(MegatronModule):
         pre_process: whether this chunk owns the embedding.
         post_process: whether it owns the head.
         vp_stage: virtual stage of this chunk, None without virtual stages.
-        settings: with a plain ``TransformerConfig``, which Megatron's own scripts build, the hybrid
-            fields that are not at their defaults.
+        hybrid_fields: with a plain ``TransformerConfig``, which Megatron's own scripts build, the
+            fields that the specs were made of; their defaults if not given.
 
     Raises:
-        UserError: when the pattern cannot be cut into PP x virtual stages without losing layers, or
-            for a plain configuration that a :class:`HybridConfig` would refuse.
+        UserError: PP x virtual stages do not divide the pattern's layers, or a plain configuration
+            is one that :class:`HybridConfig` would refuse.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class HybridStack(MegatronModule):
         dtype: torch.dtype | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
-        settings: Mapping[str, Any] = NO_SETTINGS,
+        hybrid_fields: HybridFields | None = None,
     ):
         super().__init__(config=config)
         self.vp_stage = vp_stage
@@ -98,7 +97,7 @@ class HybridStack(MegatronModule):
 
         pattern = HybridPattern.parse(hybrid_override_pattern or "", depth=config.num_layers)
         if not isinstance(config, HybridConfig):
-            _validate_plain(config, pattern, settings, vp_stage)
+            _validate_plain(config, pattern, hybrid_fields, vp_stage)
         stages = self.pp_group.size()
         chunks = pattern.chunks(stages * (config.virtual_pipeline_model_parallel_size or 1))
         self.layer_range = chunks[(vp_stage or 0) * stages + self.pp_group.rank()]
@@ -169,7 +168,7 @@ class HybridStack(MegatronModule):
         """Run the chunk on ``[s, b, h]`` (the rank's share of ``s`` under SP and CP).
 
         Raises:
-            UserError: packed rows that cannot be run so; see :mod:`nemo_megacpp.specs.packs`.
+            UserError: packed rows that the stack cannot run (:mod:`nemo_megacpp.specs.packs`).
         """
         assert inference_context is None and inference_params is None, "the hybrid stack trains"
         if not self.pre_process:
@@ -194,7 +193,7 @@ class HybridStack(MegatronModule):
                 self.layer_range, self.families, self.layers, strict=True
             ):
                 if family in self._added_families:
-                    # Their modules may read parameters of modules that they do not call.
+                    # They may read parameters of modules that they do not call.
                     wait_for_parameters(*layer.modules())
                 with nullcontext() if delayed else get_fp8_context(self.config, index):
                     if isinstance(layer, TransformerLayer):
@@ -219,10 +218,7 @@ class HybridStack(MegatronModule):
         )
 
     def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple | None = None,
-        metadata: dict | None = None,
+        self, prefix: str = "", sharded_offsets: tuple | None = None, metadata: dict | None = None
     ) -> dict:
         """Key layers by their global index, so that a checkpoint does not know the stages."""
         sharded: dict[str, Any] = {}
@@ -250,41 +246,40 @@ class HybridStack(MegatronModule):
 def _validate_plain(
     config: TransformerConfig,
     pattern: HybridPattern,
-    settings: Mapping[str, Any],
+    hybrid_fields: HybridFields | None,
     vp_stage: int | None,
 ) -> None:
-    """Refuse, of a configuration that is not ours, what ours would have refused."""
-    raise_violations(config_violations(config, pattern, settings))
+    """Validate a plain configuration as a :class:`HybridConfig` validates itself."""
+    raise_violations(config_violations(config, pattern, hybrid_fields))
     validate_script(config)
     chunks = config.virtual_pipeline_model_parallel_size
     if chunks is not None and vp_stage is None:
         raise UserError(
-            f"{chunks} virtual pipeline stages: pretrain_mamba.py of Megatron-LM 0.16 does not say "
-            f"which of them it builds. Train without virtual stages, or with nemo-megacpp train."
+            f"{chunks} virtual pipeline stages: pretrain_mamba.py of Megatron-LM 0.16 does not "
+            f"pass the stage to the model. Train without them, or with nemo-megacpp train."
         )
 
 
 def build_hybrid_stack_spec(
-    backend: BackendSpecProvider | None = None,
-    vp_stage: int | None = None,
-    mode: Mode = "nemo_native",
-    settings: Mapping[str, Any] = NO_SETTINGS,
+    fields: HybridFields, backend: BackendSpecProvider | None = None, vp_stage: int | None = None
 ) -> ModuleSpec:
     """Return the spec of a stack.
 
     Args:
+        fields: the model's hybrid fields (a :class:`HybridConfig` has them): the mode of M blocks
+            and the settings of the mixers.
         backend: where the modules come from; this installation's default if not given.
         vp_stage: virtual pipeline stage of the chunk to be built.
-        mode: which mixer an M block gets.
-        settings: ``m2rnn_*`` and ``mamba3_*`` fields for a model with a plain configuration.
+
+    Raises:
+        UserError: a mixer's setting is illegal.
     """
     backend = backend or default_backend()
-    known = {**settings, "mode": mode}
     return ModuleSpec(
         module=HybridStack,
-        params={"vp_stage": vp_stage, "settings": dict(settings)},
+        params={"vp_stage": vp_stage, "hybrid_fields": fields},
         submodules=HybridStackSubmodules(
-            layers={block.letter: block.layer_spec(backend, known) for block in registered()},
+            layers={block.letter: block.layer_spec(backend, fields) for block in registered()},
             final_norm=backend.layer_norm(rms_norm=True),
         ),
     )

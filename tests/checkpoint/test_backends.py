@@ -24,7 +24,7 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 from nemo_megacpp.specs.backend import TorchBackend
-from nemo_megacpp.specs.model import build_hybrid_model
+from nemo_megacpp.specs.hybrid_model import build_hybrid_model
 from tests.bare import make_config
 from tests.checkpoint.conftest import SMALL
 from tests.checkpoint.te_backend import SCALES, TransformerEngineNames, _ExtraState

@@ -22,6 +22,7 @@ from nemo_megacpp.cli import build_parser
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.megatron_args.arguments import megatron_arguments
 from nemo_megacpp.megatron_args.dialect import Dialect, choose
@@ -31,7 +32,7 @@ from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.shape import model_settings
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
-from nemo_megacpp.specs.model import build_hybrid_model
+from nemo_megacpp.specs.hybrid_model import build_hybrid_model
 from nemo_megacpp.specs.named import read_spec_name, spec_name
 from nemo_megacpp.values import read_value
 
@@ -287,15 +288,13 @@ def test_a_spec_name_carries_settings() -> None:
         "hybrid_mamba3_stack_spec(m2rnn_num_heads=20,m2rnn_key_head_dim=32,m2rnn_value_head_dim=8,"
         "m2rnn_state_gradient_clip=null,mamba3_A_floor=1e-05)"
     )
-    assert read_spec_name(name) == (
-        "mamba3",
-        {
-            "m2rnn_num_heads": 20,
-            "m2rnn_key_head_dim": 32,
-            "m2rnn_value_head_dim": 8,
-            "m2rnn_state_gradient_clip": None,
-            "mamba3_A_floor": 1e-5,
-        },
+    assert read_spec_name(name) == HybridFields(
+        mode="mamba3",
+        m2rnn_num_heads=20,
+        m2rnn_key_head_dim=32,
+        m2rnn_value_head_dim=8,
+        m2rnn_state_gradient_clip=None,
+        mamba3_A_floor=1e-5,
     )
     assert spec_name(HybridConfig(**CATALOG["nam56r"].model)) == "hybrid_stack_spec"
 

@@ -1,4 +1,5 @@
-"""Expert weights: which groups sum their gradients, and who counts them in the gradient norm."""
+"""Expert weights: which groups sum their gradients, and who counts them in the gradient norm; and
+the router's counts, which move the expert bias."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ import pytest
 import torch
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.mixers.experts import tag_expert_weights
+from nemo_megacpp.mixers.experts import CapacityRouter, tag_expert_weights
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
-from tests.bare import save_initial_weights
+from tests.bare import prepare, save_initial_weights
 from tests.checkpoint.te_backend import TransformerEngineNames
 from tests.training_steps import OVERLAPS, Trained, train
 
@@ -81,3 +82,20 @@ def test_the_gradient_norm_counts_grouped_experts(
     result: Trained = ranks.run(where.world, train, *task)[0]
     assert result.losses == pytest.approx(expected.losses, rel=1e-6)
     assert result.norms == pytest.approx(expected.norms, rel=1e-5)
+
+
+TOKENS = 301  # bfloat16 has no 301
+
+
+def _count() -> tuple[str, list[float]]:
+    model = tiny_model("E", num_moe_experts=2, moe_router_topk=2, seq_length=TOKENS)
+    trainee = prepare(StepSpec(model, dtype="bfloat16"), ParallelLayout())
+    tokens = torch.arange(TOKENS)[None] % 100
+    trainee.wrapped[0](tokens, torch.arange(TOKENS)[None], None)
+    (router,) = (m for m in trainee.chunks[0].modules() if isinstance(m, CapacityRouter))
+    counts = router.local_tokens_per_expert
+    return str(counts.dtype), counts.tolist()
+
+
+def test_tokens_are_counted_exactly_in_a_bfloat16_model(ranks: WorkerPool) -> None:
+    assert ranks.run(1, _count)[0] == ("torch.float32", [TOKENS, TOKENS])

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.mixers import m2rnn
+from nemo_megacpp.mixers import m2rnn_mixer
 from nemo_megacpp.mixers.float32 import KeepsFloat32, keep_in_float32
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
-from nemo_megacpp.specs.model import build_hybrid_model
+from nemo_megacpp.specs.hybrid_model import build_hybrid_model
 from tests.bare import make_config, prepare
 
 MIMO = {"mode": "mamba3", "mamba3_mimo_rank": 3, "mamba3_output_norm": True, "mamba_num_groups": 2}
@@ -92,13 +92,13 @@ def _gates() -> tuple[torch.dtype, float, float, float]:
     mixer: Any = Float16Module(config, build_hybrid_model(config)).module.decoder.layers[0].mixer  # type: ignore[union-attr]
     inputs = torch.randn(64, 2, hidden, generator=torch.Generator().manual_seed(1)).bfloat16()
     seen: list[torch.Tensor] = []
-    scan = m2rnn.m2rnn_scan
+    scan = m2rnn_mixer.m2rnn_scan
 
     def recorded(*tensors: torch.Tensor, **options: Any) -> Any:
         seen.append(tensors[3])
         return scan(*tensors, **options)
 
-    with torch.no_grad(), mock.patch.object(m2rnn, "m2rnn_scan", recorded):
+    with torch.no_grad(), mock.patch.object(m2rnn_mixer, "m2rnn_scan", recorded):
         mixer(inputs)
         _, split = mixer.in_proj(inputs)
         f = split.transpose(0, 1).unflatten(-1, (224, -1))[..., mixer.v_dim].double()

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.ssm.mamba_context_parallel import _all_to_all_cp2hp
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
-from nemo_megacpp.mixers import m2rnn
+from nemo_megacpp.mixers import m2rnn_mixer
 from nemo_megacpp.mixers.replicated import mark_replicated
 from nemo_megacpp.mixers.sequence_layout import sequence_to_heads
 from nemo_megacpp.runtime.workers import WorkerPool
@@ -26,11 +26,11 @@ def _swapped_norm(self: Any, y: Any) -> Any:
     """Swap the first two heads of every tensor-parallel rank but the first."""
     if self.tp_group.rank() > 0:
         first, second, rest = y.split([self.v_dim, self.v_dim, y.size(-1) - 2 * self.v_dim], -1)
-        y = m2rnn.torch.cat([second, first, rest], -1)
+        y = m2rnn_mixer.torch.cat([second, first, rest], -1)
     return _norm(self, y)
 
 
-_norm = m2rnn.M2RNNMixer._norm
+_norm = m2rnn_mixer.M2RNNMixer._norm
 
 
 def _zigzag(x: Any, cp_group: Any, order: Any) -> Any:
@@ -64,12 +64,12 @@ FAULTS: dict[str, tuple[str, Any]] = {
         "nemo_megacpp.mixers.linear.mark_replicated",
         _tagged_as_split,
     ),
-    "zigzag not undone": ("nemo_megacpp.mixers.m2rnn.sequence_to_heads", _zigzag),
+    "zigzag not undone": ("nemo_megacpp.mixers.m2rnn_mixer.sequence_to_heads", _zigzag),
     "zigzag not undone under TP": (
-        "nemo_megacpp.mixers.m2rnn.sequence_to_heads",
+        "nemo_megacpp.mixers.m2rnn_mixer.sequence_to_heads",
         _zigzag_under_tp,
     ),
-    "two heads swapped": ("nemo_megacpp.mixers.m2rnn.M2RNNMixer._norm", _swapped_norm),
+    "two heads swapped": ("nemo_megacpp.mixers.m2rnn_mixer.M2RNNMixer._norm", _swapped_norm),
 }
 
 

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from nemo_megacpp.config import HybridConfig, mamba3_dimensions
+from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.mixer_settings import Mamba3Settings
 from nemo_megacpp.mixers.kernels.m2rnn_triton import unfit_for_triton
 from nemo_megacpp.proof.kernels import kernels_for
 from nemo_megacpp.proof.proxy_model import proxy_model
@@ -71,7 +72,8 @@ def test_a_proxy_model_has_widths_that_kernels_take(name: str, text: str) -> Non
     assert channels // (layout.tp * layout.cp) % 8 == 0
     assert unfit_for_triton(small["m2rnn_value_head_dim"], torch.bfloat16) is None
     if small.get("mode") == "mamba3":
-        assert mamba3_dimensions(HybridConfig(**small)).num_angles % 2 == 0
+        config = HybridConfig(**small)
+        assert Mamba3Settings.of(config).dimensions(config).num_angles % 2 == 0
 
 
 @pytest.mark.processes

@@ -14,7 +14,7 @@ from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.fake import fake_rank
 from nemo_megacpp.specs.backend import TorchBackend
-from nemo_megacpp.specs.model import build_hybrid_model
+from nemo_megacpp.specs.hybrid_model import build_hybrid_model
 from tests.bare import make_config
 
 EPSILON = 3e-3

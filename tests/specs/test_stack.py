@@ -17,15 +17,15 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.mixers.m2rnn import M2RNNMixer
-from nemo_megacpp.mixers.mamba2 import Mamba2Mixer
+from nemo_megacpp.mixers.m2rnn_mixer import M2RNNMixer
+from nemo_megacpp.mixers.mamba2_mixer import Mamba2Mixer
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.fake import fake_rank
 from nemo_megacpp.runtime.workers import WorkerPool
 from nemo_megacpp.specs import stack
-from nemo_megacpp.specs.model import build_hybrid_model
+from nemo_megacpp.specs.hybrid_model import build_hybrid_model
 from nemo_megacpp.specs.stack import HybridStack
 from tests.bare import build_chunks, make_config, microbatches
 

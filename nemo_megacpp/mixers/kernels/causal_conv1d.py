@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, check_shape, document_ids
+from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, check_shapes, document_ids
 
 _ACTIVATIONS = (None, "silu")
 
@@ -25,50 +25,10 @@ def _check(
 ) -> None:
     if activation not in _ACTIVATIONS:
         raise UserError(f"activation must be 'silu' or None, got {activation!r}.")
-    if x.dim() != 3:
-        raise UserError(f"x must have shape [b, l, c], got {list(x.shape)}.")
-    batch, _, channels = x.shape
-    if weight.dim() != 2 or weight.shape[0] != channels:
-        raise UserError(
-            f"weight must have shape [c, w] with c={channels}, got {list(weight.shape)}."
-        )
-    if weight.shape[1] < 1:
+    sizes = check_shapes({"x": (x, "b l c"), "weight": (weight, "c w"), "bias": (bias, "c")})
+    if sizes["w"] < 1:
         raise UserError("weight must have at least one tap, [c, w] with w >= 1.")
-    if bias is not None:
-        check_shape("bias", bias, (channels,), "[c]")
-    if initial_state is not None:
-        expected = (batch, channels, weight.shape[1] - 1)
-        check_shape("initial_state", initial_state, expected, "[b, c, w-1]")
-
-
-def causal_conv1d_naive(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    seq_idx: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> Tensor:
-    """Reference for :func:`causal_conv1d`: one token at a time, a sliding window as state."""
-    _check(x, weight, bias, activation, initial_state)
-    acc = accumulation_dtype(x)
-    batch, length, channels = x.shape
-    taps = weight.to(acc)
-    window = x.new_zeros(batch, channels, taps.shape[1] - 1, dtype=acc)
-    if initial_state is not None:
-        window = initial_state.to(acc)
-    outputs = []
-    for t in range(length):
-        if seq_idx is not None and t > 0:
-            same = seq_idx[:, t] == seq_idx[:, t - 1]
-            window = torch.where(same[:, None, None], window, torch.zeros_like(window))
-        window = torch.cat([window, x[:, t, :, None].to(acc)], dim=2)
-        y = (window * taps).sum(dim=2)
-        if bias is not None:
-            y = y + bias.to(acc)
-        outputs.append(F.silu(y) if activation == "silu" else y)
-        window = window[:, :, 1:]
-    return torch.stack(outputs, dim=1).to(x.dtype)
+    check_shapes({"initial_state": (initial_state, "b c w-1")}, **sizes, **{"w-1": sizes["w"] - 1})
 
 
 class _ShiftedProducts(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What the chunked linear scans share: cutting into chunks, decay masks, passing states on."""
+"""What the chunked linear scans share: chunks, decay masks, and states between chunks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 def to_chunks(x: Tensor, chunk_size: int) -> Tensor:
-    """Cut ``[b, l, ...]`` into ``[b, c, chunk_size, ...]``, zeros behind the last token."""
+    """Cut ``[b, l, ...]`` into ``[b, c, chunk_size, ...]``, padded with zeros at the end."""
     missing = -x.shape[1] % chunk_size
     if missing:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
@@ -22,10 +22,10 @@ class ChunkDecays(NamedTuple):
     """Decays inside and between chunks; zero across documents.
 
     Attributes:
-        inner: ``[b, c, h, q, q]``; what token ``j``'s input is still worth at token ``i >= j``.
-        incoming: ``[b, c, h, q]``; what the state before the chunk is worth at token ``i``.
-        outgoing: ``[b, c, h, q]``; what token ``j``'s input is worth after the chunk.
-        total: ``[b, c, h]``; what the state before the chunk is worth after it.
+        inner: ``[b, c, h, q, q]``; the factor of token ``j``'s input at token ``i >= j``.
+        incoming: ``[b, c, h, q]``; the factor of the state before the chunk at token ``i``.
+        outgoing: ``[b, c, h, q]``; the factor of token ``j``'s input after the chunk.
+        total: ``[b, c, h]``; the factor of the state before the chunk after it.
     """
 
     inner: Tensor

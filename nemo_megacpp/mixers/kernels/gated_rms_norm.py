@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, check_shape
+from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, check_shapes
 
 
 def gated_rms_norm(
@@ -42,9 +42,9 @@ def gated_rms_norm(
     group = channels if group_size is None else group_size
     if group < 1 or channels % group:
         raise UserError(f"group_size ({group}) must divide the number of channels ({channels}).")
-    check_shape("weight", weight, (channels,), "[d]")
-    if z is not None:
-        check_shape("z", z, tuple(x.shape), "the shape of x")
+    check_shapes({"weight": (weight, "d")}, d=channels)
+    if z is not None and z.shape != x.shape:
+        raise UserError(f"z must have the shape of x {list(x.shape)}, got {list(z.shape)}.")
     acc = accumulation_dtype(x)
     y = x.to(acc)
     if z is not None and not norm_before_gate:

@@ -49,10 +49,7 @@ def _time_major(q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> _TimeMajor:
         return per_head.permute(1, 2, 0, 3)[:, :, None]
 
     return _TimeMajor(
-        keys(q),
-        keys(k),
-        v.permute(1, 2, 3, 0)[..., None],
-        f.permute(1, 2, 0)[:, :, None, :, None],
+        keys(q), keys(k), v.permute(1, 2, 3, 0)[..., None], f.permute(1, 2, 0)[:, :, None, :, None]
     )
 
 

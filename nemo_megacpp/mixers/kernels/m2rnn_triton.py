@@ -1,7 +1,7 @@
-"""The M²RNN recurrence on a GPU, by Triton kernels of our own.
+"""The M²RNN recurrence on a GPU, in Triton.
 
-Held to the reference loop in Triton's interpreter, and compiled for NVIDIA's sm_80 and sm_90;
-**not run on a GPU yet**, as none was at hand: ``benchmarks/m2rnn.py`` checks and times it on one.
+Compared with the reference loop in Triton's interpreter, and compiled for NVIDIA's sm_80 and sm_90;
+**not run on a GPU yet**. ``benchmarks/m2rnn.py`` checks and times it on one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.kernels.m2rnn import ClipOrder, check_inputs
+from nemo_megacpp.mixer_settings import ClipOrder
+from nemo_megacpp.mixers.kernels.m2rnn_scan import check_inputs
 from nemo_megacpp.mixers.kernels.packing import document_starts
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -23,7 +24,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_VALUE_DIM = 64
 _SMALLEST_TILE = 16
 CHECKPOINT_EVERY = 64
-"""One state in so many is kept for the backward pass, if nothing else is asked for."""
+"""By default, one state in this many is saved for the backward pass."""
 _TENSOR_CORES = (8, 0)
 
 
@@ -32,15 +33,15 @@ def _kernels() -> ModuleType | str:
     """Return the module with the kernels, or why it cannot be loaded."""
     try:
         from nemo_megacpp.mixers.kernels import m2rnn_triton_kernels
-    except Exception as error:  # importing Triton fails in its own ways
-        return f"Triton does not load ({error})"
+    except Exception as error:  # importing Triton has errors of its own
+        return f"cannot be imported ({error})"
     return m2rnn_triton_kernels
 
 
 def m2rnn_triton_reason(
     *, value_dim: int, dtype: torch.dtype, device: torch.device | None = None
 ) -> str | None:
-    """Say why the Triton kernels cannot be used; None if they can.
+    """Return why the Triton kernels cannot run, as what they "need"; None if they can.
 
     Args:
         value_dim: ``v``.
@@ -48,26 +49,23 @@ def m2rnn_triton_reason(
         device: where the activations are; None if that is not known yet.
     """
     if device is not None and device.type != "cuda":
-        return f"needs a CUDA device, and the activations are on {device.type}"
+        return "needs a CUDA device"
     if (unfit := unfit_for_triton(value_dim, dtype)) is not None:
         return unfit
     kernels = _kernels()
     if isinstance(kernels, str):
         return kernels
     if device is not None and (found := torch.cuda.get_device_capability(device)) < _TENSOR_CORES:
-        return f"needs compute capability 8.0, and {device} has {found[0]}.{found[1]}"
+        return f"needs compute capability 8.0; {device} has {found[0]}.{found[1]}"
     return None
 
 
 def unfit_for_triton(value_dim: int, dtype: torch.dtype) -> str | None:
-    """Say what of a model the Triton kernels cannot do, on whatever machine; None if nothing."""
+    """Return what in a model the Triton kernels do not support, on any machine; None if nothing."""
     if value_dim > _LARGEST_VALUE_DIM:
-        return (
-            f"holds value head dims up to {_LARGEST_VALUE_DIM}, and m2rnn_value_head_dim is "
-            f"{value_dim}"
-        )
+        return f"needs m2rnn_value_head_dim of at most {_LARGEST_VALUE_DIM}; it is {value_dim}"
     if dtype not in _DTYPES:
-        return f"computes in float32, and the activations are {str(dtype).split('.')[-1]}"
+        return f"computes in float32; the activations are {str(dtype).removeprefix('torch.')}"
     return None
 
 
@@ -85,26 +83,26 @@ def m2rnn_triton(
     checkpoint_every: int = CHECKPOINT_EVERY,
     block_k: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`nemo_megacpp.mixers.kernels.m2rnn.m2rnn_scan` on a GPU; computes in float32.
+    """:func:`nemo_megacpp.mixers.kernels.m2rnn_scan.m2rnn_scan` on a GPU; computes in float32.
 
     One program for each head, batch row and ``block_k`` rows of the state. No atomics: the same
-    inputs give the same bits. Kept for the backward pass, beside the inputs: one state in
-    ``checkpoint_every``, ``b·n·⌈l/c⌉·k·v`` float32 numbers. The backward pass takes for a while
-    ``b·n·c·k·v`` more, ``2·b·l·n·k`` for the gradients of q and k head by head, and
-    ``⌈k/block_k⌉·b·l·n·v`` for those of v (as many the forward pass, for y).
+    inputs give the same bits. Saved for the backward pass, beside the inputs: one state in
+    ``checkpoint_every`` (``c``), ``b·n·⌈l/c⌉·k·v`` float32 numbers. Temporary in the backward pass:
+    ``b·n·c·k·v`` for states, ``2·b·l·n·k`` for the gradients of q and k per head, and
+    ``⌈k/block_k⌉·b·l·n·v`` for those of v; in the forward pass as many for y.
 
     Args:
         q, k, v, forget, W, initial_state, seq_idx, state_gradient_clip, clip_order: as there; any
             mix of bfloat16, float16 and float32.
-        checkpoint_every: ``c``; the states between are computed again. Any ``c`` gives the same
-            numbers; memory is least near the square root of the length.
+        checkpoint_every: ``c``; the states between are recomputed. Any ``c`` gives the same
+            numbers; memory is smallest near the square root of the length.
         block_k: rows of the state that a program owns: a power of two, at least 16.
 
     Returns:
         ``y [b, l, n, v]`` in the dtype of ``v``, and the final state ``[b, n, k, v]`` in float32.
 
     Raises:
-        UserError: a shape or an option is wrong, or Triton does not load.
+        UserError: a shape or an option is wrong, or Triton cannot be imported.
     """
     check_inputs(q, k, v, forget, W, initial_state, state_gradient_clip, clip_order)
     if checkpoint_every < 1:
@@ -113,7 +111,7 @@ def m2rnn_triton(
         raise UserError(f"block_k must be a power of two from {_SMALLEST_TILE} on, got {block_k}.")
     reason = m2rnn_triton_reason(value_dim=v.shape[-1], dtype=v.dtype)
     if reason is not None:
-        raise UserError(f"the Triton form of M²RNN cannot be used: {reason}.")
+        raise UserError(f"The Triton M²RNN kernel cannot run: it {reason}.")
     batch, length, heads, value_dim = v.shape
     if initial_state is None:
         shape = (batch, heads, k.shape[-1], value_dim)
@@ -190,7 +188,7 @@ class _M2RNNTriton(torch.autograd.Function):
         block_k: int,
     ) -> tuple[Tensor, Tensor]:
         kernels = _kernels()
-        assert not isinstance(kernels, str), "m2rnn_triton_reason says so first"
+        assert not isinstance(kernels, str), "m2rnn_triton_reason is checked before"
         inputs = tuple(x.contiguous() for x in (q, k, v, forget, W))
         launch = _Launch(q, k, v, chunk, block_k)
         y = launch.floats(v, launch.parts, *v.shape)

@@ -107,7 +107,7 @@ def m2rnn_backward(
     kept,
     grad_y,  # [b, l, n, v]
     grad_final,  # [b, n, k, v] float32, as all that follows
-    scratch,  # [b, n, CHUNK, k, v], the states of the chunk at hand
+    scratch,  # [b, n, CHUNK, k, v], the states of the current chunk
     grad_q,  # [b, l, n, k], of every head, also where heads share q
     grad_k,  # [b, l, n, k]
     grad_v,  # [parts, b, l, n, v]
@@ -147,7 +147,7 @@ def m2rnn_backward(
         chunk = chunks - 1 - done
         start = chunk * CHUNK
         count = tl.minimum(CHUNK, length - start)
-        # Forwards once more, for the state that each token of the chunk found.
+        # Recompute the state before each token of the chunk.
         state = tl.load(
             kept + (sequence * chunks + chunk) * (K * V) + in_state, mask=has_state, other=0.0
         )
@@ -162,7 +162,7 @@ def m2rnn_backward(
                 state = state * tl.load(keep + token).to(tl.float32)
             tl.store(scratch + (sequence * CHUNK + i) * (K * V) + in_state, state, mask=has_state)
             state = f_t * state + (1.0 - f_t) * _candidate(state, W, k_t, v_t)
-        # One thread's states are another's to read.
+        # Threads read states that other threads have written.
         tl.debug_barrier()
         for back in range(count):
             i = count - 1 - back
@@ -200,7 +200,7 @@ def m2rnn_backward(
             carry = f_t * total + tl.dot(grad_pre, W_transposed, input_precision="ieee")
             if HAS_RESETS:
                 carry = carry * tl.load(keep + token).to(tl.float32)
-        # The next chunk writes where some threads may still read.
+        # The next chunk overwrites what other threads may still be reading.
         tl.debug_barrier()
     tl.store(grad_initial + sequence * (K * V) + in_state, carry, mask=has_state)
     weight_at = (slab * heads + head) * (V * V) + in_weight

@@ -1,12 +1,10 @@
 """mamba_ssm's Triton kernel for Mamba-3 SISO behind the signature of our own scan.
 
 Written against mamba_ssm 2.3.2.post1 (``ops/triton/mamba3/mamba3_siso_combined.py``). In Triton's
-interpreter the kernel agrees with :func:`mamba3_chunked`, every gradient included, to bf16's
-rounding; **not run on a GPU yet**, as none was at hand. Known from its source: Q, K, V, trap and
-the accumulated angle are held in bf16 (an angle near 2π to about 0.02 rad), and sigmoid, tanh, sin
-and cos are hardware approximations, so it agrees in bf16 only.
-
-The MIMO kernel of that release is TileLang's; it is not called from here.
+interpreter the kernel agrees with :func:`mamba3_chunked`, gradients included, to bf16's rounding;
+**not run on a GPU yet**. By its source it holds Q, K, V, trap and the accumulated angle in bf16 (an
+angle near 2π to about 0.02 rad) and approximates sigmoid, tanh, sin and cos in hardware, so it
+agrees in bf16 only. That release's MIMO kernel, in TileLang, is not used.
 """
 
 from __future__ import annotations
@@ -17,48 +15,43 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from nemo_megacpp.mixers.kernels.rotary import Pairs
+from nemo_megacpp.mixer_settings import Mamba3Dimensions
 
 _CHUNK_SIZE = 64
 _SMALLEST_TILE = 16
 
 
 def mamba3_gpu_reason(
+    dims: Mamba3Dimensions,
     *,
-    rank: int,
-    head_dim: int,
-    state_dim: int,
-    num_angles: int,
-    pairs: Pairs,
     dtype: torch.dtype,
     packed: bool = False,
     device: torch.device | None = None,
 ) -> str | None:
-    """Say why the Triton kernel cannot be used; None if it can.
+    """Return why the Triton kernel cannot run, as what it "needs"; None if it can.
 
     Args:
-        rank: ``r``.
-        head_dim, state_dim, num_angles: ``p``, ``n`` and ``s``.
-        pairs: which state channels turn together.
+        dims: sizes of the mixer.
         dtype: of the activations.
         packed: whether rows hold several documents.
         device: where the activations are; None if that is not known yet.
     """
     if device is not None and device.type != "cuda":
-        return f"needs a CUDA device, and the activations are on {device.type}"
-    if rank != 1:
-        return f"single-input only, and mamba3_mimo_rank is {rank}"
-    if pairs != "interleaved":
-        return f"rotates interleaved pairs of channels, and mamba3_pairs is {pairs!r}"
-    for name, size in (("mamba_head_dim", head_dim), ("mamba_state_dim", state_dim)):
+        return "needs a CUDA device"
+    if dims.mimo_rank != 1:
+        return f"needs SISO; mamba3_mimo_rank is {dims.mimo_rank}"
+    if dims.pairs != "interleaved":
+        return f"needs interleaved pairs of channels; mamba3_pairs is {dims.pairs!r}"
+    for name in ("head_dim", "state_dim"):
+        size = getattr(dims, name)
         if size < _SMALLEST_TILE or size & (size - 1):
-            return f"needs powers of two from {_SMALLEST_TILE} on, and {name} is {size}"
-    if num_angles % 2:
-        return f"needs an even number of angles, and there are {num_angles}"
+            return f"needs a power of two from {_SMALLEST_TILE}; mamba_{name} is {size}"
+    if dims.num_angles % 2:
+        return f"needs an even number of angles; this model has {dims.num_angles}"
     if dtype != torch.bfloat16:
-        return f"computes in bfloat16, and the activations are {str(dtype).split('.')[-1]}"
+        return f"needs bfloat16; the activations are {str(dtype).removeprefix('torch.')}"
     if packed:
-        return "packed sequences have not been tried with it"
+        return "has not been tried with packed sequences"
     kernel = _siso_kernel()
     return kernel if isinstance(kernel, str) else None
 
@@ -90,7 +83,7 @@ def mamba3_gpu(
         ``o [b, l, h, 1, p]``, not gated.
     """
     kernel = _siso_kernel()
-    assert not isinstance(kernel, str), "mamba3_gpu_reason says so first"
+    assert not isinstance(kernel, str), "mamba3_gpu_reason is checked before"
     dt, A = dt.float(), A.float()
     o = kernel(
         Q=C.squeeze(2),
@@ -114,6 +107,6 @@ def _siso_kernel() -> Callable[..., Tensor] | str:
     """Return the kernel, or why it cannot be loaded."""
     try:
         from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
-    except Exception as error:  # importing it also starts Triton, which fails in its own ways
-        return f"mamba_ssm's Mamba-3 kernel does not load ({error})"
+    except Exception as error:  # importing it also starts Triton, which has errors of its own
+        return f"cannot be imported from mamba_ssm ({error})"
     return mamba3_siso_combined

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, check_shape
+from nemo_megacpp.mixer_settings import AActivation
+from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, check_groups, check_shapes
 from nemo_megacpp.mixers.kernels.rotary import check_pairs
-
-AActivation = Literal["softplus", "heavy_tail"]
 
 
 class Mamba3State(NamedTuple):
@@ -68,38 +67,27 @@ def check_inputs(
     state: Mamba3State | None,
 ) -> None:
     """Raise :class:`UserError` for the first argument of the scan that does not fit."""
-    if x.dim() != 4:
-        raise UserError(f"x must have shape [b, l, h, p], got {list(x.shape)}.")
-    batch, length, heads, head_dim = x.shape
-    if length == 0:
-        raise UserError("the sequence must hold at least one token, got l=0.")
-    if B.dim() != 5:
-        raise UserError(f"B must have shape [b, l, r, g, n], got {list(B.shape)}.")
-    rank, groups, state_dim = B.shape[2:]
-    if groups == 0 or heads % groups:
-        raise UserError(f"the number of heads ({heads}) must be a multiple of groups ({groups}).")
-    check_shape("B", B, (batch, length, rank, groups, state_dim), "[b, l, r, g, n]")
-    check_shape("C", C, (batch, length, rank, groups, state_dim), "[b, l, r, g, n]")
-    for name, bias in (("B_bias", B_bias), ("C_bias", C_bias)):
-        check_shape(name, bias, (heads, rank, state_dim), "[h, r, n]")
-    for name, tensor in (("dt", dt), ("A", A), ("lam", lam)):
-        check_shape(name, tensor, (batch, length, heads), "[b, l, h]")
-    num_angles = angle_rate.shape[-1]
-    check_shape("angle_rate", angle_rate, (batch, length, num_angles), "[b, l, s]")
-    check_pairs(pairs, state_dim, num_angles)
-    check_shape("D", D, (heads,), "[h]")
-    if mimo_x is not None:
-        check_shape("mimo_x", mimo_x, (heads, rank, head_dim), "[h, r, p]")
-    elif rank != 1:
-        raise UserError(f"mimo_x [h, r, p] must be given when B has rank r={rank} > 1.")
+    shapes = {
+        "x": (x, "b l h p"),
+        "B": (B, "b l r g n"),
+        "C": (C, "b l r g n"),
+        "B_bias": (B_bias, "h r n"),
+        "C_bias": (C_bias, "h r n"),
+        "dt": (dt, "b l h"),
+        "A": (A, "b l h"),
+        "lam": (lam, "b l h"),
+        "angle_rate": (angle_rate, "b l s"),
+        "D": (D, "h"),
+        "mimo_x": (mimo_x, "h r p"),
+    }
+    sizes = check_shapes(shapes)
+    check_groups(sizes["h"], sizes["g"])
+    check_pairs(pairs, sizes["n"], sizes["s"])
+    if mimo_x is None and sizes["r"] != 1:
+        raise UserError(f"mimo_x [h, r, p] must be given when B has rank r={sizes['r']} > 1.")
     if state is not None:
-        per_head = (batch, heads)
-        check_shape(
-            "initial_state.ssm", state.ssm, (*per_head, head_dim, state_dim), "[b, h, p, n]"
-        )
-        check_shape("initial_state.k", state.k, (*per_head, rank, state_dim), "[b, h, r, n]")
-        check_shape("initial_state.v", state.v, (*per_head, head_dim), "[b, h, p]")
-        check_shape("initial_state.angle", state.angle, (*per_head, num_angles), "[b, h, s]")
+        axes = zip(state._fields, state, ("b h p n", "b h r n", "b h p", "b h s"), strict=True)
+        check_shapes({f"initial_state.{name}": (part, of) for name, part, of in axes}, **sizes)
 
 
 def starting_state(x: Tensor, B: Tensor, num_angles: int, state: Mamba3State | None) -> Mamba3State:
@@ -109,9 +97,5 @@ def starting_state(x: Tensor, B: Tensor, num_angles: int, state: Mamba3State | N
         return Mamba3State(*(part.to(acc) for part in state))
     batch, _, heads, head_dim = x.shape
     rank, _, state_dim = B.shape[2:]
-    return Mamba3State(
-        x.new_zeros(batch, heads, head_dim, state_dim, dtype=acc),
-        x.new_zeros(batch, heads, rank, state_dim, dtype=acc),
-        x.new_zeros(batch, heads, head_dim, dtype=acc),
-        x.new_zeros(batch, heads, num_angles, dtype=acc),
-    )
+    shapes = ((head_dim, state_dim), (rank, state_dim), (head_dim,), (num_angles,))
+    return Mamba3State(*(x.new_zeros(batch, heads, *shape, dtype=acc) for shape in shapes))

@@ -1,8 +1,7 @@
 """Everything between a Mamba-2 mixer's two projections, in torch: convolution, scan, gate.
 
-Stands in for mamba_ssm's ``mamba_split_conv1d_scan_combined`` as Megatron-Core's
-``MambaMixer._ssm_training`` calls it: the same argument names and order, so that it can be handed
-over in its place.
+Replaces mamba_ssm's ``mamba_split_conv1d_scan_combined`` in Megatron-Core's
+``MambaMixer._ssm_training``, with the same argument names and order.
 """
 
 from __future__ import annotations
@@ -40,24 +39,19 @@ def mamba_split_conv1d_scan(
 ) -> Output:
     """Split ``zxbcdt``, filter x, B and C, scan, and gate the result with ``silu(z)``.
 
-    The gate is applied here, since no norm is: upstream gates inside the scan exactly when
-    ``rmsnorm_weight`` is None. ``rmsnorm_eps`` and ``norm_before_gate`` then say nothing.
+    Upstream applies the gate inside the scan if ``rmsnorm_weight`` is None, as it must be here;
+    ``rmsnorm_eps`` and ``norm_before_gate`` then have no effect.
 
     Args:
         zxbcdt: ``[b, l, 2·d + 2·g·n + h]`` with ``d = h·p``: the channels of z, x, B, C, dt.
-        conv1d_weight: ``[d + 2·g·n, w]``.
-        conv1d_bias: ``[d + 2·g·n]`` or None.
-        dt_bias, A: ``[h]``; the step size is ``softplus(dt + dt_bias)``.
-        D: ``[h]`` (then ``headdim`` is needed) or ``[h, p]``.
-        chunk_size: tokens in a chunk of the scan.
-        initial_states: ``[b, h, p, n]``, the scan's state before the row.
-        seq_idx: integer ``[b, l]``, the documents of a packed row.
-        return_final_states: also return the scan's final state ``[b, h, p, n]``.
-        headdim: ``p``.
+        conv1d_weight: ``[d + 2·g·n, w]``; the bias ``[d + 2·g·n]`` or None.
+        dt_bias: ``[h]``, as A; the step size is ``softplus(dt + dt_bias)``.
+        D: ``[h]`` (then ``headdim``, ``p``, is needed) or ``[h, p]``.
+        chunk_size, initial_states, seq_idx, return_final_states: as in :func:`ssd_chunked`.
         ngroups: ``g``.
 
     Returns:
-        ``[b, l, d]`` in the dtype of ``zxbcdt``, and the final state if asked for.
+        ``[b, l, d]`` in the dtype of ``zxbcdt``, and the final state if ``return_final_states``.
 
     Raises:
         UserError: an option is set that MambaMixer never sets, or a shape does not fit.

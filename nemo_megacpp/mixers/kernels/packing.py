@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,40 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    """Raise :class:`UserError` unless ``tensor.shape == expected``; ``meaning`` names the axes."""
-    if tuple(tensor.shape) != expected:
-        raise UserError(
-            f"{name} must have shape {meaning} = {list(expected)}, got {list(tensor.shape)}."
-        )
+def check_shapes(tensors: Mapping[str, tuple[Tensor | None, str]], **known: int) -> dict[str, int]:
+    """Return the size of every axis, after checking that tensors agree on them.
+
+    Args:
+        tensors: name -> tensor (None: not given) and its axes, one letter each: ``"b l h p"``.
+        known: sizes of axes that are known before.
+
+    Raises:
+        UserError: a tensor has another number of axes, or a size that differs from that of the
+            tensors before it; or ``l`` is zero.
+    """
+    sizes = dict(known)
+    for name, (tensor, axes) in tensors.items():
+        letters = axes.split()
+        if tensor is None:
+            continue
+        if tensor.dim() != len(letters) or any(
+            sizes.setdefault(axis, size) != size
+            for axis, size in zip(letters, tensor.shape, strict=True)
+        ):
+            found = ", ".join(f"{axis}={sizes[axis]}" for axis in letters if axis in sizes)
+            raise UserError(
+                f"{name} must have shape [{', '.join(letters)}] ({found}), got "
+                f"{list(tensor.shape)}."
+            )
+    if sizes.get("l") == 0:
+        raise UserError("the sequence must hold at least one token, got l=0.")
+    return sizes
+
+
+def check_groups(heads: int, groups: int) -> None:
+    """Raise :class:`UserError` unless the heads fall in equal groups."""
+    if groups == 0 or heads % groups:
+        raise UserError(f"the number of heads ({heads}) must be a multiple of groups ({groups}).")
 
 
 def document_starts(seq_idx: Tensor, batch: int, length: int) -> Tensor:
@@ -35,7 +65,7 @@ def document_starts(seq_idx: Tensor, batch: int, length: int) -> Tensor:
     Raises:
         UserError: the shape or the dtype is wrong.
     """
-    check_shape("seq_idx", seq_idx, (batch, length), "[b, l]")
+    check_shapes({"seq_idx": (seq_idx, "b l")}, b=batch, l=length)
     if seq_idx.is_floating_point() or seq_idx.is_complex():
         raise UserError(f"seq_idx must hold integers, got dtype {seq_idx.dtype}.")
     starts = torch.zeros_like(seq_idx, dtype=torch.bool)

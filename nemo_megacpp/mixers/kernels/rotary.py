@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixer_settings import Pairs
 
-Pairs = Literal["interleaved", "halves"]
 PAIRS = ("interleaved", "halves")
 TWO_PI = 2 * math.pi
 
@@ -62,7 +61,7 @@ def accumulated_angles(
     Args:
         rate: ``[b, l, s]``, rad per unit of time, shared by all heads.
         dt: ``[b, l, h]``.
-        initial: ``[b, h, s]``, the angle before the row; the first document goes on from it.
+        initial: ``[b, h, s]``, the angle before the row, where the first document continues.
         ids: document numbers ``[b, l]``, or None where a row is one document.
 
     Returns:

@@ -15,7 +15,8 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers.kernels.chunk_states import chunk_decays, pass_states, to_chunks
 from nemo_megacpp.mixers.kernels.packing import (
     accumulation_dtype,
-    check_shape,
+    check_groups,
+    check_shapes,
     chunked_ids,
     document_ids,
 )
@@ -34,35 +35,23 @@ def _check(
     dt_bias: Tensor | None,
     initial_states: Tensor | None,
 ) -> None:
-    if x.dim() != 4:
-        raise UserError(f"x must have shape [b, l, h, p], got {list(x.shape)}.")
-    batch, length, heads, head_dim = x.shape
-    if length == 0:
-        raise UserError("the sequence must hold at least one token, got l=0.")
-    if B.dim() != 4:
-        raise UserError(f"B must have shape [b, l, g, n], got {list(B.shape)}.")
-    groups, state = B.shape[2:]
-    if groups == 0 or heads % groups:
-        raise UserError(f"the number of heads ({heads}) must be a multiple of groups ({groups}).")
-    check_shape("dt", dt, (batch, length, heads), "[b, l, h]")
-    check_shape("A", A, (heads,), "[h]")
-    check_shape("B", B, (batch, length, groups, state), "[b, l, g, n]")
-    check_shape("C", C, (batch, length, groups, state), "[b, l, g, n]")
-    if D is not None and D.dim() == 2:
-        check_shape("D", D, (heads, head_dim), "[h, p]")
-    elif D is not None:
-        check_shape("D", D, (heads,), "[h] (or [h, p])")
-    if z is not None:
-        check_shape("z", z, (batch, length, heads, head_dim), "[b, l, h, p]")
-    if dt_bias is not None:
-        check_shape("dt_bias", dt_bias, (heads,), "[h]")
-    if initial_states is not None:
-        check_shape(
-            "initial_states", initial_states, (batch, heads, head_dim, state), "[b, h, p, n]"
-        )
+    sizes = check_shapes(
+        {
+            "x": (x, "b l h p"),
+            "dt": (dt, "b l h"),
+            "A": (A, "h"),
+            "B": (B, "b l g n"),
+            "C": (C, "b l g n"),
+            "D": (D, "h p" if D is not None and D.dim() == 2 else "h"),
+            "z": (z, "b l h p"),
+            "dt_bias": (dt_bias, "h"),
+            "initial_states": (initial_states, "b h p n"),
+        }
+    )
+    check_groups(sizes["h"], sizes["g"])
 
 
-def _step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, acc: torch.dtype) -> Tensor:
+def step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, acc: torch.dtype) -> Tensor:
     # Contiguous, as softplus rounds strided memory differently: a slice of heads would differ.
     dt = dt.to(acc).contiguous()
     if dt_bias is not None:
@@ -70,50 +59,10 @@ def _step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, acc: torch
     return F.softplus(dt) if dt_softplus else dt
 
 
-def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     if D is not None:
         y = y + x * (D.to(y.dtype) if D.dim() == 2 else D.to(y.dtype)[:, None])
     return y if z is None else y * F.silu(z.to(y.dtype))
-
-
-def ssd_naive(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_states: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    return_final_states: bool = False,
-) -> Output:
-    """Reference for :func:`ssd_chunked` (no ``chunk_size``): the recurrence, token by token."""
-    _check(x, dt, A, B, C, D, z, dt_bias, initial_states)
-    acc = accumulation_dtype(x)
-    batch, length, heads, head_dim = x.shape
-    x_acc, A_acc = x.to(acc), A.to(acc)
-    step = _step_size(dt, dt_bias, dt_softplus, acc)
-    per_group = heads // B.shape[2]
-    B_heads = B.to(acc).repeat_interleave(per_group, dim=2)
-    C_heads = C.to(acc).repeat_interleave(per_group, dim=2)
-    state = x_acc.new_zeros(batch, heads, head_dim, B.shape[3])
-    if initial_states is not None:
-        state = initial_states.to(acc)
-    outputs = []
-    for t in range(length):
-        if seq_idx is not None and t > 0:
-            same = seq_idx[:, t] == seq_idx[:, t - 1]
-            state = torch.where(same[:, None, None, None], state, torch.zeros_like(state))
-        decay = torch.exp(step[:, t] * A_acc)
-        update = (step[:, t, :, None] * x_acc[:, t])[..., None] * B_heads[:, t, :, None]
-        state = decay[..., None, None] * state + update
-        outputs.append((state * C_heads[:, t, :, None]).sum(dim=-1))
-    y = _skip_and_gate(torch.stack(outputs, dim=1), x_acc, D, z).to(x.dtype)
-    return (y, state) if return_final_states else y
 
 
 def ssd_chunked(
@@ -170,7 +119,7 @@ def ssd_chunked(
     ids = None
     if seq_idx is not None:
         ids = chunked_ids(document_ids(seq_idx, batch, length), size)
-    step = _step_size(dt, dt_bias, dt_softplus, acc)
+    step = step_size(dt, dt_bias, dt_softplus, acc)
     x_acc = x.to(acc)
     # Padding has dt = 0: no decay and no input.
     decays = chunk_decays(to_chunks(step * A.to(acc), size).transpose(2, 3), ids)
@@ -189,5 +138,5 @@ def ssd_chunked(
     read = queries[:, :, :, None] @ before.unflatten(2, (groups, per_group)).transpose(-1, -2)
     y = torch.addcmul(y, read.flatten(2, 3), decays.incoming[..., None])
     y = y.transpose(2, 3).flatten(1, 2)[:, :length]
-    y = _skip_and_gate(y, x_acc, D, z).to(x.dtype)
+    y = skip_and_gate(y, x_acc, D, z).to(x.dtype)
     return (y, final) if return_final_states else y

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.m2rnn import m2rnn_naive
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers import kernels as package
 from nemo_megacpp.mixers.kernels import m2rnn_triton as triton_form
-from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_naive
 from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
 from tests.mixers.kernels.conftest import assert_same, run_with_gradients
-from tests.mixers.kernels.test_m2rnn import make
+from tests.mixers.kernels.test_m2rnn_scan import make
 
 Tensors = dict[str, Tensor]
 
@@ -148,9 +148,9 @@ def test_compiles_for_a_gpu(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"device": torch.device("cpu")}, "needs a CUDA device, and the activations are on cpu"),
-        ({"value_dim": 65}, "up to 64, and m2rnn_value_head_dim is 65"),
-        ({"dtype": torch.float64}, "computes in float32, and the activations are float64"),
+        ({"device": torch.device("cpu")}, "needs a CUDA device"),
+        ({"value_dim": 65}, "m2rnn_value_head_dim of at most 64; it is 65"),
+        ({"dtype": torch.float64}, "computes in float32; the activations are float64"),
     ],
 )
 def test_reasons(changes: dict[str, Any], reason: str) -> None:
@@ -162,7 +162,7 @@ def test_reasons(changes: dict[str, Any], reason: str) -> None:
 def test_an_old_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     found = m2rnn_triton_reason(value_dim=16, dtype=torch.bfloat16, device=torch.device("cuda", 0))
-    assert found == "needs compute capability 8.0, and cuda:0 has 7.5"
+    assert found == "needs compute capability 8.0; cuda:0 has 7.5"
 
 
 def test_a_triton_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_a_triton_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, f"{package.__name__}.{name}", None)
     monkeypatch.delattr(package, name, raising=False)
     triton_form._kernels.cache_clear()
-    with pytest.raises(UserError, match="Triton does not load"):
+    with pytest.raises(UserError, match="cannot be imported"):
         m2rnn_triton(**small())
     triton_form._kernels.cache_clear()
 

@@ -5,31 +5,27 @@ from __future__ import annotations
 import math
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from nemo_megacpp.mixer_settings import Mamba3Dimensions
 from nemo_megacpp.mixers.kernels import mamba3_gpu as adapter
-from nemo_megacpp.mixers.kernels.mamba3 import mamba3_chunked, mamba3_naive
+from nemo_megacpp.mixers.kernels.mamba3_scan import mamba3_chunked
 from tests.mixers.kernels.conftest import (
     Tensors,
     assert_same,
     oracles_folder,
     run_with_gradients,
 )
+from tests.mixers.kernels.naive import mamba3_naive
 from tests.mixers.kernels.triton_interpreter import peer_kernels
 
-RUNS: dict[str, Any] = {
-    "rank": 1,
-    "head_dim": 64,
-    "state_dim": 128,
-    "num_angles": 32,
-    "pairs": "interleaved",
-    "dtype": torch.bfloat16,
-    "device": torch.device("cuda"),
-}
+DIMS = Mamba3Dimensions(8, 64, 128, 8, num_angles=32)
+RUNS: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cuda")}
 
 
 def _kernel(Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z, chunk_size) -> Tensor:
@@ -114,30 +110,32 @@ def test_the_real_kernel_computes_the_same(interpreter: ProcessPoolExecutor) -> 
 
 def test_no_reason_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "_siso_kernel", lambda: _kernel)
-    assert adapter.mamba3_gpu_reason(**RUNS) is None
-    assert adapter.mamba3_gpu_reason(**{**RUNS, "device": None}) is None
+    assert adapter.mamba3_gpu_reason(DIMS, **RUNS) is None
+    assert adapter.mamba3_gpu_reason(DIMS, dtype=torch.bfloat16) is None
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("dims", "changes", "reason"),
     [
-        ({"device": torch.device("cpu")}, "needs a CUDA device, and the activations are on cpu"),
-        ({"rank": 4}, "mamba3_mimo_rank is 4"),
-        ({"pairs": "halves"}, "mamba3_pairs is 'halves'"),
-        ({"head_dim": 48}, "powers of two from 16 on, and mamba_head_dim is 48"),
-        ({"state_dim": 8}, "powers of two from 16 on, and mamba_state_dim is 8"),
-        ({"num_angles": 31}, "an even number of angles, and there are 31"),
-        ({"dtype": torch.float32}, "bfloat16, and the activations are float32"),
-        ({"packed": True}, "packed sequences"),
+        ({}, {"device": torch.device("cpu")}, "needs a CUDA device"),
+        ({"mimo_rank": 4}, {}, "mamba3_mimo_rank is 4"),
+        ({"pairs": "halves"}, {}, "mamba3_pairs is 'halves'"),
+        ({"head_dim": 48}, {}, "a power of two from 16; mamba_head_dim is 48"),
+        ({"state_dim": 8}, {}, "a power of two from 16; mamba_state_dim is 8"),
+        ({"num_angles": 31}, {}, "an even number of angles; this model has 31"),
+        ({}, {"dtype": torch.float32}, "bfloat16; the activations are float32"),
+        ({}, {"packed": True}, "packed sequences"),
     ],
 )
-def test_reasons(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str) -> None:
+def test_reasons(
+    monkeypatch: pytest.MonkeyPatch, dims: dict[str, Any], changes: dict[str, Any], reason: str
+) -> None:
     monkeypatch.setattr(adapter, "_siso_kernel", lambda: _kernel)
-    assert reason in str(adapter.mamba3_gpu_reason(**{**RUNS, **changes}))
+    assert reason in str(adapter.mamba3_gpu_reason(replace(DIMS, **dims), **{**RUNS, **changes}))
 
 
 def test_a_kernel_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)
     adapter._siso_kernel.cache_clear()
-    assert "does not load" in str(adapter.mamba3_gpu_reason(**RUNS))
+    assert "cannot be imported" in str(adapter.mamba3_gpu_reason(DIMS, **RUNS))
     adapter._siso_kernel.cache_clear()

@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d_naive
 from nemo_megacpp.mixers.kernels.mamba_split_conv1d_scan import mamba_split_conv1d_scan
-from nemo_megacpp.mixers.kernels.ssd import ssd_naive
+from tests.mixers.kernels.naive import causal_conv1d_naive, ssd_naive
 
 HEADS, HEAD_DIM, GROUPS, STATE = 4, 3, 2, 5
 INNER, DOUBLED = HEADS * HEAD_DIM, 2 * GROUPS * STATE

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d, causal_conv1d_state
 from nemo_megacpp.mixers.kernels.gated_rms_norm import gated_rms_norm
-from nemo_megacpp.mixers.kernels.mamba3 import mamba3_chunked
+from nemo_megacpp.mixers.kernels.mamba3_scan import mamba3_chunked
 from nemo_megacpp.mixers.kernels.mamba3_state import Mamba3State
 from nemo_megacpp.mixers.kernels.mamba_split_conv1d_scan import mamba_split_conv1d_scan
 from nemo_megacpp.mixers.kernels.ssd import ssd_chunked

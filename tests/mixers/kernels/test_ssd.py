@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.kernels.ssd import ssd_chunked, ssd_naive
+from nemo_megacpp.mixers.kernels.ssd import ssd_chunked
+from tests.mixers.kernels.naive import ssd_naive
 
 
 def make(batch=2, length=21, heads=4, head_dim=3, groups=2, state=5, dtype=torch.float64, seed=0):
@@ -167,7 +168,7 @@ def test_strong_decay_neither_overflows_nor_loses_gradients(hold_to):
     ("change", "word"),
     [
         ({"A": torch.randn(3)}, "A must"),
-        ({"B": torch.randn(2, 21, 3, 5)}, "multiple of groups"),
+        ({name: torch.randn(2, 21, 3, 5) for name in "BC"}, "multiple of groups"),
         ({"C": torch.randn(2, 21, 2, 6)}, "C must"),
         ({"D": torch.randn(4, 4)}, "D must"),
         ({"initial_states": torch.randn(2, 4, 5, 3)}, "initial_states"),

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.kernels.mamba3 import mamba3_chunked, mamba3_naive
+from nemo_megacpp.mixers.kernels.mamba3_scan import mamba3_chunked
 from nemo_megacpp.mixers.kernels.mamba3_state import Mamba3State, negative_decay_rate
+from tests.mixers.kernels.naive import mamba3_naive
 
 STATE_NAMES = tuple(f"state_{field}" for field in Mamba3State._fields)
 PER_TOKEN = ("x", "B", "C", "dt", "A", "lam", "angle_rate")
@@ -222,7 +223,7 @@ def test_decay_activations():
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"B": torch.randn(2, 21, 1, 3, 8)}, "multiple of groups"),
+        ({name: torch.randn(2, 21, 1, 3, 8) for name in "BC"}, "multiple of groups"),
         ({"C": torch.randn(2, 21, 2, 2, 8)}, "C must"),
         ({"B_bias": torch.randn(4, 8)}, "B_bias"),
         ({"lam": torch.rand(2, 21, 3)}, "lam"),

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
+from benchmarks.m2rnn import m2rnn_naive
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_naive, m2rnn_scan
+from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_scan
 
 DTYPE = torch.float64
 

@@ -18,70 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixer_settings import Pairs
 from nemo_megacpp.mixers.kernels.chunk_states import chunk_decays, pass_states, to_chunks
 from nemo_megacpp.mixers.kernels.mamba3_state import Mamba3State, check_inputs, starting_state
 from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, chunked_ids, document_ids
-from nemo_megacpp.mixers.kernels.rotary import (
-    TWO_PI,
-    Pairs,
-    accumulated_angles,
-    from_halves,
-    rotate,
-    to_halves,
-)
-
-
-def mamba3_naive(
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    B_bias: Tensor,
-    C_bias: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    lam: Tensor,
-    angle_rate: Tensor,
-    D: Tensor,
-    *,
-    mimo_x: Tensor | None = None,
-    pairs: Pairs = "interleaved",
-    initial_state: Mamba3State | None = None,
-    seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Mamba3State]:
-    """Reference for :func:`mamba3_chunked` (no ``chunk_size``): the equations, token by token."""
-    check_inputs(x, B, C, B_bias, C_bias, dt, A, lam, angle_rate, D, mimo_x, pairs, initial_state)
-    acc = accumulation_dtype(x)
-    heads, groups = x.shape[2], B.shape[3]
-    ssm, k_last, x_last, angle = starting_state(x, B, angle_rate.shape[-1], initial_state)
-    up = torch.ones_like(x[0, 0, :, None]) if mimo_x is None else mimo_x
-    up, D_acc = up.to(acc), D.to(acc)
-
-    def per_head(y: Tensor, bias: Tensor) -> Tensor:
-        return y.to(acc).repeat_interleave(heads // groups, dim=2).transpose(1, 2) + bias.to(acc)
-
-    outputs = []
-    for t in range(x.shape[1]):
-        if seq_idx is not None and t > 0:
-            same = seq_idx[:, t] == seq_idx[:, t - 1]
-            ssm, k_last, x_last, angle = (
-                torch.where(same.view(-1, *[1] * (y.dim() - 1)), y, torch.zeros_like(y))
-                for y in (ssm, k_last, x_last, angle)
-            )
-        x_t, step, mix = x[:, t].to(acc), dt[:, t].to(acc), lam[:, t].to(acc)
-        angle = (angle + angle_rate[:, t, None].to(acc) * step[..., None]).remainder(TWO_PI)
-        k = rotate(per_head(B[:, t], B_bias), angle[:, :, None], pairs)
-        q = rotate(per_head(C[:, t], C_bias), angle[:, :, None], pairs)
-        alpha = torch.exp(A[:, t].to(acc) * step)
-        gamma, beta = mix * step, (1 - mix) * step * alpha
-        v, v_last = x_t[:, :, None] * up, x_last[:, :, None] * up
-        ssm = (
-            alpha[..., None, None] * ssm
-            + beta[..., None, None] * torch.einsum("bhrp,bhrn->bhpn", v_last, k_last)
-            + gamma[..., None, None] * torch.einsum("bhrp,bhrn->bhpn", v, k)
-        )
-        outputs.append(torch.einsum("bhpn,bhrn->bhrp", ssm, q) + D_acc[:, None, None] * v)
-        k_last, x_last = k, x_t
-    return torch.stack(outputs, dim=1).to(x.dtype), Mamba3State(ssm, k_last, x_last, angle)
+from nemo_megacpp.mixers.kernels.rotary import accumulated_angles, from_halves, to_halves
 
 
 def mamba3_chunked(

@@ -15,8 +15,8 @@ Tensor parallelism splits heads. What stays whole: the q and k rows and their co
 whatever the layout (one all-reduce of a number per token).
 
 Initialisation is that of the authors (lm-engine): projections and convolution as
-``config.init_method`` has it, ``N(0, init_method_std)``; ``W_n = I``, ``D = 1``, ``A`` and
-``softplus(dt_bias)`` as :class:`nemo_megacpp.config.M2RNNDimensions` says.
+``config.init_method`` has it, ``N(0, init_method_std)``; ``W_n = I``, ``D = 1``, ``A`` uniform in
+(0, 16], ``softplus(dt_bias)`` log-uniform in [0.001, 0.1].
 
 Context parallelism has two exact forms (``m2rnn_context_parallel``): an all-to-all that spreads a
 rank's heads over cp and gives each the whole sequence, or, where heads do not divide, a serial
@@ -25,30 +25,29 @@ hand-over of ``H`` from one segment of the sequence to the next.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch.nn import functional as F
 
-from nemo_megacpp.config import NO_SETTINGS, m2rnn_dimensions
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.float32 import KeepsFloat32, keep_in_float32
+from nemo_megacpp.mixer_settings import M2RNNSettings
 from nemo_megacpp.mixers.handover import receive_state, send_state
+from nemo_megacpp.mixers.head_parallel import (
+    HeadParallelMixer,
+    MixerSubmodules,
+    choose_triton,
+    init_step_size_bias,
+    log_once,
+)
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d, causal_conv1d_state
-from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_scan
+from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_scan
 from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
-from nemo_megacpp.mixers.log import log_once
-from nemo_megacpp.mixers.replicated import mark_replicated, replicated, sum_over_tp
+from nemo_megacpp.mixers.replicated import replicated, sum_over_tp
 from nemo_megacpp.mixers.sequence_layout import (
     TokenOrder,
     gather_sequence,
@@ -58,32 +57,25 @@ from nemo_megacpp.mixers.sequence_layout import (
     token_order,
     zigzag_to_segments,
 )
-from nemo_megacpp.mixers.sharding import sharded_by_head
+
+_LARGEST_DECAY_RATE = 16.0
+"""``A`` is uniform between zero and this at initialisation, as in lm-engine."""
 
 
-@dataclass
-class M2RNNMixerSubmodules:
-    """The linears of an M²RNN mixer; ``in_proj`` takes ``(in, split rows, shared rows)``."""
-
-    in_proj: ModuleSpec | type
-    out_proj: ModuleSpec | type
-
-
-class M2RNNMixer(KeepsFloat32, MegatronModule):
+class M2RNNMixer(HeadParallelMixer):
     """M²RNN as the mixer of Megatron's ``MambaLayer``.
 
     Args:
-        config: Megatron's model configuration; the ``m2rnn_*`` fields of
-            :class:`nemo_megacpp.config.HybridConfig`.
+        config: Megatron's model configuration.
         submodules: input and output projection.
         d_model: hidden size ``h``.
+        settings: the mixer's own.
         layer_number: global number of the layer, from 1.
         pg_collection: process groups; ``tp``, ``cp`` and ``dp_cp`` are used.
-        settings: with a plain configuration, the ``m2rnn_*`` fields not at their defaults.
 
     Raises:
-        UserError: ``m2rnn_context_parallel="all_to_all"`` with heads that do not divide by cp; or
-            ``m2rnn_kernel="triton"`` where those kernels cannot run (here, or in the first forward
+        UserError: ``context_parallel="all_to_all"`` with heads that cp does not divide; or
+            ``kernel="triton"`` where that kernel cannot run (raised here, or in the first forward
             pass if only that can tell).
 
     Parameters, with their type on tp (``n = N/tp`` heads per rank): ``in_proj.weight``
@@ -97,91 +89,52 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: M2RNNMixerSubmodules,
+        submodules: MixerSubmodules,
         d_model: int,
+        settings: M2RNNSettings,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
-        settings: Mapping[str, Any] = NO_SETTINGS,
     ):
-        super().__init__(config)
-        assert pg_collection is not None, "pg_collection must be provided for M2RNNMixer"
-        self.layer_number = layer_number
-        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
-        self.dims = m2rnn_dimensions(config, settings)
+        super().__init__(config, pg_collection, layer_number)
+        assert pg_collection is not None
+        self.settings, self.num_heads = settings, settings.heads(d_model)
         tp = self.tp_group.size()
-        assert self.dims.num_heads % tp == 0, "layout.py refuses this before a model is built"
-        self.heads = self.dims.num_heads // tp
-        self.k_dim, self.v_dim = self.dims.key_head_dim, self.dims.value_head_dim
-        self.norm_eps = config.layernorm_epsilon
+        assert self.num_heads % tp == 0, "the layout is validated before a model is built"
+        self.heads = self.num_heads // tp
+        self.k_dim, self.v_dim = settings.key_head_dim, settings.value_head_dim
         self.serial = self._cp_is_serial()
-        if self.dims.kernel == "triton":
-            self._triton_runs(config.params_dtype)
+        self.spread = 1 if self.serial else self.cp_group.size()
+        if settings.kernel == "triton":
+            self._runs_triton(config.params_dtype)
         # A rank's backward pass runs on the mean loss of its own tokens, and DDP averages over dp
         # and cp afterwards: what flows here is that many times the gradient of the global loss.
-        clip = self.dims.state_gradient_clip
+        clip = settings.state_gradient_clip
         self.clip = None if clip is None else clip * pg_collection.dp_cp.size()
 
-        self.in_proj = build_module(
-            submodules.in_proj,
-            d_model,
-            self.dims.num_heads * (2 * self.v_dim + 1),
-            2 * self.k_dim,
-            config=config,
-            init_method=config.init_method,
-            tp_group=self.tp_group,
-        )
-        self.out_proj = build_module(
-            submodules.out_proj,
-            self.dims.num_heads * self.v_dim,
-            d_model,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="fc2",
-            tp_group=self.tp_group,
-        )
-        self._build_parameters()
-
-    def _build_parameters(self) -> None:
-        config, dims = self.config, self.dims
-        device = self.in_proj.weight.device
+        channels, rows = self.num_heads * self.v_dim, self.num_heads * (2 * self.v_dim + 1)
+        self.build_projections(submodules, d_model, rows, channels, shared_rows=2 * self.k_dim)
         n, channels = self.heads, self.heads * self.v_dim
+        self.conv_weight = self.split_parameter(channels, settings.conv_kernel)
+        self.shared_conv_weight = self.replicated_parameter(2 * self.k_dim, settings.conv_kernel)
+        self.A_log = self.split_parameter(n, float32=True)
+        self.dt_bias = self.split_parameter(n, float32=True)
+        self.D = self.split_parameter(channels, fill=1.0, float32=True)
+        self.state_weight = self.split_parameter(n, self.v_dim, self.v_dim)
+        self.norm_weight = self.split_parameter(channels, fill=1.0)
+        if config.perform_initialization:
+            self._initialise()
 
-        def split(*shape: int) -> torch.nn.Parameter:
-            empty = torch.empty(*shape, dtype=config.params_dtype, device=device)
-            parameter = torch.nn.Parameter(empty)
-            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-            return parameter
-
-        self.conv_weight = split(channels, dims.conv_kernel)
-        self.shared_conv_weight = torch.nn.Parameter(
-            torch.empty(2 * self.k_dim, dims.conv_kernel, dtype=config.params_dtype, device=device)
-        )
-        mark_replicated(self.shared_conv_weight, config)
-        self.A_log, self.dt_bias, self.D = split(n), split(n), split(channels)
-        for parameter in (self.A_log, self.dt_bias, self.D):
-            keep_in_float32(parameter, config)
-        self.state_weight = split(n, self.v_dim, self.v_dim)
-        self.norm_weight = split(channels)
-        if not config.perform_initialization:
-            return
-        with torch.no_grad():
-            config.init_method(self.shared_conv_weight)
-            torch.nn.init.ones_(self.D)
-            torch.nn.init.ones_(self.norm_weight)
-            self.state_weight.copy_(torch.eye(self.v_dim, device=device))
-            with get_cuda_rng_tracker().fork():
-                config.init_method(self.conv_weight)
-                low, high = dims.a_init_range
-                # A uniform on (low, high]: its logarithm must exist when low is zero.
-                self.A_log.copy_(torch.log(high - (high - low) * torch.rand_like(self.A_log)))
-                low, high = (math.log(t) for t in dims.dt_init_range)
-                dt = torch.exp(low + (high - low) * torch.rand_like(self.dt_bias))
-                self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus⁻¹(dt)
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        self.config.init_method(self.shared_conv_weight)
+        self.state_weight.copy_(torch.eye(self.v_dim))
+        with get_cuda_rng_tracker().fork():
+            self.config.init_method(self.conv_weight)
+            # Uniform on (0, 1]: its logarithm must exist.
+            uniform = 1 - torch.rand_like(self.A_log)
+            self.A_log.copy_(torch.log(_LARGEST_DECAY_RATE * uniform))
+            init_step_size_bias(self.dt_bias)
 
     def forward(
         self,
@@ -205,28 +158,22 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
         return self.out_proj(self._norm(y))
 
     def _cp_is_serial(self) -> bool:
-        cp, asked = self.cp_group.size(), self.dims.context_parallel
+        cp, form = self.cp_group.size(), self.settings.context_parallel
         if cp == 1:
             return False
-        if asked == "all_to_all" and self.heads % cp:
+        if form == "all_to_all" and self.heads % cp:
             raise UserError(
                 f"m2rnn_context_parallel='all_to_all' needs the heads of a tensor-parallel rank to "
-                f"divide by CP: {self.dims.num_heads} heads / TP={self.tp_group.size()} = "
+                f"divide by CP: {self.num_heads} heads / TP={self.tp_group.size()} = "
                 f"{self.heads}, CP={cp}. Choose 'serial' or 'auto'."
             )
-        serial = asked == "serial" or self.heads % cp != 0
-        form = "hands its state from segment to segment" if serial else "spreads its heads"
-        log_once(f"R {form} over CP={cp} ({self.heads} heads a rank, asked for {asked!r})")
+        serial = self.settings.is_serial(self.heads, cp)
+        exchange = "passes its state from segment to segment" if serial else "spreads its heads"
+        log_once(
+            f"M²RNN {exchange} over CP={cp} ({self.heads} heads per rank, "
+            f"m2rnn_context_parallel={form!r})."
+        )
         return serial
-
-    def _mine(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return the part of a tensor-parallel parameter that this cp rank's heads use.
-
-        With heads spread over cp, each rank uses its slice of a parameter that all hold; the
-        gradients of the slices meet in the sum over the data- and context-parallel group.
-        """
-        cp = 1 if self.serial else self.cp_group.size()
-        return parameter.chunk(cp)[self.cp_group.rank()] if cp > 1 else parameter
 
     def _mix(self, shared: torch.Tensor, split: torch.Tensor, order: TokenOrder) -> torch.Tensor:
         """Convolve, recur and gate: ``[s, b, 2K]`` and ``[s, b, n·(2V+1)]`` to ``[s, b, n·V]``.
@@ -241,7 +188,7 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
         shared_conv = replicated(self.shared_conv_weight, self.config, self.tp_group)
         q, k, v = self._convolve(
             torch.cat([shared, v.flatten(-2)], dim=-1),
-            torch.cat([shared_conv, self._mine(self.conv_weight)]),
+            torch.cat([shared_conv, self.mine(self.conv_weight)]),
             packs,
             continues,
         )
@@ -251,46 +198,34 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
             zeros = v.new_zeros(v.size(0), v.size(2), self.k_dim, self.v_dim, dtype=wide)
             state, q = receive_state(zeros, q, self.cp_group)
             state = state * continues
-        recurrence = m2rnn_triton if self._triton_runs(v.dtype, v.device) else m2rnn_scan
+        recurrence = m2rnn_triton if self._runs_triton(v.dtype, v.device) else m2rnn_scan
         y, last = recurrence(
             q,
             k,
             v,
             self._forget(f.squeeze(-1)),
-            self._mine(self.state_weight),
+            self.mine(self.state_weight),
             initial_state=state,
             seq_idx=packs,
             state_gradient_clip=self.clip,
-            clip_order=self.dims.clip_order,
+            clip_order=self.settings.clip_order,
         )
         if self.serial:
             y = send_state(last, y, self.cp_group)
-        y = (y.flatten(-2) + self._mine(self.D) * v.flatten(-2)).to(v.dtype)
+        y = (y.flatten(-2) + self.mine(self.D) * v.flatten(-2)).to(v.dtype)
         return (y * F.silu(g.flatten(-2))).transpose(0, 1)
 
-    def _triton_runs(self, dtype: torch.dtype, device: torch.device | None = None) -> bool:
-        """Say whether the recurrence runs in our Triton kernels.
-
-        Raises:
-            UserError: they were asked for and cannot run.
-        """
-        if self.dims.kernel == "torch":
-            return False
-        reason = m2rnn_triton_reason(value_dim=self.v_dim, dtype=dtype, device=device)
-        if reason is not None and self.dims.kernel == "triton":
-            raise UserError(
-                f"m2rnn_kernel='triton' cannot be used: {reason}. Choose 'torch' or 'auto'."
-            )
-        log_once(
-            "Using the Triton M²RNN kernel."
-            if reason is None
-            else f"Using the PyTorch M²RNN kernel (Triton: {reason})."
+    def _runs_triton(self, dtype: torch.dtype, device: torch.device | None = None) -> bool:
+        return choose_triton(
+            self.settings.kernel,
+            lambda: m2rnn_triton_reason(value_dim=self.v_dim, dtype=dtype, device=device),
+            "M²RNN",
+            "m2rnn_kernel",
         )
-        return reason is None
 
     def _documents_here(self, order: TokenOrder, length: int) -> tuple[torch.Tensor | None, float]:
-        """Return the documents ``[1, s]`` of the tokens at hand, and whether (1.0 or 0.0) the first
-        of them goes on with the document that the previous segment ended in."""
+        """Return the documents ``[1, s]`` of this rank's tokens, and 1.0 if the first of them
+        continues the document in which the previous segment ended, else 0.0."""
         if order.documents is None:
             return None, 1.0
         start = self.cp_group.rank() * length if self.serial else 0
@@ -315,19 +250,13 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
     def _forget(self, f: torch.Tensor) -> torch.Tensor:
         """Return the forget gate ``f_t ∈ (0, 1)``, ``[b, s, n]``, in at least float32."""
         wide = torch.promote_types(f.dtype, torch.float32)
-        rate = F.softplus(f.to(wide) + self._mine(self.dt_bias).to(wide))
-        return torch.exp(-torch.exp(self._mine(self.A_log).to(wide)) * rate)
+        rate = F.softplus(f.to(wide) + self.mine(self.dt_bias).to(wide))
+        return torch.exp(-torch.exp(self.mine(self.A_log).to(wide)) * rate)
 
     def _norm(self, y: torch.Tensor) -> torch.Tensor:
         """RMS norm of ``[s, b, n·V]`` over all heads' channels: mean squares are summed over tp."""
         wide = y.to(torch.promote_types(y.dtype, torch.float32))
         total = sum_over_tp(wide.square().sum(-1, keepdim=True), self.tp_group)
-        mean = total / (self.dims.num_heads * self.v_dim)
-        return (wide * torch.rsqrt(mean + self.norm_eps)).to(y.dtype) * self.norm_weight
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
-        """Every split parameter is split by head along its first axis, so any tp can load it."""
-        whole = ("shared_conv_weight",)
-        return sharded_by_head(self, whole, self.tp_group, prefix, sharded_offsets, metadata)
+        mean = total / (self.num_heads * self.v_dim)
+        normed = wide * torch.rsqrt(mean + self.config.layernorm_epsilon)
+        return normed.to(y.dtype) * self.norm_weight

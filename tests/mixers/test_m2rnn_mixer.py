@@ -12,19 +12,19 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch.nn import functional as F
 
+from benchmarks.m2rnn import m2rnn_naive
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.mixers import m2rnn as module
-from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d_naive
-from nemo_megacpp.mixers.kernels.m2rnn import m2rnn_naive
-from nemo_megacpp.mixers.log import log_once
-from nemo_megacpp.mixers.m2rnn import M2RNNMixer
+from nemo_megacpp.mixers import m2rnn_mixer as module
+from nemo_megacpp.mixers.head_parallel import log_once
+from nemo_megacpp.mixers.m2rnn_mixer import M2RNNMixer
 from nemo_megacpp.mixers.sequence_layout import token_order
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import build_chunks, make_config
+from tests.mixers.kernels.naive import causal_conv1d_naive
 
 # Without a bound on the state's gradient, gradients are linear: those of ranks can be added up.
 MODEL = tiny_model("R", m2rnn_state_gradient_clip=None)
@@ -65,7 +65,7 @@ def _by_hand(
     mixer: M2RNNMixer, hidden: torch.Tensor, packed: PackedSeqParams | None
 ) -> torch.Tensor:
     """The equations of the module's docstring on ``[s, b, h]``, from the naive kernels."""
-    heads, K, V = mixer.dims.num_heads, mixer.dims.key_head_dim, mixer.dims.value_head_dim
+    heads, K, V = mixer.num_heads, mixer.k_dim, mixer.v_dim
     x = hidden.transpose(0, 1)
     batch, length, _ = x.shape
     split = (x @ mixer.in_proj.weight.T).view(batch, length, heads, 2 * V + 1)
@@ -85,8 +85,8 @@ def _by_hand(
     forget = torch.exp(-torch.exp(mixer.A_log) * F.softplus(f + mixer.dt_bias))
     y, _ = m2rnn_naive(q, k, v, forget, mixer.state_weight, seq_idx=documents)
     y = (y + mixer.D.view(heads, V) * v) * F.silu(g)
-    y = y.flatten(2)
-    y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + mixer.norm_eps) * mixer.norm_weight
+    y, eps = y.flatten(2), mixer.config.layernorm_epsilon
+    y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + eps) * mixer.norm_weight
     return (y @ mixer.out_proj.weight.T).transpose(0, 1)
 
 
@@ -190,7 +190,7 @@ def test_norm_spans_all_heads(ranks: WorkerPool) -> None:
 def _one_head_louder() -> bool:
     mixer, hidden = _mixer(1), _random(5, 4, 1)
     V = mixer.v_dim
-    y = _random(7, 4, 1)[..., : mixer.dims.num_heads * V]
+    y = _random(7, 4, 1)[..., : mixer.num_heads * V]
     louder = torch.cat([10 * y[..., :V], y[..., V:]], dim=-1)
     with torch.no_grad():
         quiet, loud = mixer._norm(y), mixer._norm(louder)
@@ -298,11 +298,16 @@ def test_heads_that_do_not_divide_are_refused(ranks: WorkerPool) -> None:
 @pytest.mark.parametrize(
     ("kernel", "triton_runs", "said", "calls"),
     [
-        ("auto", False, "Using the PyTorch M²RNN kernel (Triton: needs a CUDA", 0),
+        ("auto", False, "Using the PyTorch M²RNN kernel (Triton needs a CUDA", 0),
         ("auto", True, "Using the Triton M²RNN kernel.", 1),
         ("triton", True, "Using the Triton M²RNN kernel.", 1),
         ("torch", True, "", 0),
-        ("triton", False, "m2rnn_kernel='triton' cannot be used: computes in float32, and", 0),
+        (
+            "triton",
+            False,
+            "m2rnn_kernel='triton' cannot be used: the kernel computes in float32; the",
+            0,
+        ),
     ],
 )
 def test_which_kernel_runs(

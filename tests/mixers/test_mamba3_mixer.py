@@ -14,14 +14,14 @@ from megatron.core.transformer.spec_utils import import_module
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemo_megacpp.config import HybridConfig, Mamba3Dimensions, mamba3_dimensions
+from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.mixers import mamba3
-from nemo_megacpp.mixers.kernels.mamba3 import mamba3_naive
+from nemo_megacpp.mixer_settings import Mamba3Dimensions, Mamba3Settings
+from nemo_megacpp.mixers.head_parallel import log_once
 from nemo_megacpp.mixers.kernels.mamba3_state import negative_decay_rate
-from nemo_megacpp.mixers.log import log_once
-from nemo_megacpp.mixers.mamba3_rows import rank_share, rows_in_mamba_ssm_order, split_rows
+from nemo_megacpp.mixers.mamba3_mixer import Mamba3Mixer
+from nemo_megacpp.mixers.mamba3_rows import rank_share, split_rows
 from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.compare import FLOAT64, compare
 from nemo_megacpp.proof.step import StepResult
@@ -30,6 +30,7 @@ from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 from tests.bare import build_chunks, make_config
+from tests.mixers.kernels.naive import mamba3_naive, rows_in_mamba_ssm_order
 from tests.selection import slow_if
 
 # Between two M blocks an A block mixes tokens, so that a wrong token order cannot hide.
@@ -56,7 +57,7 @@ VARIANTS = {
 
 def test_rows_in_mamba_ssm_order() -> None:
     dims = Mamba3Dimensions(
-        num_heads=2, head_dim=1, state_dim=2, num_groups=2, mimo_rank=2, rope_fraction=1.0
+        num_heads=2, head_dim=1, state_dim=2, num_groups=2, mimo_rank=2, num_angles=1
     )
     # A group: B (r, n) 4 rows, C 4 rows, and its head's z, x, dd_dt, dd_A, trap; last of all, θ̂.
     assert split_rows(dims) == 26
@@ -73,6 +74,7 @@ def test_rows_in_mamba_ssm_order() -> None:
 def _by_hand(mixer: Any, hidden: Tensor, documents: Tensor | None) -> Tensor:
     """Mamba-3 as mamba_ssm writes it, on ``[s, b, h]``, from whole weights in its row order."""
     dims: Mamba3Dimensions = mixer.dims
+    settings: Mamba3Settings = mixer.settings
     heads, head_dim, rank = dims.num_heads, dims.head_dim, dims.mimo_rank
     weight = torch.cat([mixer.in_proj.weight, mixer.in_proj.shared_weight])
     projected = hidden.transpose(0, 1) @ weight[rows_in_mamba_ssm_order(dims)].T
@@ -93,7 +95,7 @@ def _by_hand(mixer: Any, hidden: Tensor, documents: Tensor | None) -> Tensor:
         mixer.B_bias,
         mixer.C_bias,
         F.softplus(dd_dt + mixer.dt_bias),
-        negative_decay_rate(dd_A, dims.A_floor, dims.A_activation),
+        negative_decay_rate(dd_A, settings.A_floor, settings.A_activation),
         torch.sigmoid(trap),
         math.pi * torch.tanh(theta),
         mixer.D,
@@ -101,7 +103,7 @@ def _by_hand(mixer: Any, hidden: Tensor, documents: Tensor | None) -> Tensor:
         pairs=dims.pairs,
         seq_idx=documents,
     )
-    if dims.output_norm:
+    if settings.output_norm:
         o = rms(o) * mixer.norm_weight.view(heads, 1, head_dim)
     ones = torch.ones(heads, 1, head_dim, dtype=x.dtype)
     mimo_z, mimo_o = (mixer.mimo_z, mixer.mimo_o) if rank > 1 else (ones, ones)
@@ -191,8 +193,7 @@ def test_initial_values_are_mamba_ssms(ranks: WorkerPool) -> None:
 def test_auto_says_once_why_it_scans_in_torch(ranks: WorkerPool) -> None:
     log = ranks.run(1, _one_rank, SISO)[0]["log"]
     assert [line for line in log if "Mamba-3" in line] == [
-        "Using the PyTorch Mamba-3 kernel (Triton: needs a CUDA device, and the activations are on "
-        "cpu)."
+        "Using the PyTorch Mamba-3 kernel (Triton needs a CUDA device)."
     ]
 
 
@@ -201,7 +202,7 @@ def test_the_named_spec_has_this_mixer() -> None:
         import_module(("nemo_megacpp.specs", name)).submodules.layers["M"].submodules.mixer.module
         for name in ("hybrid_stack_spec", "hybrid_mamba3_stack_spec")
     )
-    assert (native.__name__, ours) == ("Mamba2Mixer", mamba3.Mamba3Mixer)
+    assert (native.__name__, ours) == ("Mamba2Mixer", Mamba3Mixer)
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -237,10 +238,10 @@ def test_dimensions_of_a_plain_configuration() -> None:
     plain = TransformerConfig(
         num_layers=1, hidden_size=64, num_attention_heads=4, mamba_head_dim=16, mamba_state_dim=32
     )
-    assert mamba3_dimensions(plain) == Mamba3Dimensions(8, 16, 32, 8)
-    hybrid = HybridConfig(**MIMO)
-    assert mamba3_dimensions(hybrid).pairs == "halves"
-    assert mamba3_dimensions(HybridConfig(**SISO)).pairs == "interleaved"
+    assert Mamba3Settings().dimensions(plain) == Mamba3Dimensions(8, 16, 32, 8, num_angles=8)
+    for fields, pairs in ((MIMO, "halves"), (SISO, "interleaved")):
+        config = HybridConfig(**fields)
+        assert Mamba3Settings.of(config).dimensions(config).pairs == pairs
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ def test_dimensions_of_a_plain_configuration() -> None:
         (8, 4, 3, 1, "mamba_num_heads=8 is not divisible by TP=3"),
         (8, 2, 4, 1, "mamba_num_groups=2 is not divisible by TP=4"),
         (12, 4, 2, 4, "mamba_num_heads=12 / TP=2 = 6 heads .* not divisible by CP=4"),
-        (24, 6, 2, 2, "mamba_num_groups=6 / TP=2 = 3 groups .* fit no CP=2"),
+        (24, 6, 2, 2, "mamba_num_groups=6 / TP=2 = 3 groups .* do not fit CP=2"),
     ],
 )
 def test_rank_share(heads: int, groups: int, tp: int, cp: int, expected: Any) -> None:
@@ -269,8 +270,8 @@ def test_rank_share(heads: int, groups: int, tp: int, cp: int, expected: Any) ->
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (MIMO, "mamba3_kernel='triton' cannot be used: single-input only, and .* is 3"),
-        (SISO, "mamba3_kernel='triton' cannot be used: .* powers of two .* mamba_head_dim is 6"),
+        (MIMO, "mamba3_kernel='triton' cannot be used: the kernel needs SISO; .* is 3"),
+        (SISO, "mamba3_kernel='triton' cannot be used: .* power of two .* mamba_head_dim is 6"),
     ],
 )
 def test_triton_is_refused_while_building(

@@ -23,10 +23,10 @@ _WHILE_BUILDING = re.compile(r"( when instantiating \w+)+$")
 
 
 class HybridModel(MambaModel):
-    """Megatron's ``MambaModel``, which in 0.16.1 cannot be told its virtual stage.
+    """Megatron's ``MambaModel`` with a virtual stage, which 0.16.1 has no argument for.
 
-    Which chunk shares the embedding's weight is decided while the model is built, so the stage is
-    set before anything else, and kept when ``LanguageModule`` sets it to None.
+    The stage decides, while the model is built, which chunk shares the embedding's weight. So it is
+    set before anything else, and stays when ``LanguageModule`` sets it to None.
     """
 
     def __init__(self, *args: Any, vp_stage: int | None = None, **kwargs: Any):
@@ -67,16 +67,34 @@ def build_hybrid_model(
     Raises:
         UserError: settings that one of the modules refuses, Megatron's own included.
     """
-    with _refusals_told():
-        return _build(config, pre_process, post_process, vp_stage, backend, pg_collection)
+    with _refusals_as_user_errors():
+        return HybridModel(
+            config,
+            mamba_stack_spec=build_hybrid_stack_spec(config, backend, vp_stage),
+            vocab_size=padded_vocab_size(
+                config.vocab_size,
+                config.make_vocab_size_divisible_by,
+                config.tensor_model_parallel_size,
+            ),
+            max_sequence_length=config.seq_length,
+            hybrid_override_pattern=str(config.pattern),
+            position_embedding_type=config.position_embedding_type,
+            rotary_percent=config.rotary_percent,
+            rotary_base=config.rotary_base,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=config.parallel_output,
+            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+            fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
 
 
 @contextlib.contextmanager
-def _refusals_told() -> Iterator[None]:
-    """Tell what a module refuses; Megatron does so by assertions.
-
-    Megatron's builder adds the modules that were being built to every message.
-    """
+def _refusals_as_user_errors() -> Iterator[None]:
+    """Raise as UserError what a module refuses, by Megatron's assertions too, without the list of
+    modules that Megatron's builder adds to the message."""
     try:
         yield
     except (UserError, AssertionError) as error:
@@ -87,37 +105,6 @@ def _refusals_told() -> Iterator[None]:
         if not frame.f_globals["__name__"].startswith("megatron."):
             raise
         raise UserError(f"Megatron refuses this model: {message.rstrip(' ,.')}.") from error
-
-
-def _build(
-    config: HybridConfig,
-    pre_process: bool,
-    post_process: bool,
-    vp_stage: int | None,
-    backend: BackendSpecProvider | None,
-    pg_collection: ProcessGroupCollection | None,
-) -> HybridModel:
-    return HybridModel(
-        config,
-        mamba_stack_spec=build_hybrid_stack_spec(backend, vp_stage, config.mode),
-        vocab_size=padded_vocab_size(
-            config.vocab_size,
-            config.make_vocab_size_divisible_by,
-            config.tensor_model_parallel_size,
-        ),
-        max_sequence_length=config.seq_length,
-        hybrid_override_pattern=str(config.pattern),
-        position_embedding_type=config.position_embedding_type,
-        rotary_percent=config.rotary_percent,
-        rotary_base=config.rotary_base,
-        pre_process=pre_process,
-        post_process=post_process,
-        parallel_output=config.parallel_output,
-        share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
-        fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
-        pg_collection=pg_collection,
-        vp_stage=vp_stage,
-    )
 
 
 def build_hybrid_chunks(

@@ -12,8 +12,8 @@ import pytest
 
 from nemo_megacpp import cli
 from nemo_megacpp.proof.covering import covered_fields
-from nemo_megacpp.settings.show import markdown, settings_document
-from nemo_megacpp.settings.tables import TABLES, default_of
+from nemo_megacpp.settings.validate import TABLES, default_of
+from nemo_megacpp.settings.verdict_document import markdown, settings_document
 
 ROOT = Path(__file__).parents[2]
 PROOFS = sorted(

@@ -13,13 +13,13 @@ from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
 
 
 class Mamba2Mixer(KeepsFloat32, MambaMixer):
-    """Megatron's ``MambaMixer``, whose ``A_log``, ``dt_bias`` and ``D`` stay float32, and which is
-    right with ``overlap_param_gather``.
+    """Megatron's ``MambaMixer``, with ``A_log``, ``dt_bias`` and ``D`` in float32 and correct under
+    ``overlap_param_gather``.
 
-    Megatron builds ``A_log`` and ``D`` in float32 for good reason, and its ``Float16Module`` makes
-    them bfloat16 again. The kernels take all three in float32. The stock mixer reads the weight and
-    bias of ``conv1d`` and never calls it, so nothing waits until they are gathered. Everything
-    else, and every checkpoint key, is the stock mixer's.
+    Megatron builds ``A_log`` and ``D`` in float32, and its ``Float16Module`` converts them to
+    bfloat16; the kernels take all three in float32. The stock mixer reads the weight and bias of
+    ``conv1d`` without calling it, so nothing waits for their gather. Everything else, and every
+    checkpoint key, is the stock mixer's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -12,7 +12,11 @@ The document, version 1; keys are only ever added within a version::
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterator
 from enum import Enum
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from megatron.core import __version__ as megatron_version
@@ -20,8 +24,7 @@ from rich.console import Console
 
 from nemo_megacpp.errors import UserError, nearest
 from nemo_megacpp.render import Table, Tone, Toned, print_table
-from nemo_megacpp.settings.check import legal_values
-from nemo_megacpp.settings.tables import TABLES, default_of
+from nemo_megacpp.settings.validate import TABLES, default_of, legal_values
 from nemo_megacpp.settings.verdict import Verdict
 
 SCHEMA = 1
@@ -70,7 +73,7 @@ def settings_document(name: str | None = None) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as it is shown: a function or a member of an enumeration by its name."""
+    """Return a value as text: a function or a member of an enumeration by its name."""
     if isinstance(value, Enum):
         return value.name
     return value.__name__ if callable(value) else repr(value)
@@ -88,11 +91,9 @@ def why(row: dict[str, Any]) -> str:
 
 def print_settings(console: Console, document: dict[str, Any]) -> None:
     """Print a table for each configuration."""
-    rows = document["settings"]
-    for kind in dict.fromkeys(row["configuration"] for row in rows):
-        mine = [row for row in rows if row["configuration"] == kind]
-        table = Table(("<field", "<default", "<verdict", "<why"), f"{kind} ({_counts(mine)})")
-        for row in mine:
+    for kind, counts, rows in _by_configuration(document):
+        table = Table(("<field", "<default", "<verdict", "<why"), f"{kind} ({counts})")
+        for row in rows:
             tone = _TONES.get(row["verdict"])
             verdict = Toned(row["verdict"], tone) if tone else row["verdict"]
             table.add(row["field"], row["default"], verdict, why(row))
@@ -101,18 +102,19 @@ def print_settings(console: Console, document: dict[str, Any]) -> None:
 
 def markdown() -> str:
     """Return the tables of the documentation's page."""
-    rows = settings_document()["settings"]
     lines: list[str] = []
-    for kind in dict.fromkeys(row["configuration"] for row in rows):
-        mine = [row for row in rows if row["configuration"] == kind]
-        lines += ["", f"## {kind}", "", f"{_counts(mine)}.", ""]
+    for kind, counts, rows in _by_configuration(settings_document()):
+        lines += ["", f"## {kind}", "", f"{counts}.", ""]
         lines += ["| field | default | verdict | why |", "|---|---|---|---|"]
-        for row in mine:
+        for row in rows:
             cells = (f"`{row['field']}`", f"`{row['default']}`", row["verdict"], why(row))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
-def _counts(rows: list[dict[str, Any]]) -> str:
-    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in _VERDICTS}
-    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+def _by_configuration(document: dict[str, Any]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Yield each configuration's name, how many settings have each verdict, and their rows."""
+    for kind, group in groupby(document["settings"], key=itemgetter("configuration")):
+        rows = list(group)
+        counts = Counter(row["verdict"] for row in rows)
+        yield kind, ", ".join(f"{counts[verdict]} {verdict}" for verdict in _VERDICTS), rows

@@ -1,4 +1,4 @@
-"""M²RNN, a non-linear RNN with a matrix state per head: a reference loop and the form that trains.
+"""M²RNN, a non-linear RNN with a matrix state per head, in plain torch.
 
 The recurrence of arXiv 2603.14360 (lm-engine, XMA)::
 
@@ -9,16 +9,13 @@ The skip ``D·v_t``, the norm and the gate belong to the mixer.
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 from torch import Tensor
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixer_settings import ClipOrder
 from nemo_megacpp.mixers.kernels.m2rnn_autograd import M2RNNFunction
-from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, check_shape, document_starts
+from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, check_shapes, document_starts
 
-ClipOrder = Literal["before_output", "after_output"]
 _CLIP_ORDERS = ("before_output", "after_output")
 
 
@@ -32,75 +29,19 @@ def check_inputs(
     clip: float | None,
     clip_order: str,
 ) -> None:
-    if v.dim() != 4:
-        raise UserError(f"v must have shape [b, l, n, v], got {list(v.shape)}.")
-    batch, length, heads, value_dim = v.shape
-    if length == 0:
-        raise UserError("the sequence must hold at least one token, got l=0.")
-    key_dim = k.shape[-1]
-    for name, tensor in (("q", q), ("k", k)):
-        if tensor.dim() == 4:
-            check_shape(name, tensor, (batch, length, heads, key_dim), "[b, l, n, k]")
-        else:
-            check_shape(name, tensor, (batch, length, key_dim), "[b, l, k] (or [b, l, n, k])")
-    check_shape("forget", forget, (batch, length, heads), "[b, l, n]")
-    check_shape("W", W, (heads, value_dim, value_dim), "[n, v, v]")
-    if initial_state is not None:
-        expected = (batch, heads, key_dim, value_dim)
-        check_shape("initial_state", initial_state, expected, "[b, n, k, v]")
+    shapes = {
+        "v": (v, "b l n v"),
+        "k": (k, "b l n k" if k.dim() == 4 else "b l k"),
+        "q": (q, "b l n k" if q.dim() == 4 else "b l k"),
+        "forget": (forget, "b l n"),
+        "W": (W, "n v v"),
+        "initial_state": (initial_state, "b n k v"),
+    }
+    check_shapes(shapes)
     if clip is not None and not clip > 0:
         raise UserError(f"state_gradient_clip must be positive or None, got {clip}.")
     if clip_order not in _CLIP_ORDERS:
         raise UserError(f"clip_order must be one of {list(_CLIP_ORDERS)}, got {clip_order!r}.")
-
-
-def m2rnn_naive(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    forget: Tensor,
-    W: Tensor,
-    *,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    state_gradient_clip: float | None = None,
-    clip_order: ClipOrder = "before_output",
-) -> tuple[Tensor, Tensor]:
-    """Reference for :func:`m2rnn_scan`: the recurrence, token by token, gradients by autograd."""
-    check_inputs(q, k, v, forget, W, initial_state, state_gradient_clip, clip_order)
-    acc = accumulation_dtype(v)
-    batch, length, heads, value_dim = v.shape
-    q_acc = (q if q.dim() == 4 else q[:, :, None]).to(acc)
-    k_acc = (k if k.dim() == 4 else k[:, :, None]).to(acc)
-    v_acc, f_acc, W_acc = v.to(acc), forget.to(acc), W.to(acc)
-    state = v_acc.new_zeros(batch, heads, k.shape[-1], value_dim)
-    if initial_state is not None:
-        state = initial_state.to(acc)
-    outputs = []
-    for t in range(length):
-        if seq_idx is not None and t > 0:
-            same = seq_idx[:, t] == seq_idx[:, t - 1]
-            state = torch.where(same[:, None, None, None], state, torch.zeros_like(state))
-        drive = k_acc[:, t, :, :, None] * v_acc[:, t, :, None, :]
-        candidate = torch.tanh(torch.einsum("bnku,nuv->bnkv", state, W_acc) + drive)
-        f = f_acc[:, t, :, None, None]
-        state = f * state + (1 - f) * candidate
-        if clip_order == "after_output":
-            state = _clip_gradient(state, state_gradient_clip)
-        outputs.append((state * q_acc[:, t, :, :, None]).sum(dim=2))
-        if clip_order == "before_output":
-            state = _clip_gradient(state, state_gradient_clip)
-    return torch.stack(outputs, dim=1).to(v.dtype), state
-
-
-def _clip_gradient(x: Tensor, clip: float | None) -> Tensor:
-    """Return ``x``; what flows back through the returned tensor is clamped to ``[-clip, clip]``."""
-    if clip is None or not x.requires_grad:
-        return x
-    bound = clip
-    x = x.view_as(x)
-    x.register_hook(lambda grad: grad.clamp(-bound, bound))
-    return x
 
 
 def m2rnn_scan(
@@ -135,8 +76,8 @@ def m2rnn_scan(
             then adds this token's ``q_t·dy_tᵀ``, as XMA's Triton kernel does; ``'after_output'``
             clips the sum, as XMA's torch reference does. The initial state's gradient is not
             clipped again, so a sequence cut in two gives the gradients of the whole.
-        checkpoint_every: keep one state in so many for the backward pass and compute the others
-            again; None keeps all, ``b·l·n·k·v`` numbers.
+        checkpoint_every: save one state in this many for the backward pass and recompute the
+            others; None saves all, ``b·l·n·k·v`` numbers.
 
     Returns:
         ``y [b, l, n, v]`` in the dtype of ``v``, and the final state ``[b, n, k, v]`` in the

@@ -1,0 +1,115 @@
+"""Verdicts on ``DistributedDataParallelConfig`` and ``OptimizerConfig``."""
+
+from __future__ import annotations
+
+from nemo_megacpp.settings.transformer_verdicts import TRANSFORMER
+from nemo_megacpp.settings.verdict import Table, covered, neutral, only_with, proved, refused, table
+
+_FP8 = "It needs fp8, which is refused"
+_ONE_ELEMENT = "Enters the step of one element, by its own gradient alone"
+
+
+def _as_the_model(fields: str) -> Table:
+    """Return the verdicts of the ``TransformerConfig`` fields of the same names."""
+    return {field: TRANSFORMER[field] for field in fields.split()}
+
+
+DDP = table(
+    proved(
+        "grad_reduce_in_fp32",
+        "The type in which gradients are summed; a bf16 model accepts True only",
+        "tests/proof/test_verify.py::test_a_recipe_verified",
+    ),
+    covered("overlap_grad_reduce", "When gradients are summed"),
+    covered("overlap_param_gather", "When parameters are gathered"),
+    neutral("align_param_gather", "Whether stages gather parameters at the same time"),
+    covered("use_distributed_optimizer", "Which rank holds which optimizer state"),
+    refused("num_distributed_optimizer_instances", "No case and no checkpoint has several"),
+    covered("bucket_size", "How many gradients one message holds"),
+    neutral("pad_buckets_for_high_nccl_busbw", "Pads a message with numbers that no one reads"),
+    neutral("check_for_nan_in_grad", "Ends a run whose gradients are NaN or Inf"),
+    neutral("check_for_large_grads", "Ends a run whose gradients are unexpectedly large"),
+    neutral("reduce_scatter_with_fp32_accumulation", "Another order of the same float32 sums"),
+    neutral("average_in_collective", "Divides after the sum, not before: rounding; only NCCL can"),
+    neutral("nccl_ub", "Where NCCL finds the buffers"),
+    neutral("disable_symmetric_registration", "How NCCL learns where the buffers are"),
+    _as_the_model("delay_wgrad_compute"),
+    refused("fp8_param_gather reuse_grad_buf_for_mxfp8_param_ag", _FP8),
+    refused(
+        """use_megatron_fsdp use_custom_fsdp data_parallel_sharding_strategy
+        outer_dp_sharding_strategy""",
+        "Megatron's DDP trains the stack; no case covers its FSDP",
+    ),
+    only_with(
+        """gradient_reduce_div_fusion suggested_communication_unit_size preserve_fp32_weights
+        keep_fp8_transpose_cache fsdp_double_buffer fsdp_manual_registration""",
+        "use_megatron_fsdp",
+    ),
+    configuration="DistributedDataParallelConfig",
+)
+"""Field -> verdict."""
+
+OPTIMIZER = table(
+    # The step.
+    proved(
+        "optimizer",
+        "Every proof compares a step of Adam",
+        "tests/proof/test_parity.py::test_float64",
+        legal=("adam",),
+        otherwise="No case covers another one's step or checkpoint, and Muon would work on the "
+        "part of a matrix that a rank holds",
+    ),
+    neutral("lr decoupled_weight_decay adam_beta1 adam_beta2 adam_eps", _ONE_ELEMENT),
+    covered("weight_decay", _ONE_ELEMENT),
+    neutral("min_lr", "Bounds the schedule, which every rank computes alike"),
+    refused("decoupled_lr", "NeMo's schedules do not read it, and no case covers it"),
+    only_with("decoupled_min_lr", "decoupled_lr"),
+    refused("apply_wd_to_qk_layernorm", "A blocks do not normalize queries and keys"),
+    covered("clip_grad", "Bounds the norm over all ranks' gradients"),
+    only_with("sgd_momentum", "optimizer='sgd'"),
+    only_with(
+        """muon_momentum muon_split_qkv muon_use_nesterov muon_scale_mode muon_fp32_matmul_prec
+        muon_num_ns_steps muon_tp_mode muon_extra_scale_factor""",
+        "optimizer='muon'",
+    ),
+    # Precision.
+    _as_the_model("bf16 fp16 params_dtype"),
+    neutral(
+        "fp8_recipe",
+        "Read only for parameters in fp8, which is refused; NeMo and Megatron's scripts set "
+        "'delayed'",
+        legal=("delayed",),
+        otherwise=_FP8,
+    ),
+    refused("reuse_grad_buf_for_mxfp8_param_ag", _FP8),
+    refused(
+        """use_precision_aware_optimizer main_grads_dtype main_params_dtype exp_avg_dtype
+        exp_avg_sq_dtype""",
+        "No case and no checkpoint has moments or master weights of fewer bits",
+    ),
+    only_with("store_param_remainders", "use_precision_aware_optimizer"),
+    refused("loss_scale", "NeMo divides gradients by it and does not multiply the loss"),
+    only_with("initial_loss_scale min_loss_scale loss_scale_window hysteresis", "fp16"),
+    # Where the state is.
+    proved(
+        "use_distributed_optimizer",
+        "Which rank holds which optimizer state",
+        "covering:DistributedDataParallelConfig.use_distributed_optimizer",
+    ),
+    neutral("overlap_param_gather", "Read only with fp8; the wrapper's own setting counts"),
+    refused(
+        "overlap_param_gather_with_optimizer_step",
+        "It makes an optimizer of the first chunk alone, which no case or checkpoint covers",
+    ),
+    refused("optimizer_cpu_offload", "No case and no checkpoint covers its optimizer"),
+    only_with(
+        """optimizer_offload_fraction use_torch_optimizer_for_cpu_offload
+        overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params""",
+        "optimizer_cpu_offload",
+    ),
+    # What is logged.
+    neutral("log_num_zeros_in_grad", "Counts, and changes nothing"),
+    _as_the_model("barrier_with_L1_time timers config_logger_dir"),
+    configuration="OptimizerConfig",
+)
+"""Field -> verdict."""

@@ -1,0 +1,370 @@
+"""Verdicts on the fields of ``TransformerConfig`` and ``ModelParallelConfig``. Loads no torch."""
+
+from __future__ import annotations
+
+from nemo_megacpp.settings.verdict import (
+    DTYPES,
+    covered,
+    neutral,
+    only_with,
+    proved,
+    refused,
+    table,
+)
+
+_INFERENCE = "Only inference reads it, and the hybrid stack trains"
+_MASKS = "Proved where the generators are the same; else a rank draws other masks, equally probable"
+_SCORES = "A function of one token's scores"
+_PARITY = (
+    "tests/proof/test_parity.py::test_float64",
+    "tests/proof/test_parity.py::test_float32_loss",
+)
+_VERIFIED = "tests/proof/test_verify.py::test_a_recipe_verified"
+
+_PARALLELISM = table(
+    # The axes.
+    proved(
+        """tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel
+        virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
+        expert_tensor_parallel_size""",
+        "An axis of every proof",
+        *_PARITY,
+    ),
+    refused(
+        "hierarchical_context_parallel_sizes",
+        "Only Transformer Engine's cp_comm_type='a2a+p2p' uses its groups; M and R do not",
+    ),
+    refused("hybrid_context_parallel", "Changes CP between microbatches; M and R need one CP"),
+    only_with("max_seqlen_per_dp_cp_rank", "hybrid_context_parallel"),
+    refused("moe_extended_tp", "Unused in Megatron-Core 0.16; use expert_tensor_parallel_size"),
+    # Initialization and data types.
+    neutral(
+        """perform_initialization use_cpu_initialization is_hybrid_model init_method
+        output_layer_init_method init_method_std embedding_init_method embedding_init_method_std""",
+        "Initializes weights; layouts are compared on the same weights",
+    ),
+    refused(
+        "fp16",
+        "Its loss scale depends on which gradient overflows first, and this package's checkpoints "
+        "do not hold its state; use bf16",
+    ),
+    proved("bf16", "Compared within rounding", _VERIFIED),
+    proved(
+        "params_dtype",
+        "Every model is proved in float64 and float32, and within rounding in bfloat16",
+        *_PARITY,
+        _VERIFIED,
+        legal=DTYPES,
+        otherwise="No layout is proved with the loss scaling that float16 needs",
+    ),
+    neutral("pipeline_dtype", "The type that a stage receives; another than is sent is refused"),
+    refused("enable_autocast", "torch.autocast would override the types that mixers choose"),
+    only_with("autocast_dtype", "enable_autocast"),
+    # Set by the trainer.
+    neutral("timers", "Measures time"),
+    neutral("finalize_model_grads_func no_sync_func grad_sync_func", "The trainer overwrites it"),
+    refused("grad_scale_func", "It would scale the loss, and no one divides the gradients again"),
+    neutral("param_sync_func", "The trainer sets it; it says when parameters are gathered"),
+    neutral("barrier_with_L1_time", "A barrier around what is timed"),
+    neutral("use_te_rng_tracker", "Who keeps the random states; seeds and forks are the same"),
+    covered("deterministic_mode", "Selects kernels that sum in one order"),
+    # Fused kernels and overlap.
+    neutral("gradient_accumulation_fusion", "Adds the same product to main_grad in the kernel"),
+    neutral("async_tensor_model_parallel_allreduce", "Megatron-Core 0.16 no longer reads it"),
+    neutral(
+        "tp_comm_overlap",
+        "Transformer Engine splits a product to overlap it with its collective; it sums the same "
+        "numbers, and skips experts and the projections that are not its own",
+    ),
+    neutral(
+        """tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs
+        tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_split_rs tp_comm_overlap_disable_qkv
+        tp_comm_overlap_disable_fc1""",
+        "Which of Transformer Engine's products overlap with a collective; the sums are the same",
+    ),
+    refused(
+        "tp_comm_atomic_ag tp_comm_atomic_rs",
+        "Transformer Engine calls its atomic products experimental; no GPU has proved them here",
+    ),
+    neutral("tp_comm_bootstrap_backend", "How the buffers of tp_comm_overlap find each other"),
+    neutral("cross_entropy_loss_fusion", "The same vocab-parallel cross entropy, in one kernel"),
+    neutral("cross_entropy_fusion_impl", "Which kernel cross_entropy_loss_fusion takes"),
+    refused(
+        "overlap_moe_expert_parallel_comm delay_wgrad_compute",
+        "Only Megatron's GPTModel has a schedule for it",
+    ),
+    only_with("ep_overlap_early_attn_memory_release", "overlap_moe_expert_parallel_comm"),
+    # Pipeline communication.
+    neutral(
+        "pipeline_model_parallel_comm_backend batch_p2p_comm",
+        "How a stage's tensors are sent; the same tensors reach the same stages",
+    ),
+    neutral("variable_seq_lengths", "Stages send each other shapes before tensors"),
+    neutral(
+        "overlap_p2p_comm",
+        "When a stage's tensors are sent; HybridConfig turns it on for two stages with virtual "
+        "stages, which need it",
+    ),
+    neutral("batch_p2p_sync", "Synchronizes the device after a batch of messages"),
+    neutral("overlap_p2p_comm_warmup_flush", "When a stage's tensors are sent"),
+    neutral(
+        "microbatch_group_size_per_vp_stage",
+        "When virtual stages take turns; each sees the microbatches in the same order",
+    ),
+    refused("use_ring_exchange_p2p", "Needs a custom build of torch, with ring_exchange"),
+    neutral("deallocate_pipeline_outputs", "Frees what was sent; nothing shares its storage"),
+    refused("defer_embedding_wgrad_compute", "Only Megatron's GPTModel defers it"),
+    only_with("wgrad_deferral_limit", "defer_embedding_wgrad_compute"),
+    only_with("mtp_standalone mtp_loss_scaling_factor", "mtp_num_layers"),
+    refused("cpu_offloading _cpu_offloading_context", "Only Megatron's TransformerBlock offloads"),
+    only_with(
+        """cpu_offloading_num_layers cpu_offloading_activations cpu_offloading_weights
+        cpu_offloading_double_buffering""",
+        "cpu_offloading",
+    ),
+)
+
+_ARCHITECTURE = table(
+    # Layers and sizes.
+    neutral(
+        """num_layers hidden_size num_attention_heads num_query_groups mamba_state_dim
+        mamba_head_dim mamba_num_groups mamba_num_heads num_moe_experts moe_ffn_hidden_size
+        moe_shared_expert_intermediate_size""",
+        "A size of the model, the same in all layouts, against which they are validated",
+    ),
+    refused(
+        """num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
+        pipeline_model_parallel_layout account_for_embedding_in_pipeline_split
+        account_for_loss_in_pipeline_split""",
+        "Write the pipeline cuts into the pattern, as in 'AEME|AEMEAEMR'",
+    ),
+    refused(
+        """moe_layer_freq linear_attention_freq heterogeneous_block_specs
+        hetereogenous_dist_checkpoint""",
+        "The pattern says which layers there are",
+    ),
+    refused("mtp_num_layers", "MambaModel has no multi-token prediction"),
+    neutral("ffn_hidden_size", "No block has a dense MLP; only moe_ffn_hidden_size defaults to it"),
+    covered("kv_channels", "The width of a head, which no layout splits"),
+    refused("use_mamba_mem_eff_path", "Without it Megatron's mixer takes no packed sequences"),
+    # Attention.
+    covered("softmax_scale", "One number for all heads"),
+    refused(
+        "softmax_type",
+        "The torch backend's core attention has no softmax offset, and no case covers Transformer "
+        "Engine's",
+    ),
+    covered("attention_output_gate", "A gate for each head, split with it"),
+    covered("add_qkv_bias", "Split with the heads"),
+    refused(
+        "window_size",
+        "The torch backend's core attention has no window, and no case covers Transformer "
+        "Engine's under CP",
+    ),
+    only_with("window_attn_skip_freq", "window_size"),
+    refused("rotary_interleaved", "MambaModel rotates channels (i, i + d/2)"),
+    refused("no_rope_freq", "Every A block has RoPE, or none has (position_embedding_type)"),
+    refused(
+        """mrope_section multi_latent_attention qk_layernorm qk_l2_norm qk_clip
+        experimental_attention_variant""",
+        "An A block is grouped-query attention with RoPE",
+    ),
+    only_with("qk_clip_alpha qk_clip_threshold", "qk_clip"),
+    refused("log_max_attention_logit", "Only Transformer Engine records it, and only GPT logs it"),
+    only_with(
+        """dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk dsa_indexer_loss_coeff
+        dsa_indexer_use_sparse_loss linear_conv_kernel_dim linear_key_head_dim
+        linear_value_head_dim linear_num_key_heads linear_num_value_heads""",
+        "experimental_attention_variant",
+    ),
+    refused("apply_query_key_layer_scaling", "An environment variable sets it; torch ignores it"),
+    neutral("attention_softmax_in_fp32", "The stack's attention always has a float32 softmax"),
+    neutral("test_mode", "Compares the replicas of an A block's tensors, and changes none"),
+    # Norms, residuals, dropout, biases, activations.
+    neutral(
+        "normalization",
+        "The norm of every block",
+        legal=("RMSNorm",),
+        otherwise="The torch backend has no other, and no case covers Transformer Engine's",
+    ),
+    neutral("layernorm_epsilon", "The same function of a token in all layouts"),
+    neutral(
+        "layernorm_zero_centered_gamma",
+        "Where a gain's zero is, inside the norm; only Transformer Engine has it, and the torch "
+        "backend refuses it",
+    ),
+    refused("apply_residual_connection_post_layernorm", "Megatron-Core 0.16 does not implement it"),
+    refused("fp32_residual_connection", "Blocks send bfloat16, Megatron's embedding float32"),
+    covered("hidden_dropout", _MASKS),
+    proved(
+        "attention_dropout",
+        _MASKS,
+        "tests/specs/test_dropout.py::test_axes_that_do_not_change_the_masks",
+    ),
+    covered("add_bias_linear", "Where every block of the pattern has biases"),
+    covered("gated_linear_unit", "Split with the expert's width"),
+    covered("activation_func", "A function of one element"),
+    neutral("glu_linear_offset activation_func_clamp_value", "Acts on one element in an expert"),
+    # Initial weights and the loss.
+    refused("init_model_with_meta_device", "Only Megatron's FSDP fills such weights"),
+    covered("calculate_per_token_loss", "What the loss is averaged over"),
+)
+
+_EXPERTS = table(
+    # Kinds of experts.
+    covered("moe_shared_expert_gate", "A gate that all ranks of a tensor-parallel group hold"),
+    covered("moe_shared_expert_overlap", "When the shared expert computes"),
+    refused("moe_latent_size", "Each rank holds its projections whole, which no case covers"),
+    neutral("moe_grouped_gemm", "The backend decides: grouped with Transformer Engine"),
+    refused("moe_use_legacy_grouped_gemm", "The backend decides which experts are built"),
+    neutral("moe_apply_probs_on_input", "Where one token is multiplied by its one probability"),
+    # Routing.
+    neutral("moe_router_topk", _SCORES),
+    covered("moe_router_num_groups moe_router_group_topk moe_router_pre_softmax", _SCORES),
+    covered("moe_router_topk_scaling_factor moe_router_score_function", _SCORES),
+    neutral("moe_router_dtype", "Rounding of one token's scores, the same in all layouts"),
+    refused(
+        "moe_router_topk_limited_devices",
+        "It makes EP groups of experts, so EP would change the routing; use moe_router_num_groups "
+        "and moe_router_group_topk",
+    ),
+    refused("moe_router_force_load_balancing", "Every rank would route at random"),
+    refused("moe_enable_routing_replay", "Nothing in a training loop records or replays routes"),
+    refused("moe_input_jitter_eps", "Each rank draws its own noise; with SP, for other tokens"),
+    # Balance and capacity.
+    covered(
+        "moe_router_load_balancing_type",
+        "What the balancing loss is taken over: a microbatch, or each sequence in it",
+        legal=("aux_loss", "seq_aux_loss", "none"),
+        otherwise="'global_aux_loss' averages over microbatches, and a data-parallel rank has "
+        "others in another layout; 'sinkhorn' normalizes over the tokens that a rank holds",
+        each=True,
+    ),
+    covered("moe_aux_loss_coeff", "Multiplies the balancing loss"),
+    covered("moe_z_loss_coeff", "Multiplies a mean over tokens"),
+    covered("moe_router_enable_expert_bias", "Moves with the tokens of the global batch"),
+    neutral("moe_router_bias_update_rate", "Multiplies what moves the expert bias"),
+    covered("moe_expert_capacity_factor", "Tokens are dropped over the whole microbatch"),
+    refused(
+        "moe_pad_expert_input_to_capacity moe_token_drop_policy",
+        "Which rank holds a token would decide whether it is dropped",
+    ),
+    refused("moe_token_dropping", "Unused in Megatron-Core 0.16; use moe_expert_capacity_factor"),
+    # Dispatch.
+    covered(
+        "moe_token_dispatcher_type",
+        "How tokens reach their experts",
+        legal=("allgather", "alltoall"),
+        otherwise="'flex' sends tokens by DeepEP or HybridEP, which no GPU has proved here",
+    ),
+    refused(
+        "moe_enable_deepep",
+        "An old name of moe_token_dispatcher_type='flex', which no GPU has proved here",
+    ),
+    only_with(
+        "moe_flex_dispatcher_backend moe_deepep_num_sms moe_hybridep_num_sms",
+        "moe_token_dispatcher_type='flex'",
+    ),
+    neutral("moe_permute_fusion", "Transformer Engine's kernel for the same permutation of tokens"),
+    neutral("moe_router_fusion", "Transformer Engine's kernels for the same routing and its loss"),
+    refused("moe_router_padding_for_quantization", "It needs fp8 or fp4, which are refused"),
+    refused("moe_router_padding_for_fp8", "It needs fp8, which is refused"),
+    neutral("moe_per_layer_logging", "What Megatron's scripts log of each layer"),
+    neutral("moe_layer_recompute", "An old name of recompute_modules=['moe'], which is proved"),
+)
+
+_IMPLEMENTATION = table(
+    # Kernels.
+    neutral(
+        "transformer_impl",
+        "The spec decides: Transformer Engine where it is installed, else torch",
+        legal=("transformer_engine", "local"),
+        otherwise=_INFERENCE,
+    ),
+    neutral("attention_backend", "Which of Transformer Engine's attention kernels runs"),
+    neutral(
+        "cp_comm_type",
+        "How Transformer Engine's attention exchanges keys and values; the torch backend gathers "
+        "them",
+        legal=("p2p", "all_gather", "a2a"),
+        otherwise="'a2a+p2p' needs groups that M and R do not have, and of a list Megatron-Core "
+        "0.16 gives a layer the next one's",
+    ),
+    neutral(
+        "masked_softmax_fusion", "Only Megatron's DotProductAttention, which is not used, reads it"
+    ),
+    neutral(
+        """bias_activation_fusion bias_dropout_fusion apply_rope_fusion fused_single_qkv_rope
+        use_fused_weighted_squared_relu use_te_activation_func""",
+        "A kernel for the same function",
+    ),
+    neutral("persist_layer_norm", "Only Megatron's FusedLayerNorm reads it"),
+    refused("memory_efficient_layer_norm", "Only Megatron's FusedLayerNorm saves that memory"),
+    neutral("disable_bf16_reduced_precision_matmul", "How cuBLAS rounds, on every rank alike"),
+    neutral("activation_func_fp8_input_store", "A cast of one saved element"),
+    neutral("disable_parameter_transpose_cache", "What Transformer Engine caches of a weight"),
+    neutral("clone_scatter_output_in_embedding", "What the embedding keeps in memory"),
+    neutral("config_logger_dir", "Where Megatron writes its configuration"),
+    refused("batch_invariant_mode", "Mixers and experts do not give the same bits for any batch"),
+    # Low precision.
+    refused(
+        "fp8 fp4",
+        "No GPU has proved it: R's and Mamba-3's projections stay in bfloat16, and a shard's own "
+        "scale is a number that the layout changes",
+    ),
+    only_with(
+        """fp8_recipe fp8_param fp8_quantizer_factory fp8_margin fp8_interval fp8_amax_history_len
+        fp8_amax_compute_algo fp8_wgrad fp8_dot_product_attention fp8_multi_head_attention
+        tp_only_amax_red first_last_layers_bf16 num_layers_at_start_in_bf16
+        num_layers_at_end_in_bf16""",
+        "fp8",
+    ),
+    only_with("fp4_recipe fp4_param fp4_quantizer_factory", "fp4"),
+    refused("quant_recipe", "It gives Transformer Engine's modules types of their own"),
+    refused("use_kitchen use_kitchen_attention", "The backend is Transformer Engine or torch"),
+    only_with("kitchen_attention_backend", "use_kitchen_attention"),
+    # Recompute and offloading.
+    covered(
+        "recompute_granularity",
+        "Computes activations again in the backward pass",
+        legal=("selective",),
+        otherwise="Only Megatron's TransformerBlock recomputes whole layers",
+    ),
+    covered(
+        "recompute_modules",
+        "What recompute_granularity='selective' recomputes",
+        legal=("core_attn", "moe", "shared_experts", "moe_act", "layernorm"),
+        otherwise="No block has a dense MLP ('mlp') or latent attention ('mla_up_proj')",
+        each=True,
+    ),
+    refused(
+        """recompute_method recompute_num_layers distribute_saved_activations
+        num_microbatches_with_partial_activation_checkpoints""",
+        "Only the full recompute of Megatron's TransformerBlock reads it",
+    ),
+    refused("fine_grained_activation_offloading", "Only Megatron's GPTModel offloads"),
+    only_with("offload_modules min_offloaded_tensor_size", "fine_grained_activation_offloading"),
+    # CUDA graphs.
+    refused(
+        "cuda_graph_impl enable_cuda_graph external_cuda_graph",
+        "A CUDA graph replays the first steps, and no GPU has proved that the stack's layers do "
+        "the same in every step",
+    ),
+    only_with(
+        """cuda_graph_scope cuda_graph_use_single_mempool cuda_graph_retain_backward_graph
+        cuda_graph_warmup_steps""",
+        "cuda_graph_impl",
+    ),
+    # Inference.
+    refused(
+        """symmetric_ar_type flash_decode inference_rng_tracker use_inference_optimized_layers
+        inference_fuse_tp_communication mlp_chunks_for_prefill""",
+        _INFERENCE,
+    ),
+    neutral("inference_sampling_seed", "Read in inference; Megatron's scripts set it to the seed"),
+)
+
+TRANSFORMER = table(
+    _PARALLELISM, _ARCHITECTURE, _EXPERTS, _IMPLEMENTATION, configuration="TransformerConfig"
+)
+"""Field -> verdict."""
