@@ -36,9 +36,7 @@ _BOOLEANS = {
 }
 
 MAX_RANKS = 2**20
-"""Ranks that are counted out into groups: more than any machine has."""
-AXES = ("tp", "cp", "dp", "pp", "etp", "ep", "edp")
-"""Axes that `ParallelLayout.groups` knows; ``edp`` is expert data parallelism."""
+"""The largest world that is planned: more ranks than any machine has."""
 
 
 @dataclass(frozen=True)
@@ -215,27 +213,6 @@ class ParallelLayout:
         etp, ep, edp, expert_pp = _digits(rank, (self.etp, self.ep, self.expert_data_parallel_size))
         assert pp == expert_pp  # both orders end with pp
         return RankCoordinates(tp=tp, cp=cp, dp=dp, pp=pp, etp=etp, ep=ep, edp=edp)
-
-    def groups(self, axis: str) -> list[list[int]]:
-        """The process groups of one axis, as lists of global ranks in Megatron's order.
-
-        Args:
-            axis: one of `AXES`.
-
-        Raises:
-            UserError: an unknown axis, or a world that does not divide.
-        """
-        if axis not in AXES:
-            raise UserError(
-                f"There is no axis {axis!r}; the axes are {', '.join(AXES)}.{nearest(axis, AXES)}"
-            )
-        others = ("etp", "ep", "edp", "pp") if axis in ("etp", "ep", "edp") else AXES[:4]
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.world):
-            place = self.rank_coordinates(rank)
-            key = tuple(getattr(place, other) for other in others if other != axis)
-            groups.setdefault(key, []).append(rank)
-        return list(groups.values())
 
     def megatron_fields(self) -> dict[str, Any]:
         """Return the degrees as Megatron's configurations and NeMo's strategy name them."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.formulas.collectives import Collective
 from nemo_megacpp.formulas.saved import Saved
-from nemo_megacpp.layout.rules import Broken, Case, Divides, GroupsDivideHeads
+from nemo_megacpp.layout.rules import Divides, GroupsDivideHeads, LayoutCheck, LayoutViolation
 from nemo_megacpp.specs import mamba2, mamba3
 
 if TYPE_CHECKING:
@@ -25,15 +25,15 @@ def mamba_layer_spec(backend: BackendSpecProvider, settings: Mapping[str, Any]) 
     return mamba2.mamba2_layer_spec(backend)
 
 
-def _context_parallel(case: Case) -> Iterator[Broken]:
+def _context_parallel(check: LayoutCheck) -> Iterator[LayoutViolation]:
     # Under CP an M block turns from sequence shards to head shards, on top of TP's split. Source:
     # megatron/core/ssm/mamba_context_parallel.py.
-    tp, cp = case.layout.tp, case.layout.cp
-    heads, groups = case.shape.mamba_num_heads, case.shape.mamba_num_groups
+    tp, cp = check.layout.tp, check.layout.cp
+    heads, groups = check.shape.mamba_num_heads, check.shape.mamba_num_groups
     if cp == 1:
         return
     if heads and heads % (tp * cp):
-        yield Broken(
+        yield LayoutViolation(
             "CP",
             "mamba-heads-cp",
             f"mamba_num_heads = {heads} is not divisible by TP x CP = {tp} x {cp} = {tp * cp}: "
@@ -43,7 +43,7 @@ def _context_parallel(case: Case) -> Iterator[Broken]:
     if groups and groups % tp == 0:
         local = groups // tp
         if local % cp and cp % local:
-            yield Broken(
+            yield LayoutViolation(
                 "CP",
                 "mamba-groups-cp",
                 f"mamba_num_groups = {groups} at TP = {tp} leaves {local} groups a rank, which "

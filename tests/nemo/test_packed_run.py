@@ -12,8 +12,8 @@ import pytest
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.runs.curves import Curve, read_curve
 from nemo_megacpp.runs.events import read_events
-from nemo_megacpp.runs.page import write_page
 from nemo_megacpp.runs.record import read_run
+from nemo_megacpp.runs.run_page import write_page
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 

@@ -7,8 +7,8 @@ import math
 from html import escape
 from pathlib import Path
 
-from nemo_megacpp.contract.page import plan_summary
-from nemo_megacpp.contract.plan import make_plan
+from nemo_megacpp.contract.layout_plan import make_plan
+from nemo_megacpp.contract.plan_page import plan_summary
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.recipes.job import job_of

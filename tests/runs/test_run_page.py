@@ -14,12 +14,12 @@ from nemo_megacpp.checkpoint.identity import write_identity
 from nemo_megacpp.cli import build_parser
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import from_mapping
-from nemo_megacpp.runs import page
+from nemo_megacpp.runs import run_page
 from nemo_megacpp.runs.curves import read_curve
 from nemo_megacpp.runs.events import append_record, read_events, record_event
-from nemo_megacpp.runs.page import write_page
 from nemo_megacpp.runs.record import read_run
 from nemo_megacpp.runs.run_folder import EVENTS_FILE, METRICS_FILE, RECIPE_FILE
+from nemo_megacpp.runs.run_page import write_page
 from nemo_megacpp.runs.summary import show_seconds, summarize
 
 
@@ -145,7 +145,7 @@ def test_thinning_keeps_the_spikes() -> None:
     points = [(number, 1.0) for number in range(100_000)]
     points[77_777] = (77_777, 50.0)
     points[5] = (5, -3.0)
-    kept = page.thinned(points)
+    kept = run_page.thinned(points)
     assert len(kept) <= 1200
     assert {(77_777, 50.0), (5, -3.0)} <= set(kept)
     assert kept == sorted(kept)
