@@ -33,7 +33,7 @@ MEMORY_COLOURS = {
 }
 _ADDED_COLOURS = ("#bab0ac", "#d37295", "#fabfd2", "#9c755f", "#59a14f", "#edc948")
 """Of families that a user adds, in the order of their letters."""
-_STAGE_COLOURS = ("#35455e", "#7a8ba5", "#4f6f6b", "#93aca6", "#6b5b4d", "#a8998a")
+_STAGE_COLOURS = ("#35455e", "#66789a", "#3f625d", "#6b8a83", "#5e5044", "#8a7868")
 """Other colours than the families': a stage is not a family."""
 _WIDTH = 1080
 _LEFT = 150

@@ -41,7 +41,8 @@ def print_plan(
     shown = plan.fullest if stage is None else plan.stages[stage]
     print_table(console, stage_table(plan, plan.stages if stage is None else (shown,)))
     if plan.fits is not None:
-        console.print(verdict(plan), style=None if plan.fits else "red")
+        style = None if plan.fits else "red"
+        console.print(f"{verdict(plan)}; not counted: {NOT_COUNTED}.", style=style)
     tables = [family_table(plan), group_table(plan), traffic_table(shown)]
     for table in [*tables, step_table(shown)] if stage is not None else tables:
         console.print()
@@ -82,7 +83,7 @@ def verdict(plan: Plan) -> str:
     return (
         f"The fullest rank, on stage {plan.fullest.pp_rank}, holds "
         f"{show_bytes(plan.fullest.memory.total)} and {'fits' if plan.fits else 'does not fit'} "
-        f"{show_bytes(plan.job.hbm_bytes)}; not counted: {NOT_COUNTED}."
+        f"{show_bytes(plan.job.hbm_bytes)}"
     )
 
 

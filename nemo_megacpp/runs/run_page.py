@@ -13,9 +13,10 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.recipes.job import job_of
 from nemo_megacpp.recipes.recipe import Recipe
-from nemo_megacpp.render import Table, Tone, html_page, html_pairs, html_table
+from nemo_megacpp.render import Table, Tone, html_page, html_pairs, html_table, show_bytes
 from nemo_megacpp.runs.record import RunRecord
 from nemo_megacpp.runs.run_folder import RECIPE_FILE, RECORD
+from nemo_megacpp.runs.summary import Summary
 from nemo_megacpp.runtime.host import current_host
 
 PAGE_FILE = f"{RECORD}/report.html"
@@ -61,7 +62,7 @@ def page(record: RunRecord) -> str:
         _layout(record),
     ]
     if record.recipe is not None:
-        parts += ["<h2>Plan</h2>", _plan(record.recipe)]
+        parts += ["<h2>Plan</h2>", _plan(record.recipe, record.summary)]
     parts += ["<h2>Events</h2>", _events(record)]
     if record.checkpoints:
         rows = [(f"step {step:,}", str(path)) for step, path in record.checkpoints]
@@ -75,13 +76,31 @@ def page(record: RunRecord) -> str:
     return html_page(name, parts)
 
 
-def _plan(recipe: Recipe) -> str:
-    """Return what the layout splits, holds and costs, with the kernels of this machine."""
+def _plan(recipe: Recipe, summary: Summary) -> str:
+    """Return what the layout splits, stores and costs, with the kernels of this machine."""
     kernels = "torch" if current_host().device == "cpu" else "gpu"
     try:
-        return plan_summary(make_plan(job_of(recipe, kernels=kernels)))
+        plan = make_plan(job_of(recipe, kernels=kernels))
     except UserError as reason:
         return f"<p>{escape(str(reason))}</p>"
+    return plan_summary(plan) + _memory(plan.fullest.memory.total, summary)
+
+
+def _memory(planned: int, summary: Summary) -> str:
+    """Return the plan's memory beside the measured peak, and what their difference is."""
+    if summary.memory is None:
+        return ""
+    rows = [("planned", planned), ("measured peak", summary.memory)]
+    if summary.memory_added is not None:
+        rows.append(("before the model was built", summary.memory - summary.memory_added))
+        rows.append(("added by model, optimizer and training", summary.memory_added))
+    return (
+        "<h3>Memory of the fullest rank</h3>"
+        + html_pairs((name, show_bytes(size)) for name, size in rows)
+        + '<p class="note">The plan counts parameters, gradients, optimizer state and saved '
+        "activations. The measured peak also holds temporaries and, without a GPU, the whole "
+        "process: Python, PyTorch, NeMo and the data.</p>"
+    )
 
 
 def _begun(record: RunRecord, name: str) -> str:

@@ -177,3 +177,23 @@ def test_the_command_adds_the_plan(run_dir: Path) -> None:
     plan = text[text.index("<h2>Plan</h2>") : text.index("<h2>Events</h2>")]
     assert plan.count("<svg") == 2
     assert "embedding, head" in plan
+    assert "<th>measured peak</th><td>4.29 GB</td>" in plan
+    assert "The measured peak also holds temporaries" in plan
+    assert "before the model was built" not in plan, "this run did not record it"
+
+
+def test_the_plan_stands_beside_the_memory_that_the_model_added(run_dir: Path) -> None:
+    recipe = from_mapping({"recipe": "nam56r_tiny", "tp": 2, "etp": 1})
+    (run_dir / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_mapping()))
+    append_record(run_dir / METRICS_FILE, step(6, memory=1.3e9, memory_added=0.25e9))
+    (run_dir / METRICS_FILE).write_text(
+        (run_dir / METRICS_FILE).read_text().splitlines()[-1] + "\n"
+    )
+    text = write_page(read_run(run_dir)).read_text()
+    for row in (
+        "<th>planned</th><td>218 MB</td>",
+        "<th>measured peak</th><td>1.30 GB</td>",
+        "<th>before the model was built</th><td>1.05 GB</td>",
+        "<th>added by model, optimizer and training</th><td>250 MB</td>",
+    ):
+        assert row in text, row
