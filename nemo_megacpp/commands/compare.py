@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: Namespace) -> int:
-    """Print a comparison, as tables or JSON, and draw it if asked to.
+    """Print a comparison, as tables or JSON, and draw it with ``--plot``.
 
     Returns:
         0.

@@ -1,4 +1,4 @@
-"""The plan of a job: everything that the contract says, in one object and as plain data.
+"""The plan of a job: the whole contract, in one object and as plain data.
 
 The schema of ``nemo-megacpp plan --json``, version 1. Every size is in bytes, every shape a list;
 keys are only ever added within a version::
@@ -56,6 +56,10 @@ from nemo_megacpp.layout import LayoutViolation, ParallelLayout
 from nemo_megacpp.layout.placement import GROUPS, GroupFacts, group_facts, group_size
 
 SCHEMA = 1
+_JOB_FIELDS = (
+    *("micro_batch_size", "global_batch_size", "precision", "use_distributed_optimizer"),
+    *("kernels", "gpus_per_node", "hbm_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -190,22 +194,16 @@ def _plan_stage(sizes: Sizes, built: BuiltStage, saved: dict[str, int]) -> Stage
 
 def plan_document(plan: Plan) -> dict[str, Any]:
     """Return ``plan`` as plain data."""
-    job, config = plan.job, plan.sizes.config
+    job = plan.job
     return {
         "schema": SCHEMA,
         "job": {
             "name": job.name,
             "layout": job.layout.short(),
             "world_size": job.layout.world,
-            "micro_batch_size": job.micro_batch_size,
-            "global_batch_size": job.global_batch_size,
             "num_microbatches": job.num_microbatches,
-            "seq_length": config.seq_length,
-            "precision": job.precision,
-            "use_distributed_optimizer": job.use_distributed_optimizer,
-            "kernels": job.kernels,
-            "gpus_per_node": job.gpus_per_node,
-            "hbm_bytes": job.hbm_bytes,
+            "seq_length": plan.sizes.config.seq_length,
+            **{name: getattr(job, name) for name in _JOB_FIELDS},
         },
         "legal": True,
         "parameters": plan.parameters,

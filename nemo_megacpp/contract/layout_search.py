@@ -3,7 +3,7 @@
 Order: layouts whose fullest rank fits the GPU come first; among them the fewest bytes that leave a
 node in a step, then the fewest bytes sent at all, then the smallest pipeline bubble, then the
 emptiest GPU, and at last the layout's text, so that the order never depends on chance. Layouts that
-do not fit come by the memory of their fullest rank.
+do not fit follow, ordered by the memory of their fullest rank.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def traffic(
 
 
 def _leaves_node(nodes: list[int], all_to_all: bool) -> float:
-    """Return the part of what a group's ranks, on ``nodes``, send that goes to another node.
+    """Return the share of the bytes that a group's ranks, on ``nodes``, send to another node.
 
     A ring passes through its ranks in order; an all-to-all sends as much to each rank.
     """

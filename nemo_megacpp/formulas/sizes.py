@@ -73,7 +73,7 @@ class Job:
 
     @property
     def element_size(self) -> int:
-        """Bytes of a parameter, and of an activation where nothing else is said."""
+        """Bytes of a parameter, and of an activation unless a formula names another size."""
         return 4 if self.precision == "fp32" else 2
 
     @property
@@ -199,7 +199,7 @@ class Sizes:
 
     @property
     def m2rnn_is_serial(self) -> bool:
-        """Whether CP hands the state on instead of spreading heads, as the mixer decides it."""
+        """Whether CP passes the state on instead of splitting heads, as the mixer decides it."""
         cp, serial = self.layout.cp, self.m2rnn.context_parallel == "serial"
         return cp > 1 and (serial or self.m2rnn_heads % cp != 0)
 

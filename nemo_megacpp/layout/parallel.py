@@ -216,15 +216,9 @@ class ParallelLayout:
 
     def megatron_fields(self) -> dict[str, Any]:
         """Return the degrees as Megatron's configurations and NeMo's strategy name them."""
-        return {
-            "tensor_model_parallel_size": self.tp,
-            "sequence_parallel": self.sp,
-            "context_parallel_size": self.cp,
-            "pipeline_model_parallel_size": self.pp,
-            "virtual_pipeline_model_parallel_size": self.vpp,
-            "expert_model_parallel_size": self.ep,
-            "expert_tensor_parallel_size": self.etp,
-        }
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        del found["world_size"]
+        return {**found, "expert_tensor_parallel_size": self.etp}
 
     def describe(self) -> str:
         """For people: ``TP=2 SP CP=1 EP=1 ETP=1 PP=1 (2 ranks: DP=1, expert DP=2)``."""
@@ -245,7 +239,7 @@ class ParallelLayout:
         entries = []
         for field in fields(self):
             value = getattr(self, field.name)
-            # SP is always said next to a TP degree: parse would otherwise choose it.
+            # SP is always written beside a TP degree: parse would otherwise choose it.
             if value != field.default or (field.name == "sequence_parallel" and self.tp != 1):
                 entries.append(setting(field.name, value))
         return ",".join(entries) or "tp=1"

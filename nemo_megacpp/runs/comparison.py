@@ -96,20 +96,15 @@ class ContractEffect:
 
 @dataclass(frozen=True)
 class RunsEffect:
-    """What differs between two runs, over the steps that both made.
+    """What differs between two runs, over the steps that both recorded with a finite loss.
 
     Attributes:
-        steps: how many steps both recorded with a finite loss.
-        first_step, first_loss_difference: the first of them, and the absolute difference of
-            training loss there: that of the initial weights, if it is the runs' first step.
-        last_step: the last of them.
-        largest_loss_difference, at_step: largest absolute difference of training loss, in nats,
-            and where.
-        mean_loss_difference: mean absolute difference.
+        steps: how many there are; first_step and last_step are the ends.
+        first_loss_difference: absolute difference of training loss, in nats; that of the initial
+            weights, if it is the runs' first step. The largest one is at at_step.
         loss: training loss at the last common step.
-        heldout_loss, heldout_step: held-out loss at the last common evaluation, and that step.
-        seconds_per_step: median, without each run's first step.
-        tokens_per_second: median.
+        heldout_loss: at the last common evaluation, heldout_step.
+        seconds_per_step, tokens_per_second: medians, without each run's first step.
     """
 
     steps: int
