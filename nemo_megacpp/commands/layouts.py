@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_megacpp.commands.arguments import add_recipe, print_json, read_count, read_recipe
-from nemo_megacpp.commands.plan import add_hardware, read_hardware, say_assumed
+from nemo_megacpp.commands.plan import add_hardware, print_assumed, read_hardware
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.render import show_bytes
 
@@ -69,7 +69,7 @@ def _run(args: Namespace) -> int:
     if args.write is not None:
         _validate_path(Path(args.write))
     given = read_recipe(args)
-    say_assumed(given)
+    print_assumed(given)
     if given.layout.world_size is None:
         raise UserError("The number of ranks is missing: give --world-size N.")
     world = read_count("world_size", str(given.layout.world_size))

@@ -92,7 +92,7 @@ def _run(args: Namespace) -> int:
     hardware = read_hardware(args)
     recipe = read_recipe(args)
     validate_countable(recipe)
-    say_assumed(recipe)
+    print_assumed(recipe)
     layout, shape, gpus = recipe.layout, shape_of(recipe), hardware["gpus_per_node"]
     violations = check_layout(layout, shape, gpus_per_node=gpus)
     if violations:
@@ -117,7 +117,7 @@ def _run(args: Namespace) -> int:
     return 0
 
 
-def say_assumed(recipe: Recipe) -> None:
+def print_assumed(recipe: Recipe) -> None:
     """Print which defaults were taken, on standard error, where the user left the model open."""
     if recipe.assumed:
         print(f"defaults taken: {'; '.join(recipe.assumed)}", file=sys.stderr)

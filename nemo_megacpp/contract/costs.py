@@ -43,54 +43,44 @@ def _tensor(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     layout, config = sizes.layout, sizes.config
     padding = sizes.vocabulary * layout.tp - config.vocab_size
     if padding:
-        yield Cost(
-            "TP",
-            "forces",
+        text = (
             f"Vocabulary padding: {padding} rows in embedding and head ({config.vocab_size} "
             f"tokens, padded to a multiple of {config.make_vocab_size_divisible_by} and of "
-            f"TP={layout.tp})",
+            f"TP={layout.tp})"
         )
+        yield Cost("TP", "forces", text)
     if layout.tp > 1 and layout.sp and sizes.has(Family.EXPERT):
-        yield Cost(
-            "TP",
-            "forces",
-            "Sequence parallelism: required (Megatron's MoE layer trains at TP > 1 only with SP)",
-        )
+        text = "Sequence parallelism: required (Megatron's MoE layer trains at TP > 1 only with SP)"
+        yield Cost("TP", "forces", text)
     if layout.tp > 1 and not layout.sp:
-        yield Cost(
-            "SP",
-            "repeats",
+        text = (
             f"Repeated norms and residuals: on all {layout.tp} TP ranks, with their activations "
-            f"(SP is off)",
+            f"(SP is off)"
         )
+        yield Cost("SP", "repeats", text)
     if layout.tp > 1 and sizes.has(Family.RECURRENT):
-        yield Cost(
-            "TP",
-            "repeats",
+        text = (
             f"Repeated q and k of R: 2 x {sizes.m2rnn.key_head_dim} rows on every TP rank (shared "
-            f"by all heads; its norm also sums one number per token over TP)",
+            f"by all heads; its norm also sums one number per token over TP)"
         )
+        yield Cost("TP", "repeats", text)
 
 
 def _context(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     layout, cp = sizes.layout, sizes.layout.cp
     if cp == 1:
         return
-    yield Cost(
-        "CP",
-        "forces",
-        f"Document padding: to a multiple of {2 * cp} tokens in packed rows (CP={cp})",
-    )
+    text = f"Document padding: to a multiple of {2 * cp} tokens in packed rows (CP={cp})"
+    yield Cost("CP", "forces", text)
     if sizes.has(Family.ATTENTION):
-        yield Cost(
-            "CP",
-            "forces",
+        text = (
             f"Ring attention in A: {cp - 1} exchanges of K and V (CP={cp}, Transformer Engine; by "
             f"formula)"
             if sizes.job.kernels == "gpu"
             else f"Gathered K and V in A: the whole sequence on every CP rank (CP={cp}, torch "
-            f"kernels)",
+            f"kernels)"
         )
+        yield Cost("CP", "forces", text)
     if sizes.has(Family.RECURRENT):
         heads = sizes.m2rnn_heads
         if sizes.m2rnn_is_serial:
@@ -103,12 +93,11 @@ def _context(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     if sizes.has(Family.MAMBA):
         groups = int(sizes.config.mamba_num_groups) // layout.tp
         if groups < cp:
-            yield Cost(
-                "CP",
-                "repeats",
+            text = (
                 f"Repeated B and C of M: each group on {cp // groups} CP ranks ({groups} groups "
-                f"per TP rank, CP={cp})",
+                f"per TP rank, CP={cp})"
             )
+            yield Cost("CP", "repeats", text)
 
 
 def _experts(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
@@ -116,27 +105,24 @@ def _experts(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     if not sizes.has(Family.EXPERT):
         return
     if layout.etp > 1:
-        yield Cost(
-            "ETP",
-            "repeats",
+        text = (
             f"Repeated tokens in E: every token copy on {layout.etp} ranks (ETP={layout.etp} "
-            f"splits each expert's matrices, and its ranks gather their tokens)",
+            f"splits each expert's matrices, and its ranks gather their tokens)"
         )
+        yield Cost("ETP", "repeats", text)
     if layout.ep > 1:
-        yield Cost(
-            "EP",
-            "waits",
+        text = (
             f"Expert load imbalance: not counted (EP={layout.ep}; bytes are for balanced routing, "
-            f"and the rank whose experts get most tokens sets the pace)",
+            f"and the rank whose experts get most tokens sets the pace)"
         )
+        yield Cost("EP", "waits", text)
     if layout.etp != layout.tp:
-        yield Cost(
-            "ETP",
-            "forces",
+        text = (
             f"Separate gradient groups for experts: {layout.expert_data_parallel_size} replicas of "
             f"an expert, {layout.data_parallel_size * layout.cp} of a dense layer "
-            f"(ETP={layout.etp}, TP={layout.tp})",
+            f"(ETP={layout.etp}, TP={layout.tp})"
         )
+        yield Cost("ETP", "forces", text)
 
 
 def _pipeline(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
@@ -144,48 +130,41 @@ def _pipeline(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     if layout.pp == 1:
         return
     chunks = f", {layout.vpp} chunks per stage" if (layout.vpp or 1) > 1 else ""
-    yield Cost(
-        "PP",
-        "bubble",
+    text = (
         f"Pipeline bubble: {bubble_of(sizes):.0%} (PP={layout.pp}, "
-        f"{sizes.job.num_microbatches} microbatches{chunks})",
+        f"{sizes.job.num_microbatches} microbatches{chunks})"
     )
+    yield Cost("PP", "bubble", text)
     uneven = []
     for family in known_families():
         counts = [stage.places.count(family.value) for stage in stages]
         if max(counts) != min(counts):
             uneven.append(f"{min(counts)} to {max(counts)} {family.value}")
     if uneven:
-        yield Cost(
-            "PP",
-            "waits",
-            f"Uneven stages: {', '.join(uneven)} blocks per stage (PP={layout.pp})",
-        )
+        text = f"Uneven stages: {', '.join(uneven)} blocks per stage (PP={layout.pp})"
+        yield Cost("PP", "waits", text)
     if layout.vpp is not None and layout.pp == 2:
-        yield Cost(
-            "VPP",
-            "forces",
+        text = (
             "Pipeline messages: sent one by one and overlapped (overlap_p2p_comm on, "
-            "batch_p2p_comm off: in one batch, two stages would mistake each other's messages)",
+            "batch_p2p_comm off: in one batch, two stages would mistake each other's messages)"
         )
+        yield Cost("VPP", "forces", text)
 
 
 def _optimizer(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     job, replicas = sizes.job, group_size(sizes.layout, "dp-cp")
     if replicas > 1 and not job.use_distributed_optimizer:
-        yield Cost(
-            "DP",
-            "repeats",
+        text = (
             f"Repeated optimizer state: on all {replicas} replicas "
-            f"(use_distributed_optimizer=true shards it)",
+            f"(use_distributed_optimizer=true shards it)"
         )
+        yield Cost("DP", "repeats", text)
     if replicas > 1 and job.use_distributed_optimizer and sizes.has(Family.EXPERT):
-        yield Cost(
-            "DP",
-            "repeats",
+        text = (
             "Repeated parameter gather: 2 per chunk (Megatron's dense and its expert optimizer "
-            "each gather the whole chunk, unless overlap_param_gather is on)",
+            "each gather the whole chunk, unless overlap_param_gather is on)"
         )
+        yield Cost("DP", "repeats", text)
 
 
 def _kernels(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
@@ -216,9 +195,8 @@ def _nodes(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     for group in ("cp", "ep", "pp"):
         facts = group_facts(sizes.layout, group, gpus)
         if facts.nodes > 1 and (group != "ep" or sizes.has(Family.EXPERT)):
-            yield Cost(
-                group.upper(),
-                "forces",
+            text = (
                 f"Traffic between nodes: {group.upper()} groups of {facts.size} ranks on up to "
-                f"{facts.nodes} nodes ({gpus} GPUs per node)",
+                f"{facts.nodes} nodes ({gpus} GPUs per node)"
             )
+            yield Cost(group.upper(), "forces", text)

@@ -1,30 +1,4 @@
-"""The plan of a job: the whole contract, in one object and as plain data.
-
-The schema of ``nemo-megacpp plan --json``, version 1. Every size is in bytes, every shape a list;
-keys are only ever added within a version::
-
-    schema: 1
-    job: name, layout (as ParallelLayout.parse reads it), world_size, micro_batch_size,
-        global_batch_size, num_microbatches, seq_length, precision, use_distributed_optimizer,
-        kernels, gpus_per_node, hbm_bytes
-    legal: true          (an illegal layout: false, with violations and nearest, and nothing else)
-    parameters: of the whole model
-    fits: whether the fullest rank fits hbm_bytes; null without it
-    fullest_stage, between_nodes_per_step (all ranks together)
-    groups: [{name, size, groups, nodes, example}]
-    ownership: [{family, name, layers, global_shape, local_shape, on: {axis: word}, split, why,
-        gradient}]
-    activations: {place: [{what, bytes}]}, one layer, one microbatch, by formula
-    stages: [{stage, first_rank, ranks, chunks: [{index, first_layer, layers, embedding, head}],
-        parameters, memory: {parameters, gradients, optimizer, activations, total,
-        activations_per_microbatch, in_flight, exact: [...], formula: [...]},
-        microbatch: [{place, layers, collectives: [COLLECTIVE]}], step: [COLLECTIVE],
-        traffic: [{group, calls, tensor_bytes, sent_bytes, between_nodes}]}]
-    costs: [{axis, effect, message}]
-
-where COLLECTIVE is ``{kind, group, bytes, phase, role, what, count, neighbour}``, of one layer in
-one microbatch, or of one step; see :class:`nemo_megacpp.formulas.collectives.Collective`.
-"""
+"""The plan of a job: the whole contract, in one object and as plain data."""
 
 from __future__ import annotations
 
@@ -56,6 +30,31 @@ from nemo_megacpp.layout import LayoutViolation, ParallelLayout
 from nemo_megacpp.layout.placement import GROUPS, GroupFacts, group_facts, group_size
 
 SCHEMA = 1
+"""The schema of ``nemo-megacpp plan --json``, version 1. Every size is in bytes, every shape a list;
+keys are only ever added within a version::
+
+    schema: 1
+    job: name, layout (as ParallelLayout.parse reads it), world_size, micro_batch_size,
+        global_batch_size, num_microbatches, seq_length, precision, use_distributed_optimizer,
+        kernels, gpus_per_node, hbm_bytes
+    legal: true          (an illegal layout: false, with violations and nearest, and nothing else)
+    parameters: of the whole model
+    fits: whether the fullest rank fits hbm_bytes; null without it
+    fullest_stage, between_nodes_per_step (all ranks together)
+    groups: [{name, size, groups, nodes, example}]
+    ownership: [{family, name, layers, global_shape, local_shape, on: {axis: word}, split, why,
+        gradient}]
+    activations: {place: [{what, bytes}]}, one layer, one microbatch, by formula
+    stages: [{stage, first_rank, ranks, chunks: [{index, first_layer, layers, embedding, head}],
+        parameters, memory: {parameters, gradients, optimizer, activations, total,
+        activations_per_microbatch, in_flight, exact: [...], formula: [...]},
+        microbatch: [{place, layers, collectives: [COLLECTIVE]}], step: [COLLECTIVE],
+        traffic: [{group, calls, tensor_bytes, sent_bytes, between_nodes}]}]
+    costs: [{axis, effect, message}]
+
+where COLLECTIVE is ``{kind, group, bytes, phase, role, what, count, neighbour}``, of one layer in
+one microbatch, or of one step; see :class:`nemo_megacpp.formulas.collectives.Collective`.
+"""
 _JOB_FIELDS = (
     *("micro_batch_size", "global_batch_size", "precision", "use_distributed_optimizer"),
     *("kernels", "gpus_per_node", "hbm_bytes"),

@@ -123,13 +123,11 @@ class Divides:
         size = getattr(check.shape, self.size)
         degree = getattr(check.layout, self.degree)
         if size and size % degree:
-            yield LayoutViolation(
-                self.degree.upper(),
-                self.rule,
+            text = (
                 f"{self.size} = {size} is not divisible by {self.degree.upper()} = {degree}: "
-                f"{self.why}.",
-                knobs=(self.degree,),
+                f"{self.why}."
             )
+            yield LayoutViolation(self.degree.upper(), self.rule, text, knobs=(self.degree,))
 
 
 @dataclass(frozen=True)
@@ -149,10 +147,11 @@ class GroupsDivideHeads:
     def __call__(self, check: LayoutCheck) -> Iterator[LayoutViolation]:
         heads, groups = getattr(check.shape, self.heads), getattr(check.shape, self.groups)
         if heads and groups and heads % groups:
+            text = f"{self.heads} = {heads} is not divisible by {self.groups} = {groups}."
             yield LayoutViolation(
                 "MODEL",
                 self.rule,
-                f"{self.heads} = {heads} is not divisible by {self.groups} = {groups}.",
+                text,
                 legal=tuple(f"{self.groups}={v}" for v in _nearest_divisors(heads, groups)),
             )
 
@@ -162,11 +161,8 @@ def _sizes_given(check: LayoutCheck) -> Iterator[LayoutViolation]:
         for name in block_of(family).required if check.has(family) else ():
             size = getattr(check.shape, name)
             if size is None or size < 1:
-                yield LayoutViolation(
-                    "MODEL",
-                    f"missing-{name}",
-                    f"The pattern has {family.value} blocks, but {name} is {size}.",
-                )
+                text = f"The pattern has {family.value} blocks, but {name} is {size}."
+                yield LayoutViolation("MODEL", f"missing-{name}", text)
 
 
 def _world(check: LayoutCheck) -> Iterator[LayoutViolation]:
@@ -176,41 +172,29 @@ def _world(check: LayoutCheck) -> Iterator[LayoutViolation]:
         ("world-expert", "ETP x EP x PP", layout.expert_model_parallel_span),
     ):
         if layout.world % part:
+            text = f"A world of {layout.world} ranks is not divisible by {names} = {part}."
             yield LayoutViolation(
-                "DP",
-                rule,
-                f"A world of {layout.world} ranks is not divisible by {names} = {part}.",
-                legal=_multiples("world", layout.world, layout.minimal_world_size),
+                "DP", rule, text, legal=_multiples("world", layout.world, layout.minimal_world_size)
             )
 
 
 def _sequence_parallel(check: LayoutCheck) -> Iterator[LayoutViolation]:
     layout = check.layout
     if layout.sp and layout.tp == 1:
-        yield LayoutViolation(
-            "SP",
-            "sp-without-tp",
-            "Sequence parallelism is TP's activation layout and needs TP > 1; TP is 1.",
-            legal=("sp=false",),
-        )
+        text = "Sequence parallelism is TP's activation layout and needs TP > 1; TP is 1."
+        yield LayoutViolation("SP", "sp-without-tp", text, legal=("sp=false",))
     if check.has(Family.EXPERT) and layout.tp > 1 and not layout.sp:
-        yield LayoutViolation(
-            "SP",
-            "experts-need-sp",
+        text = (
             f"Training E blocks at TP = {layout.tp} needs sequence parallelism: Megatron's "
-            f"MoELayer refuses to train without it.",
-            legal=("sp=true",),
+            f"MoELayer refuses to train without it."
         )
+        yield LayoutViolation("SP", "experts-need-sp", text, legal=("sp=true",))
 
 
 def _experts_exist(check: LayoutCheck) -> Iterator[LayoutViolation]:
     if check.layout.ep > 1 and not check.has(Family.EXPERT) and check.shape.num_moe_experts is None:
-        yield LayoutViolation(
-            "EP",
-            "no-experts",
-            f"EP = {check.layout.ep} splits an expert bank, but the model has no experts.",
-            legal=("ep=1",),
-        )
+        text = f"EP = {check.layout.ep} splits an expert bank, but the model has no experts."
+        yield LayoutViolation("EP", "no-experts", text, legal=("ep=1",))
 
 
 def _sequence(check: LayoutCheck) -> Iterator[LayoutViolation]:
@@ -221,34 +205,31 @@ def _sequence(check: LayoutCheck) -> Iterator[LayoutViolation]:
     shards = layout.tp * layout.cp if layout.sp else 1
     legal = _multiples("seq_length", length, math.lcm(zigzag, shards))
     if length % zigzag:
-        yield LayoutViolation(
-            "CP",
-            "sequence-zigzag",
+        text = (
             f"seq_length = {length} is not divisible by 2 x CP = {zigzag}: each CP rank takes one "
-            f"chunk from either end of the sequence, to share the causal work evenly.",
-            knobs=("cp",),
-            legal=legal,
+            f"chunk from either end of the sequence, to share the causal work evenly."
         )
+        yield LayoutViolation("CP", "sequence-zigzag", text, knobs=("cp",), legal=legal)
     if length % shards:
-        yield LayoutViolation(
-            "SP",
-            "sequence-shards",
+        text = (
             f"seq_length = {length} is not divisible by TP x CP = {layout.tp} x {layout.cp} = "
-            f"{shards}: sequence parallelism splits each CP shard over TP.",
-            knobs=("tp", "cp"),
-            legal=legal,
+            f"{shards}: sequence parallelism splits each CP shard over TP."
         )
+        yield LayoutViolation("SP", "sequence-shards", text, knobs=("tp", "cp"), legal=legal)
 
 
 def _vocabulary(check: LayoutCheck) -> Iterator[LayoutViolation]:
     # With padding on any TP is legal: `padded_vocab_size` makes the rows divide.
     tp, vocab = check.layout.tp, check.shape.vocab_size
     if not check.shape.make_vocab_size_divisible_by and vocab % tp:
+        text = (
+            f"vocab_size = {vocab} is not divisible by TP = {tp}, and padding is off "
+            f"(make_vocab_size_divisible_by)."
+        )
         yield LayoutViolation(
             "TP",
             "vocabulary",
-            f"vocab_size = {vocab} is not divisible by TP = {tp}, and padding is off "
-            f"(make_vocab_size_divisible_by).",
+            text,
             knobs=("tp",),
             legal=("make_vocab_size_divisible_by=128", f"vocab_size={-(-vocab // tp) * tp}"),
         )
@@ -260,22 +241,17 @@ def _depth(check: LayoutCheck) -> Iterator[LayoutViolation]:
         check.shape.pattern.chunks(layout.chunks_count)
     except UserError as error:
         virtual = "" if layout.vpp is None else f", VPP = {layout.vpp}"
+        text = f"PP = {layout.pp}{virtual}: {error}"
         yield LayoutViolation(
-            "PP",
-            "depth",
-            f"PP = {layout.pp}{virtual}: {error}",
-            knobs=("pp",) if layout.vpp is None else ("pp", "vpp"),
+            "PP", "depth", text, knobs=("pp",) if layout.vpp is None else ("pp", "vpp")
         )
 
 
 def _virtual_stages(check: LayoutCheck) -> Iterator[LayoutViolation]:
     if check.layout.vpp is not None and check.layout.pp == 1:
+        text = f"VPP = {check.layout.vpp} interleaves pipeline stages and needs PP > 1; PP is 1."
         yield LayoutViolation(
-            "VPP",
-            "virtual-without-pipeline",
-            f"VPP = {check.layout.vpp} interleaves pipeline stages and needs PP > 1; PP is 1.",
-            knobs=("pp",),
-            legal=("vpp=none",),
+            "VPP", "virtual-without-pipeline", text, knobs=("pp",), legal=("vpp=none",)
         )
 
 
@@ -316,13 +292,11 @@ def _nvlink_domain(check: LayoutCheck) -> Iterator[LayoutViolation]:
         degrees["etp"] = layout.etp
     for name, degree in degrees.items():
         if degree > gpus or (gpus % degree and layout.world > gpus):
-            yield LayoutViolation(
-                name.upper(),
-                f"nvlink-{name}",
+            text = (
                 f"{name.upper()} = {degree} does not fit the NVLink domain of {gpus} GPUs a node: "
-                f"some of its groups would span two nodes.",
-                knobs=(name,),
+                f"some of its groups would span two nodes."
             )
+            yield LayoutViolation(name.upper(), f"nvlink-{name}", text, knobs=(name,))
 
 
 def _families(check: LayoutCheck) -> Iterator[LayoutViolation]:

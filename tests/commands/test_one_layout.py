@@ -69,7 +69,7 @@ def _layouts(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> N
         seen.append(recipe.layout)
         raise SystemExit
 
-    monkeypatch.setattr(layouts_command, "say_assumed", say)
+    monkeypatch.setattr(layouts_command, "print_assumed", say)
     with pytest.raises(SystemExit):
         _run("layouts", *words)
 
