@@ -30,8 +30,8 @@ from nemo_megacpp.layout import LayoutViolation, ParallelLayout
 from nemo_megacpp.layout.placement import GROUPS, GroupFacts, group_facts, group_size
 
 SCHEMA = 1
-"""The schema of ``nemo-megacpp plan --json``, version 1. Every size is in bytes, every shape a list;
-keys are only ever added within a version::
+"""The schema of ``nemo-megacpp plan --json``, version 1. Every size is in bytes, every shape is a
+list; keys are only ever added within a version::
 
     schema: 1
     job: name, layout (as ParallelLayout.parse reads it), world_size, micro_batch_size,
