@@ -35,7 +35,7 @@ from nemo_megacpp.formulas.collectives import (
 from nemo_megacpp.formulas.saved import Saved, norm
 from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.hybrid_fields import HybridFields
-from nemo_megacpp.layout.rules import Broken, Case, Divides
+from nemo_megacpp.layout.rules import Divides, LayoutCheck, LayoutViolation
 from nemo_megacpp.mixers.head_parallel import HeadParallelMixer, MixerSubmodules
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d
 from nemo_megacpp.mixers.sequence_layout import heads_to_sequence, sequence_to_heads, token_order
@@ -128,12 +128,12 @@ def short_conv_layer_spec(backend: BackendSpecProvider, fields: HybridFields) ->
 WHY = "each rank of a C block holds whole channels"
 
 
-def channels_over_tp_and_cp(case: Case) -> Iterator[Broken]:
+def channels_over_tp_and_cp(check: LayoutCheck) -> Iterator[LayoutViolation]:
     """CP shares out the channels that TP left to a rank; `Divides` looks at one degree only."""
-    width, tp, cp = case.shape.hidden_size, case.layout.tp, case.layout.cp
+    width, tp, cp = check.shape.hidden_size, check.layout.tp, check.layout.cp
     if cp > 1 and width % (tp * cp):
         message = f"hidden_size = {width} is not divisible by TP x CP = {tp * cp}: {WHY}."
-        yield Broken("CP", "short-conv-channels-cp", message, knobs=("cp", "tp"))
+        yield LayoutViolation("CP", "short-conv-channels-cp", message, knobs=("cp", "tp"))
 
 
 def collectives(sizes: Sizes) -> list[Collective]:

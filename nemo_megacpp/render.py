@@ -22,7 +22,7 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1120px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; margin-bottom: .2em; overflow-wrap: anywhere; }
-h2 { font-size: 1.15em; margin: 1.8em 0 .5em; }
+h2 { font-size: 1.15em; margin: 1.8em 0 .5em; } h3 { font-size: 1em; margin: 1.2em 0 .4em; }
 svg { max-width: 100%; height: auto; } svg .t { font: 13px system-ui, sans-serif;
 fill: currentColor; } svg .b { font-weight: 600; } svg .s { font-size: 11px; }
 svg .on { fill: #fff; } table { border-collapse: collapse; font-size: 13px; }

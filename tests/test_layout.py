@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.layout import AXES, ParallelLayout
+from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.parallel import read_degrees
+from nemo_megacpp.layout.placement import (
+    EMBEDDING,
+    GROUPS,
+    degrees_of,
+    group_facts,
+    group_of,
+    group_size,
+)
 
 L = ParallelLayout.parse
 
@@ -154,6 +162,13 @@ WORLDS = [
 ]
 
 
+def groups(layout: ParallelLayout, axis: str) -> list[list[int]]:
+    """All groups of one kind, in the order of their first ranks."""
+    return [
+        list(ranks) for ranks in sorted({group_of(layout, r, axis) for r in range(layout.world)})
+    ]
+
+
 @pytest.mark.parametrize("text", WORLDS)
 def test_groups_are_megatrons(text: str) -> None:
     state = pytest.importorskip("megatron.core.parallel_state")
@@ -167,27 +182,41 @@ def test_groups_are_megatrons(text: str) -> None:
         order=order,
     )  # fmt: skip
     for axis in ("tp", "cp", "dp", "pp"):
-        assert layout.groups(axis) == dense.get_ranks(axis), axis
+        assert groups(layout, axis) == dense.get_ranks(axis), axis
     for axis, name in (("etp", "tp"), ("ep", "ep"), ("edp", "dp"), ("pp", "pp")):
-        assert layout.groups(axis) == expert.get_ranks(name), axis
+        assert groups(layout, axis) == expert.get_ranks(name), axis
 
 
 @pytest.mark.parametrize("text", WORLDS)
 def test_a_coordinate_is_the_place_in_the_group(text: str) -> None:
     layout = L(text)
-    for axis in AXES:
-        for group in layout.groups(axis):
+    for axis in degrees_of(layout):
+        for group in groups(layout, axis):
             places = [getattr(layout.rank_coordinates(rank), axis) for rank in group]
             assert places == list(range(len(group)))
 
 
-def test_no_such_rank_no_such_axis() -> None:
+def test_no_such_rank() -> None:
     layout = L("tp=2")
     for rank in (-1, 2):
         with pytest.raises(UserError, match="has 2 ranks"):
             layout.rank_coordinates(rank)
-    with pytest.raises(UserError, match="no axis 'expert_dp'"):
-        layout.groups("expert_dp")
+
+
+def test_groups_partition_the_world() -> None:
+    layout = ParallelLayout.parse("tp=2,cp=2,ep=2,etp=1,pp=2,world=16")
+    for group in GROUPS:
+        members = {group_of(layout, rank, group) for rank in range(16)}
+        assert sorted(rank for ranks in members for rank in ranks) == list(range(16))
+        facts = group_facts(layout, group, gpus_per_node=4)
+        assert (facts.groups, facts.size) == (len(members), group_size(layout, group))
+        assert facts.nodes == max(len({rank // 4 for rank in ranks}) for ranks in members)
+
+
+def test_the_embedding_group_is_the_first_and_the_last_stage() -> None:
+    layout = ParallelLayout.parse("tp=2,pp=3")
+    assert group_of(layout, 3, EMBEDDING) == (1, 5)
+    assert [group_size(L(text), EMBEDDING) for text in ("pp=3", "pp=1")] == [2, 1]
 
 
 def test_chunks_are_dealt_to_stages_in_turn() -> None:

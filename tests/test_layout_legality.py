@@ -9,9 +9,9 @@ import pytest
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import (
+    LayoutViolation,
     ModelShape,
     ParallelLayout,
-    Violation,
     check_layout,
     padded_vocab_size,
     validate_layout,
@@ -45,11 +45,13 @@ NAM56R = Shape()
 L = ParallelLayout.parse
 
 
-def rules(violations: list[Violation]) -> set[str]:
+def rules(violations: list[LayoutViolation]) -> set[str]:
     return {violation.rule for violation in violations}
 
 
-def one(layout: str, shape: ModelShape = NAM56R, gpus_per_node: int | None = None) -> Violation:
+def one(
+    layout: str, shape: ModelShape = NAM56R, gpus_per_node: int | None = None
+) -> LayoutViolation:
     (violation,) = check_layout(L(layout), shape, gpus_per_node=gpus_per_node)
     return violation
 
@@ -198,12 +200,14 @@ CASES: list[tuple[str, Shape, str, str, tuple[str, ...]]] = [
      ("pp=4", "pp=1")),
     ("pp=2,vpp=3", only("AMER"), "depth", "4 layers cannot be divided into 6", ("vpp=2",)),
     ("pp=1,vpp=2", only("AMER"), "virtual-without-pipeline", "PP is 1", ("vpp=none", "pp=2")),
-    ("world=6", only("A", global_batch_size=16), "batch", "16 is not divisible by", (
+    ("world=6", only("A", global_batch_size=16), "batch", "global 16, micro 1 × DP 6", (
         "global_batch_size=12", "global_batch_size=18")),
+    ("tp=1", only("A", micro_batch_size=4, global_batch_size=18), "batch",
+     "global 18, micro 4 × DP 1", ("micro_batch_size=3", "global_batch_size=16")),
     ("pp=4,vpp=1", only("AMER", global_batch_size=10), "interleaved-microbatches",
      "10 microbatches", ("global_batch_size=8", "global_batch_size=12")),
     ("pp=4,vpp=1,world=8", only("AMER", micro_batch_size=2, global_batch_size=8),
-     "interleaved-microbatches", "2 microbatches", ("global_batch_size=16",)),
+     "interleaved-microbatches", "2 microbatches", ("micro_batch_size=1", "global_batch_size=16")),
     ("tp=2,world=7", only("A", global_batch_size=7), "world-dense", "7 ranks is not", (
         "world=6", "world=8")),
     ("ep=4,world=6", only("E", global_batch_size=6), "world-expert", "ETP x EP x PP = 4", (
@@ -243,7 +247,7 @@ def test_every_layout_choice_that_is_offered_does_repair(layout: str, shape: Sha
     assert before
     for violation in before:
         for choice in violation.legal:
-            if choice.startswith(("seq_", "global_", "vocab_", "make_", "mamba_")):
+            if choice.startswith(("seq_", "global_", "micro_", "vocab_", "make_", "mamba_")):
                 name, value = choice.split("=")
                 size: dict[str, Any] = {name: int(value)}
                 after = check_layout(broken, replace(shape, **size))
@@ -345,6 +349,17 @@ def test_a_bad_degree_does_not_hide_the_others() -> None:
     assert rules(check_layout(layout, NAM56R)) == {"degree-tensor_model_parallel_size", "depth"}
     with pytest.raises(UserError, match="for 2 reasons"):
         validate_layout(layout, NAM56R)
+
+
+def test_one_violation_stands_alone_and_names_its_choices() -> None:
+    shape = only("A", micro_batch_size=4, global_batch_size=2)
+    with pytest.raises(UserError) as caught:
+        validate_layout(L("tp=1"), shape)
+    assert str(caught.value) == (
+        "Batch sizes do not fit: global 2, micro 4 × DP 1. Use micro_batch_size=1 or 2, or "
+        "global_batch_size=4."
+    )
+    assert str(one("tp=16,etp=1", only("R"))).endswith("whole heads. Use tp=1, 2, 4 or 8.")
 
 
 # --- the vocabulary

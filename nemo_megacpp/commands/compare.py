@@ -10,7 +10,7 @@ from nemo_megacpp.commands.arguments import print_json, read_count
 from nemo_megacpp.errors import UserError
 
 if TYPE_CHECKING:
-    from nemo_megacpp.runs.compare import Side
+    from nemo_megacpp.runs.comparison import Side
 
 _WIDTH = 150
 """Columns of the tables."""
@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: Namespace) -> int:
-    """Print a comparison, as tables or JSON, and draw it if asked to.
+    """Print a comparison, as tables or JSON, and draw it with ``--plot``.
 
     Returns:
         0.
@@ -54,9 +54,9 @@ def _run(args: Namespace) -> int:
         UserError: a side that is no recipe and no run, an illegal layout, a bad option.
     """
     from nemo_megacpp.render import make_console
-    from nemo_megacpp.runs.compare import compare_sides, comparison_document, read_side
+    from nemo_megacpp.runs.comparison import compare_sides, comparison_document, read_side
+    from nemo_megacpp.runs.comparison_tables import print_comparison
     from nemo_megacpp.runs.curves import draw_runs
-    from nemo_megacpp.runs.show_comparison import print_comparison
 
     gpus = read_count("--gpus-per-node", args.gpus_per_node)
     if args.world_size is not None:

@@ -1,4 +1,4 @@
-"""``nemo-megacpp layouts``: the legal layouts of a recipe, ranked, one of them to take along."""
+"""``nemo-megacpp layouts``: rank the legal layouts of a recipe, and write one as a recipe."""
 
 from __future__ import annotations
 
@@ -8,19 +8,13 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_megacpp.commands.arguments import (
-    add_recipe,
-    print_json,
-    read_count,
-    read_gpu_memory,
-    read_recipe,
-)
-from nemo_megacpp.commands.plan import say_assumed
+from nemo_megacpp.commands.arguments import add_recipe, print_json, read_count, read_recipe
+from nemo_megacpp.commands.plan import add_hardware, print_assumed, read_hardware
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.render import show_bytes
 
 if TYPE_CHECKING:
-    from nemo_megacpp.contract.search import Priced, Search
+    from nemo_megacpp.contract.layout_search import Priced, Search
     from nemo_megacpp.layout import ParallelLayout
     from nemo_megacpp.recipes.recipe import Recipe
 
@@ -33,21 +27,14 @@ def add_parser(commands: Any) -> None:
     """Add ``layouts`` to the command line's parsers."""
     parser: ArgumentParser = commands.add_parser(
         "layouts",
-        help="all legal layouts of a number of ranks, ranked, with pipeline cuts",
+        help="rank all legal layouts of a number of ranks, with pipeline cuts",
         description="Rank every legal layout of a recipe: what fits the GPU first, then by the "
         "bytes that leave a node in a step. Pipelines are cut by work. Needs no GPU.",
     )
-    add_recipe(
-        parser, overrides="settings to change; a degree, such as tp=8, keeps that axis as it is"
-    )
-    parser.add_argument("--world-size", metavar="N", help="ranks; default: the recipe's world_size")
-    parser.add_argument("--hbm", metavar="141GB", help="memory of a GPU, which layouts must fit")
-    parser.add_argument("--gpus-per-node", default="8", metavar="N", help="default: 8")
+    add_recipe(parser, overrides="settings to change; a degree, such as tp=8, fixes that axis")
+    add_hardware(parser)
     parser.add_argument("--top", default="10", metavar="N", help="layouts to show; default: 10")
-    parser.add_argument(
-        "--kernels", choices=("gpu", "torch"), default="gpu", help="whose activations are counted"
-    )
-    parser.add_argument("--rejected", action="store_true", help="give every reason of a rejection")
+    parser.add_argument("--rejected", action="store_true", help="show every reason for a rejection")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "--write", metavar="FILE.yaml", help="write a recipe that 'plan' and 'train' accept"
@@ -57,7 +44,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: Namespace) -> int:
-    """Print the ranked layouts of a recipe, and write one as YAML if asked to.
+    """Print the ranked layouts of a recipe; with ``--write``, write one as YAML.
 
     Returns:
         0, or 1 if no legal layout fits the GPU, or 2 if no layout is legal.
@@ -65,16 +52,16 @@ def _run(args: Namespace) -> int:
     Raises:
         UserError: an option or setting that cannot be read, or nothing to write.
     """
-    from nemo_megacpp.contract.search import search_layouts
-    from nemo_megacpp.contract.show_layouts import layouts_document, print_layouts
+    from nemo_megacpp.contract.layout_search import search_layouts
+    from nemo_megacpp.contract.search_tables import layouts_document, print_layouts
     from nemo_megacpp.layout import ParallelLayout
     from nemo_megacpp.preflight.model import validate_model
     from nemo_megacpp.recipes.job import job_of
     from nemo_megacpp.recipes.shape import shape_of
     from nemo_megacpp.render import make_console
 
-    hbm = None if args.hbm is None else read_gpu_memory(args.hbm)
-    gpus = read_count("--gpus-per-node", args.gpus_per_node)
+    hardware = read_hardware(args)
+    hbm = hardware["hbm_bytes"]
     top = read_count("--top", args.top)
     if args.pick is not None and args.write is None:
         raise UserError("--pick chooses what is written: give --write FILE.yaml as well.")
@@ -82,19 +69,21 @@ def _run(args: Namespace) -> int:
     if args.write is not None:
         _validate_path(Path(args.write))
     given = read_recipe(args)
-    say_assumed(given)
+    print_assumed(given)
     if given.layout.world_size is None:
-        raise UserError("Say how many ranks there are: --world-size N.")
+        raise UserError("The number of ranks is missing: give --world-size N.")
     world = read_count("world_size", str(given.layout.world_size))
     fixed = _fixed(given.layout, args)
-    # The cuts are chosen anew, and so is the layout.
+    # The search chooses the cuts and the layout.
     recipe = _in_layout(given, ParallelLayout(world_size=world), given.pattern.letters)
     validate_model(recipe)
-    job = job_of(recipe, gpus_per_node=gpus, hbm_bytes=hbm, kernels=args.kernels)
+    job = job_of(recipe, **hardware)
     search = search_layouts(job, shape_of(recipe), world, fixed)
     if not search.candidates.total:
-        kept = ", ".join(f"{name}={str(value).lower()}" for name, value in fixed.items())
-        raise UserError(f"No layout of {world:,} ranks has {kept}: the degrees must divide it.")
+        given_degrees = ", ".join(f"{k}={str(v).lower()}" for k, v in fixed.items())
+        raise UserError(
+            f"No layout of {world:,} ranks has {given_degrees}: the degrees must divide it."
+        )
     chosen = _choose(search, pick, hbm) if args.write is not None else None
     if args.json:
         print_json(layouts_document(job, search, top))

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from nemo_megacpp.commands.arguments import (
     add_recipe,
     print_json,
+    read_count,
     read_gpu_memory,
     read_recipe,
 )
 from nemo_megacpp.errors import UserError
 
 if TYPE_CHECKING:
-    from nemo_megacpp.contract.plan import Plan
-    from nemo_megacpp.layout import ParallelLayout
+    from nemo_megacpp.contract.layout_plan import Plan
+    from nemo_megacpp.layout import LayoutViolation, ModelShape, ParallelLayout
     from nemo_megacpp.recipes.recipe import Recipe
 
 _WIDTH = 150
@@ -29,25 +30,44 @@ def add_parser(commands: Any) -> None:
     """Add ``plan`` to the command line's parsers."""
     parser: ArgumentParser = commands.add_parser(
         "plan",
-        help="what a layout splits, sends, holds and costs, before the run",
-        description="Say what a recipe's layout means: legality, who owns what, every collective, "
+        help="show what a layout splits, sends, stores and costs, before the run",
+        description="Show what a recipe's layout means: legality, who owns what, every collective, "
         "the memory of each stage, and what the layout costs. Needs no GPU.",
     )
     add_recipe(parser)
-    parser.add_argument("--world-size", metavar="N", help="ranks; default: the recipe's world_size")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
-    parser.add_argument("--hbm", metavar="141GB", help="memory of a GPU, to compare with")
-    parser.add_argument(
-        "--kernels",
-        choices=("gpu", "torch"),
-        default="gpu",
-        help="whose activations: Transformer Engine's and mamba_ssm's, or plain torch's",
-    )
+    add_hardware(parser)
     parser.add_argument("--family", metavar="A", help="one family in detail (also embedding, head)")
     parser.add_argument("--stage", type=int, metavar="0", help="one pipeline stage in detail")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--html", metavar="FILE", help="also write a self-contained web page")
     parser.set_defaults(run=_run)
+
+
+def add_hardware(parser: ArgumentParser) -> None:
+    """Add ``--world-size``, ``--gpus-per-node``, ``--hbm`` and ``--kernels``."""
+    parser.add_argument("--world-size", metavar="N", help="ranks; default: the recipe's world_size")
+    parser.add_argument("--gpus-per-node", default="8", metavar="N", help="default: 8")
+    parser.add_argument("--hbm", metavar="141GB", help="memory of a GPU, which a rank must fit")
+    parser.add_argument(
+        "--kernels",
+        choices=("gpu", "torch"),
+        default="gpu",
+        help="whose activations are counted: Transformer Engine's and mamba_ssm's, or plain "
+        "torch's; default: gpu",
+    )
+
+
+def read_hardware(args: Namespace) -> dict[str, Any]:
+    """Return the fields of a `Job` that `add_hardware` has defined.
+
+    Raises:
+        UserError: a number or a size that cannot be read.
+    """
+    return {
+        "gpus_per_node": read_count("--gpus-per-node", args.gpus_per_node),
+        "hbm_bytes": None if args.hbm is None else read_gpu_memory(args.hbm),
+        "kernels": args.kernels,
+    }
 
 
 def _run(args: Namespace) -> int:
@@ -60,35 +80,30 @@ def _run(args: Namespace) -> int:
     Raises:
         UserError: a recipe, setting or option that cannot be read.
     """
-    from nemo_megacpp.contract.document import plan_document, refusal_document
-    from nemo_megacpp.contract.page import html_report
-    from nemo_megacpp.contract.plan import make_plan
-    from nemo_megacpp.contract.show import print_plan
+    from nemo_megacpp.contract.layout_plan import make_plan, plan_document, refusal_document
+    from nemo_megacpp.contract.plan_page import html_report
+    from nemo_megacpp.contract.plan_tables import print_plan
     from nemo_megacpp.layout import check_layout
     from nemo_megacpp.preflight.model import validate_model
     from nemo_megacpp.recipes.job import job_of, validate_countable
     from nemo_megacpp.recipes.shape import shape_of
     from nemo_megacpp.render import make_console
 
-    hbm = None if args.hbm is None else read_gpu_memory(args.hbm)
+    hardware = read_hardware(args)
     recipe = read_recipe(args)
     validate_countable(recipe)
-    say_assumed(recipe)
-    if args.gpus_per_node < 1:
-        raise UserError(f"--gpus-per-node {args.gpus_per_node} must be at least 1.")
-    shape = shape_of(recipe)
-    violations = check_layout(recipe.layout, shape, gpus_per_node=args.gpus_per_node)
+    print_assumed(recipe)
+    layout, shape, gpus = recipe.layout, shape_of(recipe), hardware["gpus_per_node"]
+    violations = check_layout(layout, shape, gpus_per_node=gpus)
     if violations:
-        nearest = _nearest(recipe.layout, shape, args.gpus_per_node)
-        document = refusal_document(recipe.layout, violations, nearest)
+        nearest = _nearest(layout, shape, gpus)
         if args.json:
-            print_json(document)
+            print_json(refusal_document(layout, violations, nearest))
         else:
-            print(_refusal(document), file=sys.stderr)
+            print(_refusal(layout, shape, violations, nearest), file=sys.stderr)
         return 2
     validate_model(recipe)
-    job = job_of(recipe, gpus_per_node=args.gpus_per_node, hbm_bytes=hbm, kernels=args.kernels)
-    plan = make_plan(job)
+    plan = make_plan(job_of(recipe, **hardware))
     _check_narrowing(plan, args.family, args.stage)
     if args.html is not None:
         Path(args.html).write_text(html_report(plan), encoding="utf-8")
@@ -102,41 +117,37 @@ def _run(args: Namespace) -> int:
     return 0
 
 
-def say_assumed(recipe: Recipe) -> None:
-    """Say on standard error which model was assumed, where the user left that open."""
+def print_assumed(recipe: Recipe) -> None:
+    """Print which defaults were taken, on standard error, where the user left the model open."""
     if recipe.assumed:
         print(f"defaults taken: {'; '.join(recipe.assumed)}", file=sys.stderr)
 
 
-def _nearest(layout: ParallelLayout, shape: Any, gpus_per_node: int) -> list[ParallelLayout]:
-    """Return legal layouts of the world asked for, or of another one if it has none."""
+def _nearest(layout: ParallelLayout, shape: ModelShape, gpus: int) -> list[ParallelLayout]:
+    """Return legal layouts of the same world, or of another one if it has none."""
     from nemo_megacpp.layout import nearest_legal
 
-    # A degree that is none has no neighbours.
     if any(degree < 1 for degree in (layout.world, layout.minimal_world_size)):
-        return []
-    here = nearest_legal(layout, shape, gpus_per_node=gpus_per_node)
+        return []  # unreadable degrees have no neighbours
+    here = nearest_legal(layout, shape, gpus_per_node=gpus)
     anywhere = dataclasses.replace(layout, world_size=None)
-    return here or nearest_legal(anywhere, shape, gpus_per_node=gpus_per_node)
+    return here or nearest_legal(anywhere, shape, gpus_per_node=gpus)
 
 
-def _refusal(document: dict[str, Any]) -> str:
-    from nemo_megacpp.layout import ParallelLayout
+def _refusal(
+    layout: ParallelLayout,
+    shape: ModelShape,
+    violations: list[LayoutViolation],
+    nearest: list[ParallelLayout],
+) -> str:
+    from nemo_megacpp.layout import describe_violations
 
-    lines = [f"nemo-megacpp: layout {document['layout']} is illegal:"]
-    for number, item in enumerate(document["violations"], start=1):
-        legal = f" Legal: {' or '.join(item['legal'])}." if item["legal"] else ""
-        lines.append(f"  {number}. [{item['axis']}] {item['message']}{legal}")
-    nearest = document["nearest"]
-    asked = ParallelLayout.parse(document["layout"]).world_size
-    elsewhere = nearest and asked != ParallelLayout.parse(nearest[0]).world_size
+    text = f"nemo-megacpp: {describe_violations(layout, shape, violations)}\n"
+    if not nearest:
+        return f"{text}No layout near this one is legal."
+    elsewhere = layout.world_size != nearest[0].world_size
     where = " in a world of another size" if elsewhere else ""
-    lines.append(
-        f"Nearest legal layouts{where}: {'; '.join(nearest)}."
-        if nearest
-        else "No layout near this one is legal."
-    )
-    return "\n".join(lines)
+    return f"{text}Nearest legal layouts{where}: {'; '.join(x.short() for x in nearest)}."
 
 
 def _check_narrowing(plan: Plan, family: str | None, stage: int | None) -> None:

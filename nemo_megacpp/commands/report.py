@@ -12,7 +12,7 @@ def add_parser(commands: Any) -> None:
     parser: ArgumentParser = commands.add_parser(
         "report",
         help="show a run as one HTML page",
-        description="Write one self-contained HTML page about a run, ended or under way: curves, "
+        description="Write one self-contained HTML page about a run, ended or running: curves, "
         "layout, recipe, checkpoints, and events such as resumes.",
     )
     parser.add_argument("run_dir", metavar="RUN", help="the run's folder")
@@ -23,8 +23,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: Namespace) -> int:
-    from nemo_megacpp.runs.page import write_page
     from nemo_megacpp.runs.record import read_run
+    from nemo_megacpp.runs.run_page import write_page
 
     print(write_page(read_run(Path(args.run_dir)), args.out and Path(args.out)))
     return 0

@@ -1,14 +1,14 @@
-"""What a layout costs beyond bytes: what it forces on, turns off, repeats or leaves idle."""
+"""What a layout costs beyond bytes: what it requires, turns off, repeats or leaves idle."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from nemo_megacpp.contract.build import BuiltStage
-from nemo_megacpp.formulas.placement import group_facts, group_size
+from nemo_megacpp.contract.stages import BuiltStage
 from nemo_megacpp.formulas.saved import COUNTED_RECOMPUTATION
 from nemo_megacpp.formulas.sizes import Sizes
+from nemo_megacpp.layout.placement import group_facts, group_size
 from nemo_megacpp.mixers.kernels.mamba3_gpu import mamba3_gpu_reason
 from nemo_megacpp.pattern import Family, known_families
 
@@ -19,7 +19,7 @@ class Cost(NamedTuple):
     Attributes:
         axis: what causes it: ``TP``, ``CP``, … or ``MODEL``.
         effect: ``forces``, ``turns off``, ``repeats``, ``waits`` or ``bubble``.
-        message: what happens, with the numbers.
+        message: one line: its name, the number, and the reason in brackets.
     """
 
     axis: str
@@ -29,189 +29,166 @@ class Cost(NamedTuple):
 
 def costs(sizes: Sizes, stages: Sequence[BuiltStage]) -> list[Cost]:
     """Return what the job's layout costs; empty for one rank without padding."""
-    found: list[Cost] = []
-    for rule in (_tensor, _context, _experts, _pipeline, _optimizer, _kernels, _nodes):
-        found += rule(sizes, stages)
-    return found
+    rules = (_tensor, _context, _experts, _pipeline, _optimizer, _kernels, _nodes)
+    return [cost for rule in rules for cost in rule(sizes, stages)]
 
 
-def _has(sizes: Sizes, family: Family) -> bool:
-    return family in sizes.config.pattern.families
+def bubble_of(sizes: Sizes) -> float:
+    """Return the idle time of the pipeline, as a share of the work."""
+    layout = sizes.layout
+    return (layout.pp - 1) / ((layout.vpp or 1) * sizes.job.num_microbatches)
 
 
 def _tensor(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     layout, config = sizes.layout, sizes.config
     padding = sizes.vocabulary * layout.tp - config.vocab_size
     if padding:
-        yield Cost(
-            "TP",
-            "forces",
-            f"{padding} rows of padding in embedding and head: {config.vocab_size} tokens are no "
-            f"multiple of {config.make_vocab_size_divisible_by} and of TP {layout.tp}",
+        text = (
+            f"Vocabulary padding: {padding} rows in embedding and head ({config.vocab_size} "
+            f"tokens, padded to a multiple of {config.make_vocab_size_divisible_by} and of "
+            f"TP={layout.tp})"
         )
-    if layout.tp > 1 and layout.sp and _has(sizes, Family.EXPERT):
-        yield Cost("TP", "forces", "SP: Megatron's MoE layer trains at TP > 1 with SP only")
+        yield Cost("TP", "forces", text)
+    if layout.tp > 1 and layout.sp and sizes.has(Family.EXPERT):
+        text = "Sequence parallelism: required (Megatron's MoE layer trains at TP > 1 only with SP)"
+        yield Cost("TP", "forces", text)
     if layout.tp > 1 and not layout.sp:
-        yield Cost(
-            "SP",
-            "repeats",
-            f"norms, residuals and their activations on all {layout.tp} tp ranks: SP is off",
+        text = (
+            f"Repeated norms and residuals: on all {layout.tp} TP ranks, with their activations "
+            f"(SP is off)"
         )
-    if layout.tp > 1 and _has(sizes, Family.RECURRENT):
-        yield Cost(
-            "TP",
-            "repeats",
-            f"R's q and k (2 x {sizes.m2rnn.key_head_dim} rows, shared by all heads) on every tp "
-            f"rank, and a sum of one number per token over tp for its norm",
+        yield Cost("SP", "repeats", text)
+    if layout.tp > 1 and sizes.has(Family.RECURRENT):
+        text = (
+            f"Repeated q and k of R: 2 x {sizes.m2rnn.key_head_dim} rows on every TP rank (shared "
+            f"by all heads; its norm also sums one number per token over TP)"
         )
+        yield Cost("TP", "repeats", text)
 
 
 def _context(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     layout, cp = sizes.layout, sizes.layout.cp
     if cp == 1:
         return
-    yield Cost(
-        "CP",
-        "forces",
-        f"every document of a packed row to be padded to a multiple of {2 * cp} tokens",
-    )
-    if _has(sizes, Family.ATTENTION):
-        yield Cost(
-            "CP",
-            "forces",
-            f"a ring of {cp - 1} exchanges of K and V in A (Transformer Engine; by formula)"
+    text = f"Document padding: to a multiple of {2 * cp} tokens in packed rows (CP={cp})"
+    yield Cost("CP", "forces", text)
+    if sizes.has(Family.ATTENTION):
+        text = (
+            f"Ring attention in A: {cp - 1} exchanges of K and V (CP={cp}, Transformer Engine; by "
+            f"formula)"
             if sizes.job.kernels == "gpu"
-            else "K and V of the whole sequence on every cp rank in A (torch kernels)",
+            else f"Gathered K and V in A: the whole sequence on every CP rank (CP={cp}, torch "
+            f"kernels)"
         )
-    if _has(sizes, Family.RECURRENT):
+        yield Cost("CP", "forces", text)
+    if sizes.has(Family.RECURRENT):
         heads = sizes.m2rnn_heads
-        yield (
-            Cost(
-                "CP",
-                "waits",
-                f"in R, whose {cp} segments hand their state on and run one after another: "
-                f"{heads} heads of a tp rank do not divide by {cp}, or 'serial' was asked for",
-            )
-            if sizes.m2rnn_is_serial
-            else Cost("CP", "forces", f"R to spread the {heads} heads of a tp rank over cp")
-        )
-    if _has(sizes, Family.MAMBA):
+        if sizes.m2rnn_is_serial:
+            why = f"{heads} heads per TP rank do not divide by CP={cp}"
+            if heads % cp == 0:
+                why = "m2rnn_context_parallel='serial'"
+            yield Cost("CP", "waits", f"Serial recurrence in R: {cp} segments in turn ({why})")
+        else:
+            yield Cost("CP", "forces", f"Heads of R over CP: {heads} per TP rank (CP={cp})")
+    if sizes.has(Family.MAMBA):
         groups = int(sizes.config.mamba_num_groups) // layout.tp
         if groups < cp:
-            yield Cost(
-                "CP",
-                "repeats",
-                f"B and C of each M group on {cp // groups} cp ranks: {groups} groups of a tp rank "
-                f"are shared out over CP {cp}",
+            text = (
+                f"Repeated B and C of M: each group on {cp // groups} CP ranks ({groups} groups "
+                f"per TP rank, CP={cp})"
             )
+            yield Cost("CP", "repeats", text)
 
 
 def _experts(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     layout = sizes.layout
-    if not _has(sizes, Family.EXPERT):
+    if not sizes.has(Family.EXPERT):
         return
     if layout.etp > 1:
-        yield Cost(
-            "ETP",
-            "repeats",
-            f"every token copy on {layout.etp} ranks: they gather the tokens that they split "
-            f"each expert's matrices for",
+        text = (
+            f"Repeated tokens in E: every token copy on {layout.etp} ranks (ETP={layout.etp} "
+            f"splits each expert's matrices, and its ranks gather their tokens)"
         )
+        yield Cost("ETP", "repeats", text)
     if layout.ep > 1:
-        yield Cost(
-            "EP",
-            "waits",
-            "for the rank whose experts get most tokens: the bytes given are for balanced routing",
+        text = (
+            f"Expert load imbalance: not counted (EP={layout.ep}; bytes are for balanced routing, "
+            f"and the rank whose experts get most tokens sets the pace)"
         )
+        yield Cost("EP", "waits", text)
     if layout.etp != layout.tp:
-        yield Cost(
-            "ETP",
-            "forces",
-            f"expert gradients over groups of their own: {layout.expert_data_parallel_size} "
-            f"replicas of an expert, {layout.data_parallel_size * layout.cp} of a dense layer",
+        text = (
+            f"Separate gradient groups for experts: {layout.expert_data_parallel_size} replicas of "
+            f"an expert, {layout.data_parallel_size * layout.cp} of a dense layer "
+            f"(ETP={layout.etp}, TP={layout.tp})"
         )
+        yield Cost("ETP", "forces", text)
 
 
 def _pipeline(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
-    layout, job = sizes.layout, sizes.job
+    layout = sizes.layout
     if layout.pp == 1:
         return
-    microbatches, chunks = job.num_microbatches, layout.vpp or 1
-    bubble = (layout.pp - 1) / (chunks * microbatches)
-    yield Cost(
-        "PP",
-        "bubble",
-        f"of {bubble:.0%} (PP={layout.pp}, {microbatches} microbatches"
-        + (f", {chunks} chunks a stage)" if chunks > 1 else ")"),
+    chunks = f", {layout.vpp} chunks per stage" if (layout.vpp or 1) > 1 else ""
+    text = (
+        f"Pipeline bubble: {bubble_of(sizes):.0%} (PP={layout.pp}, "
+        f"{sizes.job.num_microbatches} microbatches{chunks})"
     )
-    letters = ["".join(chunk.letters for chunk in stage.chunks) for stage in stages]
+    yield Cost("PP", "bubble", text)
+    uneven = []
     for family in known_families():
-        counts = [text.count(family.value) for text in letters]
+        counts = [stage.places.count(family.value) for stage in stages]
         if max(counts) != min(counts):
-            yield Cost(
-                "PP",
-                "waits",
-                f"for the stage with most {family.value} blocks: {min(counts)} to {max(counts)} "
-                f"per stage",
-            )
+            uneven.append(f"{min(counts)} to {max(counts)} {family.value}")
+    if uneven:
+        text = f"Uneven stages: {', '.join(uneven)} blocks per stage (PP={layout.pp})"
+        yield Cost("PP", "waits", text)
     if layout.vpp is not None and layout.pp == 2:
-        yield Cost(
-            "VPP",
-            "forces",
-            "sends and receives one by one, overlapped (overlap_p2p_comm on, batch_p2p_comm off): "
-            "two stages would mistake each other's messages in one batch",
+        text = (
+            "Pipeline messages: sent one by one and overlapped (overlap_p2p_comm on, "
+            "batch_p2p_comm off: in one batch, two stages would mistake each other's messages)"
         )
+        yield Cost("VPP", "forces", text)
 
 
 def _optimizer(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     job, replicas = sizes.job, group_size(sizes.layout, "dp-cp")
     if replicas > 1 and not job.use_distributed_optimizer:
-        yield Cost(
-            "DP",
-            "repeats",
-            f"the optimizer's state on all {replicas} replicas: use_distributed_optimizer=true "
-            f"shares it out",
+        text = (
+            f"Repeated optimizer state: on all {replicas} replicas "
+            f"(use_distributed_optimizer=true shards it)"
         )
-    if replicas > 1 and job.use_distributed_optimizer and _has(sizes, Family.EXPERT):
-        yield Cost(
-            "DP",
-            "repeats",
-            "the gathering of parameters: Megatron's dense and its expert optimizer each gather "
-            "all of a chunk, unless overlap_param_gather is on",
+        yield Cost("DP", "repeats", text)
+    if replicas > 1 and job.use_distributed_optimizer and sizes.has(Family.EXPERT):
+        text = (
+            "Repeated parameter gather: 2 per chunk (Megatron's dense and its expert optimizer "
+            "each gather the whole chunk, unless overlap_param_gather is on)"
         )
+        yield Cost("DP", "repeats", text)
 
 
 def _kernels(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
-    if _has(sizes, Family.RECURRENT) and not sizes.m2rnn_in_triton:
-        yield Cost(
-            "MODEL",
-            "forces",
-            "R to keep the state after every token for its backward pass (torch kernel)",
-        )
+    if sizes.has(Family.RECURRENT) and not sizes.m2rnn_in_triton:
+        yield Cost("MODEL", "forces", "Saved states of R: one per token (torch kernel)")
     if sizes.config.recompute_granularity == "selective":
         again = ", ".join(sizes.config.recompute_modules)
         left = sorted(set(sizes.config.recompute_modules) - COUNTED_RECOMPUTATION)
-        yield Cost(
-            "MODEL",
-            "repeats",
-            f"in the backward pass: {again}"
-            + (f"; what {', '.join(left)} saves is not taken off the activations" if left else ""),
-        )
-    if sizes.config.mode == "mamba3" and _has(sizes, Family.MAMBA):
+        uncounted = f" (activations still include those of {', '.join(left)})" if left else ""
+        yield Cost("MODEL", "repeats", f"Recomputation in the backward pass: {again}{uncounted}")
+    if sizes.config.mode == "mamba3" and sizes.has(Family.MAMBA):
         reason = mamba3_gpu_reason(sizes.mamba3, dtype=sizes.config.params_dtype)
         if reason is not None or sizes.config.mamba3_kernel == "torch":
-            why = f", which {reason}" if reason else ": mamba3_kernel is 'torch'"
-            yield Cost("MODEL", "turns off", f"mamba_ssm's Triton kernel for Mamba-3{why}")
+            why = f"mamba_ssm's Triton kernel {reason}" if reason else "mamba3_kernel is 'torch'"
+            yield Cost("MODEL", "turns off", f"Mamba-3 kernel: torch ({why})")
 
 
 def _nodes(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     gpus = sizes.job.gpus_per_node
     for group in ("cp", "ep", "pp"):
         facts = group_facts(sizes.layout, group, gpus)
-        if facts.nodes > 1 and (group != "ep" or _has(sizes, Family.EXPERT)):
-            yield Cost(
-                group.upper(),
-                "forces",
-                f"traffic between nodes: a group of {facts.size} spans up to {facts.nodes} nodes "
-                f"of {gpus}",
+        if facts.nodes > 1 and (group != "ep" or sizes.has(Family.EXPERT)):
+            text = (
+                f"Traffic between nodes: {group.upper()} groups of {facts.size} ranks on up to "
+                f"{facts.nodes} nodes ({gpus} GPUs per node)"
             )
+            yield Cost(group.upper(), "forces", text)

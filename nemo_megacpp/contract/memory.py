@@ -1,30 +1,33 @@
-"""The memory of each pipeline stage: exact bytes of what is allocated, formulas for what is kept.
+"""The memory of each pipeline stage: exact bytes of what is allocated, formulas for activations.
 
-Parameters, gradients and the optimizer are exact. Activations are formulas
-(:mod:`nemo_megacpp.contract.activations`), times the microbatches in flight of Megatron's schedule.
+Parameters, gradients and the optimizer are exact. ``_ParamAndGradBuffer``
+(``megatron/core/distributed/param_and_grad_buffer.py``) lays a chunk's parameters out in reverse
+order: dense and expert ones apart, and apart by dtype, as a few of a bf16 model are float32. The
+distributed optimizer pads them and gives each data-parallel rank an equal share of every bucket,
+wherever parameters end. Activations are formulas, times the microbatches in flight of Megatron's
+schedule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby
 
-from nemo_megacpp.contract.activations import (
-    block_activations,
-    embedding_activations,
-    head_activations,
-)
-from nemo_megacpp.contract.buffers import (
-    GRADIENT_BYTES,
-    Buffer,
-    buffers_of,
-    largest_optimizer_bytes,
-)
-from nemo_megacpp.contract.build import BuiltChunk, BuiltStage
-from nemo_megacpp.formulas.job import Job
-from nemo_megacpp.formulas.saved import Saved, total
-from nemo_megacpp.formulas.sizes import Sizes
+from nemo_megacpp.contract.stages import BuiltChunk, BuiltParameter, BuiltStage
+from nemo_megacpp.families import block_of
+from nemo_megacpp.formulas.saved import Saved, norm, total
+from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.pattern import Family
+
+GRADIENT_BYTES = 4
+"""A gradient is accumulated and reduced in float32, in either precision."""
+
+_PARAMETER_ALIGNMENT = 64
+_BUCKET_ALIGNMENT = 128
 
 
 @dataclass(frozen=True)
@@ -48,48 +51,206 @@ class StageMemory:
 
     @property
     def total(self) -> int:
+        """Bytes in all."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
-def stage_memory(sizes: Sizes, stage: BuiltStage) -> StageMemory:
-    """Return the memory of a rank of ``stage``."""
-    per_chunk = [chunk_activations(sizes, chunk) for chunk in stage.chunks]
-    bytes_per_chunk = [sum(total(kept) for _, kept in places) for places in per_chunk]
-    return memory_of(sizes, stage.pp_rank, buffers_of(sizes.job, stage), bytes_per_chunk)
-
-
-def memory_of(
-    sizes: Sizes, pp_rank: int, buffers: Sequence[Buffer], bytes_per_chunk: Sequence[int]
+def stage_memory(
+    sizes: Sizes, stage: BuiltStage, buffers: Sequence[Buffer], saved: Mapping[str, int]
 ) -> StageMemory:
-    """Return the memory of a rank of stage ``pp_rank``.
+    """Return the memory of a rank of ``stage``.
 
     Args:
         sizes: the job.
-        pp_rank: the stage.
+        stage: the stage.
         buffers: its gradient buffers.
-        bytes_per_chunk: activations of one microbatch, by virtual stage.
+        saved: activations of one microbatch, by place (`saved_bytes`).
     """
-    job = sizes.job
-    peak, in_flight = peak_of_schedule(job, pp_rank, bytes_per_chunk)
+    per_chunk = [sum(saved[place] for place in chunk.places) for chunk in stage.chunks]
+    peak, in_flight = peak_of_schedule(sizes.job, stage.pp_rank, per_chunk)
     return StageMemory(
         sum(buffer.numel * buffer.element_size for buffer in buffers),
         sum(buffer.numel for buffer in buffers) * GRADIENT_BYTES,
-        largest_optimizer_bytes(job, buffers),
+        largest_optimizer_bytes(sizes.job, buffers),
         peak,
-        sum(bytes_per_chunk),
+        sum(per_chunk),
         in_flight,
     )
 
 
-def chunk_activations(sizes: Sizes, chunk: BuiltChunk) -> list[tuple[str, list[Saved]]]:
-    """Return ``(place, what it keeps)`` for embedding, layers and head of a chunk, in order."""
-    of_family = {letter: block_activations(sizes, Family(letter)) for letter in set(chunk.letters)}
-    places = [(letter, of_family[letter]) for letter in chunk.letters]
-    if chunk.owns_embedding:
-        places.insert(0, ("embedding", embedding_activations(sizes)))
-    if chunk.owns_head:
-        places.append(("head", head_activations(sizes)))
-    return places
+def saved_activations(sizes: Sizes, place: str) -> list[Saved]:
+    """Return what one layer of a family, the embedding or the head saves of one microbatch."""
+    tokens = sizes.tokens
+    if place == "embedding":
+        mask = tokens if sizes.layout.tp > 1 else 0
+        return [Saved("token numbers and their mask", tokens * 8 + mask)]
+    if place == "head":  # with the final norm and the loss
+        return [
+            *norm(sizes),
+            Saved("probabilities of the vocabulary (float32)", tokens * sizes.vocabulary * 4),
+            Saved("targets and their mask", tokens * 9),
+        ]
+    formula = block_of(Family(place)).saved_activations
+    assert formula is not None, "a job refuses a family without formulas"
+    return [item for item in formula(sizes) if item.bytes]
+
+
+def saved_bytes(sizes: Sizes) -> dict[str, int]:
+    """Return the bytes of `saved_activations`, by place."""
+    return {place: total(saved_activations(sizes, place)) for place in sizes.places}
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A part of a buffer that is reduced as one.
+
+    Attributes:
+        numel: elements, with padding.
+        ranges: first and last-plus-one element of each parameter.
+    """
+
+    numel: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def owned(self, replicas: int, rank: int) -> tuple[int, int]:
+        """Return the parameter elements in the share of replica ``rank``, and how many parameters
+        have some there."""
+        share = self.numel // replicas
+        start, stop = rank * share, (rank + 1) * share
+        begins, ends, before = self._edges
+        first, last = bisect_right(ends, start), bisect_left(begins, stop)
+        if first >= last:
+            return 0, 0
+        cut_off = max(0, start - begins[first]) + max(0, ends[last - 1] - stop)
+        return before[last] - before[first] - cut_off, last - first
+
+    @cached_property
+    def _edges(self) -> tuple[list[int], list[int], list[int]]:
+        """Where parameters begin and end, and the elements of all before each; sorted, so that
+        the share of one of many replicas is found by bisection."""
+        begins, ends = map(list, zip(*self.ranges, strict=True))
+        before = [0, *accumulate(end - begin for begin, end in self.ranges)]
+        return begins, ends, before
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """The gradients of a chunk's dense or expert parameters.
+
+    Attributes:
+        chunk: index of the chunk.
+        is_expert: reduced over ``edp`` instead of ``dp-cp``.
+        element_size: bytes of a parameter's element.
+        buckets: without the distributed optimizer one, without padding.
+    """
+
+    chunk: int
+    is_expert: bool
+    element_size: int
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def group(self) -> str:
+        """The group over which it is reduced."""
+        return "edp" if self.is_expert else "dp-cp"
+
+    @property
+    def numel(self) -> int:
+        """Elements, with padding."""
+        return sum(bucket.numel for bucket in self.buckets)
+
+
+def stage_buffers(job: Job, stage: BuiltStage) -> list[Buffer]:
+    """Return the gradient buffers of a rank of ``stage``: of each chunk the dense ones first."""
+    return [
+        buffer
+        for chunk in stage.chunks
+        for is_expert in (False, True)
+        for buffer in chunk_buffers(job, chunk, is_expert)
+    ]
+
+
+def chunk_buffers(job: Job, chunk: BuiltChunk, is_expert: bool) -> list[Buffer]:
+    """Return the buffers of a chunk's dense or expert parameters: one for each dtype."""
+    by_size: dict[int, list[BuiltParameter]] = {}
+    for parameter in reversed(chunk.parameters):
+        if parameter.is_expert == is_expert:
+            by_size.setdefault(parameter.element_size, []).append(parameter)
+    padded = job.use_distributed_optimizer
+    return [
+        Buffer(
+            chunk.index,
+            is_expert,
+            element_size,
+            tuple(
+                _bucket(job, is_expert, run)
+                # The distributed optimizer puts a tied embedding into a bucket of its own.
+                for _, run in groupby(parameters, lambda p: padded and p.shared_embedding)
+            ),
+        )
+        for element_size, parameters in by_size.items()
+    ]
+
+
+def _bucket(job: Job, is_expert: bool, parameters: Iterable[BuiltParameter]) -> Bucket:
+    align, unit = 1, 1
+    if job.use_distributed_optimizer:
+        align = _PARAMETER_ALIGNMENT
+        unit = math.lcm(replicas_of(job, is_expert), _BUCKET_ALIGNMENT)
+    end, ranges = 0, []
+    for parameter in parameters:
+        start = _round_up(end, align)
+        end = start + parameter.numel
+        ranges.append((start, end))
+    return Bucket(_round_up(end, unit), tuple(ranges))
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def replicas_of(job: Job, is_expert: bool) -> int:
+    """Return how many ranks share a buffer's reduction."""
+    if is_expert:
+        return job.layout.expert_data_parallel_size
+    return job.layout.data_parallel_size * job.layout.cp
+
+
+def optimizer_bytes_per_element(element_size: int) -> int:
+    """Return the bytes of Adam's two moments, and of the float32 copy that a parameter of fewer
+    than four bytes an element has."""
+    return 8 if element_size == GRADIENT_BYTES else 12
+
+
+def optimizer_bytes(job: Job, buffers: Sequence[Buffer], dense: int, expert: int) -> int:
+    """Return the bytes of a rank's optimizer: its copy of the parameters, and Adam's state.
+
+    ``dense`` and ``expert`` are the rank's places in its ``dp-cp`` and ``edp`` groups.
+    """
+    # torch's Adam counts the steps of every parameter in a tensor; fused ones count once.
+    per_parameter = 4 if job.kernels == "torch" else 0
+    found = 0
+    for buffer in buffers:
+        replicas, rank = replicas_of(job, buffer.is_expert), expert if buffer.is_expert else dense
+        if not job.use_distributed_optimizer:
+            replicas, rank = 1, 0
+        for bucket in buffer.buckets:
+            elements, parameters = bucket.owned(replicas, rank)
+            found += elements * optimizer_bytes_per_element(buffer.element_size)
+            found += parameters * per_parameter
+    return found
+
+
+def largest_optimizer_bytes(job: Job, buffers: Sequence[Buffer]) -> int:
+    """Return `optimizer_bytes` of the rank that owns most."""
+    if not job.use_distributed_optimizer:
+        return optimizer_bytes(job, buffers, 0, 0)
+    totals = []
+    for is_expert in (False, True):
+        mine = [buffer for buffer in buffers if buffer.is_expert == is_expert]
+        places = range(replicas_of(job, is_expert)) if mine else range(1)
+        totals.append(max(optimizer_bytes(job, mine, place, place) for place in places))
+    return sum(totals)
 
 
 def peak_of_schedule(

@@ -1,24 +1,24 @@
-"""Who owns what: each parameter's shapes, what splits it, and how its gradient is made whole.
+"""Who owns what: each parameter's shapes, what splits it, and how its gradient is completed.
 
 The words, per mesh axis: *varying*: each rank has its own part; *replicated*: every rank has the
-whole and a partial gradient, which someone sums; *invariant*: every rank has the whole and the same
-gradient.
+whole and a partial gradient, which must be summed; *invariant*: every rank has the whole and the
+same gradient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from nemo_megacpp.contract.build import BuiltParameter, BuiltStage
-from nemo_megacpp.formulas.job import Job
-from nemo_megacpp.formulas.placement import group_size
+from nemo_megacpp.contract.stages import BuiltChunk, BuiltParameter, BuiltStage
+from nemo_megacpp.formulas.sizes import Job
+from nemo_megacpp.layout.placement import group_size
 
 
 @dataclass(frozen=True)
 class OwnedParameter:
-    """One parameter of a family: what is said of it holds in all layers of the family.
+    """One parameter of a family, the same in all layers of the family.
 
     Attributes:
         family: a letter, ``embedding`` or ``head``.
@@ -29,7 +29,7 @@ class OwnedParameter:
             ``invariant``.
         split: ``axis 0 by tp``, …; empty if nothing splits it.
         why: why it is whole on an axis that splits its neighbours.
-        gradient: how the gradient is made whole.
+        gradient: how the gradient is completed.
     """
 
     family: str
@@ -51,70 +51,49 @@ def ownership(job: Job, stages: Sequence[BuiltStage]) -> list[OwnedParameter]:
     """Return the parameters of the whole model, family by family, in the order of depth."""
     found: dict[tuple[str, str], OwnedParameter] = {}
     layers: dict[tuple[str, str], set[int | None]] = {}
-    for chunk in _chunks(stages):
-        experts = _experts_here(chunk.parameters)
+    for chunk in sorted((c for stage in stages for c in stage.chunks), key=lambda c: c.index):
+        # Experts of one layer on this rank.
+        experts = len({p.name.split("local_experts.")[1].split(".")[0]
+                       for p in chunk.parameters if p.is_expert})  # fmt: skip
         for parameter in chunk.parameters:
-            family, name = _place(parameter, chunk.letters, chunk.layers)
-            layers.setdefault((family, name), set()).add(parameter.layer)
-            if (family, name) not in found:
-                stacked = parameter.is_expert and len(parameter.local_shape) == 3
-                shape = parameter.local_shape
-                local = (experts, *shape[1:]) if stacked else shape
-                found[family, name] = _owned(job, family, name, parameter, local)
-    return [
-        OwnedParameter(**{**vars(owned), "layers": len(layers[key])})
-        for key, owned in found.items()
-    ]
+            family, name = place = _place(parameter, chunk)
+            layers.setdefault(place, set()).add(parameter.layer)
+            if place not in found:
+                local = parameter.local_shape
+                if parameter.is_expert and len(local) == 3:
+                    local = (experts, *local[1:])
+                found[place] = _owned(job, family, name, parameter, local)
+    return [replace(owned, layers=len(layers[place])) for place, owned in found.items()]
 
 
-def parameter_count(stages: Sequence[BuiltStage]) -> int:
+def parameter_count(owned: Iterable[OwnedParameter]) -> int:
     """Return the parameters of the whole model, each once."""
-    seen: dict[tuple[int | None, str], int] = {}
-    for chunk in _chunks(stages):
-        for parameter in chunk.parameters:
-            _, name = _place(parameter, chunk.letters, chunk.layers)
-            seen[parameter.layer, name] = math.prod(parameter.global_shape)
-    return sum(seen.values())
+    return sum(item.layers * math.prod(item.global_shape) for item in owned)
 
 
-def _chunks(stages: Sequence[BuiltStage]) -> list:
-    return sorted((c for stage in stages for c in stage.chunks), key=lambda chunk: chunk.index)
-
-
-def _experts_here(parameters: Sequence[BuiltParameter]) -> int:
-    """Return the experts of one layer on this rank."""
-    names = {p.name.split("local_experts.")[1].split(".")[0] for p in parameters if p.is_expert}
-    return len(names)
-
-
-def _place(parameter: BuiltParameter, letters: str, layers: range) -> tuple[str, str]:
+def _place(parameter: BuiltParameter, chunk: BuiltChunk) -> tuple[str, str]:
+    """Return the family and the name within the layer, which all experts of a layer share."""
     parts = parameter.name.split(".")
     if parameter.layer is None:
         return ("embedding" if parts[0] == "embedding" else "head"), parameter.name
-    name = ".".join(parts[3:])
-    if parameter.is_expert:
-        name = ".".join(part for part in parts[3:] if not part.isdigit())
-    return letters[layers.index(parameter.layer)], name
+    name = ".".join(part for part in parts[3:] if not (parameter.is_expert and part.isdigit()))
+    return chunk.letters[chunk.layers.index(parameter.layer)], name
 
 
 def _owned(
     job: Job, family: str, name: str, parameter: BuiltParameter, local: tuple[int, ...]
 ) -> OwnedParameter:
     expert = parameter.is_expert
-    split = []
+    split = {}
     for axis, (whole, part) in enumerate(zip(parameter.global_shape, local, strict=True)):
         if whole != part:
-            by = "tp" if not expert else ("ep" if len(local) == 3 and axis == 0 else "etp")
-            split.append((axis, by))
+            split[axis] = "tp" if not expert else ("ep" if len(local) == 3 and axis == 0 else "etp")
     on: dict[str, str] = {}
     for mesh in ("etp", "ep", "edp") if expert else ("tp", "cp", "dp"):
         if group_size(job.layout, mesh) > 1:
-            if mesh in (by for _, by in split):
-                on[mesh] = "varying"
-            elif mesh == "tp":
-                on[mesh] = _word_on_tp(parameter)
-            else:
-                on[mesh] = "replicated"
+            on[mesh] = "varying" if mesh in split.values() else "replicated"
+    if on.get("tp") == "replicated" and not (parameter.sequence_parallel or parameter.sums_over_tp):
+        on["tp"] = "invariant"
     return OwnedParameter(
         family,
         name,
@@ -122,15 +101,10 @@ def _owned(
         parameter.global_shape,
         local,
         on,
-        tuple(f"axis {axis} by {by}" for axis, by in split),
+        tuple(f"axis {axis} by {by}" for axis, by in split.items()),
         _why(parameter, on),
         tuple(_gradient(job, parameter, on)),
     )
-
-
-def _word_on_tp(parameter: BuiltParameter) -> str:
-    partial = parameter.sequence_parallel or parameter.sums_over_tp
-    return "replicated" if partial else "invariant"
 
 
 def _why(parameter: BuiltParameter, on: dict[str, str]) -> str:

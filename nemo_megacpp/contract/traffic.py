@@ -1,13 +1,155 @@
-"""Totals of a step's traffic: by group, within nodes and between them."""
+"""What a rank sends: for a layer, for the pipeline, once per step, and in total.
+
+Families declare their collectives; those of the embedding, the head, the pipeline and the optimizer
+are here. The order of a pipeline's messages is Megatron's; their number and size follow from the
+chunks. The step is Megatron's own, without overlap of gradient or parameter exchange: overlapping
+moves collectives in time and cuts them into buckets, and changes no byte. The tests compare all of
+it with recorded runs, collective by collective and byte by byte.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from nemo_megacpp.formulas.collectives import Collective
-from nemo_megacpp.formulas.placement import group_of, group_size
+from nemo_megacpp.contract.memory import GRADIENT_BYTES, Buffer
+from nemo_megacpp.contract.stages import BuiltStage
+from nemo_megacpp.families import block_of
+from nemo_megacpp.formulas.collectives import (
+    Collective,
+    Kind,
+    Role,
+    between_several,
+    column_parallel,
+    there_and_back,
+)
+from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.layout.placement import EMBEDDING, group_of, group_size
+from nemo_megacpp.pattern import Family
+
+
+def place_collectives(sizes: Sizes, place: str) -> list[Collective]:
+    """Return what one layer of a family, the embedding or the head sends in one microbatch."""
+    if place == "embedding":  # split over the vocabulary
+        size, what = sizes.hidden_bytes, "embeddings of the rank's part of the vocabulary"
+        made = (
+            there_and_back("reduce_scatter", "all_gather", "tp", size, "sum", what)
+            if sizes.layout.sp
+            else [Collective("all_reduce", "tp", size, "forward", "sum", what)]
+        )
+    elif place == "head":  # with the cross entropy, split over the vocabulary, in float32
+        made = column_parallel(sizes, "final hidden states") + [
+            Collective("all_reduce", "tp", sizes.tokens * 4, "forward", "sum", f"{what} per token")
+            for what in ("largest logit", "target's logit", "sum of exponentials")
+        ]
+    else:
+        formula = block_of(Family(place)).collectives
+        assert formula is not None, "a job refuses a family without formulas"
+        made = formula(sizes)
+    return between_several(sizes, made)
+
+
+def microbatch_collectives(
+    sizes: Sizes, stages: Sequence[BuiltStage]
+) -> list[tuple[str, int, list[Collective]]]:
+    """Return ``(place, how many, collectives of one)`` in one microbatch, for one rank of each
+    stage together. The place ``pipeline`` is what passes between stages."""
+    counts = Counter(place for stage in stages for place in stage.places)
+    found = [
+        (place, counts[place], place_collectives(sizes, place))
+        for place in sizes.places
+        if counts[place]
+    ]
+    if sizes.layout.pp > 1:
+        messages = [made for stage in stages for made in pipeline_messages(sizes, stage)]
+        found.append(("pipeline", 1, messages))
+    return found
+
+
+def pipeline_messages(sizes: Sizes, stage: BuiltStage) -> list[Collective]:
+    """Return what all chunks of a stage send to and receive from others for one microbatch."""
+    size = sizes.shared_tokens * sizes.h * sizes.e
+    messages: list[Collective] = []
+
+    def between(chunk: int, outgoing: bool) -> None:
+        """The hidden states of ``chunk``, sent to the next stage or received from the last one,
+        and their gradient, which goes the other way."""
+        there: Kind = "send" if outgoing else "receive"
+        back: Kind = "receive" if outgoing else "send"
+        step, what = (1 if outgoing else -1), f"hidden states of chunk {chunk}"
+        messages.append(Collective(there, "pp", size, "forward", "pipeline", what, 1, step))
+        what = f"gradient of {what}"
+        messages.append(Collective(back, "pp", size, "backward", "pipeline", what, 1, step))
+
+    for chunk in stage.chunks:
+        if not chunk.owns_embedding:
+            between(chunk.index - 1, outgoing=False)
+        if not chunk.owns_head:
+            between(chunk.index, outgoing=True)
+    return messages
+
+
+def step_collectives(
+    sizes: Sizes, stage: BuiltStage, buffers: Sequence[Buffer]
+) -> list[Collective]:
+    """Return what a rank of ``stage`` sends once per step: gradients, parameters, norms."""
+    job, layout = sizes.job, sizes.layout
+    made: list[Collective] = []
+
+    def once(kind: Kind, group: str, size: int, role: Role, what: str, count: int = 1) -> None:
+        made.append(Collective(kind, group, size, "step", role, what, count))
+
+    has_experts = sizes.has(Family.EXPERT)
+    for buffer in buffers:
+        kinds = "expert" if buffer.is_expert else "dense"
+        if buffer.element_size != sizes.e:
+            kinds += " float32"
+        where = f"{kinds} parameters of chunk {buffer.chunk}"
+        for bucket in buffer.buckets:
+            gradients = bucket.numel * GRADIENT_BYTES
+            if not job.use_distributed_optimizer:
+                once("all_reduce", buffer.group, gradients, "gradient", f"gradients of {where}")
+                continue
+            once("reduce_scatter", buffer.group, gradients, "gradient", f"gradients of {where}")
+            # Each of Megatron's two optimizers, of dense and of expert parameters, gathers the
+            # whole chunk when it is done.
+            size = bucket.numel * buffer.element_size
+            once("all_gather", buffer.group, size, "parameter", where, 1 + has_experts)
+    if layout.sp:
+        size = sum(p.numel for p in stage.parameters if p.sequence_parallel) * GRADIENT_BYTES
+        what = "gradients of parameters that tp ranks use for their own tokens or heads"
+        once("all_reduce", "tp", size, "gradient", what)
+    blocks = stage.places.count(Family.EXPERT.value)
+    if blocks and sizes.config.moe_router_enable_expert_bias:
+        size = blocks * sizes.experts * 4  # float32 whatever the model is
+        once("all_reduce", "tp-cp-dp", size, "routing", "tokens per expert, for the router's bias")
+    if job.use_distributed_optimizer:
+        once("all_reduce", "world", 4, "sum", "gradient norm")
+    else:
+        once("all_reduce", "tp-pp", 4, "sum", "gradient norm of dense parameters")
+        if has_experts:
+            once("all_reduce", "etp-ep-pp", 4, "sum", "gradient norm of expert parameters")
+    if sizes.config.share_embeddings_and_output_weights and {"embedding", "head"} & {*stage.places}:
+        size = sizes.vocabulary * sizes.h * GRADIENT_BYTES
+        what = "gradient of the embedding that is the head"
+        once("all_reduce", EMBEDDING, size, "gradient", what)
+    return between_several(sizes, made)
+
+
+def whole_step(
+    sizes: Sizes, stages: Sequence[BuiltStage], buffers: Sequence[Sequence[Buffer]]
+) -> list[Collective]:
+    """Return everything that one rank of each stage sends in a step; ``buffers`` by stage."""
+    repeated = [
+        replace(made, count=made.count * layers * sizes.job.num_microbatches)
+        for _, layers, collectives in microbatch_collectives(sizes, stages)
+        for made in collectives
+    ]
+    for stage, mine in zip(stages, buffers, strict=True):
+        repeated += step_collectives(sizes, stage, mine)
+    return repeated
 
 
 @dataclass(frozen=True)
@@ -15,7 +157,7 @@ class Traffic:
     """What a rank sends over one kind of group in one step.
 
     Attributes:
-        group: a key of :data:`nemo_megacpp.formulas.placement.GROUPS`.
+        group: a key of :data:`nemo_megacpp.layout.placement.GROUPS`.
         calls: collectives, and messages sent.
         tensor_bytes: of the tensors that are passed to them.
         sent_bytes: that leave the rank, in a ring (or direct) algorithm.
@@ -32,21 +174,17 @@ class Traffic:
 def traffic(
     layout: ParallelLayout, collectives: Iterable[Collective], rank: int, gpus_per_node: int
 ) -> list[Traffic]:
-    """Return the totals of ``rank``'s collectives of a step, by group, largest first.
-
-    A ring passes through its ranks in order; the part of its bytes that leaves a node is the part
-    of its steps that do. An all-to-all sends as much to each rank.
-    """
+    """Return the totals of ``rank``'s collectives, by group, largest first."""
     totals: dict[str, list[float]] = {}
-    crossing: dict[tuple[str, str], float] = {}
+    crossing: dict[tuple[str, bool], float] = {}
     for made in collectives:
         if made.kind == "receive":
             continue  # counted where it is sent
-        exchange = "all_to_all" if made.kind == "all_to_all" else "ring"
-        key = (made.group, exchange)
+        key = (made.group, made.kind == "all_to_all")
         if key not in crossing:
-            crossing[key] = _crossing(layout, made.group, exchange, rank, gpus_per_node)
-        sent = made.wire_bytes(_size(layout, made.group))
+            nodes = [other // gpus_per_node for other in group_of(layout, rank, made.group)]
+            crossing[key] = _leaves_node(nodes, made.kind == "all_to_all")
+        sent = made.wire_bytes(group_size(layout, made.group))
         entry = totals.setdefault(made.group, [0.0, 0.0, 0.0, 0.0])
         entry[0] += made.count
         entry[1] += made.bytes * made.count
@@ -56,24 +194,14 @@ def traffic(
     return sorted(found, key=lambda item: -item.sent_bytes)
 
 
-def _size(layout: ParallelLayout, group: str) -> int:
-    return 2 if group == "embedding" else group_size(layout, group)
+def _leaves_node(nodes: list[int], all_to_all: bool) -> float:
+    """Return the share of the bytes that a group's ranks, on ``nodes``, send to another node.
 
-
-def _crossing(
-    layout: ParallelLayout, group: str, exchange: str, rank: int, gpus_per_node: int
-) -> float:
-    """Return the part of what a group's ranks send that goes to another node."""
-    if group == "embedding":
-        stages = group_of(layout, rank, "pp")
-        ranks: tuple[int, ...] = (stages[0], stages[-1])
-    else:
-        ranks = group_of(layout, rank, group)
-    nodes = [other // gpus_per_node for other in ranks]
+    A ring passes through its ranks in order; an all-to-all sends as much to each rank.
+    """
     size = len(nodes)
     if size == 1:
         return 0.0
-    if exchange == "ring":
+    if not all_to_all:
         return sum(nodes[i] != nodes[(i + 1) % size] for i in range(size)) / size
-    on_node = {node: nodes.count(node) for node in set(nodes)}
-    return 1 - sum(count * (count - 1) for count in on_node.values()) / (size * (size - 1))
+    return 1 - sum(count * (count - 1) for count in Counter(nodes).values()) / (size * (size - 1))

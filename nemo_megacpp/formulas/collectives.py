@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from nemo_megacpp.formulas.placement import group_size
+from nemo_megacpp.layout.placement import group_size
 
 if TYPE_CHECKING:
     from nemo_megacpp.formulas.sizes import Sizes
@@ -32,7 +32,7 @@ class Collective:
 
     Attributes:
         kind: what is called; a point-to-point message is a ``send`` here and a ``receive`` there.
-        group: between whom, a key of :data:`nemo_megacpp.formulas.placement.GROUPS`.
+        group: between whom, a key of :data:`nemo_megacpp.layout.placement.GROUPS`.
         bytes: of the whole tensor: the input of an all-reduce or a reduce-scatter, the output of an
             all-gather, this rank's input of an all-to-all, the message of a send or receive.
         phase: when.
@@ -78,7 +78,7 @@ def column_parallel(sizes: Sizes, what: str) -> list[Collective]:
     """The way into a tensor-parallel region: hidden states whole on every rank.
 
     Megatron's ``LinearWithGradAccumulationAndAsyncCommunication``: with SP the input is gathered,
-    and gathered again for the weight's gradient instead of being kept.
+    and gathered again for the weight's gradient instead of being saved.
     """
     size = sizes.hidden_bytes
     if not sizes.layout.sp:

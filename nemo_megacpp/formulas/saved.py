@@ -1,4 +1,4 @@
-"""Saved activations: what autograd keeps of one microbatch for the backward pass.
+"""Saved activations: what autograd saves of one microbatch for the backward pass.
 
 Each entry names a tensor and gives its bytes on one rank. The ``torch`` entries follow the plain
 torch modules and kernels and are held to recorded runs. The ``gpu`` entries follow what Transformer
@@ -6,7 +6,7 @@ Engine's and mamba_ssm's autograd functions save; no GPU has confirmed them yet.
 E's entries are those of balanced routing.
 
 Of Megatron's selective recomputation, ``core_attn``, ``moe`` and ``shared_experts`` are counted;
-other modules are reckoned as if they kept everything. Not counted, on either: tensors that live
+other modules are counted as if they saved everything. Not counted for either: tensors that live
 only inside a kernel or between two operations, and what an allocator rounds up or cannot reuse.
 """
 
@@ -24,7 +24,7 @@ COUNTED_RECOMPUTATION = frozenset(("core_attn", "moe", "shared_experts"))
 
 
 class Saved(NamedTuple):
-    """A tensor that waits for the backward pass.
+    """A tensor that is saved for the backward pass.
 
     Attributes:
         what: its name.
@@ -38,7 +38,7 @@ class Saved(NamedTuple):
 def norm(sizes: Sizes) -> list[Saved]:
     """Return what an RMS norm over ``h`` saves, and its output, which the next linear saves."""
     tokens, h = sizes.shared_tokens, sizes.h
-    # torch composes the norm, and keeps the wide input and its product with the scale.
+    # torch composes the norm, and saves the wide input and its product with the scale.
     width = sizes.e if sizes.job.kernels == "gpu" else 2 * sizes.wide
     return [
         Saved("norm: input", tokens * h * width),

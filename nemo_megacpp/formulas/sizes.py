@@ -1,15 +1,85 @@
-"""The numbers that formulas are written in: tokens, widths and element sizes on one rank."""
+"""What formulas are written in: a job, and its tokens, widths and element sizes on one rank."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Literal
 
-from nemo_megacpp.config import HybridConfig
-from nemo_megacpp.formulas.job import Job
+import torch
+
+from nemo_megacpp.config import HybridConfig, config_fields
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.families import block_of, load_families
 from nemo_megacpp.layout import ParallelLayout, padded_vocab_size
 from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Dimensions, Mamba3Settings
 from nemo_megacpp.mixers.kernels.m2rnn_triton import unfit_for_triton
+from nemo_megacpp.pattern import Family, HybridPattern
+
+Precision = Literal["fp32", "bf16"]
+Kernels = Literal["gpu", "torch"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job, before it runs.
+
+    Attributes:
+        model: fields of :class:`nemo_megacpp.config.HybridConfig`, without the layout's.
+        layout: the parallel degrees.
+        micro_batch_size, global_batch_size: rows of ``seq_length`` tokens.
+        precision: of parameters and activations. In ``bf16`` gradients, and the optimizer's
+            copy of the parameters, are float32.
+        use_distributed_optimizer: shard the optimizer's state over data-parallel ranks.
+        kernels: ``gpu`` is Transformer Engine and mamba_ssm, ``torch`` the plain forms of a machine
+            without a GPU. They save different activations, and split attention over CP differently.
+        gpus_per_node: ranks of one NVLink domain.
+        hbm_bytes: memory of one GPU; None: not compared.
+        name: of the job, for people.
+
+    Raises:
+        UserError: the pattern has blocks of a family that does not declare what it sends and saves.
+    """
+
+    model: dict[str, Any] = field(hash=False)
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+    precision: Precision = "bf16"
+    use_distributed_optimizer: bool = False
+    kernels: Kernels = "gpu"
+    gpus_per_node: int = 8
+    hbm_bytes: int | None = None
+    name: str = "model"
+
+    def __post_init__(self) -> None:
+        load_families(self.model.get("family_modules"))
+        pattern = self.model.get("hybrid_pattern")
+        letters = HybridPattern.parse(pattern).families if pattern else ()
+        unpriced = [f.value for f in dict.fromkeys(letters) if not block_of(f).is_priced]
+        if unpriced:
+            raise UserError(
+                f"The pattern has {', '.join(unpriced)} blocks, whose family declares neither "
+                f"collectives nor saved_activations, so a plan would be wrong. Declare both in its "
+                f"BlockFamily, as examples/short_conv.py does. 'nemo-megacpp verify' proves a "
+                f"layout of any family."
+            )
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of a parameter, and of an activation unless a formula names another size."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of one data-parallel rank in one step."""
+        return self.global_batch_size // (self.micro_batch_size * self.layout.data_parallel_size)
+
+    def config(self) -> HybridConfig:
+        """Return the model's configuration in this layout, for building it without numbers."""
+        dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
+        fields = config_fields(self.model, self.layout, dtype, "cpu")
+        return HybridConfig(**fields, perform_initialization=False)
 
 
 @dataclass(frozen=True)
@@ -18,11 +88,28 @@ class Sizes:
 
     Attributes:
         job: the job.
-        config: its model configuration.
     """
 
     job: Job
-    config: HybridConfig
+
+    @cached_property
+    def config(self) -> HybridConfig:
+        """The model's configuration in the job's layout."""
+        return self.job.config()
+
+    @property
+    def letters(self) -> str:
+        """The families of the whole model, layer by layer."""
+        return self.config.pattern.letters
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The letters of the families, each once, between ``embedding`` and ``head``."""
+        return ("embedding", *dict.fromkeys(self.letters), "head")
+
+    def has(self, family: Family) -> bool:
+        """Whether the model has blocks of ``family``."""
+        return family in self.config.pattern.families
 
     @property
     def layout(self) -> ParallelLayout:
@@ -48,7 +135,7 @@ class Sizes:
 
     @property
     def length(self) -> int:
-        """Tokens of a row on one cp rank, before tp shares them out."""
+        """Tokens of a row on one cp rank, before tp splits them."""
         return self.config.seq_length // self.layout.cp
 
     @property
@@ -58,7 +145,7 @@ class Sizes:
 
     @property
     def shared_tokens(self) -> int:
-        """Tokens between tensor-parallel regions: under SP each tp rank keeps its share."""
+        """Tokens between tensor-parallel regions: under SP each tp rank has its share."""
         return self.tokens // self.layout.tp if self.layout.sp else self.tokens
 
     @property
@@ -106,7 +193,7 @@ class Sizes:
 
     @property
     def m2rnn_is_serial(self) -> bool:
-        """Whether CP hands the state on instead of spreading heads."""
+        """Whether CP passes the state on instead of splitting heads."""
         return self.m2rnn.is_serial(self.m2rnn_heads, self.layout.cp)
 
     @property
@@ -145,20 +232,11 @@ class Sizes:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding on this rank."""
-        rows = padded_vocab_size(
-            self.config.vocab_size,
-            self.config.make_vocab_size_divisible_by,
-            self.layout.tp,
-        )
-        return rows // self.layout.tp
+        config, tp = self.config, self.layout.tp
+        return padded_vocab_size(config.vocab_size, config.make_vocab_size_divisible_by, tp) // tp
 
     def recomputes(self, module: str) -> bool:
         """Whether ``module`` is computed again in the backward pass."""
         return self.config.recompute_granularity == "selective" and module in (
             self.config.recompute_modules or ()
         )
-
-
-def sizes_of_job(job: Job) -> Sizes:
-    """Return the sizes of ``job``."""
-    return Sizes(job, job.config())

@@ -3,62 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from itertools import islice, product
 from typing import Any
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout.parallel import FIELD_OF, ParallelLayout, setting
-from nemo_megacpp.layout.rules import RULES, Broken, Case
-from nemo_megacpp.layout.shape import ModelShape
+from nemo_megacpp.layout.rules import RULES, LayoutCheck, LayoutViolation, ModelShape, divisors_of
 
 _MOST_CHOICES = 6
 _LARGEST_CANDIDATE = 1024
-
-
-@dataclass(frozen=True)
-class Violation:
-    """One reason why a layout is illegal.
-
-    Attributes:
-        axis: ``TP``, ``SP``, ``CP``, ``PP``, ``VPP``, ``EP``, ``ETP``, ``DP``, or ``MODEL`` where
-            no layout would help.
-        rule: a short, stable identifier.
-        message: what is wrong, with the numbers.
-        legal: the nearest choices, as ``name=value``, a layout's under the names that
-            `ParallelLayout.parse` reads. A degree was tried on all rules: it meets this one, and
-            no axis without a violation gets one. Empty if no single setting helps.
-    """
-
-    axis: str
-    rule: str
-    message: str
-    legal: tuple[str, ...]
-
-    def __str__(self) -> str:
-        legal = f" Legal: {' or '.join(self.legal)}." if self.legal else ""
-        return f"[{self.axis}] {self.message}{legal}"
+_POWERS = (1, 2, 4, 8, 16)
 
 
 def check_layout(
     layout: ParallelLayout, shape: ModelShape, *, gpus_per_node: int | None = None
-) -> list[Violation]:
+) -> list[LayoutViolation]:
     """Return every reason why ``layout`` is illegal for ``shape``; empty if it is legal.
 
     Args:
-        layout: the degrees asked for.
-        shape: the model's sizes; those of families that the pattern lacks are not looked at.
+        layout: the degrees.
+        shape: the model's sizes; those of families that the pattern lacks are not checked.
         gpus_per_node: GPUs of one NVLink domain, which TP groups must not leave; None: not checked.
     """
     unreadable = list(_unreadable(layout))
-    # The other rules still apply, with 1 in place of a degree that is none.
-    stand_ins: dict[str, Any] = {name: default for name, default, _ in unreadable}
-    readable = replace(layout, **stand_ins)
-    case = Case(readable, shape, gpus_per_node)
-    broken = _broken(case)
+    # The other rules still apply, with the default in place of an unreadable degree.
+    defaults: dict[str, Any] = {name: default for name, default, _ in unreadable}
+    check = LayoutCheck(replace(layout, **defaults), shape, gpus_per_node)
+    broken = _broken(check)
     return [violation for _, _, violation in unreadable] + [
-        Violation(item.axis, item.rule, item.message, item.legal + _choices(case, item, broken))
-        for item in broken
+        replace(item, legal=item.legal + _choices(check, item, broken)) for item in broken
     ]
 
 
@@ -68,22 +43,62 @@ def is_legal(
     """Say whether `check_layout` would find nothing, without looking for choices."""
     if any(True for _ in _unreadable(layout)):
         return False
-    case = Case(layout, shape, gpus_per_node)
-    return not any(True for rule in RULES for _ in rule(case))
+    check = LayoutCheck(layout, shape, gpus_per_node)
+    return not any(True for rule in RULES for _ in rule(check))
 
 
 def validate_layout(
     layout: ParallelLayout, shape: ModelShape, *, gpus_per_node: int | None = None
 ) -> None:
-    """Raise a UserError that lists all violations, numbered; do nothing if there are none."""
+    """Raise a UserError that lists all violations; do nothing if there are none."""
     violations = check_layout(layout, shape, gpus_per_node=gpus_per_node)
     if violations:
-        count = f"{len(violations)} reason{'s' if len(violations) > 1 else ''}"
-        raise UserError(
-            f"Layout {layout.short()} is illegal for this model of {len(shape.pattern)} layers, "
-            f"for {count}:\n"
-            + "\n".join(f"  {number}. {item}" for number, item in enumerate(violations, start=1))
+        raise UserError(describe_violations(layout, shape, violations))
+
+
+def describe_violations(
+    layout: ParallelLayout, shape: ModelShape, violations: Sequence[LayoutViolation]
+) -> str:
+    """Return one violation as it is, and several as a numbered list with the layout above it."""
+    if len(violations) == 1:
+        return str(violations[0])
+    lines = [
+        f"Layout {layout.short()} is illegal for this model of {len(shape.pattern)} layers, for "
+        f"{len(violations)} reasons:",
+        *(f"  {number}. {item}" for number, item in enumerate(violations, start=1)),
+    ]
+    return "\n".join(lines)
+
+
+def nearest_legal(
+    layout: ParallelLayout,
+    shape: ModelShape,
+    *,
+    gpus_per_node: int | None = None,
+    most: int = 3,
+) -> list[ParallelLayout]:
+    """Return the legal layouts of the same world that change the degrees least, nearest first.
+
+    Near is a small sum of the logarithms by which degrees move. The degrees tried are the given
+    ones, powers of two, and the divisors of depth and experts; SP is on wherever TP is above 1.
+
+    Args:
+        layout: the illegal layout; its degrees must be positive.
+        shape: the model's sizes.
+        gpus_per_node: as in `check_layout`.
+        most: how many to return.
+    """
+
+    def distance(other: ParallelLayout) -> float:
+        moved = sum(
+            abs(math.log2(getattr(other, name) / getattr(layout, name)))
+            for name in ("tp", "cp", "pp", "ep", "etp")
         )
+        return moved + (layout.vpp != other.vpp) + 0.5 * (layout.sp != other.sp)
+
+    near = sorted(_candidates(layout, shape), key=distance)
+    legal = (other for other in near if is_legal(other, shape, gpus_per_node=gpus_per_node))
+    return list(islice(legal, most))
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int | None, tp: int) -> int:
@@ -108,8 +123,8 @@ def padded_vocab_size(vocab_size: int, divisible_by: int | None, tp: int) -> int
     return vocab_size
 
 
-def _unreadable(layout: ParallelLayout) -> Iterator[tuple[str, Any, Violation]]:
-    """The fields that hold no degree, with a stand-in for each."""
+def _unreadable(layout: ParallelLayout) -> Iterator[tuple[str, Any, LayoutViolation]]:
+    """Yield the name and default of each field that does not hold a degree, with its violation."""
     for field in fields(layout):
         name, value, default = field.name, getattr(layout, field.name), field.default
         if isinstance(default, bool):
@@ -121,23 +136,25 @@ def _unreadable(layout: ParallelLayout) -> Iterator[tuple[str, Any, Violation]]:
             message = f"{name} must be {wanted}; got {value!r}."
             legal = (setting(name, default),)
             axis = "DP" if name == "world_size" else setting(name, 0).partition("=")[0].upper()
-            yield name, default, Violation(axis, f"degree-{name}", message, legal)
+            yield name, default, LayoutViolation(axis, f"degree-{name}", message, legal)
 
 
-def _broken(case: Case) -> list[Broken]:
-    return [item for rule in RULES for item in rule(case)]
+def _broken(check: LayoutCheck) -> list[LayoutViolation]:
+    return [item for rule in RULES for item in rule(check)]
 
 
-def _choices(case: Case, item: Broken, before: list[Broken]) -> tuple[str, ...]:
+def _choices(
+    check: LayoutCheck, item: LayoutViolation, before: list[LayoutViolation]
+) -> tuple[str, ...]:
     """Find settings that repair ``item`` by trying them on the rules themselves."""
     rules, axes = {other.rule for other in before}, {other.axis for other in before}
     found: list[str] = []
     for knob in item.knobs:
-        asked = getattr(case.layout, knob) or 1
-        candidates = range(1, min(max(2 * asked, 16), _LARGEST_CANDIDATE) + 1)
-        outcomes = {value: _broken(_turned(case, knob, value)) for value in candidates}
-        # Best: no rule that this setting could meet is left broken. Else the setting is right on
-        # its own axis, while another axis, which has a violation too, still has to move.
+        given = getattr(check.layout, knob) or 1
+        candidates = range(1, min(max(2 * given, 16), _LARGEST_CANDIDATE) + 1)
+        outcomes = {value: _broken(_turned(check, knob, value)) for value in candidates}
+        # Best: no rule that this setting could meet is left broken. Otherwise the setting is right
+        # on its own axis, while another axis, which has a violation too, still has to move.
         best = [
             value
             for value, after in outcomes.items()
@@ -149,19 +166,27 @@ def _choices(case: Case, item: Broken, before: list[Broken]) -> tuple[str, ...]:
             for value, after in outcomes.items()
             if {left.axis for left in after} <= axes - {item.axis}
         ]
-        found += [setting(FIELD_OF[knob], value) for value in _nearest(best or fair, asked)]
+        near = sorted(best or fair, key=lambda value: abs(value - given))[:_MOST_CHOICES]
+        found += [setting(FIELD_OF[knob], value) for value in sorted(near)]
     return tuple(found)
 
 
-def _turned(case: Case, knob: str, value: int) -> Case:
+def _turned(check: LayoutCheck, knob: str, value: int) -> LayoutCheck:
     degree: dict[str, Any] = {FIELD_OF[knob]: value}
-    layout = replace(case.layout, **degree)
+    layout = replace(check.layout, **degree)
     if knob == "tp":
         # SP follows TP, as it does when a layout is parsed.
-        sequence_parallel = layout.tp > 1 and (layout.sp or case.layout.tp == 1)
+        sequence_parallel = layout.tp > 1 and (layout.sp or check.layout.tp == 1)
         layout = replace(layout, sequence_parallel=sequence_parallel)
-    return replace(case, layout=layout)
+    return replace(check, layout=layout)
 
 
-def _nearest(values: list[int], asked: int) -> list[int]:
-    return sorted(sorted(values, key=lambda value: abs(value - asked))[:_MOST_CHOICES])
+def _candidates(layout: ParallelLayout, shape: ModelShape) -> Iterator[ParallelLayout]:
+    tps = {*_POWERS, layout.tp}
+    cps = {*_POWERS, layout.cp}
+    pps = {*divisors_of(len(shape.pattern)), layout.pp, len(shape.pattern.cuts) + 1}
+    eps = {*divisors_of(shape.num_moe_experts or 1), layout.ep}
+    for tp, cp, pp, ep in product(*map(sorted, (tps, cps, pps, eps))):
+        for etp in sorted({1, tp, layout.etp}):
+            for vpp in {layout.vpp, None}:
+                yield ParallelLayout(tp, tp > 1, cp, pp, vpp, ep, etp, layout.world_size)

@@ -36,9 +36,7 @@ _BOOLEANS = {
 }
 
 MAX_RANKS = 2**20
-"""Ranks that are counted out into groups: more than any machine has."""
-AXES = ("tp", "cp", "dp", "pp", "etp", "ep", "edp")
-"""Axes that `ParallelLayout.groups` knows; ``edp`` is expert data parallelism."""
+"""The largest world that is planned: more ranks than any machine has."""
 
 
 @dataclass(frozen=True)
@@ -216,38 +214,11 @@ class ParallelLayout:
         assert pp == expert_pp  # both orders end with pp
         return RankCoordinates(tp=tp, cp=cp, dp=dp, pp=pp, etp=etp, ep=ep, edp=edp)
 
-    def groups(self, axis: str) -> list[list[int]]:
-        """The process groups of one axis, as lists of global ranks in Megatron's order.
-
-        Args:
-            axis: one of `AXES`.
-
-        Raises:
-            UserError: an unknown axis, or a world that does not divide.
-        """
-        if axis not in AXES:
-            raise UserError(
-                f"There is no axis {axis!r}; the axes are {', '.join(AXES)}.{nearest(axis, AXES)}"
-            )
-        others = ("etp", "ep", "edp", "pp") if axis in ("etp", "ep", "edp") else AXES[:4]
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.world):
-            place = self.rank_coordinates(rank)
-            key = tuple(getattr(place, other) for other in others if other != axis)
-            groups.setdefault(key, []).append(rank)
-        return list(groups.values())
-
     def megatron_fields(self) -> dict[str, Any]:
         """Return the degrees as Megatron's configurations and NeMo's strategy name them."""
-        return {
-            "tensor_model_parallel_size": self.tp,
-            "sequence_parallel": self.sp,
-            "context_parallel_size": self.cp,
-            "pipeline_model_parallel_size": self.pp,
-            "virtual_pipeline_model_parallel_size": self.vpp,
-            "expert_model_parallel_size": self.ep,
-            "expert_tensor_parallel_size": self.etp,
-        }
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        del found["world_size"]
+        return {**found, "expert_tensor_parallel_size": self.etp}
 
     def describe(self) -> str:
         """For people: ``TP=2 SP CP=1 EP=1 ETP=1 PP=1 (2 ranks: DP=1, expert DP=2)``."""
@@ -268,7 +239,7 @@ class ParallelLayout:
         entries = []
         for field in fields(self):
             value = getattr(self, field.name)
-            # SP is always said next to a TP degree: parse would otherwise choose it.
+            # SP is always written beside a TP degree: parse would otherwise choose it.
             if value != field.default or (field.name == "sequence_parallel" and self.tp != 1):
                 entries.append(setting(field.name, value))
         return ",".join(entries) or "tp=1"

@@ -22,19 +22,27 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def peak_memory() -> float:
-    """Return the most memory that any rank has had, in bytes: of the device, or of the process.
+def memory_now() -> int:
+    """Return the bytes of this rank's tensors on the device, or of its process on a CPU."""
+    if current_host().device == "cuda":
+        return torch.cuda.memory_allocated()
+    resident = Path("/proc/self/statm").read_text().split()[1]
+    return int(resident) * resource.getpagesize()
 
-    A collective over all ranks.
+
+def peak_memory(before: int) -> dict[str, float]:
+    """Return the largest peak of any rank as ``memory``, and above ``before`` as ``memory_added``.
+
+    In bytes: of the device's tensors, or of the process on a CPU. A collective over all ranks.
     """
     device = torch.cuda.current_device()
     if current_host().device == "cuda":
         here = torch.cuda.max_memory_allocated()
     else:
         here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    most = torch.tensor(float(here), dtype=torch.float64, device=device)
+    most = torch.tensor([here, here - before], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return float(most)
+    return dict(zip(("memory", "memory_added"), most.tolist(), strict=True))
 
 
 class RunRecorder(pl.Callback, IOMixin):
@@ -49,7 +57,11 @@ class RunRecorder(pl.Callback, IOMixin):
         self.path = Path(path)
         self.log_interval = log_interval
         self._started = 0.0
+        self._before = 0
         self._heldout: float | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._before = memory_now()  # the strategy builds the model after this
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
@@ -71,7 +83,7 @@ class RunRecorder(pl.Callback, IOMixin):
             pl_module.log(name, torch.tensor(value), batch_size=1, rank_zero_only=True)
         step = trainer.global_step
         shown = step % self.log_interval == 0 or step in (1, trainer.max_steps)
-        memory = peak_memory() if shown else None
+        memory = peak_memory(self._before) if shown else {}
         if not trainer.is_global_zero:
             return
         metrics = trainer.callback_metrics
@@ -84,10 +96,10 @@ class RunRecorder(pl.Callback, IOMixin):
             "seconds": seconds,
             "tokens_per_second": data.global_batch_size * data.seq_length / seconds,
             "aux": aux,
-            **({} if memory is None else {"memory": memory}),
+            **memory,
         }
         append_record(self.path, record)
-        if memory is not None:
+        if memory:
             self._show(record, trainer.max_steps)
 
     def _show(self, record: dict[str, Any], max_steps: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.formulas.job import Job
+from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.layout.parallel import MAX_RANKS
 from nemo_megacpp.recipes.recipe import Recipe
 

@@ -84,14 +84,9 @@ def _draw(runs: list[tuple[str, Curve]]) -> tuple[Any, Any]:
         color = f"C{index}"
         losses, heldout = curve.losses, curve.heldout
         axes.plot(list(losses), list(losses.values()), color=color, lw=1, label=f"{label}, train")
-        axes.plot(
-            list(heldout),
-            list(heldout.values()),
-            "o--",
-            color=color,
-            ms=4,
-            label=f"{label}, held-out",
-        )
+        if heldout:
+            points = list(heldout), list(heldout.values())
+            axes.plot(*points, "o--", color=color, ms=4, label=f"{label}, held-out")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

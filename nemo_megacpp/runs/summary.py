@@ -25,7 +25,8 @@ class Summary:
         loss: training loss there.
         heldout: step and held-out loss, first and last evaluation; None without one.
         tokens_per_second: median over the steps.
-        memory: largest of any rank, in bytes, if it was recorded.
+        memory, memory_added: peak of the fullest rank, in bytes, and the part of it that came
+            after the model's build began; None if it was not recorded.
         checkpoints: how many were saved.
         seconds: from start to end of the sessions; a killed one counts to its last event.
     """
@@ -36,6 +37,7 @@ class Summary:
     heldout: tuple[tuple[int, float], tuple[int, float]] | None
     tokens_per_second: float
     memory: float | None
+    memory_added: float | None
     checkpoints: int
     seconds: float
 
@@ -71,6 +73,7 @@ def summarize(run_dir: Path) -> Summary | None:
             record["tokens_per_second"] for record in curve.steps.values()
         ),
         memory=max(_known(curve, "memory"), default=None),
+        memory_added=max(_known(curve, "memory_added"), default=None),
         checkpoints=sum(event.kind == "checkpoint" for event in events),
         seconds=sum(_sessions(events)),
     )

@@ -16,7 +16,7 @@ from nemo_megacpp.formulas.collectives import (
 )
 from nemo_megacpp.formulas.saved import Saved, norm
 from nemo_megacpp.hybrid_fields import HybridFields
-from nemo_megacpp.layout.rules import Broken, Case, Divides, GroupsDivideHeads
+from nemo_megacpp.layout.rules import Divides, GroupsDivideHeads, LayoutCheck, LayoutViolation
 
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
@@ -59,15 +59,15 @@ def mamba_layer_spec(backend: BackendSpecProvider, fields: HybridFields) -> Modu
     return mamba_layer(mixer, backend)
 
 
-def _context_parallel(case: Case) -> Iterator[Broken]:
+def _context_parallel(check: LayoutCheck) -> Iterator[LayoutViolation]:
     # Under CP an M block turns from sequence shards to head shards, on top of TP's split. Source:
     # megatron/core/ssm/mamba_context_parallel.py.
-    tp, cp = case.layout.tp, case.layout.cp
-    heads, groups = case.shape.mamba_num_heads, case.shape.mamba_num_groups
+    tp, cp = check.layout.tp, check.layout.cp
+    heads, groups = check.shape.mamba_num_heads, check.shape.mamba_num_groups
     if cp == 1:
         return
     if heads and heads % (tp * cp):
-        yield Broken(
+        yield LayoutViolation(
             "CP",
             "mamba-heads-cp",
             f"mamba_num_heads = {heads} is not divisible by TP x CP = {tp} x {cp} = {tp * cp}: "
@@ -77,7 +77,7 @@ def _context_parallel(case: Case) -> Iterator[Broken]:
     if groups and groups % tp == 0:
         local = groups // tp
         if local % cp and cp % local:
-            yield Broken(
+            yield LayoutViolation(
                 "CP",
                 "mamba-groups-cp",
                 f"mamba_num_groups = {groups} at TP = {tp} leaves {local} groups a rank, which "

@@ -94,7 +94,7 @@ def test_nothing_is_legal(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("nam56r_tiny", "tp=1", "cp=1", "pp=1", "--world-size", "7") == 2
     captured = capsys.readouterr()
     assert "no layout of 7 ranks is legal" in captured.err
-    assert "global_batch_size" in captured.out
+    assert "Batch sizes do not fit: global 8" in captured.out
 
 
 @pytest.mark.parametrize(

@@ -69,19 +69,19 @@ def _layouts(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> N
         seen.append(recipe.layout)
         raise SystemExit
 
-    monkeypatch.setattr(layouts_command, "say_assumed", say)
+    monkeypatch.setattr(layouts_command, "print_assumed", say)
     with pytest.raises(SystemExit):
         _run("layouts", *words)
 
 
 def _compare(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_megacpp.runs import compare
+    from nemo_megacpp.runs import comparison
 
     def compare_sides(a: Any, b: Any, **_: Any) -> Any:
         seen.extend([a.recipe.layout, b.recipe.layout])
         raise SystemExit
 
-    monkeypatch.setattr(compare, "compare_sides", compare_sides)
+    monkeypatch.setattr(comparison, "compare_sides", compare_sides)
     name, *settings = words
     sides = [word for setting in settings for word in ("--in-a", setting, "--in-b", setting)]
     with pytest.raises(SystemExit):

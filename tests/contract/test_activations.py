@@ -1,4 +1,4 @@
-"""Formulas of what autograd keeps, against recorded runs of the torch kernels: within 5%."""
+"""Formulas of what autograd saves, against recorded runs of the torch kernels: within 5%."""
 
 from __future__ import annotations
 
@@ -6,16 +6,9 @@ from typing import Any
 
 import pytest
 
-from nemo_megacpp.contract.activations import (
-    block_activations,
-    embedding_activations,
-    head_activations,
-)
-from nemo_megacpp.formulas.job import Job
-from nemo_megacpp.formulas.saved import total
-from nemo_megacpp.formulas.sizes import sizes_of_job
+from nemo_megacpp.contract.memory import saved_activations, saved_bytes
+from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.pattern import Family
 from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.contract.test_recorded import BALANCED, EXAMPLE, SELECTIVE, job_of, recorded
@@ -59,23 +52,18 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 def test_a_family(ranks: WorkerPool, model: dict[str, Any], layout: str, precision: str) -> None:
     job = job_of(model, ParallelLayout.parse(layout), precision=precision)
     run = recorded(ranks, job)[0]
-    sizes = sizes_of_job(job)
-    family = Family(model["hybrid_pattern"])
-    planned = {
-        "embedding": total(embedding_activations(sizes)),
-        "0": total(block_activations(sizes, family)),
-        "head": total(head_activations(sizes)),
-    }
+    planned = saved_bytes(Sizes(job))
+    planned["0"] = planned.pop(model["hybrid_pattern"])
     assert planned == {
         place: pytest.approx(size, rel=WITHIN) for place, size in run.saved.items()
     }, {place: planned[place] / size for place, size in run.saved.items()}
 
 
-def test_a_gpu_keeps_one_state_in_64_of_the_recurrence() -> None:
+def test_a_gpu_saves_one_state_in_64_of_the_recurrence() -> None:
     def states(**changes: object) -> dict[str, int]:
         job = Job(tiny_model("R", seq_length=1000, **changes), kernels="gpu")
-        kept = block_activations(sizes_of_job(job), Family.RECURRENT)
-        return {item.what: item.bytes for item in kept if "of the recurrence" in item.what}
+        saved = saved_activations(Sizes(job), "R")
+        return {item.what: item.bytes for item in saved if "of the recurrence" in item.what}
 
     size = 12 * 5 * 4 * 4  # heads, K, V, bytes
     assert states()["states of the recurrence, one in 64"] == 16 * size

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
-from nemo_megacpp.contract.buffers import buffers_of, largest_optimizer_bytes, optimizer_bytes
-from nemo_megacpp.contract.build import build_stages
-from nemo_megacpp.contract.memory import peak_of_schedule
-from nemo_megacpp.formulas.job import Job
+from nemo_megacpp.contract.memory import (
+    largest_optimizer_bytes,
+    optimizer_bytes,
+    peak_of_schedule,
+    stage_buffers,
+)
+from nemo_megacpp.contract.stages import build_stages
+from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.tiny_model import tiny_model
@@ -63,7 +67,7 @@ def test_the_distributed_optimizer_gives_every_element_one_owner() -> None:
     layout = ParallelLayout.parse("ep=2,world=8")
     job = Job(tiny_model("AEMR"), layout, 1, 8, precision="bf16", use_distributed_optimizer=True)
     (stage,) = build_stages(job)
-    buffers = buffers_of(job, stage)
+    buffers = stage_buffers(job, stage)
     shares = [
         optimizer_bytes(job, [buffer], place, place)
         for buffer in buffers

@@ -8,19 +8,20 @@ Megatron's collectives by another that gloo has, the plan says what Megatron ask
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from nemo_megacpp.contract.buffers import GRADIENT_BYTES, buffers_of, optimizer_bytes
-from nemo_megacpp.contract.build import BuiltStage, build_stages
-from nemo_megacpp.contract.step import Message, messages_of_rank
+from nemo_megacpp.contract.memory import GRADIENT_BYTES, optimizer_bytes, stage_buffers
+from nemo_megacpp.contract.stages import BuiltStage, build_stages
+from nemo_megacpp.contract.traffic import microbatch_collectives, step_collectives
 from nemo_megacpp.formulas.collectives import Collective
-from nemo_megacpp.formulas.job import Job
-from nemo_megacpp.formulas.sizes import sizes_of_job
+from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.layout.placement import group_of
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
@@ -34,6 +35,48 @@ BALANCED = {"moe_router_topk": 8}  # every token to every expert: routing sends 
 SELECTIVE = {"recompute_granularity": "selective"}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 MANY = {"global_batch_size": 8}
+
+
+class Message(NamedTuple):
+    """A collective between given ranks. For a send or a receive, ``ranks`` are this and the other.
+
+    Fields as in :class:`nemo_megacpp.formulas.collectives.Collective`; bytes of one call.
+    """
+
+    kind: str
+    ranks: tuple[int, ...]
+    bytes: int
+
+
+def messages_of_rank(
+    sizes: Sizes,
+    stage: BuiltStage,
+    rank: int,
+    carried_out: Callable[[Collective], Collective] = lambda collective: collective,
+) -> Counter[Message]:
+    """Return everything that ``rank`` of ``stage`` sends in one step by plan, and how often.
+
+    Args:
+        sizes, stage: the job, and the rank's stage of it.
+        rank: a global rank on that stage.
+        carried_out: what a machine makes of a collective that its backend does not have.
+    """
+    layout, found = sizes.layout, Counter[Message]()
+
+    def add(collectives: Iterable[Collective], times: int) -> None:
+        for made in map(carried_out, collectives):
+            ranks = group_of(layout, rank, made.group)
+            if made.neighbour:
+                place = ranks.index(rank) + made.neighbour
+                if made.group == "cp" and made.role == "hand-over" and not 0 <= place < len(ranks):
+                    continue
+                ranks = (rank, ranks[place % len(ranks)])
+            found[Message(made.kind, ranks, made.bytes)] += made.count * times
+
+    for _, layers, collectives in microbatch_collectives(sizes, [stage]):
+        add(collectives, layers * sizes.job.num_microbatches)
+    add(step_collectives(sizes, stage, stage_buffers(sizes.job, stage)), 1)
+    return found
 
 
 def job_of(model: dict[str, Any], layout: ParallelLayout, **changes: Any) -> Job:
@@ -85,17 +128,16 @@ def collectives_of(recorded: Recorded) -> Counter[Message]:
 def hold(ranks: WorkerPool, job: Job) -> None:
     runs = recorded(ranks, job)
     stages: list[BuiltStage] = build_stages(job)
-    sizes = sizes_of_job(job)
-    has_experts = "E" in sizes.config.pattern.letters
+    sizes = Sizes(job)
     for rank, run in enumerate(runs):
         place = job.layout.rank_coordinates(rank)
         stage = stages[place.pp]
-        buffers = buffers_of(job, stage)
+        buffers = stage_buffers(job, stage)
         dense = place.dp * job.layout.cp + place.cp
         assert sum(b.numel * b.element_size for b in buffers) == run.parameters
         assert sum(b.numel * GRADIENT_BYTES for b in buffers) == run.gradients
         assert optimizer_bytes(job, buffers, dense, place.edp) == run.optimizer
-        planned = messages_of_rank(sizes, stage, has_experts, rank, as_on_gloo)
+        planned = messages_of_rank(sizes, stage, rank, as_on_gloo)
         actual = collectives_of(run)
         assert planned - actual == actual - planned == Counter()
 
@@ -179,8 +221,8 @@ def test_what_is_routed_unevenly_sums_to_the_plan(ranks: WorkerPool) -> None:
     """Two experts of eight for each token: a rank's messages depend on the tokens, and the sum over
     the ranks that exchange them does not."""
     job = job_of(tiny_model("E"), ParallelLayout.parse("ep=4"))
-    runs, (stage,), sizes = recorded(ranks, job), build_stages(job), sizes_of_job(job)
-    planned = [messages_of_rank(sizes, stage, True, rank) for rank in range(4)]
+    runs, (stage,), sizes = recorded(ranks, job), build_stages(job), Sizes(job)
+    planned = [messages_of_rank(sizes, stage, rank) for rank in range(4)]
     actual = [collectives_of(run) for run in runs]
 
     def exchanged(messages: Counter[Message]) -> int:

@@ -44,10 +44,10 @@ _ONLY_PRINTS = re.compile(
     r"|megatron-args|checkpoint (inspect|verify)|data (inspect|adopt)) "
 )
 _PRELOADED = (
-    "nemo_megacpp.contract.page",
-    "nemo_megacpp.contract.search",
-    "nemo_megacpp.runs.compare",
-    "nemo_megacpp.runs.page",
+    "nemo_megacpp.contract.plan_page",
+    "nemo_megacpp.contract.layout_search",
+    "nemo_megacpp.runs.comparison",
+    "nemo_megacpp.runs.run_page",
     "nemo_megacpp.preflight",
     "nemo_megacpp.checkpoint.inspect",
 )

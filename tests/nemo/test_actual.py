@@ -58,7 +58,7 @@ def test_what_fits_is_let_through() -> None:
     [
         ("tp=1", {"seq_length": 64}, 0, "data.seq_length=64 and model.config.seq_length=256"),
         ("tp=3", {}, 0, r"tp=3,sp=true is illegal .* for \d reasons"),
-        ("tp=2,etp=1,world=32", {}, 0, r"global_batch_size = 8"),
+        ("tp=2,etp=1,world=32", {}, 0, r"global 8, micro 1 × DP 16"),
         ("tp=4,etp=1,world=4", {}, 2, r"TP = 4 does not fit the NVLink domain of 2 GPUs a node"),
         (
             "tp=1",

@@ -12,8 +12,8 @@ import pytest
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.runs.curves import Curve, read_curve
 from nemo_megacpp.runs.events import read_events
-from nemo_megacpp.runs.page import write_page
 from nemo_megacpp.runs.record import read_run
+from nemo_megacpp.runs.run_page import write_page
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
@@ -94,6 +94,8 @@ def test_what_is_shown_and_recorded(runs: dict[str, str]) -> None:
     assert resumed.details["layout"] == "TP=1 CP=1 EP=1 ETP=1 PP=1 (1 rank: DP=1, expert DP=1)"
     for record in read_curve(Path(one)).steps.values():
         assert record["tokens_per_second"] * record["seconds"] == pytest.approx(4 * 64)
+        if "memory" in record:
+            assert 0 < record["memory_added"] < record["memory"]
     for text in (f"stopped            {two}", "checkpoints saved  2", "training time "):
         assert text in shown
     assert f"finished           {one}" in last

@@ -7,10 +7,9 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from nemo_megacpp.contract.cuts import Weight, choose_cuts, is_seam, work_weight
-from nemo_megacpp.contract.work import Work
+from nemo_megacpp.contract.pipeline_cuts import Weight, choose_cuts, is_seam, work_weight
 
-WORK = Work({"A": 88, "E": 99, "M": 86, "R": 91}, 1, 470)
+WORK = {"A": 88, "E": 99, "M": 86, "R": 91, "embedding": 1, "head": 470}
 
 
 def _chunks(letters: str, cuts: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -36,7 +35,8 @@ def test_cuts_are_the_best_of_all(seed: int) -> None:
     rng = random.Random(seed)
     letters = "".join(rng.choices("AMER", k=rng.randint(2, 11)))
     chunks = rng.randint(1, len(letters))
-    work = Work({letter: rng.randint(1, 9) for letter in "AMER"}, rng.randint(0, 9), 20)
+    work = {letter: rng.randint(1, 9) for letter in "AMER"}
+    work |= {"embedding": rng.randint(0, 9), "head": 20}
     weight = work_weight(letters, chunks, work)
     cuts = choose_cuts(letters, chunks, weight)
     best = min(

@@ -1,4 +1,4 @@
-"""A comparison for a terminal."""
+"""A comparison as tables in a terminal."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from nemo_megacpp.render import Table, print_table, show_bytes
-from nemo_megacpp.runs.effects import ContractEffect, Pair, RunsEffect
 
 if TYPE_CHECKING:
-    from nemo_megacpp.runs.compare import Comparison
+    from nemo_megacpp.runs.comparison import Comparison, ContractEffect, Pair, RunsEffect
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
-    """Print what differs and, if it means something, what it did."""
+    """Print what differs and, if at most one axis moved, its effect."""
     for letter, side in (("A", comparison.a), ("B", comparison.b)):
         kind = "recipe" if side.curve is None else f"run of {len(side.curve.steps)} steps"
         console.print(
@@ -28,7 +27,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     if not moved:
         console.print("No axis moved: A and B are one recipe.")
         if comparison.runs is not None:
-            console.print("What follows is the spread from run to run.\n")
+            console.print("The numbers below show the spread from run to run.\n")
     elif len(moved) == 1:
         console.print(f"One axis moved: [bold]{moved[0]}[/bold]. Its effect:\n")
     else:
@@ -68,24 +67,25 @@ def _contract(console: Console, effect: ContractEffect) -> None:
 
 
 def _runs(console: Console, effect: RunsEffect) -> None:
-    if effect.largest is None or effect.mean is None:
+    if effect.first_loss_difference is None:
         console.print("The runs have no step in common.")
     else:
         where = f"training at step {effect.last_step}"
         losses = [effect.loss]
         if effect.heldout_step is not None:
             where += f", held-out at step {effect.heldout_step}"
-            losses.append(effect.heldout)
+            losses.append(effect.heldout_loss)
         _pairs(console, f"Loss, in nats per token ({where})", losses, lambda x: f"{x:.7f}")
         console.print(
-            f"training loss over {effect.steps} common steps: first difference {effect.first:.2e} "
-            f"(step {effect.first_step}), largest {effect.largest:.2e} (step {effect.at_step}), "
-            f"mean {effect.mean:.2e}\n"
+            f"training loss over {effect.steps} common steps: first difference "
+            f"{effect.first_loss_difference:.2e} (step {effect.first_step}), largest "
+            f"{effect.largest_loss_difference:.2e} (step {effect.at_step}), mean "
+            f"{effect.mean_loss_difference:.2e}\n"
         )
     _pairs(
         console,
-        "Speed: medians over each run's steps but the first",
-        [effect.seconds, effect.tokens_per_second],
+        "Speed: medians over the steps, without each run's first",
+        [effect.seconds_per_step, effect.tokens_per_second],
         lambda value: f"{value:,.4g}",
     )
 

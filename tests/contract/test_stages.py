@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_megacpp.contract.build import build_rank, build_stages
 from nemo_megacpp.contract.ownership import ownership, parameter_count
+from nemo_megacpp.contract.stages import build_rank, build_stages
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.formulas.job import Job
+from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.tiny_model import tiny_model
@@ -68,7 +68,7 @@ def test_nam56r_has_its_parameters_in_every_layout(layout: str) -> None:
     count = sum(parameter.numel for parameter in whole.parameters)
     assert count == 5_197_342_088
     job = Job(NAM56R_MODEL, ParallelLayout.parse(layout))
-    assert parameter_count(build_stages(job)) == count
+    assert parameter_count(ownership(job, build_stages(job))) == count
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -103,14 +103,16 @@ def test_the_process_is_left_as_it_was() -> None:
 
 
 def _build_within_a_group() -> tuple[int, int]:
-    stages = build_stages(job_of("tp=2,etp=1"))
+    job = job_of("tp=2,etp=1")
+    owned = ownership(job, build_stages(job))
     ones = torch.ones(1)
     torch.distributed.all_reduce(ones)  # the group is still whole
-    return parameter_count(stages), int(ones)
+    return parameter_count(owned), int(ones)
 
 
 def test_a_callers_process_group_is_not_disturbed(ranks: WorkerPool) -> None:
-    expected = parameter_count(build_stages(job_of("tp=1")))
+    job = job_of("tp=1")
+    expected = parameter_count(ownership(job, build_stages(job)))
     assert ranks.run(1, _build_within_a_group) == [(expected, 1)]
 
 

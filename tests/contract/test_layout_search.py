@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from nemo_megacpp.contract.candidates import all_layouts, divisors_of
-from nemo_megacpp.contract.plan import make_plan
-from nemo_megacpp.contract.search import search_layouts
-from nemo_megacpp.formulas.job import Job
+from nemo_megacpp.contract.candidates import all_layouts
+from nemo_megacpp.contract.layout_plan import make_plan
+from nemo_megacpp.contract.layout_search import search_layouts
+from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.layout import ModelShape, ParallelLayout, is_legal
+from nemo_megacpp.layout.rules import divisors_of
 from nemo_megacpp.pattern import HybridPattern
 from nemo_megacpp.recipes.job import job_of
 from nemo_megacpp.recipes.recipe import resolve

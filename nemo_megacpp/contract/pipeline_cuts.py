@@ -14,15 +14,24 @@ The rules, in order:
 
 All of it is exact, by dynamic programming over layers and chunks. With virtual stages the chunk is
 balanced, because in the interleaved schedule every turn waits for the heaviest chunk.
+
+A chunk's weight is its work: floating-point operations of the forward pass, for one token, in the
+whole model. The backward pass doubles all of them alike, and TP, CP and EP divide them by the same
+degrees in every stage, so that only their proportions matter. Counted are two operations for each
+weight that a token meets (of the routed experts the share that it is sent to), and the mixing of
+tokens. Not counted is what takes time without arithmetic: norms, routing, communication, and the
+sequential steps of R's recurrence.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
-from nemo_megacpp.contract.work import Work
+from nemo_megacpp.contract.stages import BuiltParameter
+from nemo_megacpp.families import block_of
+from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.pattern import Family
 
 Weight = Callable[[int, int, int], int]
@@ -76,16 +85,16 @@ def choose_cuts(
 
 
 def is_seam(letters: str, cut: int) -> bool:
-    """Whether a cut before layer ``cut`` slices a run of E or R blocks."""
+    """Whether a cut before layer ``cut`` slices a run of E or of R blocks."""
     return letters[cut - 1] == letters[cut] and letters[cut] in _SEAMS
 
 
-def work_weight(letters: str, chunks: int, work: Work) -> Weight:
+def work_weight(letters: str, chunks: int, work: Mapping[str, int]) -> Weight:
     """Return the weight of a chunk in operations per token, ends included."""
-    before = [0, *accumulate(work.families[letter] for letter in letters)]
+    before = [0, *accumulate(work[letter] for letter in letters)]
 
     def weight(chunk: int, first: int, end: int) -> int:
-        ends = (work.embedding if chunk == 0 else 0) + (work.head if chunk == chunks - 1 else 0)
+        ends = work["embedding"] * (chunk == 0) + work["head"] * (chunk == chunks - 1)
         return before[end] - before[first] + ends
 
     return weight
@@ -103,7 +112,7 @@ def _plan(
 ) -> tuple[int, tuple[int, ...]] | None:
     """Return the least joined price of all chunks, and its cuts.
 
-    ``price`` is None for a chunk that may not be; then no longer chunk that ends there may be.
+    ``price`` is None for a forbidden chunk; longer chunks that end there are then forbidden too.
     """
     depth = len(letters)
     seam = [cut > 0 and is_seam(letters, cut) for cut in range(depth)]
@@ -142,3 +151,28 @@ def _plan(
             used -= seam[first]
         end = first
     return least, tuple(reversed(cuts))
+
+
+def work_of(sizes: Sizes, places: Mapping[str, Sequence[BuiltParameter]]) -> dict[str, int]:
+    """Return the operations per token of each place.
+
+    Args:
+        sizes: of the model on one rank, without any parallelism.
+        places: the whole parameters of one layer of each family, by letter, of ``embedding`` and
+            of ``head``.
+    """
+    work = {place: _matrices(sizes, parameters) for place, parameters in places.items()}
+    work["embedding"] = sizes.h  # the look-up: one addition per element of its gradient
+    if sizes.config.share_embeddings_and_output_weights:
+        work["head"] = 2 * sizes.vocabulary * sizes.h
+    for letter in {*sizes.letters}:
+        mixing = block_of(Family(letter)).mixing
+        work[letter] += 0 if mixing is None else mixing(sizes)
+    return work
+
+
+def _matrices(sizes: Sizes, parameters: Sequence[BuiltParameter]) -> int:
+    matrices = [p for p in parameters if len(p.local_shape) > 1]
+    routed = sum(p.numel for p in matrices if p.is_expert)
+    others = sum(p.numel for p in matrices if not p.is_expert)
+    return 2 * others + (2 * routed * sizes.topk // sizes.experts if routed else 0)

@@ -1,17 +1,90 @@
-"""A plan as tables, for a terminal and for a page alike."""
+"""A plan as tables, and as lines around them, for a terminal and for a page alike."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nemo_megacpp.contract.plan import Plan, StagePlan
+from rich.console import Console
+
+from nemo_megacpp.contract.layout_plan import Plan, StagePlan
 from nemo_megacpp.families import block_of
 from nemo_megacpp.formulas.collectives import Collective
+from nemo_megacpp.formulas.saved import total
 from nemo_megacpp.pattern import Family
-from nemo_megacpp.render import Cell, Table, Toned, show_bytes
+from nemo_megacpp.render import Cell, Table, Toned, print_table, show_bytes
 
+NOT_COUNTED = "temporaries, fragmentation, the communication library's buffers"
 _EXAMPLE = 9
 """Ranks of a group that are listed."""
+
+
+def print_plan(
+    console: Console, plan: Plan, family: str | None = None, stage: int | None = None
+) -> None:
+    """Print ``plan`` in a terminal.
+
+    Args:
+        console: of the terminal.
+        plan: the plan.
+        family: a place (a family's letter, ``embedding``, ``head``) to show in detail: its
+            parameters, collectives and activations.
+        stage: show the traffic of this stage's ranks; of the fullest stage if not given.
+    """
+    console.print(f"[bold]{plan.job.name}[/bold]: {layout_line(plan)}")
+    console.print(f"{run_line(plan)}\n")
+    if family is not None:
+        for table in (ownership_table(plan, family), collective_table(plan, family)):
+            print_table(console, table)
+            console.print()
+        print_table(console, activation_table(plan, family))
+        return
+    shown = plan.fullest if stage is None else plan.stages[stage]
+    print_table(console, stage_table(plan, plan.stages if stage is None else (shown,)))
+    if plan.fits is not None:
+        style = None if plan.fits else "red"
+        console.print(f"{verdict(plan)}; not counted: {NOT_COUNTED}.", style=style)
+    tables = [family_table(plan), group_table(plan), traffic_table(shown)]
+    for table in [*tables, step_table(shown)] if stage is not None else tables:
+        console.print()
+        print_table(console, table)
+    if plan.costs:
+        console.print("\n[bold]What this layout costs[/bold]")
+    for cost in plan.costs:
+        console.print(f"  {cost.message}", highlight=False, markup=False)
+
+
+def layout_line(plan: Plan) -> str:
+    """Return the model's size and the layout."""
+    job = plan.job
+    return (
+        f"{plan.parameters:,} parameters, {job.layout.describe()}, {job.gpus_per_node} GPUs a node"
+    )
+
+
+def run_line(plan: Plan) -> str:
+    """Return batch, precision, optimizer and kernels."""
+    job = plan.job
+    optimizer = "distributed" if job.use_distributed_optimizer else "on every replica"
+    kernels = (
+        "Transformer Engine and mamba_ssm; activations by formula, not measured on a GPU"
+        if job.kernels == "gpu"
+        else "plain torch; activations by formula, compared with recorded runs"
+    )
+    return (
+        f"{job.precision}, {job.global_batch_size} rows of {plan.sizes.config.seq_length:,} tokens "
+        f"a step in {job.num_microbatches} microbatches of {job.micro_batch_size} a replica, "
+        f"optimizer state {optimizer}; kernels: {kernels}"
+    )
+
+
+def verdict(plan: Plan) -> str:
+    """Return whether the fullest rank fits the GPU, which the job must name."""
+    assert plan.job.hbm_bytes is not None
+    return (
+        f"The fullest rank, on stage {plan.fullest.pp_rank}, holds "
+        f"{show_bytes(plan.fullest.memory.total)} and {'fits' if plan.fits else 'does not fit'} "
+        f"{show_bytes(plan.job.hbm_bytes)}"
+    )
 
 
 def place_name(place: str) -> str:
@@ -36,9 +109,8 @@ def stage_table(plan: Plan, stages: Iterable[StagePlan]) -> Table:
         "Stages and memory of one rank (exact; activations by formula)",
     )
     for stage in stages:
-        memory, chunks = stage.memory, stage.built.chunks
-        ends = ["embedding"] if any(c.owns_embedding for c in chunks) else []
-        ends += ["head"] if any(c.owns_head for c in chunks) else []
+        memory = stage.memory
+        ends = [place for place in stage.built.places if len(place) > 1]
         table.add(
             str(stage.pp_rank),
             rank_range(stage),
@@ -64,27 +136,24 @@ def family_table(plan: Plan) -> Table:
         ),
         "One layer, one microbatch, one rank (--family for its parameters and collectives)",
     )
-    letters = plan.sizes.config.pattern.letters
-    for place, kept in plan.activations.items():
+    sizes = {group.name: group.size for group in plan.groups}
+
+    def sent(collectives: Iterable[Collective]) -> str:
+        return show_bytes(sum(made.wire_bytes(sizes[made.group]) for made in collectives))
+
+    for place, saved in plan.activations.items():
         collectives = plan.collectives_of(place)
         owned = [item for item in plan.owned if item.family == place]
-        forward = [made for made in collectives if made.phase == "forward"]
-        backward = [made for made in collectives if made.phase != "forward"]
         table.add(
             place_name(place),
-            str(letters.count(place) if len(place) == 1 else 1),
+            str(plan.sizes.letters.count(place) if len(place) == 1 else 1),
             f"{sum(item.local_numel for item in owned) / 1e6:,.2f} M",
-            show_bytes(sum(item.bytes for item in kept)),
-            show_bytes(_sent(forward, plan)),
-            show_bytes(_sent(backward, plan)),
+            show_bytes(total(saved)),
+            sent(made for made in collectives if made.phase == "forward"),
+            sent(made for made in collectives if made.phase != "forward"),
             ", ".join(dict.fromkeys(made.group for made in collectives)) or "-",
         )
     return table
-
-
-def _sent(collectives: Iterable[Collective], plan: Plan) -> float:
-    sizes = {group.name: group.size for group in plan.groups}
-    return sum(made.wire_bytes(sizes[made.group]) for made in collectives)
 
 
 def group_table(plan: Plan) -> Table:
@@ -117,13 +186,12 @@ def traffic_table(stage: StagePlan) -> Table:
             show_bytes(item.sent_bytes),
             show_bytes(item.between_nodes) if item.between_nodes else "-",
         )
-    table.total = (
-        "all",
-        f"{sum(item.calls for item in stage.traffic):,}",
-        show_bytes(sum(item.tensor_bytes for item in stage.traffic)),
-        show_bytes(sum(item.sent_bytes for item in stage.traffic)),
-        show_bytes(sum(item.between_nodes for item in stage.traffic)),
+    sums = (
+        sum(getattr(item, name) for item in stage.traffic)
+        for name in ("tensor_bytes", "sent_bytes", "between_nodes")
     )
+    calls = sum(item.calls for item in stage.traffic)
+    table.total = ("all", f"{calls:,}", *map(show_bytes, sums))
     return table
 
 
@@ -145,8 +213,8 @@ def ownership_table(plan: Plan, place: str) -> Table:
         if owned.family == place:
             table.add(
                 owned.name,
-                _shape(owned.global_shape),
-                _shape(owned.local_shape),
+                " x ".join(map(str, owned.global_shape)),
+                " x ".join(map(str, owned.local_shape)),
                 ", ".join(owned.split) or "whole" + (f": {owned.why}" if owned.why else ""),
                 ", ".join(f"{word} on {axis}" for axis, word in owned.on.items()) or "-",
                 ", then ".join(owned.gradient),
@@ -168,13 +236,8 @@ def collective_table(plan: Plan, place: str) -> Table:
 
 def activation_table(plan: Plan, place: str) -> Table:
     """Return the saved activations of one layer, of the embedding, or of the head."""
-    kept = plan.activations[place]
-    table = Table(("<tensor", "bytes"), f"What one {place} keeps of one microbatch (formula)")
-    for item in kept:
+    table = Table(("<tensor", "bytes"), f"What one {place} saves of one microbatch (formula)")
+    for item in plan.activations[place]:
         table.add(item.what, show_bytes(item.bytes))
-    table.total = ("all", show_bytes(sum(item.bytes for item in kept)))
+    table.total = ("all", show_bytes(total(plan.activations[place])))
     return table
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))

@@ -1,6 +1,7 @@
-"""The answer to "which layouts?", as tables for a terminal and as plain data.
+"""The legal layouts of a world as tables for a terminal and as plain data.
 
-The document, version 1; sizes in bytes, keys are only ever added within a version::
+The document of ``nemo-megacpp layouts --json``, version 1; sizes in bytes, keys are only ever
+added within a version::
 
     schema: 1
     model, world_size, gpus_per_node, hbm_bytes, candidates, legal, fitting
@@ -21,8 +22,8 @@ from typing import Any
 from rich.console import Console
 
 from nemo_megacpp.contract.candidates import Rejection
-from nemo_megacpp.contract.search import Priced, Search
-from nemo_megacpp.formulas.job import Job
+from nemo_megacpp.contract.layout_search import Priced, Search
+from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.render import Table, Toned, print_table, show_bytes
 
 SCHEMA = 1
@@ -44,7 +45,12 @@ def layouts_document(job: Job, search: Search, top: int) -> dict[str, Any]:
         "legal": len(search.candidates.legal),
         "fitting": len(search.fitting),
         "order": f"what fits first, by {ORDER}; then what does not fit, by memory",
-        "work": {"unit": "forward operations per token", **asdict(search.work)},
+        "work": {
+            "unit": "forward operations per token",
+            "families": _families(search),
+            "embedding": search.work["embedding"],
+            "head": search.work["head"],
+        },
         "layouts": [
             _plain(rank, priced, job) for rank, priced in enumerate(search.ranked[:top], start=1)
         ],
@@ -105,19 +111,22 @@ def _ranking(console: Console, ranked: Sequence[Priced], limit: int | None) -> N
 
 
 def _cuts(console: Console, search: Search) -> None:
-    best, work = search.ranked[0], search.work
+    best = search.ranked[0]
     if best.layout.pp == 1:
         return
-    unit = max(work.families.values())
-    weights = ", ".join(f"{letter} {count / unit:.2f}" for letter, count in work.families.items())
+    unit = max(_families(search).values())
+    weights = ", ".join(f"{place} {count / unit:.2f}" for place, count in search.work.items())
     console.print(
         f"cuts of the first: {best.pattern}\n"
         f"  balanced by work, in units of the heaviest layer ({unit / 1e6:,.1f} M operations a "
-        f"token, forward): {weights}, embedding {work.embedding / unit:.2f}, head "
-        f"{work.head / unit:.2f}\n",
+        f"token, forward): {weights}\n",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _families(search: Search) -> dict[str, int]:
+    return {place: work for place, work in search.work.items() if len(place) == 1}
 
 
 def _rejections(console: Console, rejected: Sequence[Rejection], every: bool) -> None:

@@ -7,15 +7,23 @@ import math
 from html import escape
 from pathlib import Path
 
-from nemo_megacpp.contract.page import plan_summary
-from nemo_megacpp.contract.plan import make_plan
+from nemo_megacpp.contract.layout_plan import make_plan
+from nemo_megacpp.contract.plan_page import plan_summary
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.recipes.job import job_of
 from nemo_megacpp.recipes.recipe import Recipe
-from nemo_megacpp.render import Table, Tone, html_page, html_pairs, html_table
+from nemo_megacpp.render import (
+    Table,
+    Tone,
+    html_details,
+    html_page,
+    html_pairs,
+    html_table,
+    show_bytes,
+)
 from nemo_megacpp.runs.record import RunRecord
 from nemo_megacpp.runs.run_folder import RECIPE_FILE, RECORD
+from nemo_megacpp.runs.summary import Summary
 from nemo_megacpp.runtime.host import current_host
 
 PAGE_FILE = f"{RECORD}/report.html"
@@ -23,7 +31,7 @@ _TONES: dict[str, Tone] = {"finished": "good", "stopped": "warning", "failed": "
 _POINTS = 1200
 """Points of a curve that a page can tell apart."""
 
-_MARKED = {"resumed": "resumed", "stopped": "stopped", "failed": "failed"}
+_MARKED = ("resumed", "stopped", "failed")
 
 
 def write_page(record: RunRecord, out: Path | None = None) -> Path:
@@ -51,9 +59,10 @@ def page(record: RunRecord) -> str:
     """Return the page, with the plan of the recipe where there is one."""
     status, name = record.summary.status, record.run_dir.resolve().name
     tone = _TONES.get(status, "")
+    pattern = str(record.recipe.pattern) if record.recipe else _at_start(record, "pattern")
     parts = [
         f'<h1>{escape(name)} <span class="pill {tone}">{escape(status)}</span></h1>',
-        f'<p class="mono">{escape(_pattern(record))}</p>',
+        f'<p class="mono">{escape(pattern)}</p>',
         html_pairs(record.summary.rows()),
         "<h2>Curves</h2>",
         _curves(record),
@@ -61,7 +70,7 @@ def page(record: RunRecord) -> str:
         _layout(record),
     ]
     if record.recipe is not None:
-        parts += ["<h2>Plan</h2>", _plan(record.recipe)]
+        parts += ["<h2>Plan</h2>", _plan(record.recipe, record.summary)]
     parts += ["<h2>Events</h2>", _events(record)]
     if record.checkpoints:
         rows = [(f"step {step:,}", str(path)) for step, path in record.checkpoints]
@@ -69,56 +78,69 @@ def page(record: RunRecord) -> str:
     if record.recipe_text:
         parts += [
             "<h2>Recipe</h2>",
-            f"<details open><summary>{escape(str(record.run_dir / RECIPE_FILE))}</summary>"
-            f"<pre>{escape(record.recipe_text)}</pre></details>",
+            html_details(
+                str(record.run_dir / RECIPE_FILE),
+                f"<pre>{escape(record.recipe_text)}</pre>",
+                is_open=True,
+            ),
         ]
     return html_page(name, parts)
 
 
-def _plan(recipe: Recipe) -> str:
-    """Return what the layout splits, holds and costs, with the kernels of this machine."""
+def _plan(recipe: Recipe, summary: Summary) -> str:
+    """Return what the layout splits, stores and costs, with the kernels of this machine."""
     kernels = "torch" if current_host().device == "cpu" else "gpu"
     try:
-        return plan_summary(make_plan(job_of(recipe, kernels=kernels)))
+        plan = make_plan(job_of(recipe, kernels=kernels))
     except UserError as reason:
         return f"<p>{escape(str(reason))}</p>"
+    return plan_summary(plan) + _memory(plan.fullest.memory.total, summary)
 
 
-def _begun(record: RunRecord, name: str) -> str:
-    """Return what the last session said of itself when it began."""
+def _memory(planned: int, summary: Summary) -> str:
+    """Return the plan's memory beside the measured peak, and what their difference is."""
+    if summary.memory is None:
+        return ""
+    rows = [("planned", planned), ("measured peak", summary.memory)]
+    if summary.memory_added is not None:
+        rows.append(("before the model was built", summary.memory - summary.memory_added))
+        rows.append(("added by model, optimizer and training", summary.memory_added))
+    return (
+        "<h3>Memory of the fullest rank</h3>"
+        + html_pairs((name, show_bytes(size)) for name, size in rows)
+        + '<p class="note">The plan counts parameters, gradients, optimizer state and saved '
+        "activations. The measured peak also holds temporaries and, without a GPU, the whole "
+        "process: Python, PyTorch, NeMo and the data.</p>"
+    )
+
+
+def _at_start(record: RunRecord, name: str) -> str:
+    """Return a detail of the event that the last session recorded when it started."""
     for event in reversed(record.events):
         if name in event.details and event.kind in ("started", "resumed"):
             return str(event.details[name])
     return ""
 
 
-def _pattern(record: RunRecord) -> str:
-    recipe = record.recipe
-    return str(recipe.pattern) if recipe is not None else _begun(record, "pattern")
-
-
 def _layout(record: RunRecord) -> str:
     recipe = record.recipe
     if recipe is None:
-        return html_pairs([("layout", _begun(record, "layout") or "not recorded")])
-    layout = recipe.layout
-    rows = [("layout", layout.describe()), *_degrees(layout), *_batch(recipe)]
-    ranks = _begun(record, "ranks")
-    return html_pairs([*rows, ("ranks started", ranks)] if ranks else rows)
-
-
-def _degrees(layout: ParallelLayout) -> list[tuple[str, str]]:
-    return [(name, str(value).lower()) for name, value in layout.megatron_fields().items()]
-
-
-def _batch(recipe: Recipe) -> list[tuple[str, str]]:
+        return html_pairs([("layout", _at_start(record, "layout") or "not recorded")])
     training = recipe.training
-    return [
-        ("micro_batch_size", f"{training.micro_batch_size:,}"),
-        ("global_batch_size", f"{training.global_batch_size:,}"),
-        ("seq_length", f"{recipe.model['seq_length']:,}"),
-        ("packed_documents", str(training.packed_documents).lower()),
-    ]
+    values = {
+        "layout": recipe.layout.describe(),
+        **recipe.layout.megatron_fields(),
+        "micro_batch_size": f"{training.micro_batch_size:,}",
+        "global_batch_size": f"{training.global_batch_size:,}",
+        "seq_length": f"{recipe.model['seq_length']:,}",
+        "packed_documents": training.packed_documents,
+    }
+    if ranks := _at_start(record, "ranks"):
+        values["ranks started"] = ranks
+    return html_pairs(
+        (name, value if isinstance(value, str) else str(value).lower())
+        for name, value in values.items()
+    )
 
 
 def _events(record: RunRecord) -> str:
@@ -136,28 +158,26 @@ def _events(record: RunRecord) -> str:
 
 
 def _curves(record: RunRecord) -> str:
-    """Draw the curves that there are into one SVG, with a line where the run was resumed or ended
+    """Draw the recorded curves into one SVG, with a line where the run was resumed or ended
     early."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = _panels(record)
+    marked = [event for event in record.events if event.kind in _MARKED and event.step > 0]
     rows = math.ceil(len(panels) / 2)
     with rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "nemo_megacpp"}):
         figure = Figure(figsize=(10, 2.6 * rows), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.subplots(rows, 2, squeeze=False).flatten()
-        for axes, (title, lines) in zip(grid, panels, strict=False):
+        for axes, (title, lines) in zip(grid, panels.items(), strict=False):
             for label, points in lines.items():
-                kept = thinned(points)
-                style = {"marker": "o", "ms": 3} if len(kept) < 40 else {}
-                axes.plot(
-                    [step for step, _ in kept], [y for _, y in kept], lw=1.2, label=label, **style
-                )
-            for event in record.events:
-                if event.kind in _MARKED and event.step > 0:
-                    axes.axvline(event.step, color="0.5", ls=":", lw=1)
+                shown = thinned(points)
+                style = {"marker": "o", "ms": 3} if len(shown) < 40 else {}
+                axes.plot(*zip(*shown, strict=True), lw=1.2, label=label, **style)
+            for event in marked:
+                axes.axvline(event.step, color="0.5", ls=":", lw=1)
             axes.set_title(title, loc="left", fontsize=10)
             axes.set_xlabel("step")
             axes.grid(alpha=0.25)
@@ -169,55 +189,41 @@ def _curves(record: RunRecord) -> str:
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
-    said = ", ".join(
-        f"{_MARKED[event.kind]} at step {event.step:,}"
-        for event in record.events
-        if event.kind in _MARKED and event.step > 0
-    )
-    note = f"<p>Dotted: {escape(said)}.</p>" if said else ""
+    lines_at = ", ".join(f"{event.kind} at step {event.step:,}" for event in marked)
+    note = f"<p>Dotted: {escape(lines_at)}.</p>" if marked else ""
     return text[text.index("<svg") :] + note
 
 
 Points = list[tuple[int, float]]
 
 
-def _panels(record: RunRecord) -> list[tuple[str, dict[str, Points]]]:
-    """Return titles, and points by label; of a quantity that was not recorded, no panel."""
+def _panels(record: RunRecord) -> dict[str, dict[str, Points]]:
+    """Return points by title and label; no panel for a quantity that was not recorded."""
     steps = sorted(record.curve.steps.items())
 
-    def of(name: str) -> Points:
-        return [
-            (step, float(record[name])) for step, record in steps if record.get(name) is not None
-        ]
+    def of(name: str, unit: float = 1.0) -> Points:
+        return [(step, row[name] / unit) for step, row in steps if row.get(name) is not None]
 
-    aux = sorted({name for _, record in steps for name in record.get("aux", {})})
-    panels: list[tuple[str, dict[str, Points]]] = [
-        (
-            "loss (nats per token)",
-            {"train": of("loss"), "held-out": sorted(record.curve.heldout.items())},
-        ),
-        (
-            "auxiliary loss",
-            {
-                name: [
-                    (step, record["aux"][name]) for step, record in steps if name in record["aux"]
-                ]
-                for name in aux
-            },
-        ),
-        ("gradient norm", {"": of("grad_norm")}),
-        ("learning rate", {"": of("lr")}),
-        ("tokens per second", {"": of("tokens_per_second")}),
-        (
-            "peak memory of the fullest rank (GiB)",
-            {"": [(step, size / 2**30) for step, size in of("memory")]},
-        ),
-    ]
-    shown = [
-        (title, {label: points for label, points in lines.items() if points})
-        for title, lines in panels
-    ]
-    return [(title, lines) for title, lines in shown if lines]
+    aux: dict[str, Points] = {}
+    for step, row in steps:
+        for name, value in sorted(row.get("aux", {}).items()):
+            aux.setdefault(name, []).append((step, value))
+    panels: dict[str, dict[str, Points]] = {
+        "loss (nats per token)": {
+            "train": of("loss"),
+            "held-out": sorted(record.curve.heldout.items()),
+        },
+        "auxiliary loss": aux,
+        "gradient norm": {"": of("grad_norm")},
+        "learning rate": {"": of("lr")},
+        "tokens per second": {"": of("tokens_per_second")},
+        "peak memory of the fullest rank (GiB)": {"": of("memory", 2**30)},
+    }
+    found = {
+        title: {label: points for label, points in lines.items() if points}
+        for title, lines in panels.items()
+    }
+    return {title: lines for title, lines in found.items() if lines}
 
 
 def thinned(points: Points, most: int = _POINTS) -> Points:
@@ -228,9 +234,9 @@ def thinned(points: Points, most: int = _POINTS) -> Points:
     if len(points) <= most:
         return points
     stretch = math.ceil(2 * len(points) / most)
-    kept: Points = []
+    chosen: Points = []
     for start in range(0, len(points), stretch):
         part = points[start : start + stretch]
         ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
-        kept += sorted(ends)
-    return kept
+        chosen += sorted(ends)
+    return chosen

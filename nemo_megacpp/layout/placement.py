@@ -1,11 +1,12 @@
-"""Where ranks sit: the groups of each kind, and which of them leave a node."""
+"""Process groups: which ranks are in them, and which of them leave a node."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 
-from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.layout.parallel import ParallelLayout
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "tp": ("tp",),
@@ -25,6 +26,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """Process groups by the axes that they span, fastest axis first. Dense layers count ranks along
 tp, cp, dp, pp, and expert layers the same ranks along etp, ep, edp, pp."""
+
+EMBEDDING = "embedding"
+"""The group of the first and the last stage, which share a tied embedding."""
 
 _DENSE = ("tp", "cp", "dp", "pp")
 _EXPERT = ("etp", "ep", "edp", "pp")
@@ -49,7 +53,7 @@ class GroupFacts:
     example: tuple[int, ...]
 
 
-def sizes_of(layout: ParallelLayout) -> dict[str, int]:
+def degrees_of(layout: ParallelLayout) -> dict[str, int]:
     """Return the degree of each axis."""
     return {
         "tp": layout.tp,
@@ -64,14 +68,17 @@ def sizes_of(layout: ParallelLayout) -> dict[str, int]:
 
 def group_size(layout: ParallelLayout, group: str) -> int:
     """Return the number of ranks in each group of this kind."""
-    size, sizes = 1, sizes_of(layout)
-    for axis in GROUPS[group]:
-        size *= sizes[axis]
-    return size
+    if group == EMBEDDING:
+        return min(layout.pp, 2)
+    degrees = degrees_of(layout)
+    return math.prod(degrees[axis] for axis in GROUPS[group])
 
 
 def group_of(layout: ParallelLayout, rank: int, group: str) -> tuple[int, ...]:
     """Return the global ranks of ``rank``'s group of this kind, in Megatron's order."""
+    if group == EMBEDDING:
+        stages = group_of(layout, rank, "pp")
+        return (stages[0], stages[-1])
     strides = _strides(layout, group)
     place = layout.rank_coordinates(rank)
     base = rank - sum(getattr(place, axis) * stride for axis, stride, _ in strides)
@@ -98,12 +105,12 @@ def group_facts(layout: ParallelLayout, group: str, gpus_per_node: int) -> Group
 
 def _strides(layout: ParallelLayout, group: str) -> list[tuple[str, int, int]]:
     """Return ``(axis, ranks between neighbours, degree)`` for each axis of a group."""
-    axes = GROUPS[group]
+    axes, degrees = GROUPS[group], degrees_of(layout)
     order = _EXPERT if set(axes) & {"etp", "ep", "edp"} else _DENSE
-    sizes, stride, found = sizes_of(layout), 1, {}
+    stride, found = 1, {}
     for axis in order:
-        found[axis] = (axis, stride, sizes[axis])
-        stride *= sizes[axis]
+        found[axis] = (axis, stride, degrees[axis])
+        stride *= degrees[axis]
     return [found[axis] for axis in axes]
 
 

@@ -14,12 +14,12 @@ from nemo_megacpp.checkpoint.identity import write_identity
 from nemo_megacpp.cli import build_parser
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import from_mapping
-from nemo_megacpp.runs import page
+from nemo_megacpp.runs import run_page
 from nemo_megacpp.runs.curves import read_curve
 from nemo_megacpp.runs.events import append_record, read_events, record_event
-from nemo_megacpp.runs.page import write_page
 from nemo_megacpp.runs.record import read_run
 from nemo_megacpp.runs.run_folder import EVENTS_FILE, METRICS_FILE, RECIPE_FILE
+from nemo_megacpp.runs.run_page import write_page
 from nemo_megacpp.runs.summary import show_seconds, summarize
 
 
@@ -145,7 +145,7 @@ def test_thinning_keeps_the_spikes() -> None:
     points = [(number, 1.0) for number in range(100_000)]
     points[77_777] = (77_777, 50.0)
     points[5] = (5, -3.0)
-    kept = page.thinned(points)
+    kept = run_page.thinned(points)
     assert len(kept) <= 1200
     assert {(77_777, 50.0), (5, -3.0)} <= set(kept)
     assert kept == sorted(kept)
@@ -177,3 +177,23 @@ def test_the_command_adds_the_plan(run_dir: Path) -> None:
     plan = text[text.index("<h2>Plan</h2>") : text.index("<h2>Events</h2>")]
     assert plan.count("<svg") == 2
     assert "embedding, head" in plan
+    assert "<th>measured peak</th><td>4.29 GB</td>" in plan
+    assert "The measured peak also holds temporaries" in plan
+    assert "before the model was built" not in plan, "this run did not record it"
+
+
+def test_the_plan_stands_beside_the_memory_that_the_model_added(run_dir: Path) -> None:
+    recipe = from_mapping({"recipe": "nam56r_tiny", "tp": 2, "etp": 1})
+    (run_dir / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_mapping()))
+    append_record(run_dir / METRICS_FILE, step(6, memory=1.3e9, memory_added=0.25e9))
+    (run_dir / METRICS_FILE).write_text(
+        (run_dir / METRICS_FILE).read_text().splitlines()[-1] + "\n"
+    )
+    text = write_page(read_run(run_dir)).read_text()
+    for row in (
+        "<th>planned</th><td>218 MB</td>",
+        "<th>measured peak</th><td>1.30 GB</td>",
+        "<th>before the model was built</th><td>1.05 GB</td>",
+        "<th>added by model, optimizer and training</th><td>250 MB</td>",
+    ):
+        assert row in text, row

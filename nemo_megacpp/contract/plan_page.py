@@ -1,14 +1,27 @@
-"""The pictures of a plan's web page, as SVG: stages with their blocks, memory, and nodes."""
+"""A plan as one web page: tables, and pictures of stages, memory and nodes as SVG."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
 
-from nemo_megacpp.contract.plan import Plan
-from nemo_megacpp.contract.tables import rank_range
-from nemo_megacpp.formulas.placement import sizes_of
-from nemo_megacpp.render import show_bytes
+from nemo_megacpp.contract.layout_plan import Plan, StagePlan
+from nemo_megacpp.contract.plan_tables import (
+    NOT_COUNTED,
+    activation_table,
+    collective_table,
+    group_table,
+    layout_line,
+    ownership_table,
+    place_name,
+    rank_range,
+    run_line,
+    stage_table,
+    traffic_table,
+    verdict,
+)
+from nemo_megacpp.layout.placement import degrees_of
+from nemo_megacpp.render import html_details, html_list, html_page, html_table, show_bytes
 
 FAMILY_COLOURS = {"A": "#4c78a8", "M": "#54a24b", "E": "#f58518", "R": "#b279a2"}
 END_COLOUR = "#9d9da1"
@@ -20,12 +33,87 @@ MEMORY_COLOURS = {
 }
 _ADDED_COLOURS = ("#bab0ac", "#d37295", "#fabfd2", "#9c755f", "#59a14f", "#edc948")
 """Of families that a user adds, in the order of their letters."""
-_STAGE_COLOURS = ("#35455e", "#7a8ba5", "#4f6f6b", "#93aca6", "#6b5b4d", "#a8998a")
+_STAGE_COLOURS = ("#35455e", "#66789a", "#3f625d", "#6b8a83", "#5e5044", "#8a7868")
 """Other colours than the families': a stage is not a family."""
 _WIDTH = 1080
 _LEFT = 150
 _MOST_STAGES = 64
 _MOST_NODES = 16
+
+
+def html_report(plan: Plan) -> str:
+    """Return the page."""
+    title = f"{plan.job.name}: {plan.job.layout.short()}"
+    fits = "" if plan.fits is None else verdict(plan)
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{escape(layout_line(plan))}.<br>{escape(run_line(plan))}.</p>",
+        f'<p><b class="{"good" if plan.fits else "bad"}">{escape(fits)}</b></p>',
+        "<h2>Stages and blocks</h2>",
+        _stages(plan),
+        "<h2>Memory of one rank</h2>",
+        _memory(plan),
+        f'<p class="note">Parameters, gradients and optimizer are exact. Activations are by '
+        f"formula, at the peak of Megatron's schedule. Not counted: {NOT_COUNTED}.</p>",
+        html_table(stage_table(plan, plan.stages)),
+        "<h2>Where ranks sit</h2>",
+        '<p class="note">A cell is a rank, coloured by its stage, with its place on tp, cp and dp; '
+        "the first and the last node of each stage.</p>",
+        nodes_picture(plan),
+        html_table(group_table(plan)),
+        "<h2>What a rank sends in one step</h2>",
+        *(_traffic(stage, stage is plan.fullest) for stage in plan.stages),
+        "<h2>Who owns what</h2>",
+        *(_family_details(plan, place) for place in plan.activations),
+        "<h2>What this layout costs</h2>",
+        _costs(plan),
+    ]
+    return html_page(title, sections)
+
+
+def plan_summary(plan: Plan) -> str:
+    """Return the pictures of stages and memory and what the layout costs, for another page."""
+    return "\n".join(
+        (
+            f"<p>{plan.parameters:,} parameters; activations by formula.</p>",
+            _stages(plan),
+            _memory(plan),
+            _costs(plan),
+        )
+    )
+
+
+def _stages(plan: Plan) -> str:
+    families = family_colours(plan)
+    names = {**{letter: place_name(letter) for letter in families}, "": "embedding, head"}
+    return legend({**families, "": END_COLOUR}, names) + stages_picture(plan)
+
+
+def _memory(plan: Plan) -> str:
+    return legend(MEMORY_COLOURS) + memory_picture(plan)
+
+
+def _costs(plan: Plan) -> str:
+    return html_list(escape(cost.message) for cost in plan.costs)
+
+
+def _traffic(stage: StagePlan, is_open: bool) -> str:
+    total = show_bytes(sum(item.sent_bytes for item in stage.traffic))
+    between = show_bytes(sum(item.between_nodes for item in stage.traffic))
+    summary = f"stage {stage.pp_rank}: {total}, of which {between} between nodes"
+    return html_details(summary, html_table(traffic_table(stage)), is_open)
+
+
+def _family_details(plan: Plan, place: str) -> str:
+    sent = collective_table(plan, place)
+    parts = (
+        html_table(ownership_table(plan, place)),
+        "<p><b>Collectives of one layer in one microbatch</b></p>",
+        html_table(sent) if sent.rows else "<p>none</p>",
+        "<p><b>Saved activations of one microbatch (formula)</b></p>",
+        html_table(activation_table(plan, place)),
+    )
+    return html_details(place_name(place), "".join(parts))
 
 
 def family_colours(plan: Plan) -> dict[str, str]:
@@ -51,8 +139,8 @@ def stages_picture(plan: Plan) -> str:
     for row, stage in enumerate(stages):
         y, x = row * 44, float(_LEFT)
         ranks = "rank" if stage.ranks == 1 else "ranks"
-        parts.append(_text(0, y + 16, f"stage {stage.pp_rank}", bold=True))
-        parts.append(_text(0, y + 31, f"{ranks} {rank_range(stage)}", small=True))
+        parts.append(_text(0, y + 16, f"stage {stage.pp_rank}", "b"))
+        parts.append(_text(0, y + 31, f"{ranks} {rank_range(stage)}", "s"))
         for chunk in stage.built.chunks:
             blocks = [("embedding", "in", END_COLOUR)] if chunk.owns_embedding else []
             blocks += [
@@ -75,7 +163,7 @@ def memory_picture(plan: Plan) -> str:
     parts = []
     for row, stage in enumerate(stages):
         y, x = row * 34, float(_LEFT)
-        parts.append(_text(0, y + 18, f"stage {stage.pp_rank}", bold=True))
+        parts.append(_text(0, y + 18, f"stage {stage.pp_rank}", "b"))
         for name, colour in MEMORY_COLOURS.items():
             size = getattr(stage.memory, name)
             title = f"{name}: {show_bytes(size)}"
@@ -88,7 +176,7 @@ def memory_picture(plan: Plan) -> str:
             f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{height}" stroke="currentColor" '
             f'stroke-dasharray="5 4"/>'
         )
-        parts.append(_text(at, height + 14, f"GPU: {show_bytes(limit)}", small=True, end=True))
+        parts.append(_text(at, height + 14, f"GPU: {show_bytes(limit)}", "s", "end"))
     return _svg(len(stages) * 34 + (20 if limit else 0), parts)
 
 
@@ -97,14 +185,14 @@ def nodes_picture(plan: Plan) -> str:
     gpus, layout = plan.job.gpus_per_node, plan.job.layout
     picked = _nodes_to_draw(plan)
     per_row = max(1, _WIDTH // (min(gpus, 8) * 62 + 24))
-    axes = [axis for axis in ("tp", "cp", "dp") if sizes_of(layout)[axis] > 1]
+    axes = [axis for axis in ("tp", "cp", "dp") if degrees_of(layout)[axis] > 1]
     rows_of_node = -(-min(gpus, 64) // 8)
     height = rows_of_node * 46 + 34
     parts = []
     for index, node in enumerate(picked):
         left = (index % per_row) * (min(gpus, 8) * 62 + 24)
         top = index // per_row * height
-        parts.append(_text(left, top + 12, f"node {node}", bold=True))
+        parts.append(_text(left, top + 12, f"node {node}", "b"))
         ranks = range(node * gpus, min((node + 1) * gpus, layout.world))
         for slot, rank in enumerate(ranks[:64]):
             place = layout.rank_coordinates(rank)
@@ -115,20 +203,17 @@ def nodes_picture(plan: Plan) -> str:
             )
             colour = _STAGE_COLOURS[place.pp % len(_STAGE_COLOURS)]
             parts.append(_box(x, y, 58, 40, colour, title))
-            parts.append(_text(x + 5, y + 15, f"{rank}", bold=True, on_colour=True))
+            parts.append(_text(x + 5, y + 15, f"{rank}", "b on"))
             where = " ".join(f"{a[0]}{getattr(place, a)}" for a in axes)
-            parts.append(_text(x + 5, y + 32, where, small=True, on_colour=True))
+            parts.append(_text(x + 5, y + 32, where, "s on"))
     return _svg(-(-len(picked) // per_row) * height, parts)
 
 
 def _nodes_to_draw(plan: Plan) -> list[int]:
     """Return the first and the last node of each stage, as many as there is room for."""
     gpus = plan.job.gpus_per_node
-    found: list[int] = []
-    for stage in plan.stages:
-        last = stage.first_rank + stage.ranks - 1
-        found += [stage.first_rank // gpus, last // gpus]
-    return list(dict.fromkeys(found))[:_MOST_NODES]
+    ends = [(stage.first_rank, stage.first_rank + stage.ranks - 1) for stage in plan.stages]
+    return list(dict.fromkeys(rank // gpus for pair in ends for rank in pair))[:_MOST_NODES]
 
 
 def legend(colours: dict[str, str], names: dict[str, str] | None = None) -> str:
@@ -151,30 +236,17 @@ def _svg(height: float, parts: Sequence[str]) -> str:
 def _box(
     x: float, y: float, width: float, height: float, colour: str, title: str, label: str = ""
 ) -> str:
-    text = ""
-    if label and width > 12:
-        text = (
-            f'<text x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}" text-anchor="middle" '
-            f'class="t on">{escape(label)}</text>'
-        )
+    x, y, width, height = (round(value, 1) for value in (x, y, width, height))
+    middle = (x + width / 2, y + height / 2 + 4)
+    text = _text(*middle, label, "on", "middle") if label and width > 12 else ""
     return (
-        f'<g><title>{escape(title)}</title><rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
-        f'height="{height:.1f}" rx="3" fill="{colour}"/>{text}</g>'
+        f'<g><title>{escape(title)}</title><rect x="{x}" y="{y}" width="{width}" '
+        f'height="{height}" rx="3" fill="{colour}"/>{text}</g>'
     )
 
 
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    *,
-    bold: bool = False,
-    small: bool = False,
-    end: bool = False,
-    on_colour: bool = False,
-) -> str:
-    names = " ".join(
-        name for name, on in (("t", True), ("b", bold), ("s", small), ("on", on_colour)) if on
+def _text(x: float, y: float, text: str, classes: str = "", anchor: str = "start") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" class="t {classes}" text-anchor="{anchor}">'
+        f"{escape(text)}</text>"
     )
-    anchor = ' text-anchor="end"' if end else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{names}"{anchor}>{escape(text)}</text>'

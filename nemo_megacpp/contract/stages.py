@@ -1,16 +1,21 @@
-"""Build every pipeline stage of a job on the meta device and read off its parameters.
+"""What each pipeline stage holds: its chunks and their parameters, built without memory.
 
+:func:`build_stages` builds the real modules on the meta device and reads off their parameters.
 Ranks that differ only in their place on tp, cp, ep, etp or dp hold tensors of the same shapes: the
 layout rules let nothing be divided unevenly. One rank per pipeline stage is therefore built, in the
 smallest world that holds the layout; how many replicas there are changes no shape. The modules are
 those of the torch backend, whose parameters are Transformer Engine's, name for name.
+
+:class:`ComposedStages` puts the stages of any layout together from one real layer of each family:
+a parameter's shape on a rank depends on its family and on TP, SP, EP and ETP alone. That is exact,
+and cheap enough to price thousands of layouts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +27,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from nemo_megacpp.checkpoint.dcp import sharding_metadata
-from nemo_megacpp.formulas.job import Job
+from nemo_megacpp.formulas.sizes import Job
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.pattern import CUT, Family
 from nemo_megacpp.runtime.fake import fake_rank
 from nemo_megacpp.specs.backend import TorchBackend
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
@@ -65,6 +72,8 @@ class BuiltParameter:
 class BuiltChunk:
     """One pipeline chunk.
 
+    Its *places* are the families' letters, ``embedding`` and ``head``.
+
     Attributes:
         index: in the order of depth.
         layers: global numbers of its layers.
@@ -80,6 +89,11 @@ class BuiltChunk:
     owns_head: bool
     parameters: tuple[BuiltParameter, ...]
 
+    @property
+    def places(self) -> list[str]:
+        """What the chunk computes, in order: one place for each layer and for each end."""
+        return ["embedding"] * self.owns_embedding + [*self.letters] + ["head"] * self.owns_head
+
 
 @dataclass(frozen=True)
 class BuiltStage:
@@ -89,30 +103,35 @@ class BuiltStage:
     chunks: tuple[BuiltChunk, ...]
 
     @property
-    def parameters(self) -> Iterable[BuiltParameter]:
+    def parameters(self) -> Iterator[BuiltParameter]:
         """All parameters of the stage."""
         return (p for chunk in self.chunks for p in chunk.parameters)
+
+    @property
+    def places(self) -> list[str]:
+        """The places of all chunks."""
+        return [place for chunk in self.chunks for place in chunk.places]
 
 
 def build_stages(job: Job) -> list[BuiltStage]:
     """Build one rank of every pipeline stage of ``job``.
 
-    Within a process group this happens in a process of its own, because Megatron's groups are
-    global to a process.
+    Within a process group a child process does this, because Megatron's groups are global to a
+    process.
 
     Raises:
         UserError: the model cannot be built.
     """
-    # What follows changes no shape; without it, jobs that differ in it share what was built.
+    # Batch, kernels and replicas change no shape: jobs that differ only in them share the stages.
     smallest = dataclasses.replace(job.layout, world_size=None)
     return list(_build_stages(Job(job.model, smallest, precision=job.precision)))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _build_stages(job: Job) -> tuple[BuiltStage, ...]:
     if torch.distributed.is_initialized():
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
-            return apart.submit(_build_stages, job).result()
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
+            return child.submit(_build_stages, job).result()
     stride = job.layout.minimal_world_size // job.layout.pp
     return tuple(build_rank(job, stage * stride) for stage in range(job.layout.pp))
 
@@ -189,3 +208,74 @@ def _global_shape(item: ShardedTensor | ShardedTensorFactory) -> tuple[int, tupl
     whole = list(shapes[0])
     whole[axis] = sum(shape[axis] for shape in shapes)
     return first.prepend_axis_num, tuple(whole)
+
+
+class ComposedStages:
+    """The stages of a job's model in any layout.
+
+    The parameters of a composed chunk keep the names and layer numbers of the small models that
+    they were read off.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.letters = job.config().pattern.letters
+        self._places: dict[tuple[Any, ...], dict[str, tuple[BuiltParameter, ...]]] = {}
+        self._chunks: dict[tuple[Any, ...], BuiltChunk] = {}
+
+    def places(self, layout: ParallelLayout) -> dict[str, tuple[BuiltParameter, ...]]:
+        """Return the parameters of one layer of each family, of ``embedding`` and of ``head``."""
+        key = (layout.tp, layout.sp, layout.pp > 1, layout.ep, layout.etp)
+        if key not in self._places:
+            self._places[key] = self._build_places(layout)
+        return self._places[key]
+
+    def stage(self, layout: ParallelLayout, pp_rank: int, chunks: Sequence[range]) -> BuiltStage:
+        """Return stage ``pp_rank`` of the pipeline whose chunks hold the given layers."""
+        mine = [layout.chunk_index(pp_rank, virtual) for virtual in range(layout.vpp or 1)]
+        return BuiltStage(pp_rank, tuple(self._chunk(layout, index, chunks) for index in mine))
+
+    def _chunk(self, layout: ParallelLayout, index: int, chunks: Sequence[range]) -> BuiltChunk:
+        layers = chunks[index]
+        key = (layout.tp, layout.sp, layout.ep, layout.etp, index, len(chunks), layers)
+        if key not in self._chunks:
+            letters = self.letters[layers.start : layers.stop]
+            chunk = BuiltChunk(index, layers, letters, index == 0, index == len(chunks) - 1, ())
+            parameters = self.places(layout)
+            inside = tuple(p for place in chunk.places for p in parameters[place])
+            self._chunks[key] = dataclasses.replace(chunk, parameters=inside)
+        return self._chunks[key]
+
+    def _build_places(self, layout: ParallelLayout) -> dict[str, tuple[BuiltParameter, ...]]:
+        letters = "".join(dict.fromkeys(self.letters))
+        # Two stages wherever there are several: a head that is tied to the embedding then has a
+        # copy of its own.
+        stages = min(layout.pp, 2)
+        dense = ParallelLayout(
+            tensor_model_parallel_size=layout.tp,
+            sequence_parallel=layout.sp,
+            pipeline_model_parallel_size=stages,
+            expert_tensor_parallel_size=1,
+        )
+        built = self._build(dense, letters + CUT + letters[0] if stages > 1 else letters)
+        first, last = built[0].chunks[0].parameters, built[-1].chunks[-1].parameters
+        places = {
+            letter: tuple(p for p in first if p.layer == layer and not p.is_expert)
+            for layer, letter in enumerate(letters)
+        }
+        places["embedding"] = tuple(p for p in first if p.name.startswith("embedding."))
+        places["head"] = tuple(
+            p for p in last if p.layer is None and not p.name.startswith("embedding.")
+        )
+        if Family.EXPERT.value in letters:
+            experts = ParallelLayout(
+                expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp
+            )
+            (stage,) = self._build(experts, Family.EXPERT.value)
+            places[Family.EXPERT.value] += tuple(p for p in stage.parameters if p.is_expert)
+        return places
+
+    def _build(self, layout: ParallelLayout, pattern: str) -> list[BuiltStage]:
+        depth = len(pattern.replace(CUT, ""))
+        model = {**self._job.model, "hybrid_pattern": pattern, "num_layers": depth}
+        return build_stages(dataclasses.replace(self._job, model=model, layout=layout))

@@ -195,7 +195,9 @@ def test_two_runs_of_one_recipe_show_the_spread(
     out = capsys.readouterr().out
     assert "the spread from run to run" in out
     assert "(training at step 6, held-out at step 6)" in out
-    (b / METRICS_FILE).write_text('{"step": 1, "loss": 7.0, "seconds": 1.0}')
+    (b / METRICS_FILE).write_text(
+        '{"step": 1, "loss": 7.0, "seconds": 1.0, "tokens_per_second": 2.0}'
+    )
     assert _run(str(a), str(b)) == 0
     out = capsys.readouterr().out
     assert "(training at step 1)" in out and "held-out" not in out
@@ -212,7 +214,8 @@ def test_runs_that_differ_on_two_axes_are_not_compared(
 
 def test_runs_without_a_common_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = _run_folder(tmp_path / "a"), _run_folder(tmp_path / "b")
-    late = [{"step": 9, "loss": float("nan"), "seconds": 1.0}, {"step": 10, "loss": 3.0}]
+    speed = {"seconds": 1.0, "tokens_per_second": 1.0}
+    late = [{"step": 9, "loss": float("nan"), **speed}, {"step": 10, "loss": 3.0, **speed}]
     (b / METRICS_FILE).write_text("\n".join(map(json.dumps, late)))
     runs = _json(capsys, str(a), str(b))["runs"]
     assert runs["steps"] == 0 and runs["largest_loss_difference"] is None
@@ -239,9 +242,9 @@ def test_bad_input(tmp_path: Path) -> None:
     (strange / METRICS_FILE).write_text('{"step": 1}\n')
     for words, message in (
         (("nam56r", "nam57r"), "There is no recipe 'nam57r'"),
-        (("nam56r", str(empty)), "it has no record/recipe.yaml"),
-        (("nam56r", str(silent)), "it recorded no step"),
-        (("nam56r", str(strange)), "cannot be read"),
+        (("nam56r", str(empty)), "it has no record/metrics.jsonl"),
+        (("nam56r", str(silent)), "has not made a step yet"),
+        (("nam56r", str(strange)), "is damaged"),
         ((run, run, "--in-a", "tp=4"), "cannot be changed"),
         ((run, run, "--world-size", "8"), "cannot be changed"),
         (("nam56r", "nam56r", "--in-b", "tp=3"), "B, nam56r: Layout tp=3"),
