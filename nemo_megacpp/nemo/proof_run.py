@@ -13,6 +13,7 @@ import nemo_megacpp.nemo.quietly  # noqa: F401  # isort: skip  (before NeMo is i
 
 import contextlib
 import dataclasses
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from nemo_megacpp.proof.step import ADAM_EPS, StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.catalog import Training
 from nemo_megacpp.recipes.recipe import Recipe
-from nemo_megacpp.runtime.launch import be_launched
+from nemo_megacpp.runtime.launch import rank_environment
 
 NOT_SHARED: Mapping[str, str] = MappingProxyType(
     {
@@ -154,7 +155,7 @@ def _pretrain(
 ) -> None:
     """Run ``llm.pretrain`` on the ranks of the default process group, which it goes on to use."""
     world = torch.distributed.get_world_size()
-    be_launched(torch.distributed.get_rank(), world)
+    os.environ.update(rank_environment(torch.distributed.get_rank(), world))
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         config = _configuration(spec, layout, Path(run_dir or scratch), world)

@@ -14,7 +14,6 @@ import numpy as np
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Limits, Rung, compare
 from nemo_megacpp.proof.differences import find
-from nemo_megacpp.proof.failure import describe_failure
 from nemo_megacpp.proof.kernels import kernels_for
 from nemo_megacpp.proof.proxy_model import every_expert, one_family
 from nemo_megacpp.proof.reshard import Carried, checkpoint_of
@@ -22,6 +21,7 @@ from nemo_megacpp.proof.rounding import SEEDS, rounding_limits
 from nemo_megacpp.proof.step import StepResult
 from nemo_megacpp.proof.step_spec import Dtype, StepSpec
 from nemo_megacpp.proof.trial import Trial
+from nemo_megacpp.runtime.rank_errors import describe_tracebacks
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 
 _ONE = ParallelLayout()
@@ -92,7 +92,7 @@ class Bench:
                 result, checkpoint = self._step_and_checkpoint(reference, layout)
             except WorkerError as error:  # what can be stepped may still not be saved
                 result = self._step(spec, layout, self._reference_step(reference))
-                problem = describe_failure(str(error))
+                problem = describe_tracebacks(str(error))
                 checkpoint = Rung("checkpoint", float("inf"), 0.0, problem=problem)
             limits = self._limits(reference)
             rungs = compare(self._reference_step(reference), result, limits)
@@ -104,7 +104,7 @@ class Bench:
                 limits = self._limits(reference, trace=True)
                 trial = dataclasses.replace(trial, finding=find(rungs, expected, traced, limits))
         except WorkerError as error:
-            return dataclasses.replace(trial, error=describe_failure(str(error)))
+            return dataclasses.replace(trial, error=describe_tracebacks(str(error)))
         return trial
 
     def _reference(self, spec: StepSpec) -> _Reference:

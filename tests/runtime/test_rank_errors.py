@@ -11,8 +11,8 @@ import torch
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.bench import Bench, TrainingPath
-from nemo_megacpp.proof.failure import describe_failure
 from nemo_megacpp.proof.tiny_model import tiny_model
+from nemo_megacpp.runtime.rank_errors import describe_tracebacks
 from nemo_megacpp.runtime.workers import WorkerError
 
 
@@ -37,7 +37,7 @@ def test_the_innermost_frame_of_the_user(tmp_path: Path) -> None:
     )
     first = _text(user.outer, torch.ones(2, 3))
     second = _text(user.outer, None)
-    found = describe_failure(f"rank 1: {first}\nrank 0: {second}")
+    found = describe_tracebacks(f"rank 1: {first}\nrank 0: {second}")
     assert found.startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
     assert found.endswith(f"({tmp_path / 'family.py'}, line 7, in inner)")
 
@@ -45,7 +45,7 @@ def test_the_innermost_frame_of_the_user(tmp_path: Path) -> None:
 def test_a_rank_that_lost_the_others_is_not_the_cause(tmp_path: Path) -> None:
     user = _written(tmp_path / "family.py", "def f():\n    raise KeyError('x')\n")
     lost = "rank 0: Traceback (most recent call last):\nRuntimeError: Connection closed by peer"
-    assert describe_failure(f"{lost}\nrank 1: {_text(user.f)}") == (
+    assert describe_tracebacks(f"{lost}\nrank 1: {_text(user.f)}") == (
         f"KeyError: 'x' ({tmp_path / 'family.py'}, line 2, in f)"
     )
 
@@ -53,10 +53,10 @@ def test_a_rank_that_lost_the_others_is_not_the_cause(tmp_path: Path) -> None:
 def test_a_refusal_of_ours_has_no_place() -> None:
     text = _text(ParallelLayout.parse, "tp=none")
     ours = text.replace(str(Path(__file__)), str(Path(torch.__file__)))
-    assert describe_failure(f"rank 0: {ours}") == (
+    assert describe_tracebacks(f"rank 0: {ours}") == (
         "nemo_megacpp.errors.UserError: tp must be a positive whole number; got 'none'."
     )
-    assert describe_failure("rank 0: the process died") == "rank 0: the process died"
+    assert describe_tracebacks("rank 0: the process died") == "rank 0: the process died"
 
 
 def test_a_trial_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
