@@ -16,8 +16,8 @@ from typing import Any
 from torch.nn import functional as F
 
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import Dtype, StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 
 _WITHOUT_SP = "TP without SP"
 
@@ -191,7 +191,7 @@ SETTINGS: tuple[Varied, ...] = (
 
 
 @dataclass(frozen=True)
-class Case:
+class CoveringCase:
     """Settings that are on together, in one layout.
 
     Attributes:
@@ -228,14 +228,14 @@ def bundles() -> tuple[tuple[Varied, ...], ...]:
 
 
 @cache
-def cases() -> tuple[Case, ...]:
+def cases() -> tuple[CoveringCase, ...]:
     """Return the covering list: every bundle in every layout that it is legal in."""
     found = []
     for bundle in bundles():
         for axis, text in LAYOUTS.items():
             if legal := tuple(setting for setting in bundle if setting.is_legal_on(axis)):
                 spec = spec_of(legal, axis)
-                found.append(Case(legal, axis, ParallelLayout.parse(text), spec))
+                found.append(CoveringCase(legal, axis, ParallelLayout.parse(text), spec))
     return tuple(found)
 
 

@@ -16,7 +16,7 @@ from nemo_megacpp.formulas.saved import total
 from nemo_megacpp.formulas.sizes import sizes_of_job
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import Family
-from nemo_megacpp.proof.tiny_model import tiny_model
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.contract.test_recorded import BALANCED, EXAMPLE, SELECTIVE, job_of, recorded
 from tests.selection import slow_if

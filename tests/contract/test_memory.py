@@ -11,8 +11,8 @@ from nemo_megacpp.contract.build import build_stages
 from nemo_megacpp.contract.memory import peak_of_schedule
 from nemo_megacpp.formulas.job import Job
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import prepare
 

@@ -21,8 +21,8 @@ from nemo_megacpp.formulas.collectives import Collective
 from nemo_megacpp.formulas.job import Job
 from nemo_megacpp.formulas.sizes import sizes_of_job
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.record import Recorded, record_step
 from tests.selection import slow_if

@@ -1,19 +1,16 @@
-"""What ``verify`` says of a user's own exception."""
+"""The exception of a rank, with the line of the user's own code."""
 
 from __future__ import annotations
 
 import traceback
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.bench import Bench, TrainingPath
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.rank_errors import describe_tracebacks
-from nemo_megacpp.runtime.workers import WorkerError
 
 
 def _written(path: Path, text: str) -> ModuleType:
@@ -57,19 +54,3 @@ def test_a_refusal_of_ours_has_no_place() -> None:
         "nemo_megacpp.errors.UserError: tp must be a positive whole number; got 'none'."
     )
     assert describe_tracebacks("rank 0: the process died") == "rank 0: the process died"
-
-
-def test_a_trial_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table and the document print the trial's error."""
-    path = tmp_path / "family.py"
-    user = _written(path, "def forward():\n    return {}['bias']\n")
-    path_of_steps = TrainingPath(*[lambda *_: None] * 3)
-    bench = Bench(SimpleNamespace(device="cpu"), path_of_steps, tmp_path, tiny_model("A"))  # type: ignore[arg-type]
-
-    def fail(*_: object) -> None:
-        raise WorkerError(f"rank 0: {_text(user.forward)}")
-
-    monkeypatch.setattr(bench, "_reference", fail)
-    trial = bench.run("all", "TP", ParallelLayout.parse("tp=2"), "float32")
-    assert trial.error == f"KeyError: 'bias' ({path}, line 2, in forward)"
-    assert not trial.holds

@@ -1,4 +1,4 @@
-"""Where a model is watched, and how what is seen there lies in the whole.
+"""Where the tensors inside a model are watched, how they are recorded, and how they are perturbed.
 
 A point is an output (or the first input) of a module. Its alignment says which part of the one-rank
 tensor ``[s, b, c]`` a rank holds, so that tensors of any two layouts can be compared element by
@@ -14,14 +14,21 @@ input and output projections enclose it).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from nemo_megacpp.config import HybridConfig, m2rnn_dimensions, mamba3_dimensions
 from nemo_megacpp.mixers.mamba3_rows import split_rows
+from nemo_megacpp.mixers.sequence_layout import token_order
 from nemo_megacpp.pattern import Family
+from nemo_megacpp.proof.gather import GlobalValues, LocalPart, gather_parts, to_numpy
+from nemo_megacpp.proof.step_spec import StepSpec
 
 
 @dataclass(frozen=True)
@@ -203,3 +210,144 @@ def _hook(module: torch.nn.Module, where: _Tap, point: Point, visit: Visit) -> N
         module.register_forward_pre_hook(lambda _, inputs: seen(inputs))
     else:
         module.register_forward_hook(lambda _, inputs, output: seen(output))
+
+
+@dataclass
+class Trace:
+    """What the watched points computed in one step, ``[s, rows, c]`` by the point's name.
+
+    Gradients are those of the mean objective of the global batch.
+    """
+
+    points: dict[str, Point] = field(default_factory=dict)
+    outputs: GlobalValues = field(default_factory=GlobalValues)
+    gradients: GlobalValues = field(default_factory=GlobalValues)
+
+
+class Recorder:
+    """Records every watched tensor of this rank's chunks, and its gradient.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        config: of the model.
+        spec: of the step; a single one.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        config: HybridConfig,
+        spec: StepSpec,
+    ):
+        self._config, self._spec = config, spec
+        self._rows, self._all_rows = spec.micro_batch_size, spec.global_batch_size
+        self._points: dict[str, Point] = {}
+        self._seen: dict[str, int] = {}
+        self._outputs: list[LocalPart] = []
+        self._gradients: list[LocalPart] = []
+        self._dp = parallel_state.get_data_parallel_world_size()
+        self._cp = parallel_state.get_context_parallel_world_size()
+        tap(chunks, config, self._visit)
+
+    def _visit(self, point: Point, tensor: torch.Tensor) -> None:
+        microbatch = self._seen.get(point.name, 0)
+        self._seen[point.name] = microbatch + 1
+        self._points[point.name] = point
+        self._outputs.append(self._piece(point, microbatch, tensor, partial=False))
+
+        def keep(gradient: torch.Tensor) -> None:
+            # Without calculate_per_token_loss, gradients are averaged over dp·cp ranks later.
+            ranks = 1 if self._config.calculate_per_token_loss else self._dp * self._cp
+            mean = gradient / ranks
+            partial = point.alignment.partial_gradient
+            self._gradients.append(self._piece(point, microbatch, mean, partial))
+
+        if tensor.requires_grad:
+            tensor.register_hook(keep)
+
+    def _piece(
+        self, point: Point, microbatch: int, tensor: torch.Tensor, partial: bool
+    ) -> LocalPart:
+        tensor = tensor.reshape(-1, self._rows, tensor.size(-1))
+        first = (microbatch * self._dp + parallel_state.get_data_parallel_rank()) * self._rows
+        channels, width = _channels(point.alignment, tensor.size(-1))
+        place = np.ix_(
+            self._positions(point.alignment, first).numpy(),
+            np.arange(first, first + self._rows),
+            channels,
+        )
+        shape = (self._config.seq_length, self._all_rows, width)
+        return LocalPart(point.name, shape, place, to_numpy(tensor), partial)
+
+    def _positions(self, alignment: Alignment, row: int) -> torch.Tensor:
+        rank = parallel_state.get_context_parallel_rank()
+        packed = None
+        if documents := self._spec.documents_of(row):
+            bounds = torch.tensor([0, *accumulate(documents)], dtype=torch.int32)
+            packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+        held = token_order(self._config.seq_length, self._cp, packed).of_rank(rank)
+        if not (alignment.scattered and self._config.sequence_parallel):
+            return held
+        tp = parallel_state.get_tensor_model_parallel_world_size()
+        return held.chunk(tp)[parallel_state.get_tensor_model_parallel_rank()]
+
+    def gather(self) -> Trace | None:
+        """Return the trace on rank 0, None elsewhere; every rank must call."""
+        world, first = torch.distributed.get_world_size(), torch.distributed.get_rank() == 0
+        everyone: list[dict[str, Point]] | None = [{}] * world if first else None
+        torch.distributed.gather_object(self._points, everyone)
+        outputs, gradients = gather_parts(self._outputs), gather_parts(self._gradients)
+        if everyone is None or outputs is None or gradients is None:
+            return None
+        points = sorted(
+            (point for points in everyone for point in points.values()), key=lambda p: p.order
+        )
+        return Trace({point.name: point for point in points}, outputs, gradients)
+
+
+def _channels(alignment: Alignment, held: int) -> tuple[np.ndarray, int]:
+    """Return which channels of the whole this rank's ``held`` are, and how many there are."""
+    if not alignment.split:
+        return np.arange(held), held
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    whole = np.split(np.arange(sum(alignment.split)), np.cumsum(alignment.split)[:-1])
+    return np.concatenate([np.split(part, tp)[rank] for part in whole]), sum(alignment.split)
+
+
+UNIT = 2.0**-8
+"""Unit roundoff of bfloat16: eight bits of significand, so half a unit in the last place."""
+
+
+def perturb(chunks: Sequence[torch.nn.Module], config: HybridConfig, seed: int) -> None:
+    """Multiply every watched bfloat16 activation, and its gradient, by ``1 ± 2⁻⁸`` at random.
+
+    Args:
+        chunks: model chunks, unwrapped.
+        config: of the model.
+        seed: of the signs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(point: Point, tensor: torch.Tensor) -> torch.Tensor | None:
+        if tensor.dtype != torch.bfloat16 or not tensor.requires_grad:
+            return None  # routing probabilities are float32
+        return _Move.apply(tensor, generator)
+
+    tap(chunks, config, move)
+
+
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        ctx.generator = generator
+        return _moved(x, generator)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return _moved(grad, ctx.generator), None
+
+
+def _moved(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    sign = 2 * torch.randint(2, x.shape, generator=generator, dtype=torch.float32) - 1
+    return (x.float() * (1 + UNIT * sign.to(x.device))).to(x.dtype)

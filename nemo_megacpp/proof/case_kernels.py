@@ -1,4 +1,4 @@
-"""Which kernels a trial runs in: decided by the device and the dtype, in one place.
+"""Which kernels a case runs in: decided by the device and the dtype, in one place.
 
 On GPUs the kernels that training runs in (Transformer Engine, mamba_ssm, Triton) are proved in
 bfloat16, their dtype. causal_conv1d and Transformer Engine have no float64, and TF32 is coarser
@@ -60,7 +60,7 @@ _FUSIONS_OFF: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a trial runs in.
+    """What a case runs in.
 
     Attributes:
         name: ``torch`` for plain torch forms with TF32 off, ``default`` for those that training
@@ -83,7 +83,7 @@ class Kernels:
 
 
 def kernels_for(device: Device, dtype: Dtype) -> Kernels:
-    """Return the kernels of a trial.
+    """Return the kernels of a case.
 
     Args:
         device: of its ranks. On the CPU everything is plain torch, whatever is installed.
@@ -95,14 +95,14 @@ def kernels_for(device: Device, dtype: Dtype) -> Kernels:
 
 
 def kernels_here(dtype: torch.dtype) -> Kernels:
-    """Return the kernels of this rank's trial."""
+    """Return the kernels of this rank's case."""
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     names: dict[torch.dtype, Dtype] = {torch.float64: "float64", torch.bfloat16: "bfloat16"}
     return kernels_for(device, names.get(dtype, "float32"))
 
 
 def use_kernels(dtype: torch.dtype) -> BackendSpecProvider:
-    """Put the kernels of this rank's trial in place for the rest of its process, and return the
+    """Put the kernels of this rank's case in place for the rest of its process, and return the
     backend that goes with them."""
     if kernels_here(dtype).name == "default":
         return default_backend()

@@ -1,9 +1,10 @@
-"""What a training step gave, and how it is read off the modules that trained."""
+"""What training steps gave, and how it is read off the modules that trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
 from nemo_megacpp.proof.gather import GlobalValues, gather_values
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tag_rules import Violation
-from nemo_megacpp.proof.trace import Trace
+from nemo_megacpp.proof.tag_check import TagViolation
+from nemo_megacpp.proof.taps import Trace
 
 ADAM_EPS = 1e-2
 """Of every proof's optimizer. Adam's first step is the sign of the gradient wherever that is large
@@ -46,7 +47,29 @@ class StepResult:
     parameters: GlobalValues = field(default_factory=GlobalValues)
     trace: Trace | None = None
     initial: GlobalValues = field(default_factory=GlobalValues)
-    tag_violations: Sequence[Violation] = ()
+    tag_violations: Sequence[TagViolation] = ()
+
+
+@dataclass
+class Carried:
+    """A training state that was saved or loaded, and the steps that follow it, on rank 0.
+
+    Attributes:
+        state: every weight, buffer, moment and master weight in global shape, by checkpoint key.
+        steps: the number of steps that the optimizer of each rank has taken.
+        settings: the settings of the parameter groups.
+        following: what the training steps after it gave.
+    """
+
+    state: GlobalValues
+    steps: int
+    settings: list[dict] = field(default_factory=list)
+    following: StepResult | None = None
+
+
+def checkpoint_of(run_dir: str, step: int) -> str:
+    """Return the path of a run's checkpoint of ``step``."""
+    return str(Path(run_dir) / "checkpoints" / f"step={step}")
 
 
 def disturb(spec: StepSpec, chunks: Sequence[torch.nn.Module]) -> None:
