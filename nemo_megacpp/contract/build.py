@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from nemo_megacpp.checkpoint.dcp import sharding_metadata
 from nemo_megacpp.formulas.job import Job
-from nemo_megacpp.runtime.fake import fake_rank
+from nemo_megacpp.runtime.distributed import fake_rank
 from nemo_megacpp.specs.backend import TorchBackend
 from nemo_megacpp.specs.model import build_hybrid_chunks
 

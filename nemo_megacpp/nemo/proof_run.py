@@ -202,7 +202,7 @@ def _configuration(
         use_distributed_optimizer=spec.use_distributed_optimizer,
         tensorboard=False,
     )
-    model = kernels_here(getattr(torch, spec.dtype)).fields(spec.model)
+    model = kernels_here(spec.dtype).fields(spec.model)
     recipe = Recipe("proof", model, layout, training)
     config = to_pretrain(recipe, run_dir, devices=world)
     settled = config.model.config

@@ -9,9 +9,9 @@ difference beyond ``MULTIPLE`` times it is a fault.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -34,9 +34,14 @@ CheckName = Literal[
 Compared = CheckName | Literal["output", "output gradient"]
 """What has a tolerance: the checks, and the tensors inside the model."""
 
+MULTIPLE = 3.0
+"""Twelve layouts of two hybrids moved no tensor by more than 1.1 times its estimate."""
+SEEDS = (1, 2, 3)
+"""Seeds of the perturbed steps."""
+
 
 class Limit(NamedTuple):
-    """What may differ.
+    """How far a number may differ.
 
     Attributes:
         tolerance: largest relative difference that passes.
@@ -47,37 +52,68 @@ class Limit(NamedTuple):
     rounding: float | None = None
 
 
-class Limits(Protocol):
-    """The limit of every number: the same for all of a kind, or one by one."""
-
-    def limit(self, kind: Compared, key: str) -> Limit: ...
-
-
 @dataclass(frozen=True)
-class Tolerances:
-    """Largest relative difference that rounding explains, by check.
+class Limits:
+    """The limit of every number.
 
-    A tensor's difference is relative to its largest element. ``replicas`` is zero: ranks that hold
-    the same parameter hold the same sum. ``gradients`` also holds for tensors inside the model.
+    A tensor's difference is relative to its largest element. What has no tolerance must be equal:
+    ranks that hold the same parameter hold the same sum.
+
+    Attributes:
+        tolerances: largest relative difference that rounding explains, by kind.
+        movements: how far rounding was seen to move each number, by kind and key. Such a number may
+            differ by ``MULTIPLE`` times that, and by its tolerance in any case.
     """
 
-    forward: float
-    aux_loss: float
-    gradients: float
-    gradient_norm: float
-    step: float
-    replicas: float = 0.0
+    tolerances: Mapping[Compared, float]
+    movements: Mapping[Compared, Mapping[str, float]] = field(default_factory=dict)
 
     def limit(self, kind: Compared, key: str) -> Limit:
-        """Return the limit of ``kind``, whatever the key."""
-        if kind in ("output", "output gradient"):
-            kind = "gradients"
-        return Limit(getattr(self, kind.replace(" ", "_"), 0.0))
+        """Return the limit of the number ``key``."""
+        tolerance = self.tolerances.get(kind, 0.0)
+        if not self.movements or kind in ("build", "tags", "replicas", "checkpoint"):
+            return Limit(tolerance)
+        rounding = self.movements.get(kind, {}).get(key, 0.0)
+        return Limit(max(MULTIPLE * rounding, tolerance), rounding)
 
 
-FLOAT64 = Tolerances(forward=1e-11, aux_loss=1e-6, gradients=1e-9, gradient_norm=1e-6, step=1e-9)
+def _limits(
+    forward: float, aux_loss: float, gradients: float, gradient_norm: float, step: float
+) -> Limits:
+    tolerances: dict[Compared, float] = {
+        "forward": forward,
+        "aux loss": aux_loss,
+        "gradients": gradients,
+        "output": gradients,
+        "output gradient": gradients,
+        "gradient norm": gradient_norm,
+        "step": step,
+    }
+    return Limits(tolerances)
+
+
+FLOAT64 = _limits(forward=1e-11, aux_loss=1e-6, gradients=1e-9, gradient_norm=1e-6, step=1e-9)
 """Megatron computes auxiliary losses and the gradient norm in float32 whatever the model is."""
-FLOAT32 = Tolerances(forward=1e-6, aux_loss=1e-6, gradients=1e-5, gradient_norm=1e-5, step=1e-5)
+FLOAT32 = _limits(forward=1e-6, aux_loss=1e-6, gradients=1e-5, gradient_norm=1e-5, step=1e-5)
+
+
+def rounding_limits(reference: StepResult, perturbed: Sequence[StepResult]) -> Limits:
+    """Return limits from a step and the same step perturbed with each of ``SEEDS``.
+
+    Tensors inside the model have limits if all the steps were traced. The objective, the auxiliary
+    losses and the gradient norm are single numbers, which a few seeds may leave in place by chance:
+    they may always differ by one unit of rounding.
+    """
+    movements: dict[Compared, dict[str, float]] = {}
+    for step in perturbed:
+        moved: dict[Compared, dict[str, float]] = dict(step_differences(reference, step).items())
+        if reference.trace is not None and step.trace is not None:
+            moved["output"] = _tensors(reference.trace.outputs, step.trace.outputs)
+            moved["output gradient"] = _tensors(reference.trace.gradients, step.trace.gradients)
+        for kind, numbers in moved.items():
+            largest = movements.setdefault(kind, {})
+            largest |= {key: max(largest.get(key, 0.0), value) for key, value in numbers.items()}
+    return Limits({"forward": UNIT, "aux loss": UNIT, "gradient norm": UNIT}, movements)
 
 
 @dataclass(frozen=True)
@@ -90,7 +126,8 @@ class Check:
 
     Attributes:
         name: what is compared.
-        difference, tolerance: relative.
+        difference: relative, or a count.
+        tolerance: the largest difference that passes.
         where: key of the number.
         rounding: how far rounding moves this number, where that was measured (bfloat16).
         problem: what is wrong and what to change, where that is known (``tags``).
@@ -111,14 +148,14 @@ class Check:
 
 def compare(reference: StepResult, result: StepResult, limits: Limits) -> list[Check]:
     """Return one check per kind of number, in the order in which they are computed."""
-    return [
-        _build(reference.parameters, result.parameters),
-        _tags(result.tag_violations),
-        *(
-            _nearest_its_limit(kind, differences, limits)
-            for kind, differences in step_differences(reference, result).items()
-        ),
-    ]
+    checks = [_build(reference.parameters, result.parameters), _tags(result.tag_violations)]
+    for kind, differences in step_differences(reference, result).items():
+        numbers = []
+        for key, difference in (differences or {"": 0.0}).items():
+            tolerance, rounding = limits.limit(kind, key)
+            numbers.append(Check(kind, difference, tolerance, key, rounding))
+        checks.append(max(numbers, key=_excess))
+    return checks
 
 
 def step_differences(
@@ -127,23 +164,12 @@ def step_differences(
     """Return the relative difference of every number that a step gave, by check and key."""
     return {
         "forward": _series(reference.losses, result.losses),
-        "aux loss": _aux_losses(reference.aux_losses, result.aux_losses),
+        "aux loss": _by_key(reference.aux_losses, result.aux_losses, _relative),
         "gradients": _tensors(reference.gradients, result.gradients),
         "replicas": dict(result.gradients.replica_spread),
         "gradient norm": _series(reference.grad_norms, result.grad_norms),
         "step": _tensors(reference.parameters, result.parameters),
     }
-
-
-def _nearest_its_limit(kind: CheckName, differences: Mapping[str, float], limits: Limits) -> Check:
-    checks = []
-    for key, difference in differences.items():
-        tolerance, rounding = limits.limit(kind, key)
-        checks.append(Check(kind, difference, tolerance, key, rounding))
-    if not checks:
-        tolerance, rounding = limits.limit(kind, "")
-        return Check(kind, 0.0, tolerance, rounding=rounding)
-    return max(checks, key=_excess)
 
 
 def _excess(check: Check) -> tuple[float, float]:
@@ -155,8 +181,21 @@ def _excess(check: Check) -> tuple[float, float]:
     return check.difference / check.tolerance, check.difference
 
 
-def _relative(reference: float, value: float) -> float:
-    return abs(value - reference) / max(abs(reference), np.finfo(float).tiny)
+def _build(reference: GlobalValues, result: GlobalValues) -> Check:
+    """Count tensors that only one of the models holds, or that differ in global shape."""
+    shapes = [{k: v.shape for k, v in values.values.items()} for values in (reference, result)]
+    wrong = sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()})
+    return Check("build", float(len(wrong)), 0.0, wrong[0] if wrong else "")
+
+
+def _tags(violations: Sequence[TagViolation]) -> Check:
+    """Count parameters with a wrong tag, and describe the first one."""
+    if not violations:
+        return Check("tags", 0.0, 0.0)
+    first = violations[0]
+    count = len({violation.parameter for violation in violations})
+    problem = f"{first.problem}; {first.remedy}"
+    return Check("tags", float(count), 0.0, first.parameter, problem=problem)
 
 
 def _series(reference: Sequence[float], result: Sequence[float]) -> dict[str, float]:
@@ -167,46 +206,24 @@ def _series(reference: Sequence[float], result: Sequence[float]) -> dict[str, fl
     return dict(zip(names, map(_relative, reference, result), strict=True))
 
 
-def _aux_losses(reference: Mapping[str, float], result: Mapping[str, float]) -> dict[str, float]:
-    return {
-        name: _relative(reference[name], result[name])
-        if name in reference and name in result
-        else np.inf
-        for name in {**reference, **result}
-    }
-
-
-def _build(reference: GlobalValues, result: GlobalValues) -> Check:
-    """Count tensors that only one of the models holds, or that differ in global shape."""
-    a, b = reference.values, result.values
-    wrong = [
-        key
-        for key in sorted({**a, **b})
-        if key not in a or key not in b or a[key].shape != b[key].shape
-    ]
-    return Check("build", float(len(wrong)), 0.0, wrong[0] if wrong else "")
-
-
-def _tags(violations: Sequence[TagViolation]) -> Check:
-    """Count parameters with a wrong tag, and describe the first one."""
-    if not violations:
-        return Check("tags", 0.0, 0.0)
-    first = violations[0]
-    return Check(
-        "tags",
-        float(len({violation.parameter for violation in violations})),
-        0.0,
-        first.parameter,
-        problem=f"{first.problem}; {first.remedy}",
-    )
-
-
 def _tensors(reference: GlobalValues, result: GlobalValues) -> dict[str, float]:
-    a, b = reference.values, result.values
+    return _by_key(reference.values, result.values, tensor_difference)
+
+
+_T = TypeVar("_T")
+
+
+def _by_key(
+    a: Mapping[str, _T], b: Mapping[str, _T], difference: Callable[[_T, _T], float]
+) -> dict[str, float]:
+    """Return the difference of each value; infinity where only one of the two has it."""
     return {
-        key: tensor_difference(a[key], b[key]) if key in a and key in b else np.inf
-        for key in {**a, **b}
+        key: difference(a[key], b[key]) if key in a and key in b else np.inf for key in {**a, **b}
     }
+
+
+def _relative(reference: float, value: float) -> float:
+    return abs(value - reference) / max(abs(reference), np.finfo(float).tiny)
 
 
 def tensor_difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -219,61 +236,3 @@ def tensor_difference(a: np.ndarray, b: np.ndarray) -> float:
     if scale == 0.0:
         return 0.0 if difference == 0.0 else np.inf
     return difference / scale
-
-
-MULTIPLE = 3.0
-"""Twelve layouts of two hybrids moved no tensor by more than 1.1 times its estimate."""
-SEEDS = (1, 2, 3)
-"""Seeds of the perturbed steps."""
-
-_EXACT = ("build", "tags", "replicas", "checkpoint")
-_SINGLE_NUMBERS = ("forward", "aux loss", "gradient norm")
-
-
-@dataclass(frozen=True)
-class RoundingLimits:
-    """Limits from movements that were measured, by kind and key.
-
-    Rounding does not explain replicas that differ. The objective, the auxiliary losses and the
-    gradient norm are single numbers, which a few seeds may leave in place by chance: they may
-    always differ by one unit of rounding.
-    """
-
-    movements: dict[Compared, dict[str, float]]
-
-    def limit(self, kind: Compared, key: str) -> Limit:
-        """Return the limit of one number: ``MULTIPLE`` times its movement, and the movement."""
-        if kind in _EXACT:
-            return Limit(0.0)
-        rounding = self.movements.get(kind, {}).get(key, 0.0)
-        least = UNIT if kind in _SINGLE_NUMBERS else 0.0
-        return Limit(max(MULTIPLE * rounding, least), rounding)
-
-
-def rounding_limits(reference: StepResult, perturbed: Sequence[StepResult]) -> RoundingLimits:
-    """Return limits from a step and the same step perturbed with each of ``SEEDS``.
-
-    Tensors inside the model have limits if all the steps were traced.
-    """
-    movements: dict[Compared, dict[str, float]] = {}
-    for step in perturbed:
-        for kind, numbers in step_differences(reference, step).items():
-            _grow(movements.setdefault(kind, {}), numbers)
-        if reference.trace is None or step.trace is None:
-            continue
-        a, b = reference.trace, step.trace
-        _grow(movements.setdefault("output", {}), _moved(a.outputs, b.outputs))
-        _grow(movements.setdefault("output gradient", {}), _moved(a.gradients, b.gradients))
-    return RoundingLimits(movements)
-
-
-def _moved(reference: GlobalValues, perturbed: GlobalValues) -> dict[str, float]:
-    return {
-        key: tensor_difference(value, perturbed.values[key])
-        for key, value in reference.values.items()
-    }
-
-
-def _grow(largest: dict[str, float], numbers: dict[str, float]) -> None:
-    for key, number in numbers.items():
-        largest[key] = max(largest.get(key, 0.0), number)

@@ -35,10 +35,11 @@ class TensorDifference:
             of a projection that all tensor-parallel ranks compute.
         layer: global number of the module's layer, from 1; None outside layers.
         family: letter of the layer, or None.
-        difference, tolerance: relative to the largest element; between replicas if that is more.
+        difference: relative to the largest element; between replicas if that is more.
+        tolerance: the largest difference that passes.
         rounding: how far rounding moves it (bfloat16), else None.
-        expected, found: the numbers on one rank and in the layout where they differ most; None
-            where there is nothing to compare.
+        expected: the number on one rank where the tensors differ most; None if there is none.
+        found: the same number in the layout.
     """
 
     kind: DifferenceKind

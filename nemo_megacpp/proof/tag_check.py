@@ -31,7 +31,7 @@ class Part(NamedTuple):
         key: of the tensor in a checkpoint.
         shape: of the whole tensor.
         place: first index and end on each axis of the whole.
-        stacked: leading axes of the whole that the parameter itself lacks (experts of a layer).
+        stacked: leading axes that only the saved tensor has (experts of a layer).
     """
 
     key: str
@@ -44,8 +44,7 @@ class Held(NamedTuple):
     """A parameter as one rank holds it.
 
     Attributes:
-        parts: what of which tensors it is; several where one parameter is saved as several
-            tensors, none if it is not saved.
+        parts: the parts that it is saved as; empty if it is not saved.
         expert: whether DDP reduces it over the expert groups (``allreduce=False``).
         counted: whether this rank counts it in the gradient norm.
         summed_over_tp: whether Megatron sums its gradient over tp at the end of a step.
@@ -102,8 +101,8 @@ class TagViolation:
 def tag_violations(chunks: Sequence[torch.nn.Module]) -> list[TagViolation]:
     """Return the parameters whose tags do not agree with what ranks hold of them.
 
-    A collective over all ranks; every rank gets the same list. To see parameters that are declared
-    replicated and initialised differently, call it before weights are loaded.
+    A collective over all ranks; every rank gets the same list. Only before weights are loaded does
+    it see parameters that are declared replicated and initialised differently.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
@@ -172,16 +171,13 @@ def _held(
 
 
 def _parts(item: ShardedTensor | ShardedTensorFactory) -> tuple[Part, ...]:
-    saved = [item] if isinstance(item, ShardedTensor) else nested_values(item.build())
-    return tuple(_part(tensor) for tensor in saved)
-
-
-def _part(tensor: ShardedTensor) -> Part:
-    sizes = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
-    place = tuple(
-        (first, first + size) for first, size in zip(tensor.global_offset, sizes, strict=True)
-    )
-    return Part(tensor.key, tuple(tensor.global_shape), place, tensor.prepend_axis_num)
+    parts = []
+    for tensor in [item] if isinstance(item, ShardedTensor) else nested_values(item.build()):
+        sizes = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
+        bounds = zip(tensor.global_offset, sizes, strict=True)
+        place = tuple((first, first + size) for first, size in bounds)
+        parts.append(Part(tensor.key, tuple(tensor.global_shape), place, tensor.prepend_axis_num))
+    return tuple(parts)
 
 
 def _digest(tensor: torch.Tensor) -> bytes:
@@ -241,7 +237,7 @@ def _summed_with_another_part(ranks: Sequence[RankTags]) -> Iterator[TagViolatio
 
 
 def _differs(ranks: Sequence[RankTags], group: Ranks, name: str, held: Held) -> bool:
-    """Whether a rank of ``group`` holds another part under this name, or none at all."""
+    """Whether a rank of ``group`` holds another part under this name, or no part."""
     others = (ranks[member].held.get(name) for member in group)
     return any(other is None or other.parts != held.parts for other in others)
 
@@ -286,14 +282,12 @@ _Holder = tuple[RankTags, str, Held]
 def _counted_not_once(ranks: Sequence[RankTags]) -> Iterator[TagViolation]:
     """Each group that sums squares for the gradient norm counts every part exactly once.
 
-    Parts that no rank of the group holds are not missed here: they are then with ranks over which
-    the gradient is summed, which is a violation of its own.
+    A part that no rank of the group holds is found by :func:`_summed_with_another_part`.
     """
     for expert in (False, True):
         for group in dict.fromkeys(rank.normed[expert] for rank in ranks):
             holders: dict[Part, list[_Holder]] = {}
-            for member in group:
-                rank = ranks[member]
+            for rank in (ranks[member] for member in group):
                 for name, held in rank.held.items():
                     for part in held.parts if held.expert == expert else ():
                         holders.setdefault(part, []).append((rank, name, held))

@@ -35,11 +35,11 @@ from nemo_megacpp.proof.step_spec import StepSpec
 class Alignment:
     """How ranks share a tensor ``[s, b, c]``.
 
-    On dp the rows are varying; on cp the sequence is, in Megatron's zigzag. On tp:
+    On dp the rows vary; on cp the sequence does, in Megatron's zigzag. On tp:
 
     Attributes:
-        scattered: under SP the tokens of a cp rank are varying; without SP all are replicated.
-        split: widths in the whole of the components that lie side by side in ``c``, each varying;
+        scattered: under SP the tokens of a cp rank are split; without SP all are replicated.
+        split: widths of the components that lie side by side in ``c``, each split by itself;
             empty if every rank holds all channels.
         partial_gradient: every rank holds the same tensor for its own heads only, so the gradient
             is the sum over tp.
@@ -73,7 +73,6 @@ class Point:
 Visit = Callable[[Point, torch.Tensor], torch.Tensor | None]
 
 _HIDDEN = Alignment(scattered=True)
-_SHARED = Alignment(partial_gradient=True)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class _Tap:
 
 def tap(chunks: Sequence[torch.nn.Module], config: HybridConfig, visit: Visit) -> None:
     """Call ``visit(point, tensor)`` whenever a watched tensor is computed with gradients on; a
-    tensor that it returns takes the place of the one computed.
+    tensor that it returns replaces the one computed.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
@@ -118,8 +117,8 @@ def _points(chunk: Any, config: HybridConfig) -> Iterator[tuple[Point, torch.nn.
 
 
 def _taps(family: Family, config: HybridConfig) -> list[_Tap]:
-    """Return what is watched in a layer of ``family``, in the order of execution; of a family that
-    a user added, the layer's output."""
+    """Return what is watched in a layer of ``family``, in the order of execution; in a user's
+    family that is the layer's output."""
     inside = {
         Family.ATTENTION: _attention_taps,
         Family.MAMBA: _mamba3_taps if config.mode == "mamba3" else _mamba_taps,
@@ -147,6 +146,17 @@ def _projected(width: int) -> list[_Tap]:
     ]
 
 
+def _own_mixer_taps(rows: int, width: int) -> list[_Tap]:
+    """Return the taps of a mixer of ours: its own norm, and an input projection with shared rows
+    beside the split ones, which lie group by group, head by head."""
+    return [
+        _Tap("norm", _HIDDEN),
+        _Tap("mixer.in_proj", Alignment(partial_gradient=True), suffix=":shared"),
+        _Tap("mixer.in_proj", Alignment(split=(rows,)), index=1),
+        *_projected(width),
+    ]
+
+
 def _mamba_taps(config: HybridConfig) -> list[_Tap]:
     heads = config.mamba_num_heads or 2 * config.hidden_size // config.mamba_head_dim
     width, state = heads * config.mamba_head_dim, config.mamba_num_groups * config.mamba_state_dim
@@ -157,30 +167,15 @@ def _mamba_taps(config: HybridConfig) -> list[_Tap]:
     ]
 
 
-def _shared_projection() -> list[_Tap]:
-    """A norm of its own, and rows that are shared; the split rows lie group by group, head by
-    head."""
-    return [_Tap("norm", _HIDDEN), _Tap("mixer.in_proj", _SHARED, suffix=":shared")]
-
-
 def _mamba3_taps(config: HybridConfig) -> list[_Tap]:
     dims = mamba3_dimensions(config)
-    rows = Alignment(split=(split_rows(dims),))
-    return [
-        *_shared_projection(),
-        _Tap("mixer.in_proj", rows, index=1),
-        *_projected(dims.num_heads * dims.head_dim),
-    ]
+    return _own_mixer_taps(split_rows(dims), dims.num_heads * dims.head_dim)
 
 
 def _recurrent_taps(config: HybridConfig) -> list[_Tap]:
     dims = m2rnn_dimensions(config)
-    rows = Alignment(split=(dims.num_heads * (2 * dims.value_head_dim + 1),))
-    return [
-        *_shared_projection(),
-        _Tap("mixer.in_proj", rows, index=1),
-        *_projected(dims.num_heads * dims.value_head_dim),
-    ]
+    rows = dims.num_heads * (2 * dims.value_head_dim + 1)
+    return _own_mixer_taps(rows, dims.num_heads * dims.value_head_dim)
 
 
 def _expert_taps(config: HybridConfig) -> list[_Tap]:
@@ -225,7 +220,7 @@ class Trace:
 
 
 class Recorder:
-    """Records every watched tensor of this rank's chunks, and its gradient.
+    """Record every watched tensor of this rank's chunks, and its gradient.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
@@ -233,14 +228,9 @@ class Recorder:
         spec: of the step; a single one.
     """
 
-    def __init__(
-        self,
-        chunks: Sequence[torch.nn.Module],
-        config: HybridConfig,
-        spec: StepSpec,
-    ):
+    def __init__(self, chunks: Sequence[torch.nn.Module], config: HybridConfig, spec: StepSpec):
         self._config, self._spec = config, spec
-        self._rows, self._all_rows = spec.micro_batch_size, spec.global_batch_size
+        self._rows = spec.micro_batch_size
         self._points: dict[str, Point] = {}
         self._seen: dict[str, int] = {}
         self._outputs: list[LocalPart] = []
@@ -276,7 +266,7 @@ class Recorder:
             np.arange(first, first + self._rows),
             channels,
         )
-        shape = (self._config.seq_length, self._all_rows, width)
+        shape = (self._config.seq_length, self._spec.global_batch_size, width)
         return LocalPart(point.name, shape, place, to_numpy(tensor), partial)
 
     def _positions(self, alignment: Alignment, row: int) -> torch.Tensor:

@@ -100,14 +100,14 @@ def _megatron_args(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch
 
 
 def _doctor(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_megacpp.doctor import fit, machine, packages
+    from nemo_megacpp.doctor import fit, machine
 
     def recipe_findings(recipe: Recipe, gpus: int) -> list[Any]:
         seen.append(recipe.layout)
         return []
 
     monkeypatch.setattr(fit, "recipe_findings", recipe_findings)
-    monkeypatch.setattr(packages, "package_findings", lambda gpus: [])
+    monkeypatch.setattr(machine, "package_findings", lambda gpus: [])
     monkeypatch.setattr(machine, "machine_findings", lambda gpus: [])
     _run("doctor", *words)
 

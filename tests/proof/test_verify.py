@@ -93,7 +93,10 @@ def test_a_trial_that_could_not_run_does_not_hold() -> None:
 
 def test_tensor_difference() -> None:
     one, zero = np.ones(3), np.zeros(3)
-    assert tensor_difference(one, one * (1 + FLOAT64.gradients)) <= 2 * FLOAT64.gradients
+    assert (
+        tensor_difference(one, one * (1 + FLOAT64.tolerances["gradients"]))
+        <= 2 * FLOAT64.tolerances["gradients"]
+    )
     assert tensor_difference(zero, zero) == 0.0
     assert tensor_difference(zero, one) == np.inf
     assert tensor_difference(one, np.ones(4)) == np.inf
