@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from megatron.core.dist_checkpointing.mapping import (
 
 from nemo_megacpp.checkpoint.dcp import fill_model, model_sharded_state_dict
 
+_T = TypeVar("_T")
+
 
 @dataclass
 class GlobalValues:
@@ -29,7 +31,7 @@ class GlobalValues:
     Attributes:
         values: the reassembled arrays.
         replica_spread: for keys that several ranks hold, the largest difference between replicas,
-            relative to the largest value. A correct layout keeps replicas equal.
+            relative to the largest value. Replicas are equal in a correct layout.
     """
 
     values: dict[str, np.ndarray] = field(default_factory=dict)
@@ -138,11 +140,16 @@ def gather_parts(parts: Sequence[LocalPart]) -> GlobalValues | None:
 
     Elements that no rank holds are NaN, which differs from anything.
     """
-    everyone: list[Any] | None = (
-        [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
-    )
-    torch.distributed.gather_object(list(parts), everyone)
+    everyone = gather_objects(list(parts))
     return None if everyone is None else _assemble([p for rank in everyone for p in rank])
+
+
+def gather_objects(mine: _T) -> list[_T] | None:
+    """Return what every rank gave, by rank, on rank 0; None elsewhere."""
+    first = torch.distributed.get_rank() == 0
+    everyone: list[Any] | None = [None] * torch.distributed.get_world_size() if first else None
+    torch.distributed.gather_object(mine, everyone)
+    return everyone
 
 
 def _assemble(parts: Sequence[LocalPart]) -> GlobalValues:

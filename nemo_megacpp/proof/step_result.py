@@ -17,8 +17,8 @@ from nemo_megacpp.proof.tag_check import TagViolation
 from nemo_megacpp.proof.taps import Trace
 
 ADAM_EPS = 1e-2
-"""Of every proof's optimizer. Adam's first step is the sign of the gradient wherever that is large
-against eps: with the usual 1e-8, the rounding of a gradient that ought to be zero would become a
+"""The eps of every proof's Adam, whose first step is the sign of the gradient where that is large
+against eps: with the usual 1e-8, the rounding of a gradient that should be zero would become a
 whole step."""
 
 
@@ -35,7 +35,7 @@ class StepResult:
             last, whose keys end in ``@N``.
         parameters: every saved tensor after the last step (the optimizer's float32 copy in
             bfloat16, unless it is sharded over data-parallel ranks).
-        trace: the tensors inside the model, if they were asked for.
+        trace: the tensors inside the model, if they were recorded.
         initial: every saved tensor before the first step, if the run drew them itself.
         tag_violations: parameters whose tags do not agree with what ranks hold of them.
     """
@@ -73,9 +73,9 @@ def checkpoint_of(run_dir: str, step: int) -> str:
 
 
 def disturb(spec: StepSpec, chunks: Sequence[torch.nn.Module]) -> None:
-    """Move every parameter off its start by a little noise.
+    """Add a little noise to every parameter.
 
-    Gains, decays and skips start at ones or constants, which would hide a permutation of heads.
+    Gains, decays and skips start at constants, which would hide a permutation of heads.
     """
     generator = torch.Generator().manual_seed(spec.seed)
     with torch.no_grad():

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict
+from nemo_megacpp.proof.gather import gather_objects
 
 
 class Part(NamedTuple):
@@ -107,10 +108,7 @@ def tag_violations(chunks: Sequence[torch.nn.Module]) -> list[TagViolation]:
     Args:
         chunks: this rank's model chunks, unwrapped.
     """
-    mine = _report(chunks)
-    first = torch.distributed.get_rank() == 0
-    reports: list[Any] | None = [None] * torch.distributed.get_world_size() if first else None
-    torch.distributed.gather_object(mine, reports)
+    reports = gather_objects(_report(chunks))
     found = [None if reports is None else violations(reports)]
     torch.distributed.broadcast_object_list(found)
     assert found[0] is not None

@@ -27,7 +27,13 @@ from nemo_megacpp.config import HybridConfig, m2rnn_dimensions, mamba3_dimension
 from nemo_megacpp.mixers.mamba3_rows import split_rows
 from nemo_megacpp.mixers.sequence_layout import token_order
 from nemo_megacpp.pattern import Family
-from nemo_megacpp.proof.gather import GlobalValues, LocalPart, gather_parts, to_numpy
+from nemo_megacpp.proof.gather import (
+    GlobalValues,
+    LocalPart,
+    gather_objects,
+    gather_parts,
+    to_numpy,
+)
 from nemo_megacpp.proof.step_spec import StepSpec
 
 
@@ -245,7 +251,7 @@ class Recorder:
         self._points[point.name] = point
         self._outputs.append(self._piece(point, microbatch, tensor, partial=False))
 
-        def keep(gradient: torch.Tensor) -> None:
+        def record(gradient: torch.Tensor) -> None:
             # Without calculate_per_token_loss, gradients are averaged over dp·cp ranks later.
             ranks = 1 if self._config.calculate_per_token_loss else self._dp * self._cp
             mean = gradient / ranks
@@ -253,7 +259,7 @@ class Recorder:
             self._gradients.append(self._piece(point, microbatch, mean, partial))
 
         if tensor.requires_grad:
-            tensor.register_hook(keep)
+            tensor.register_hook(record)
 
     def _piece(
         self, point: Point, microbatch: int, tensor: torch.Tensor, partial: bool
@@ -283,9 +289,7 @@ class Recorder:
 
     def gather(self) -> Trace | None:
         """Return the trace on rank 0, None elsewhere; every rank must call."""
-        world, first = torch.distributed.get_world_size(), torch.distributed.get_rank() == 0
-        everyone: list[dict[str, Point]] | None = [{}] * world if first else None
-        torch.distributed.gather_object(self._points, everyone)
+        everyone = gather_objects(self._points)
         outputs, gradients = gather_parts(self._outputs), gather_parts(self._gradients)
         if everyone is None or outputs is None or gradients is None:
             return None

@@ -179,24 +179,24 @@ def _wait(context: PContext) -> tuple[Mapping[int, ProcessFailure], float]:
 def _root_cause(
     failures: Mapping[int, ProcessFailure], alive: float, errors: Path, logs: Path, sigterm: bool
 ) -> RankFailed:
-    """Return what is said of the first failure. Ranks that lose a peer raise exceptions as well."""
+    """Return the error of the rank that failed first; ranks that lose a peer raise errors as well."""
     from nemo_megacpp.runtime.rank_errors import read_error
 
     first, failure = next(iter(failures.items()))
     if sigterm and failure.exitcode == -signal.SIGTERM:
-        return RankFailed("SIGTERM came before the ranks had begun to train.")
-    told = [
+        return RankFailed("SIGTERM arrived before training had started.")
+    written = [
         error
         for path in errors.glob("*.json")
         if (error := read_error(path, int(path.stem))) is not None
     ]
-    if refused := [error for error in told if error.user_error]:
+    if refused := [error for error in written if error.user_error]:
         return RankFailed(min(refused, key=lambda error: error.time).message, user_error=True)
-    # A rank that was killed wrote nothing; what others raised afterwards is not the cause.
+    # A killed rank wrote nothing, and what others raised afterwards is not the cause.
     if not (errors / f"{first}.json").exists():
-        told = [error for error in told if error.time < alive]
-    if told:
-        cause = min(told, key=lambda error: error.time)
+        written = [error for error in written if error.time < alive]
+    if written:
+        cause = min(written, key=lambda error: error.time)
         log = logs / f"rank{cause.rank}-stderr.log"
         return RankFailed(f"Rank {cause.rank} failed: {cause.message}\nIts traceback: {log}")
     log = logs / f"rank{first}-stderr.log"
