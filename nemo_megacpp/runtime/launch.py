@@ -179,7 +179,7 @@ def _wait(context: PContext) -> tuple[Mapping[int, ProcessFailure], float]:
 def _root_cause(
     failures: Mapping[int, ProcessFailure], alive: float, errors: Path, logs: Path, sigterm: bool
 ) -> RankFailed:
-    """Return the error of the rank that failed first; ranks that lose a peer raise errors as well."""
+    """Return the error of the rank that failed first; ranks that lose a peer raise errors, too."""
     from nemo_megacpp.runtime.rank_errors import read_error
 
     first, failure = next(iter(failures.items()))

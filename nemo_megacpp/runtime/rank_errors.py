@@ -6,6 +6,7 @@ Whoever starts a rank, torchrun or :func:`nemo_megacpp.runtime.launch.launch`, n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sysconfig
@@ -39,13 +40,14 @@ class _ErrorFile(ErrorHandler):
     """torch's error file; of a UserError it holds the message without a traceback."""
 
     def record_exception(self, e: BaseException) -> None:
-        super().record_exception(e)
         path = self._get_error_file_path()
-        if path and isinstance(e, UserError):
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            del data["message"]["extraInfo"]["py_callstack"]
-            data["message"] |= {"message": str(e), "errorCode": 2}
-            self._write_error_file(path, json.dumps(data))
+        with contextlib.suppress(OSError):  # a full disk must not hide the exception
+            super().record_exception(e)
+            if path and isinstance(e, UserError):
+                data = json.loads(Path(path).read_text(encoding="utf-8"))
+                del data["message"]["extraInfo"]["py_callstack"]
+                data["message"] |= {"message": str(e), "errorCode": 2}
+                Path(path).write_text(json.dumps(data), encoding="utf-8")
 
 
 def record_failure(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,10 +57,11 @@ def record_failure(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def read_error(path: Path, rank: int) -> RankError | None:
-    """Return what a rank wrote to its error file; None if it wrote nothing."""
-    if not path.is_file():
+    """Return what a rank wrote to its error file; None if it wrote nothing, or was killed then."""
+    try:
+        error = json.loads(path.read_text(encoding="utf-8"))["message"]
+    except (FileNotFoundError, ValueError):
         return None
-    error = json.loads(path.read_text(encoding="utf-8"))["message"]
     traceback = error["extraInfo"].get("py_callstack")
     message = error["message"] + ("" if traceback is None else _place(traceback))
     return RankError(rank, path.stat().st_mtime, message, traceback is None)

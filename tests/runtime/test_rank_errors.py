@@ -9,8 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.runtime.rank_errors import describe_tracebacks
+from nemo_megacpp.runtime.rank_errors import describe_tracebacks, read_error, record_failure
 
 
 def _written(path: Path, text: str) -> ModuleType:
@@ -54,3 +55,26 @@ def test_a_refusal_of_ours_has_no_place() -> None:
         "nemo_megacpp.errors.UserError: tp must be a positive whole number; got 'none'."
     )
     assert describe_tracebacks("rank 0: the process died") == "rank 0: the process died"
+
+
+def test_an_error_file_that_cannot_be_written_or_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exception itself is raised; half a file counts as none."""
+
+    def fail() -> None:
+        raise UserError("lr is too high")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "missing" / "0.json"))
+    with pytest.raises(UserError, match="lr is too high"):
+        record_failure(fail)()
+    file = tmp_path / "1.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(UserError):
+        record_failure(fail)()
+    error = read_error(file, 1)
+    assert error is not None
+    assert (error.rank, error.message, error.user_error) == (1, "lr is too high", True)
+    file.write_text(file.read_text()[:20])
+    assert read_error(file, 1) is None
+    assert read_error(tmp_path / "2.json", 2) is None
