@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.case_runner import CaseResult
-from nemo_megacpp.proof.comparison import MULTIPLE, Check, CheckName
+from nemo_megacpp.proof.checks import MULTIPLE, Check, CheckName
 from nemo_megacpp.proof.diagnosis import TensorDifference
 from nemo_megacpp.render import Cell, Table, Toned, print_table
 from nemo_megacpp.runtime.workers import Device
@@ -49,7 +49,7 @@ def verify_document(
     Keys: ``schema`` (:data:`SCHEMA`), ``recipe``, ``layout`` (as text), ``ranks``, ``device``
     (``cuda`` or ``cpu``), ``backend`` (``nccl`` or ``gloo``), ``passed`` (whether all cases did)
     and ``cases``: the fields of :class:`~nemo_megacpp.proof.case_runner.CaseResult` and ``passed``,
-    with ``checks`` (the fields of :class:`~nemo_megacpp.proof.comparison.Check` and ``passed``) and
+    with ``checks`` (the fields of :class:`~nemo_megacpp.proof.checks.Check` and ``passed``) and
     ``diagnosis`` (the fields of :class:`~nemo_megacpp.proof.diagnosis.Diagnosis`, or null). NaN and
     infinity are null.
     """

@@ -13,7 +13,7 @@ import numpy as np
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.case_kernels import KernelsName, kernels_for
-from nemo_megacpp.proof.comparison import (
+from nemo_megacpp.proof.checks import (
     FLOAT32,
     FLOAT64,
     SEEDS,

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from nemo_megacpp.proof.comparison import (
+from nemo_megacpp.proof.checks import (
     Check,
     CheckName,
     Limit,

@@ -10,7 +10,7 @@ from nemo_megacpp.families import load_families
 from nemo_megacpp.layout import ParallelLayout, check_layout
 from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.pattern import HybridPattern
-from nemo_megacpp.proof.comparison import FLOAT64, compare
+from nemo_megacpp.proof.checks import FLOAT64, compare
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.recipe import resolve

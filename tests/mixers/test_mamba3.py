@@ -23,7 +23,7 @@ from nemo_megacpp.mixers.kernels.mamba3_state import negative_decay_rate
 from nemo_megacpp.mixers.log import log_once
 from nemo_megacpp.mixers.mamba3_rows import rank_share, rows_in_mamba_ssm_order, split_rows
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.comparison import FLOAT64, compare
+from nemo_megacpp.proof.checks import FLOAT64, compare
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_result import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec

@@ -13,7 +13,7 @@ from rich.console import Console
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.case_report import print_cases
 from nemo_megacpp.proof.case_runner import CaseResult, CaseRunner, TrainingPath
-from nemo_megacpp.proof.comparison import Check, CheckName
+from nemo_megacpp.proof.checks import Check, CheckName
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.runtime.workers import WorkerError
 

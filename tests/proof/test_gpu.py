@@ -13,7 +13,7 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import NEMO, run_step
 from nemo_megacpp.proof.case_kernels import kernels_for
 from nemo_megacpp.proof.case_runner import CaseRunner
-from nemo_megacpp.proof.comparison import FLOAT64, compare
+from nemo_megacpp.proof.checks import FLOAT64, compare
 from nemo_megacpp.proof.small_models import proxy_model
 from nemo_megacpp.proof.step_spec import Dtype, StepSpec
 from nemo_megacpp.recipes.recipe import resolve

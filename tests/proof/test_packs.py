@@ -19,7 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp, token_order
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.comparison import FLOAT64, compare
+from nemo_megacpp.proof.checks import FLOAT64, compare
 from nemo_megacpp.proof.gather import GlobalValues, shard_values
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.comparison import FLOAT32, FLOAT64, Limits, compare
+from nemo_megacpp.proof.checks import FLOAT32, FLOAT64, Limits, compare
 from nemo_megacpp.proof.step_spec import StepSpec
 from tests.proof.cases import FAMILIES, MIXED
 from tests.reference import Reference

@@ -19,7 +19,7 @@ from nemo_megacpp.checkpoint.training_state import load_training_state
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import resume_and_train, train_and_save
-from nemo_megacpp.proof.comparison import FLOAT32, FLOAT64, Limits, compare
+from nemo_megacpp.proof.checks import FLOAT32, FLOAT64, Limits, compare
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_result import Carried, StepResult, checkpoint_of
 from nemo_megacpp.proof.step_spec import StepSpec

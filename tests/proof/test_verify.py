@@ -16,7 +16,7 @@ from nemo_megacpp.nemo.proof_run import NEMO
 from nemo_megacpp.proof.case_kernels import kernels_for
 from nemo_megacpp.proof.case_report import BACKENDS, verify_document
 from nemo_megacpp.proof.case_runner import CaseResult
-from nemo_megacpp.proof.comparison import FLOAT64, Check, compare, tensor_difference
+from nemo_megacpp.proof.checks import FLOAT64, Check, compare, tensor_difference
 from nemo_megacpp.proof.diagnosis import Diagnosis, TensorDifference
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.small_models import every_expert, one_family, proxy_model, tiny_model

@@ -10,7 +10,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from nemo_megacpp.checkpoint.dcp import load_model
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.comparison import FLOAT32, compare
+from nemo_megacpp.proof.checks import FLOAT32, compare
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_result import StepResult, gather_gradients, gather_parameters
 from nemo_megacpp.proof.step_spec import StepSpec

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.comparison import tensor_difference
+from nemo_megacpp.proof.checks import tensor_difference
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool

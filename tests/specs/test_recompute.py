@@ -8,7 +8,7 @@ import pytest
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.comparison import FLOAT64, compare
+from nemo_megacpp.proof.checks import FLOAT64, compare
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_result import StepResult
