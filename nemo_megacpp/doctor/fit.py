@@ -69,8 +69,8 @@ def _data(recipe: Recipe) -> Finding:
             "data",
             "none given",
             "broken",
-            f"the built-in corpus has at most {MAX_VOCAB_SIZE} tokens, not {vocab_size}: run "
-            f"nemo-megacpp data prepare, then set data=FOLDER",
+            f"the built-in corpus has a vocabulary of at most {MAX_VOCAB_SIZE}, not {vocab_size}: "
+            f"run nemo-megacpp data prepare, then set data=FOLDER",
         )
     return Finding("data", "built-in, prepared on first use")
 
