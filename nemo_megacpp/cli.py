@@ -116,6 +116,15 @@ def _as_setting(strange: Sequence[str]) -> str:
     return ""
 
 
+def _run(args: argparse.Namespace) -> int:
+    """Run the command; as a rank of torchrun, whose summary names the root cause, record it."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return args.run(args)
+    from nemo_megacpp.runtime.rank_errors import record_failure
+
+    return record_failure(args.run)(args)
+
+
 def main() -> None:
     """Entry point of the console script."""
     args = read_arguments()
@@ -124,7 +133,7 @@ def main() -> None:
         sys.warnoptions.append("ignore")  # here and in the processes started from here
     try:
         with importing():  # most of a short command; a long one works in processes of its own
-            code = args.run(args)
+            code = _run(args)
         sys.stdout.flush()
     except UserError as error:
         print(f"nemo-megacpp: {error}", file=sys.stderr)

@@ -29,12 +29,16 @@ from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.documents import packed_seq_params
 from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp
-from nemo_megacpp.proof.objective import device
-from nemo_megacpp.proof.rows import Rows
-from nemo_megacpp.proof.step import ADAM_EPS, disturb
+from nemo_megacpp.proof.step_data import Rows
+from nemo_megacpp.proof.step_result import ADAM_EPS, disturb
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
+
+
+def device() -> torch.device:
+    """Return this rank's GPU, or the CPU where there is none (:mod:`nemo_megacpp.runtime`)."""
+    return torch.device(torch.cuda.current_device())
 
 
 def make_config(spec: StepSpec, layout: ParallelLayout) -> HybridConfig:

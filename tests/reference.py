@@ -9,7 +9,7 @@ import pytest
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.gather import GlobalValues
-from nemo_megacpp.proof.step import StepResult
+from nemo_megacpp.proof.step_result import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
 

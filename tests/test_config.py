@@ -6,7 +6,7 @@ import pytest
 
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.proof.tiny_model import tiny_model
+from nemo_megacpp.proof.small_models import tiny_model
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Settings, MixerSett
 from nemo_megacpp.mixers.m2rnn_mixer import M2RNNMixer
 from nemo_megacpp.mixers.mamba3_mixer import Mamba3Mixer
 from nemo_megacpp.pattern import HybridPattern
-from nemo_megacpp.proof.tiny_model import tiny_model
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.specs.backend import TorchBackend
 from nemo_megacpp.specs.stack import build_hybrid_stack_spec
 

@@ -1,4 +1,4 @@
-"""``nemo-megacpp doctor``: what is here, what is missing, and what that costs."""
+"""``nemo-megacpp doctor``: check this machine, and a recipe against it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.commands.arguments import add_recipe, print_json, read_recipe
-from nemo_megacpp.doctor.finding import Finding
+from nemo_megacpp.doctor.machine import Finding
 from nemo_megacpp.render import Table, Tone, Toned, make_console, print_table
 
 _WIDTH = 110
@@ -41,8 +41,12 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:
-    from nemo_megacpp.doctor.machine import count_gpus, disk_finding, machine_findings
-    from nemo_megacpp.doctor.packages import package_findings
+    from nemo_megacpp.doctor.machine import (
+        count_gpus,
+        disk_finding,
+        machine_findings,
+        package_findings,
+    )
 
     gpus = count_gpus()
     yield from package_findings(gpus)
@@ -54,7 +58,7 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
 
             recipe = read_recipe(args)
         except ImportError as error:
-            yield Finding(args.recipe, "not read", "broken", f"wants Megatron-Core: {error}")
+            yield Finding(args.recipe, "not read", "broken", f"needs Megatron-Core: {error}")
         else:
             run_dir = recipe.run_dir or run_dir
             yield from recipe_findings(recipe, gpus)

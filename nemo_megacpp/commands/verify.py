@@ -1,20 +1,20 @@
-"""``nemo-megacpp verify``: a recipe's layout, proved on a small model of its proportions."""
+"""``nemo-megacpp verify``: prove a recipe's layout on a small model of its proportions."""
 
 from __future__ import annotations
 
 import dataclasses
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemo_megacpp.commands.arguments import add_recipe, print_json, read_recipe
 
 if TYPE_CHECKING:
-    from nemo_megacpp.proof.bench import TrainingPath
     from nemo_megacpp.recipes.recipe import Recipe
     from nemo_megacpp.runtime.workers import WorkerPool
 
 _ROWS = 2
-"""Most rows of a microbatch of the proof; what several rows may get wrong, two show."""
+"""Most rows of a microbatch: two show what several rows may get wrong."""
 _WIDTH = 130
 """Columns of the table."""
 
@@ -29,11 +29,7 @@ def add_parser(commands: Any) -> None:
     )
     add_recipe(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(run=_run)
-
-
-def _run(args: Namespace) -> int:
-    return verify_recipe(read_recipe(args), args.json)
+    parser.set_defaults(run=lambda args: verify_recipe(read_recipe(args), args.json))
 
 
 def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None) -> int:
@@ -42,7 +38,7 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
     Args:
         recipe: resolved.
         as_json: print one JSON document instead of a table
-            (:func:`nemo_megacpp.proof.show.proof_document`).
+            (:func:`nemo_megacpp.proof.case_report.verify_document`).
         pool: ranks to run on; this machine's, as many as the layout needs, if not given.
 
     Returns:
@@ -54,20 +50,18 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
     from nemo_megacpp.config import HybridConfig
     from nemo_megacpp.layout import validate_layout
     from nemo_megacpp.preflight.model import validate_model
-    from nemo_megacpp.proof.show import RANKS_ON, print_trials, proof_document
-    from nemo_megacpp.proof.verify import verify
+    from nemo_megacpp.proof.case_report import RANKS_ON, print_cases, verify_document
+    from nemo_megacpp.proof.verification import verify_layout
     from nemo_megacpp.recipes.shape import shape_of
     from nemo_megacpp.render import make_console
     from nemo_megacpp.runtime.workers import device_for
 
     size = min(recipe.training.micro_batch_size, _ROWS)
+    rows = 2 * size * recipe.layout.pp * recipe.layout.data_parallel_size
+    batch = dataclasses.replace(recipe.training, micro_batch_size=size, global_batch_size=rows)
 
-    def shape(small: Any) -> Any:
-        rows = 2 * size * recipe.layout.pp * recipe.layout.data_parallel_size
-        training = dataclasses.replace(
-            recipe.training, micro_batch_size=size, global_batch_size=rows
-        )
-        return shape_of(_with(recipe, dict(small), training))
+    def shape(model: Mapping[str, Any]) -> Any:
+        return shape_of(dataclasses.replace(recipe, model=dict(model), training=batch))
 
     if recipe.model.get("m2rnn_num_heads") is not None:
         # Before Megatron's checks of the model, which end at the first thing wrong with a layout.
@@ -84,7 +78,7 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
         f"{RANKS_ON[device]}",
         soft_wrap=True,
     )
-    for line in _left_out(recipe):
+    for line in _differences_from(recipe):
         console.print(line)
     training = {
         "micro_batch_size": size,
@@ -93,18 +87,19 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
         "use_distributed_optimizer": recipe.training.use_distributed_optimizer,
     }
     say = lambda line: console.print(f"  {line}")  # noqa: E731
-    trials = list(verify(model, recipe.layout, shape, _path(), training, say, pool))
-    answer = proof_document(recipe.name, recipe.layout, device, trials)
+    from nemo_megacpp.nemo.proof_run import NEMO  # once all is valid: it imports NeMo
+
+    cases = list(verify_layout(model, recipe.layout, shape, NEMO, training, say, pool))
     if as_json:
-        print_json(answer)
+        print_json(verify_document(recipe.name, recipe.layout, device, cases))
     else:
-        print_trials(console, trials)
-    return 0 if answer["holds"] else 1
+        print_cases(console, cases)
+    return 0 if all(case.passed for case in cases) else 1
 
 
-def _left_out(recipe: Recipe) -> list[str]:
-    """Return what of the recipe is not part of the proof."""
-    from nemo_megacpp.proof.proxy_model import DRAWN
+def _differences_from(recipe: Recipe) -> list[str]:
+    """Return the defaults that the recipe takes, and what of it the proof leaves out."""
+    from nemo_megacpp.proof.small_models import DRAWN
 
     drawn = [
         f"{name}={value}" for name, value in recipe.model.items() if value != DRAWN.get(name, value)
@@ -113,14 +108,3 @@ def _left_out(recipe: Recipe) -> list[str]:
     if drawn:
         lines.append(f"without {', '.join(drawn)}: each rank draws random numbers of its own")
     return lines
-
-
-def _path() -> TrainingPath:
-    """Return what trains; importing NeMo takes seconds."""
-    from nemo_megacpp.nemo.proof_run import NEMO
-
-    return NEMO
-
-
-def _with(recipe: Recipe, model: dict[str, Any], training: Any) -> Recipe:
-    return dataclasses.replace(recipe, model=model, training=training)

@@ -30,7 +30,7 @@ from nemo_megacpp.checkpoint.dcp import sharding_metadata
 from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import CUT, Family
-from nemo_megacpp.runtime.fake import fake_rank
+from nemo_megacpp.runtime.distributed import fake_rank
 from nemo_megacpp.specs.backend import TorchBackend
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 

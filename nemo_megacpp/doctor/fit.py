@@ -6,8 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 
 from nemo_megacpp.data.builtin import MAX_VOCAB_SIZE
-from nemo_megacpp.doctor.finding import Finding
-from nemo_megacpp.doctor.machine import nvlink_domain
+from nemo_megacpp.doctor.machine import Finding, nvlink_domain
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.preflight.data import open_data
@@ -16,18 +15,13 @@ from nemo_megacpp.recipes.recipe import Recipe
 
 
 def recipe_findings(recipe: Recipe, gpus: int) -> Iterator[Finding]:
-    """Yield whether ``recipe`` can be trained here.
-
-    Args:
-        recipe: resolved.
-        gpus: on this machine.
-    """
-    yield _held("layout", recipe.layout.describe(), lambda: validate_recipe_layout(recipe))
-    yield _held("model", _families(recipe), lambda: validate_model(recipe))
+    """Yield whether ``recipe`` can be trained here, on ``gpus`` GPUs per node."""
+    yield _validated("layout", recipe.layout.describe(), lambda: validate_recipe_layout(recipe))
+    yield _validated("model", _families(recipe), lambda: validate_model(recipe))
     yield _data(recipe)
     if gpus == 0:
         return
-    yield _held(
+    yield _validated(
         "TP in the NVLink domain",
         f"TP={recipe.layout.tp}",
         lambda: validate_recipe_layout(recipe, nvlink_domain()),
@@ -38,7 +32,7 @@ def recipe_findings(recipe: Recipe, gpus: int) -> Iterator[Finding]:
             "ranks",
             f"{recipe.layout.world} on {gpus} GPUs",
             "limited",
-            f"needs {nodes + bool(rest)} such nodes: torchrun, Slurm",
+            f"needs {nodes + bool(rest)} such nodes: start it with torchrun or Slurm",
         )
     yield from _kernels(recipe)
 
@@ -50,7 +44,7 @@ def _families(recipe: Recipe) -> str:
     return f"{len(recipe.pattern)} layers: {counts}"
 
 
-def _held(part: str, found: str, check: Callable[[], object]) -> Finding:
+def _validated(part: str, found: str, check: Callable[[], object]) -> Finding:
     try:
         check()
     except UserError as error:
@@ -75,8 +69,8 @@ def _data(recipe: Recipe) -> Finding:
             "data",
             "none given",
             "broken",
-            f"the built-in corpus has no vocabulary of {vocab_size}: nemo-megacpp data prepare, "
-            f"then data=FOLDER",
+            f"the built-in corpus has a vocabulary of at most {MAX_VOCAB_SIZE}, not {vocab_size}: "
+            f"run nemo-megacpp data prepare, then set data=FOLDER",
         )
     return Finding("data", "built-in, prepared on first use")
 

@@ -1,10 +1,10 @@
-"""What a proof reads off a run while it trains."""
+"""A Lightning callback that reads a proof's numbers off a run while it trains."""
 
-# NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
+from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,26 +15,24 @@ from nemo_megacpp.checkpoint.training_state import training_sharded_state_dict
 from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
 from nemo_megacpp.proof.gather import (
     GlobalValues,
-    deal_values,
     gather_sharded,
     gather_values,
+    shard_values,
 )
-from nemo_megacpp.proof.perturb import perturb
-from nemo_megacpp.proof.reshard import Carried
-from nemo_megacpp.proof.step import (
+from nemo_megacpp.proof.step_result import (
+    Carried,
     StepResult,
     disturb,
     gather_gradients,
     gather_parameters,
 )
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tag_rules import Violation
-from nemo_megacpp.proof.tags import tag_violations
-from nemo_megacpp.proof.trace import Recorder, Trace
+from nemo_megacpp.proof.tag_check import TagViolation, tag_violations
+from nemo_megacpp.proof.taps import Recorder, perturb
 
 
 class Done(Exception):
-    """A proof has what it wants of a run; NeMo's trainer has no earlier end."""
+    """The proof has read what it needs; NeMo's trainer cannot be stopped earlier."""
 
 
 class Probe(pl.Callback):
@@ -44,39 +42,39 @@ class Probe(pl.Callback):
         spec: what the run computes.
         weights: initial weights, of one rank's :attr:`StepResult.initial`; None for the run's own,
             disturbed.
-        resumed: the run resumes a checkpoint: leave its weights as they are.
+        resumed: the run resumes a checkpoint, whose weights stay as they are.
         trace: record the tensors inside the model (a single step).
         perturb_seed: move activations within bfloat16 rounding.
-        state_at: keep the whole training state when this many steps are done.
+        state_at: gather the whole training state when this many steps are done.
         end_there: end the run then.
     """
 
     def __init__(
         self,
         spec: StepSpec,
-        weights: Optional[GlobalValues] = None,  # noqa: UP045
+        weights: GlobalValues | None = None,
         resumed: bool = False,
         trace: bool = False,
-        perturb_seed: Optional[int] = None,  # noqa: UP045
-        state_at: Optional[int] = None,  # noqa: UP045
+        perturb_seed: int | None = None,
+        state_at: int | None = None,
         end_there: bool = False,
     ):
         self._spec = spec
         self._weights, self._resumed = weights, resumed
         self._traced, self._perturb_seed = trace, perturb_seed
         self._state_at, self._end_there = state_at, end_there
-        self._initial: Optional[GlobalValues] = GlobalValues()  # noqa: UP045
+        self._initial: GlobalValues | None = GlobalValues()
         self._chunks: list[torch.nn.Module] = []
         self._wrapped: list[Any] = []
-        self._recorder: Optional[Recorder] = None  # noqa: UP045
+        self._recorder: Recorder | None = None
         self._first = True
-        self._violations: Sequence[Violation] = ()
+        self._violations: Sequence[TagViolation] = ()
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
         self._aux_losses: dict[str, float] = {}
         self._gradients = GlobalValues()
-        self.result: Optional[StepResult] = None  # noqa: UP045
-        self.carried: Optional[Carried] = None  # noqa: UP045
+        self.result: StepResult | None = None
+        self.carried: Carried | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the model its weights, and start to watch it."""
@@ -89,7 +87,7 @@ class Probe(pl.Callback):
                 disturb(self._spec, self._chunks)
                 self._initial = gather_values(self._chunks)
             else:
-                deal_values(self._chunks, self._weights)
+                shard_values(self._chunks, self._weights)
             self._optimizer(trainer).reload_model_params()
         config: Any = pl_module.config
         if self._perturb_seed is not None:
@@ -97,12 +95,12 @@ class Probe(pl.Callback):
         if self._traced:
             self._recorder = Recorder(self._chunks, config, self._spec)
         if trainer.global_step == self._state_at:
-            self._keep_state(trainer)
+            self._gather_state(trainer)
 
     def on_megatron_reduce_microbatches_end(
         self, loss_reduction: Any, microbatch_outputs: Any, **kwargs: Any
     ) -> None:
-        """Note the loss in full precision; NeMo logs it in float32."""
+        """Append the loss in full precision; NeMo logs it in float32."""
         self._losses.append(float(loss_reduction.mean(microbatch_outputs)))
 
     def on_before_optimizer_step(
@@ -120,7 +118,7 @@ class Probe(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Note the auxiliary losses and the gradient norm."""
+        """Append the auxiliary losses and the gradient norm."""
         suffix = "" if self._spec.steps == 1 else f"@{trainer.global_step}"
         config: Any = pl_module.config
         losses = reduced_aux_losses(config, scale=1.0 / get_num_microbatches())
@@ -128,10 +126,10 @@ class Probe(pl.Callback):
         norm = trainer.callback_metrics.get("grad_norm")
         self._grad_norms.append(float("nan") if norm is None else float(norm))
         if trainer.global_step == self._state_at:
-            self._keep_state(trainer)
+            self._gather_state(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After the last step, gather the parameters, and what was noted, to rank 0."""
+        """After the last step, gather the parameters, the losses and the trace to rank 0."""
         for chunk in self._wrapped:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
@@ -139,30 +137,22 @@ class Probe(pl.Callback):
         trace = None if self._recorder is None else self._recorder.gather()
         losses = _from_last_stage(self._losses)
         if parameters is not None:
-            self._conclude(losses, parameters, trace)
-        raise Done  # before the run saves the state that it ends with
+            assert self._initial is not None
+            self.result = StepResult(
+                losses,
+                self._grad_norms,
+                self._aux_losses,
+                self._gradients,
+                parameters,
+                trace,
+                self._initial,
+                self._violations,
+            )
+            if self.carried is not None:
+                self.carried.following = self.result
+        raise Done  # before the run saves its last state
 
-    def _conclude(
-        self,
-        losses: list[float],
-        parameters: GlobalValues,
-        trace: Optional[Trace],  # noqa: UP045
-    ) -> None:
-        assert self._initial is not None
-        self.result = StepResult(
-            losses,
-            self._grad_norms,
-            self._aux_losses,
-            self._gradients,
-            parameters,
-            trace,
-            self._initial,
-            self._violations,
-        )
-        if self.carried is not None:
-            self.carried.following = self.result
-
-    def _keep_state(self, trainer: pl.Trainer) -> None:
+    def _gather_state(self, trainer: pl.Trainer) -> None:
         state = training_sharded_state_dict(self._chunks, self._optimizer(trainer))
         optimizer = state["optimizer"]
         values = gather_sharded(state)

@@ -3,71 +3,49 @@
 A proof's step is a run of ``llm.pretrain`` with the configuration that
 :func:`nemo_megacpp.nemo.build.to_pretrain` makes of a recipe: NeMo's trainer and Megatron
 strategy, the precision plugin, Megatron's data-parallel wrapper and optimizer, the data sampler and
-its microbatches, our data step, forward step and loss reduction. :data:`NOT_SHARED` lists what
+its microbatches, our data step, forward step and loss reduction. ``docs/verify.md`` lists what
 differs from a user's run, each with its reason.
 """
-
-from __future__ import annotations
 
 import nemo_megacpp.nemo.quietly  # noqa: F401  # isort: skip  (before NeMo is imported below)
 
 import contextlib
 import dataclasses
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import fiddle
 import nemo_run as run
 import torch
 from megatron.core.models.backends import BackendSpecProvider
+from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
+from nemo.lightning.io import IOMixin
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.build import to_pretrain
 from nemo_megacpp.nemo.model import HybridModelConfig
-from nemo_megacpp.nemo.proof_data import ProofData
 from nemo_megacpp.nemo.proof_probe import Done, Probe
 from nemo_megacpp.nemo.quietly import quiet_libraries
-from nemo_megacpp.proof.bench import TrainingPath
+from nemo_megacpp.proof.case_kernels import kernels_here, use_kernels
+from nemo_megacpp.proof.case_runner import TrainingPath
 from nemo_megacpp.proof.gather import GlobalValues
-from nemo_megacpp.proof.kernels import kernels_here, use_kernels
-from nemo_megacpp.proof.objective import linear_form_step
-from nemo_megacpp.proof.reshard import Carried
-from nemo_megacpp.proof.step import ADAM_EPS, StepResult
+from nemo_megacpp.proof.step_data import Rows, linear_form_step
+from nemo_megacpp.proof.step_result import ADAM_EPS, Carried, StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.catalog import Training
 from nemo_megacpp.recipes.recipe import Recipe
-from nemo_megacpp.runtime.launch import be_launched
-
-NOT_SHARED: Mapping[str, str] = MappingProxyType(
-    {
-        "the rows": "random, of given documents and masks: what a proof needs is in no corpus; "
-        "they have the form of the dataset's samples and go through the run's own sampler, data "
-        "step and packing",
-        "the initial weights": "one rank's, disturbed, and dealt to every layout's ranks by their "
-        "checkpoint keys: a run's own start draws them anew",
-        "the objective in float64": "a linear form of the logits: Megatron's cross entropy "
-        "computes in float32 whatever the model is",
-        "precision in float64": "float64 parameters, gradients and router: a recipe has fp32 and "
-        "bf16",
-        "adam_eps": f"{ADAM_EPS}: with the usual 1e-8 the rounding of a gradient that ought to be "
-        "zero would become a whole step",
-        "kernels in float64 and float32 on GPUs": "plain torch: causal_conv1d and Transformer "
-        "Engine have no float64, and TF32 is coarser than the limits",
-        "loggers, progress and validation": "off: they write files and change no number",
-    }
-)
-"""What a proof's step does not share with a run, and why."""
+from nemo_megacpp.runtime.launch import rank_environment
 
 _NEVER = 10**9
 
 
 @dataclass
 class ProofModelConfig(HybridModelConfig):
-    """The model's configuration of a run, also in float64, in the kernels of the proof's trial.
+    """The model's configuration of a run, also in float64, in the kernels of the case.
 
     Megatron keeps a few parameters of its Mamba mixer in float32; in a float64 model they become
     float64, so that their gradients are accumulated and reduced exactly as well.
@@ -82,6 +60,43 @@ class ProofModelConfig(HybridModelConfig):
 
     def backend(self) -> BackendSpecProvider | None:
         return use_kernels(self.params_dtype)
+
+
+class ProofTokenizer(IOMixin):
+    """The size of a vocabulary; NeMo builds later virtual stages from what it serialises."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+
+class ProofData(PreTrainingDataModule):
+    """NeMo's pre-training data module, with :class:`nemo_megacpp.proof.step_data.Rows` as dataset.
+
+    The sampler, which splits rows into microbatches and over data-parallel ranks, and the loader
+    are a run's own.
+
+    Args:
+        spec: of the proof's step.
+    """
+
+    def __init__(self, spec: StepSpec):
+        super().__init__(
+            {split: [os.devnull] for split in ("train", "validation", "test")},  # none is read
+            seq_length=spec.model["seq_length"],
+            tokenizer=ProofTokenizer(spec.model["vocab_size"]),  # type: ignore[arg-type]
+            micro_batch_size=spec.micro_batch_size,
+            global_batch_size=spec.global_batch_size,
+            num_workers=0,
+            pin_memory=False,
+            split=None,  # type: ignore[arg-type]
+            output_log=False,
+        )
+        self.create_attention_mask = False
+        self._spec = spec
+
+    def build(self, *args: Any, **kwargs: Any) -> None:
+        """Make the rows; nothing is read or written."""
+        self._train_ds = self._validation_ds = self._test_ds = Rows(self._spec)  # type: ignore[assignment]
 
 
 def run_step(
@@ -117,7 +132,7 @@ def train_and_save(
     weights: GlobalValues | None = None,
 ) -> Carried | None:
     """Take the steps of ``spec``, and save a checkpoint as a run does when ``after`` of them are
-    done, under ``run_dir`` (:func:`nemo_megacpp.proof.reshard.checkpoint_of`).
+    done, under ``run_dir`` (:func:`nemo_megacpp.proof.step_result.checkpoint_of`).
 
     Returns:
         On rank 0, the state that was saved and the steps that followed it.
@@ -131,7 +146,7 @@ def resume_and_train(
     spec: StepSpec, layout: ParallelLayout, checkpoint: str, after: int
 ) -> Carried | None:
     """Resume a checkpoint of ``after`` steps in ``layout`` as a run does, and take the remaining
-    steps of ``spec``; none if it has no more.
+    steps of ``spec``, if any.
 
     Returns:
         On rank 0, the state that was loaded and the steps that followed it.
@@ -152,9 +167,9 @@ def _pretrain(
     save_interval: int | None = None,
     resume: str | None = None,
 ) -> None:
-    """Run ``llm.pretrain`` on the ranks of the default process group, which it goes on to use."""
+    """Run ``llm.pretrain`` on the ranks, and in the default process group, of this task."""
     world = torch.distributed.get_world_size()
-    be_launched(torch.distributed.get_rank(), world)
+    os.environ.update(rank_environment(torch.distributed.get_rank(), world))
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         config = _configuration(spec, layout, Path(run_dir or scratch), world)
@@ -171,7 +186,7 @@ def _pretrain(
 def _configuration(
     spec: StepSpec, layout: ParallelLayout, run_dir: Path, world: int
 ) -> run.Partial:
-    """Return a run's configuration of ``spec``, with the changes of :data:`NOT_SHARED`."""
+    """Return a run's configuration of ``spec``, with the changes that ``docs/verify.md`` lists."""
     training = Training(
         max_steps=spec.steps,
         micro_batch_size=spec.micro_batch_size,
@@ -187,7 +202,7 @@ def _configuration(
         use_distributed_optimizer=spec.use_distributed_optimizer,
         tensorboard=False,
     )
-    model = kernels_here(getattr(torch, spec.dtype)).fields(spec.model)
+    model = kernels_here(spec.dtype).fields(spec.model)
     recipe = Recipe("proof", model, layout, training)
     config = to_pretrain(recipe, run_dir, devices=world)
     settled = config.model.config

@@ -10,8 +10,9 @@ from pathlib import Path
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.runtime import stopping
-from nemo_megacpp.runtime.launch import launched, leave_last_words
+from nemo_megacpp.runtime.launch import launched
 from nemo_megacpp.runtime.orphans import end_with_parent
+from nemo_megacpp.runtime.rank_errors import record_failure
 
 
 def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
@@ -49,16 +50,19 @@ def _import_nemo() -> None:
 
 def main() -> None:
     """Entry point of a rank: ``worker RECIPE.yaml RUN_DIR``."""
-    place = launched()
-    assert place is not None, "a rank is started by a launcher"
     end_with_parent()
     try:
-        run_recipe(resolve(sys.argv[1]), Path(sys.argv[2]), place.local_world_size)
-    except UserError as error:
-        leave_last_words(str(error))
+        record_failure(_run_rank)()
+    except UserError:
         sys.exit(2)
     except KeyboardInterrupt:  # a terminal interrupts the ranks along with their launcher
         sys.exit(128 + signal.SIGINT)
+
+
+def _run_rank() -> None:
+    place = launched()
+    assert place is not None, "a rank is started by a launcher"
+    run_recipe(resolve(sys.argv[1]), Path(sys.argv[2]), place.local_world_size)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Settings and axes in pairs: every setting that a proof varies, in every layout it is legal in.
+"""The covering list: every setting that a proof varies, in every layout that it is legal in.
 
-A full product would be thousands of runs. Here settings that can be on together share a bundle, and
-every bundle is run in every layout of :data:`LAYOUTS`, so that each pair of a setting and an axis
-is in at least one case. The bundles are formed by :func:`bundles`, not by hand.
+A full product would be thousands of runs. Settings that can be on together share a bundle, and
+every bundle is run in every layout of :data:`LAYOUTS`: each pair of a setting and an axis is in at
+least one case.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from torch.nn import functional as F
 
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import Dtype, StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 
 _WITHOUT_SP = "TP without SP"
 
@@ -39,10 +39,10 @@ LAYOUTS: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Varied:
-    """One setting away from the suite's usual value.
+    """One setting with another value than the suite's usual one.
 
     Attributes:
-        name: for people.
+        name: of the setting, in plain words.
         model: fields of ``HybridConfig``.
         ddp, optimizer: fields of Megatron's ``DistributedDataParallelConfig``, ``OptimizerConfig``.
         spec: fields of :class:`StepSpec`.
@@ -50,8 +50,8 @@ class Varied:
             logits, ``float32`` three steps of Adam with clipping through the cross entropy, and
             ``bfloat16`` one step through the cross entropy, held to measured rounding.
         pattern: blocks that the model must have; None for all families.
-        axes: where it is layout-free; None for everywhere.
-        apart: names of settings that it cannot be on with.
+        axes: where layouts agree with it; None for everywhere.
+        apart: names of settings that cannot be on together with it.
     """
 
     name: str
@@ -66,12 +66,9 @@ class Varied:
 
     @property
     def is_of_experts(self) -> bool:
-        """Whether nothing but an E block reads it."""
-        modules = self.model.get("recompute_modules", [])
-        named = [*self.model, *modules]
-        return any(name.startswith(("moe", "shared_experts")) for name in named) or bool(
-            self.spec.get("starved_experts")
-        )
+        """Whether only E blocks read it."""
+        named = [*self.model, *self.model.get("recompute_modules", ()), *self.spec]
+        return any(name.startswith(("moe", "shared_experts", "starved")) for name in named)
 
     def is_legal_on(self, axis: str) -> bool:
         """Whether a layout of ``axis`` accepts it; without SP, Megatron's E block refuses TP."""
@@ -191,7 +188,7 @@ SETTINGS: tuple[Varied, ...] = (
 
 
 @dataclass(frozen=True)
-class Case:
+class CoveringCase:
     """Settings that are on together, in one layout.
 
     Attributes:
@@ -215,7 +212,7 @@ class Case:
 
 @cache
 def bundles() -> tuple[tuple[Varied, ...], ...]:
-    """Return the settings in groups that can be on together, each in the first that takes it."""
+    """Return the settings in groups that can be on together, each in the first that fits."""
     found: list[list[Varied]] = []
     for setting in SETTINGS:
         for bundle in found:
@@ -228,41 +225,27 @@ def bundles() -> tuple[tuple[Varied, ...], ...]:
 
 
 @cache
-def cases() -> tuple[Case, ...]:
+def cases() -> tuple[CoveringCase, ...]:
     """Return the covering list: every bundle in every layout that it is legal in."""
     found = []
     for bundle in bundles():
         for axis, text in LAYOUTS.items():
             if legal := tuple(setting for setting in bundle if setting.is_legal_on(axis)):
                 spec = spec_of(legal, axis)
-                found.append(Case(legal, axis, ParallelLayout.parse(text), spec))
+                found.append(CoveringCase(legal, axis, ParallelLayout.parse(text), spec))
     return tuple(found)
 
 
 def spec_of(bundle: tuple[Varied, ...], axis: str) -> StepSpec:
     """Return what a case of ``bundle`` computes."""
-    pattern = bundle[0].pattern or ("AMRA" if axis == _WITHOUT_SP else "AEMR")
-    model: dict[str, Any] = {}
-    ddp: dict[str, Any] = {}
-    optimizer: dict[str, Any] = {}
-    fields: dict[str, Any] = {"dtype": bundle[0].dtype}
-    if bundle[0].dtype == "float64":
-        fields["objective"] = "logits"
+    dtype = bundle[0].dtype
+    fields: dict[str, Any] = {
+        "model": tiny_model(bundle[0].pattern or ("AMRA" if axis == _WITHOUT_SP else "AEMR")),
+        "ddp": {},
+        "optimizer": {},
+    }
     for setting in bundle:
-        model |= setting.model
-        ddp |= setting.ddp
-        optimizer |= setting.optimizer
+        for name in ("model", "ddp", "optimizer"):
+            fields[name] |= getattr(setting, name)
         fields |= setting.spec
-    return StepSpec(tiny_model(pattern, **model), ddp=ddp, optimizer=optimizer, **fields)
-
-
-def covered_fields() -> set[str]:
-    """Return the fields of Megatron's configurations that the list varies, ``Class.field``."""
-    covered = set()
-    for setting in SETTINGS:
-        covered |= {f"TransformerConfig.{name}" for name in setting.model}
-        covered |= {f"DistributedDataParallelConfig.{name}" for name in setting.ddp}
-        covered |= {f"OptimizerConfig.{name}" for name in setting.optimizer}
-        if "use_distributed_optimizer" in setting.spec:
-            covered.add("DistributedDataParallelConfig.use_distributed_optimizer")
-    return covered
+    return StepSpec(dtype=dtype, objective="logits" if dtype == "float64" else "loss", **fields)

@@ -1,10 +1,10 @@
-"""Per-parameter values of a sharded model in their global shapes: gathered, and dealt again."""
+"""Gather the values of a sharded model in their global shapes, and shard them again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from megatron.core.dist_checkpointing.mapping import (
 
 from nemo_megacpp.checkpoint.dcp import fill_model, model_sharded_state_dict
 
+_T = TypeVar("_T")
+
 
 @dataclass
 class GlobalValues:
@@ -29,7 +31,7 @@ class GlobalValues:
     Attributes:
         values: the reassembled arrays.
         replica_spread: for keys that several ranks hold, the largest difference between replicas,
-            relative to the largest value. A correct layout keeps replicas equal.
+            relative to the largest value. Replicas are equal in a correct layout.
     """
 
     values: dict[str, np.ndarray] = field(default_factory=dict)
@@ -42,7 +44,7 @@ class GlobalValues:
         self.replica_spread |= {f"{key}{suffix}": value for key, value in spread}
 
 
-class Piece(NamedTuple):
+class LocalPart(NamedTuple):
     """One rank's part of a tensor.
 
     Attributes:
@@ -50,7 +52,7 @@ class Piece(NamedTuple):
         shape: of the whole.
         place: numpy index of the part in the whole.
         data: the part.
-        partial: whether parts at the same place are summands; else they are replicas.
+        partial: whether parts at the same place are summed; else they are replicas.
     """
 
     key: str
@@ -66,7 +68,7 @@ def gather_values(
 ) -> GlobalValues | None:
     """Gather ``value_of(parameter)`` for every saved tensor to rank 0.
 
-    The model's own ``sharded_state_dict`` says where each piece belongs, so what is compared is
+    The model's own ``sharded_state_dict`` says where each part belongs, so what is compared is
     what is saved.
 
     Args:
@@ -90,8 +92,8 @@ def gather_values(
     return gather_sharded(state)
 
 
-def deal_values(chunks: Sequence[torch.nn.Module], values: GlobalValues) -> None:
-    """Give this rank's chunks their part of the values that :func:`gather_values` gathered.
+def shard_values(chunks: Sequence[torch.nn.Module], values: GlobalValues) -> None:
+    """Load this rank's part of the values that :func:`gather_values` gathered.
 
     Args:
         chunks: this rank's model chunks, unwrapped.
@@ -119,12 +121,12 @@ def deal_values(chunks: Sequence[torch.nn.Module], values: GlobalValues) -> None
 def gather_sharded(state: dict[str, Any]) -> GlobalValues | None:
     """Gather every tensor of a sharded state dict to rank 0; None elsewhere."""
     apply_factories(state)
-    pieces = [
-        Piece(item.key, item.global_shape, item.global_slice(), to_numpy(item.data))
+    parts = [
+        LocalPart(item.key, item.global_shape, item.global_slice(), to_numpy(item.data))
         for item in nested_values(state)
         if isinstance(item, ShardedTensor)
     ]
-    return gather_pieces(pieces)
+    return gather_parts(parts)
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -133,22 +135,27 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor.clone()).numpy()
 
 
-def gather_pieces(pieces: Sequence[Piece]) -> GlobalValues | None:
-    """Gather the pieces of all ranks and assemble them on rank 0; None elsewhere.
+def gather_parts(parts: Sequence[LocalPart]) -> GlobalValues | None:
+    """Gather the parts of all ranks and assemble them on rank 0; None elsewhere.
 
-    What no rank owns is NaN: it then differs from anything.
+    Elements that no rank holds are NaN, which differs from anything.
     """
-    everyone: list[Any] | None = (
-        [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
-    )
-    torch.distributed.gather_object(list(pieces), everyone)
+    everyone = gather_objects(list(parts))
     return None if everyone is None else _assemble([p for rank in everyone for p in rank])
 
 
-def _assemble(pieces: Sequence[Piece]) -> GlobalValues:
+def gather_objects(mine: _T) -> list[_T] | None:
+    """Return what every rank gave, by rank, on rank 0; None elsewhere."""
+    first = torch.distributed.get_rank() == 0
+    everyone: list[Any] | None = [None] * torch.distributed.get_world_size() if first else None
+    torch.distributed.gather_object(mine, everyone)
+    return everyone
+
+
+def _assemble(parts: Sequence[LocalPart]) -> GlobalValues:
     gathered = GlobalValues()
     filled: dict[str, np.ndarray] = {}
-    for key, shape, place, data, partial in pieces:
+    for key, shape, place, data, partial in parts:
         whole = gathered.values.setdefault(key, np.zeros(shape, dtype=data.dtype))
         known = filled.setdefault(key, np.zeros(shape, dtype=bool))
         data = data.reshape(whole[place].shape)

@@ -1,4 +1,4 @@
-"""What one training step of the proof computes, apart from the layout."""
+"""What the training steps of a proof compute, whatever the layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LossMask = Literal["all", "uneven"]
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What a step computes, apart from the layout.
+    """What a step computes, whatever the layout.
 
     Attributes:
         model: fields of :class:`HybridConfig`, without the layout's.
@@ -20,13 +20,13 @@ class StepSpec:
         steps: optimizer steps.
         objective: ``loss`` is Megatron's cross entropy (which computes in float32); ``logits`` is a
             fixed linear form of the logits of each token, exact in the model's own dtype. Both are
-            averaged over tokens as a run averages its loss.
+            averaged over tokens as a run's loss is.
         dtype: of parameters and activations; ``bfloat16`` is Megatron's mixed precision: gradients
             are accumulated and reduced, and the optimizer steps, in float32.
         seed: of tokens and initial weights.
         learning_rate: of Adam.
-        loss_mask: ``uneven`` masks the loss of tokens so that no two rows, and no two shares of a
-            row over cp, keep equally many.
+        loss_mask: ``uneven`` masks the loss of tokens so that no two rows, and no two parts of a
+            row over cp, have equally many left.
         documents: lengths of the documents that each row packs; empty for rows of one document.
         starved_experts: experts whose routing bias is set so low that no token reaches them.
         use_distributed_optimizer: shard the optimizer's state over data-parallel ranks.
@@ -55,6 +55,6 @@ class StepSpec:
 
     @property
     def clip_grad(self) -> float:
-        """Megatron computes the gradient norm in float32, so clipping by it would bring float32
-        rounding into a float64 step: there the bound is out of reach."""
+        """The bound on the gradient norm. Megatron computes the norm in float32, and clipping would
+        bring its rounding into a float64 step: there the bound is too high to be reached."""
         return 1.0 if self.objective == "loss" else 1e9

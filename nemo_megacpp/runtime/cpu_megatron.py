@@ -1,7 +1,7 @@
 """What Megatron-Core 0.16.1 needs beyond :mod:`cpu_torch` to run without a GPU.
 
-Every entry replaces a module-level name of Megatron-Core by a form that does the same on the CPU,
-and says why the stock form cannot run there. The classes themselves stay untouched.
+Every entry replaces a name of Megatron-Core by a form that computes the same on the CPU, and says
+why the stock form cannot run there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _set_rng_state(state: torch.Tensor, device: Any = -1, graph_safe: bool = Fal
 
 
 def _split_sizes_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Stock form converts only CUDA tensors; gloo's all-to-all wants numbers, not a tensor."""
+    """Stock form converts only CUDA tensors; gloo's all-to-all takes numbers, not a tensor."""
     if as_numpy and torch.is_tensor(tensor):
         return tensor.numpy()
     return tensor
@@ -83,8 +83,8 @@ def _init_data_here(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def _type_as_on_cuda(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's mixed-precision optimizers sort parameters by ``tensor.type()``, and know only the
-    names of CUDA tensors."""
+    """Megatron's mixed-precision optimizers sort parameters by ``tensor.type()``, and accept only
+    the names of CUDA tensors."""
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         name = stock(self, *args, **kwargs)
@@ -121,7 +121,7 @@ def install() -> None:
     rng._set_cuda_rng_state = _set_rng_state
     logging.getLogger(random.__name__).addFilter(_QuietAboutOneGenerator())
     if not hasattr(random, "FP8GlobalStateManager"):
-        # What is recomputed asks Transformer Engine whether FP8 is on.
+        # Recomputation checks whether FP8 is on in Transformer Engine.
         rng.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
         rng.activation_recompute_forward = lambda **_: nullcontext()
         rng.fp8_autocast = lambda **_: nullcontext()

@@ -7,12 +7,12 @@ from typing import Any
 
 
 def _keep_devices(checkpoint: dict) -> dict:
-    """Stock form asserts that CUDA is initialised before it moves CUDA tensors: here are none."""
+    """Stock form asserts that CUDA is initialised, to move CUDA tensors; there are none here."""
     return checkpoint
 
 
 def _seed_tracker_too(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
-    """Stock form seeds Megatron's random-state tracker only if a GPU is there; layers fork it."""
+    """Stock form seeds Megatron's random-state tracker only with a GPU; layers fork it."""
 
     def seeded(seed: int) -> None:
         from megatron.core import parallel_state, tensor_parallel

@@ -1,8 +1,8 @@
 """What Megatron-LM's own training scripts need beyond :mod:`cpu_megatron` to run without a GPU.
 
-A script asks the machine before it starts: is there a CUDA device, of what capability, how much of
-its memory is taken? Here it is answered as it wants to hear, and only here: the rest of the package
-reads :func:`nemo_megacpp.runtime.host.current_host`, which keeps saying ``cpu``.
+A script checks before it starts that there is a CUDA device, its capability and its used memory.
+Here the calls return what it needs to start; the rest of the package reads
+:func:`nemo_megacpp.runtime.host.current_host`, which still returns ``cpu``.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ import torch
 
 _HELPERS = "megatron.core.datasets.helpers_cpp"
 _CAPABILITY = (8, 0)
-"""Megatron's argument check wants 8.0 for grouped experts; nothing is computed by it."""
+"""Megatron's argument check needs 8.0 for grouped experts; no computation depends on it."""
 
 
-def _answer(value: Any) -> Callable[..., Any]:
+def _returns(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
-def _say_that_there_is_a_device() -> None:
+def _describe_a_device() -> None:
     cuda: Any = torch.cuda
-    cuda.is_available = _answer(True)
+    cuda.is_available = _returns(True)
     # One per rank of this node: Megatron starts its process groups only where it sees a device.
-    cuda.device_count = _answer(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    cuda.get_device_capability = _answer(_CAPABILITY)
-    cuda.get_device_name = _answer("no GPU")
-    cuda.get_device_properties = _answer(
+    cuda.device_count = _returns(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cuda.get_device_capability = _returns(_CAPABILITY)
+    cuda.get_device_name = _returns("no GPU")
+    cuda.get_device_properties = _returns(
         SimpleNamespace(
             name="no GPU",
             major=_CAPABILITY[0],
@@ -50,16 +50,16 @@ def _say_that_there_is_a_device() -> None:
         "memory_allocated",
         "memory_reserved",
     ):
-        setattr(cuda, name, _answer(0))
+        setattr(cuda, name, _returns(0))
     cuda.memory_stats = lambda device=None: defaultdict(int)
-    cuda.empty_cache = _answer(None)
-    cuda.reset_peak_memory_stats = _answer(None)
-    cuda.nvtx.range_push = _answer(0)
-    cuda.nvtx.range_pop = _answer(0)
+    cuda.empty_cache = _returns(None)
+    cuda.reset_peak_memory_stats = _returns(None)
+    cuda.nvtx.range_push = _returns(0)
+    cuda.nvtx.range_pop = _returns(0)
 
 
 def _on_gloo(init_process_group: Callable[..., None]) -> Callable[..., None]:
-    """Stock scripts ask for NCCL, and bind it to a device."""
+    """Stock scripts use NCCL, and bind it to a device."""
 
     def init(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
         kwargs.pop("device_id", None)
@@ -71,15 +71,15 @@ def _on_gloo(init_process_group: Callable[..., None]) -> Callable[..., None]:
 def _use_compiled_helpers() -> None:
     """Give a source checkout the index builder that the installed Megatron-Core was built with.
 
-    A checkout holds only its C++ source, and would call make, which wants pybind11's headers.
-    Without a compiled one anywhere it is left to do so.
+    A checkout has only its C++ source and would call make, which needs pybind11's headers; without
+    a compiled one anywhere it still does.
     """
     if importlib.util.find_spec(_HELPERS) is None and not _load_installed_helpers():
         return
     from megatron.core.datasets import utils
 
     datasets: Any = utils
-    datasets.compile_helpers = _answer(None)
+    datasets.compile_helpers = _returns(None)
 
 
 def _load_installed_helpers() -> bool:
@@ -104,15 +104,15 @@ def _skip_fused_kernels() -> None:
     from megatron.legacy import fused_kernels
 
     kernels: Any = fused_kernels
-    kernels.load = _answer(None)
+    kernels.load = _returns(None)
 
 
 def install() -> None:
     """Install the stand-ins. Called once, by :func:`nemo_megacpp.runtime.host.ensure_host`."""
-    # Megatron's argument check wants it set below compute capability 10.
+    # Megatron's argument check requires it below compute capability 10.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     distributed: Any = torch.distributed
     distributed.init_process_group = _on_gloo(distributed.init_process_group)
     _use_compiled_helpers()
-    _say_that_there_is_a_device()
+    _describe_a_device()
     _skip_fused_kernels()

@@ -1,8 +1,8 @@
 """Stand-ins for the parts of torch that name CUDA, for a process without a GPU.
 
-``torch.cuda.is_available()`` stays False: code that asks is told the truth. Only calls that would
-raise are answered on the CPU: the current device, its random state, streams and events, copies
-``.cuda()`` and tensors created with ``device="cuda"`` or in pinned memory.
+``torch.cuda.is_available()`` still returns False. Only calls that would raise run on the CPU: the
+current device, its random state, streams and events, ``.cuda()``, and tensors created with
+``device="cuda"`` or in pinned memory.
 """
 
 from __future__ import annotations
@@ -42,29 +42,19 @@ class NoStream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def record(self, *args: Any) -> None: ...
-
-    def wait(self, *args: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
-
-    def record_event(self, event: Any = None) -> NoStream:
+    def _return_self(self, *args: Any) -> NoStream:
         return self
+
+    record = wait = synchronize = wait_stream = wait_event = record_event = _return_self
+    __enter__ = _return_self
+
+    def __exit__(self, *exc: Any) -> None: ...
 
     def query(self) -> bool:
         return True
 
     def elapsed_time(self, other: Any) -> float:
         return 0.0
-
-    def __enter__(self) -> NoStream:
-        return self
-
-    def __exit__(self, *exc: Any) -> None: ...
 
 
 _STREAM = NoStream()
@@ -77,7 +67,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` with ``device="cuda"`` and ``pin_memory=True`` answered on the CPU."""
+    """Return ``function`` with ``device="cuda"`` replaced by the CPU and without pinned memory."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -112,8 +102,8 @@ def _return_self(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _nothing() -> Callable[..., None]:
-    """Return a function that does nothing: a new one for each name, because torch's compiler keeps
-    a table by function and refuses one that stands under two names."""
+    """Return a function that does nothing: a new one for each name, because torch's compiler
+    identifies functions by object and refuses one that has two names."""
 
     def stand_in(*args: Any, **kwargs: Any) -> None:
         return None
@@ -123,16 +113,16 @@ def _nothing() -> Callable[..., None]:
 
 def install() -> None:
     """Install the stand-ins. Called once, by :func:`nemo_megacpp.runtime.host.ensure_host`."""
-    # Megatron compiles small functions with torch.compile, which would ask this host for a C++
-    # compiler; run as they are written, they compute the same.
+    # Megatron compiles small functions with torch.compile, which needs a C++ compiler; eagerly they
+    # compute the same.
     torch.compiler.set_stance("force_eager")
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
     cuda.current_device = lambda: cpu
     cuda.set_device = _nothing()
     cuda.synchronize = _nothing()
-    # On this host one generator serves both roles. Megatron's tracker saves and restores its state
-    # around every fork, so the streams of random numbers stay separate.
+    # One generator is both the CPU's and CUDA's. Megatron's tracker saves and restores its state
+    # around every fork, so the streams of random numbers are separate.
     cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
     cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
     cuda.random.get_rng_state = cuda.get_rng_state
@@ -151,7 +141,7 @@ def install() -> None:
     module: Any = torch.nn.Module
     module.cuda = _return_self
 
-    # ``with torch.device(…)`` knows the factories by identity, from a list made at its first use.
+    # ``with torch.device(…)`` finds the factories by identity, in a list made at its first use.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))

@@ -14,7 +14,7 @@ _installed: set[str] = set()
 
 @dataclass(frozen=True)
 class Host:
-    """What the process computes on.
+    """The device that this process uses.
 
     Attributes:
         device: ``"cuda"`` or ``"cpu"``.
@@ -27,7 +27,7 @@ class Host:
 
 def current_host() -> Host:
     """Return the host without changing anything."""
-    if "torch" in _installed:  # whatever a foreign script is told about CUDA
+    if "torch" in _installed:  # torch.cuda.is_available() may be a stand-in for a script
         return Host("cpu", "gloo")
     import torch
 
@@ -45,7 +45,7 @@ def ensure_host(*, nemo: bool = False, script: bool = False) -> Host:
 
     Args:
         nemo: also make NeMo's Megatron strategy run (imports NeMo).
-        script: also make Megatron-LM's own training scripts run, which ask for a CUDA device.
+        script: also make Megatron-LM's own training scripts run, which check for a CUDA device.
 
     Returns:
         The host that the process now runs on.
@@ -53,24 +53,21 @@ def ensure_host(*, nemo: bool = False, script: bool = False) -> Host:
     host = current_host()
     if host.device == "cuda":
         return host
-    if "torch" not in _installed:
-        from nemo_megacpp.runtime import cpu_torch
-
-        cpu_torch.install()
-        _installed.add("torch")
-    if "megatron" not in _installed:
-        from nemo_megacpp.runtime import cpu_megatron
-
-        cpu_megatron.install()
-        _installed.add("megatron")
-    if nemo and "nemo" not in _installed:
-        from nemo_megacpp.runtime import cpu_nemo
-
-        cpu_nemo.install()
-        _installed.add("nemo")
-    if script and "script" not in _installed:
-        from nemo_megacpp.runtime import cpu_scripts
-
-        cpu_scripts.install()
-        _installed.add("script")
+    for name, wanted in (("torch", True), ("megatron", True), ("nemo", nemo), ("script", script)):
+        if wanted and name not in _installed:
+            _install(name)
+            _installed.add(name)
     return host
+
+
+def _install(name: str) -> None:
+    """Import and install the stand-ins of ``name``; each module needs those installed before it."""
+    if name == "torch":
+        from nemo_megacpp.runtime.cpu_torch import install
+    elif name == "megatron":
+        from nemo_megacpp.runtime.cpu_megatron import install
+    elif name == "nemo":
+        from nemo_megacpp.runtime.cpu_nemo import install
+    else:
+        from nemo_megacpp.runtime.cpu_scripts import install
+    install()

@@ -1,4 +1,4 @@
-"""Start the ranks of a run on this machine, through torch's elastic launcher."""
+"""Start the ranks of a run on this machine, with torch elastic's processes and error files."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_megacpp.errors import RankFailed, UserError
-from nemo_megacpp.runtime.stopping import passed_on
 
-_LAST_WORDS = "NEMO_MEGACPP_LAST_WORDS"
-"""Environment variable that names a folder for what ranks have to say to the user at their end; not
-in the run's folder, whose disk may be what is full."""
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing import PContext, ProcessFailure
 
 _TAIL = 12
-_ELASTIC_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""Lines of a log that the message quotes."""
+_POLL = 0.1
+"""Seconds between two looks at the ranks."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""torch's handlers for them raise SignalException."""
 
 
 @dataclass(frozen=True)
@@ -45,149 +49,184 @@ def launched() -> Launched | None:
         return None
 
 
-def be_launched(rank: int, world: int) -> None:
-    """Take the place that torchrun would have given this process."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", TORCHELASTIC_RUN_ID="proof")
+def rank_environment(rank: int, world: int, port: int = 0) -> dict[str, str]:
+    """Return the variables that torchrun sets for a rank, of a job on one node.
 
-
-def leave_last_words(message: str) -> None:
-    """Tell the launcher, from a rank of :func:`launch` that is about to end, why it does.
-
-    Other ranks may end before this one, for want of it, and are not asked then.
+    Args:
+        rank: of the process.
+        world: number of ranks.
+        port: of a ``TCPStore`` on this machine; 0 where a process group exists already.
     """
-    with contextlib.suppress(OSError):
-        (Path(os.environ[_LAST_WORDS]) / os.environ["RANK"]).write_text(message, encoding="utf-8")
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    return {
+        **{name: str(value) for name, value in place.items()},
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "nemo_megacpp",
+    }
 
 
-def devices_here() -> int:
-    """Return how many ranks this machine can hold: its GPUs, or any number without GPUs."""
+def validate_device_count(world_size: int) -> None:
+    """Raise a UserError if a machine with GPUs has fewer of them than there are ranks."""
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else sys.maxsize
+    if torch.cuda.is_available() and world_size > (here := torch.cuda.device_count()):
+        raise UserError(
+            f"The layout needs {world_size} ranks and this machine has {here} GPUs. Start it on "
+            f"several nodes with torchrun, or choose a layout of at most {here} ranks."
+        )
 
 
 def launch(arguments: Sequence[str], ranks: int, log_dir: Path) -> None:
     """Run ``python arguments…`` on ``ranks`` local ranks and wait for all of them.
 
-    Rank 0 writes to this terminal; the other ranks' output, and rank 0's errors, are kept under
-    ``log_dir``. If a rank fails, the others are ended. SIGTERM is passed on to the ranks, which
-    end when they are ready to.
+    Rank 0 writes to this terminal; its errors and the output of the other ranks are saved under
+    ``log_dir``. When a rank fails, the others are ended. SIGTERM is passed on to the ranks, which
+    decide when to end.
 
     Raises:
-        RankFailed: with what a rank said to the user, or the end of the failing rank's log.
+        RankFailed: with the exception of the rank that failed first, or the end of its log.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.multiprocessing import SignalException
 
-    _silence_elastic()
     log_dir.mkdir(parents=True, exist_ok=True)
     logs = Path(tempfile.mkdtemp(prefix="attempt-", dir=log_dir))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id="local",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="spawn",
-        logs_specs=DefaultLogsSpecs(
-            log_dir=str(logs),
-            redirects=dict.fromkeys(range(1, ranks), Std.ALL),
-            tee={0: Std.ERR},
-        ),
-        log_line_prefix_template=" ",
-        signals_to_handle=",".join(signal.Signals(number).name for number in _ELASTIC_SIGNALS),
-    )
-    with tempfile.TemporaryDirectory(prefix="nemo-megacpp-ranks-") as words:
-        settings = {**_worker_environment(ranks), _LAST_WORDS: words}
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    # Not in the run's folder, whose disk may be what is full.
+    with tempfile.TemporaryDirectory(prefix="nemo-megacpp-ranks-") as errors, _own_handlers():
+        sigterm = threading.Event()
         try:
-            with _environment(settings), _own_signals(), passed_on() as asked_to_stop:
-                elastic_launch(config, sys.executable)(*arguments)
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if asked_to_stop.is_set() and failure.exitcode == -signal.SIGTERM:
-                told = "SIGTERM came before the ranks had begun to train."
-                raise RankFailed(told, False) from None
-            last_words = _last_words(Path(words))
-            report = last_words or _report(logs, rank, failure.exitcode)
-            raise RankFailed(report, last_words is not None) from None
+            context = _start(arguments, ranks, logs, Path(errors), store.port)
+            _pass_on_sigterm(context, sigterm)
+            failures, alive = _wait(context)
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             sys.exit(128 + error.sigval)
+        if failures:
+            raise _root_cause(failures, alive, Path(errors), logs, sigterm.is_set())
 
 
-def _silence_elastic() -> None:
-    """What failed is reported in one place, and here. Each of torch's loggers has its own level."""
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+def _start(arguments: Sequence[str], ranks: int, logs: Path, errors: Path, port: int) -> PContext:
+    from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, start_processes
+
+    class Logs(LogsSpecs):
+        """Where torch writes what the ranks print, and where the ranks write their errors."""
+
+        @property
+        def root_log_dir(self) -> str:
+            return str(logs)
+
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            stderrs = {rank: str(logs / f"rank{rank}-stderr.log") for rank in envs}
+            return LogsDest(
+                stdouts={r: str(logs / f"rank{r}-stdout.log") if r else "" for r in envs},
+                stderrs=stderrs,
+                tee_stderrs={0: stderrs[0]},
+                error_files={rank: env["TORCHELASTIC_ERROR_FILE"] for rank, env in envs.items()},
+            )
+
+    for name in ("api", "subprocess_handler"):  # what failed is reported in one place, and here
+        logger = logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}")
+        logger.setLevel(logging.CRITICAL)
+    settings = {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # the order of streams that Megatron relies on
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return start_processes(
+        "rank",
+        sys.executable,
+        dict.fromkeys(range(ranks), tuple(arguments)),
+        {
+            rank: {
+                **rank_environment(rank, ranks, port),
+                **settings,
+                "TORCHELASTIC_ERROR_FILE": str(errors / f"{rank}.json"),
+            }
+            for rank in range(ranks)
+        },
+        Logs(),
+        log_line_prefixes={0: " "},
+    )
+
+
+def _wait(context: PContext) -> tuple[Mapping[int, ProcessFailure], float]:
+    """Wait until all ranks have ended well, or one has not and torch has ended the others.
+
+    Returns:
+        The failures by rank, in the order in which they were seen, and the time at which all ranks
+        were last seen alive.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    alive = time.time()
+    try:
+        while True:
+            now = time.time()
+            if (result := context.wait(timeout=0)) is not None:
+                return result.failures, alive
+            alive = now
+            time.sleep(_POLL)
+    except SignalException as error:
+        context.close(error.sigval)
+        raise
+
+
+def _root_cause(
+    failures: Mapping[int, ProcessFailure], alive: float, errors: Path, logs: Path, sigterm: bool
+) -> RankFailed:
+    """Return the error of the rank that failed first; ranks that lose a peer raise errors, too."""
+    from nemo_megacpp.runtime.rank_errors import read_error
+
+    first, failure = next(iter(failures.items()))
+    if sigterm and failure.exitcode == -signal.SIGTERM:
+        return RankFailed("SIGTERM arrived before training had started.")
+    written = [
+        error
+        for path in errors.glob("*.json")
+        if (error := read_error(path, int(path.stem))) is not None
+    ]
+    if refused := [error for error in written if error.user_error]:
+        return RankFailed(min(refused, key=lambda error: error.time).message, user_error=True)
+    # A killed rank wrote nothing, and what others raised afterwards is not the cause.
+    if not (errors / f"{first}.json").exists():
+        written = [error for error in written if error.time < alive]
+    if written:
+        cause = min(written, key=lambda error: error.time)
+        log = logs / f"rank{cause.rank}-stderr.log"
+        return RankFailed(f"Rank {cause.rank} failed: {cause.message}\nIts traceback: {log}")
+    log = logs / f"rank{first}-stderr.log"
+    lines = log.read_text(errors="replace").splitlines()[-_TAIL:]
+    tail = "".join(f"\n  {line}" for line in lines)
+    return RankFailed(
+        f"Rank {first} ended with exit code {failure.exitcode}. The end of {log}:{tail}"
+    )
+
+
+def _pass_on_sigterm(context: PContext, came: threading.Event) -> None:
+    """Pass SIGTERM on to the ranks and go on waiting: torch would kill them after 30 seconds."""
+
+    def pass_on(number: int, frame: object) -> None:
+        came.set()
+        for pid in context.pids().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, pass_on)
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Put this process's handlers back at the end: torch's launcher leaves its own there."""
-    own = {number: signal.getsignal(number) for number in _ELASTIC_SIGNALS}
+def _own_handlers() -> Iterator[None]:
+    """Restore this process's signal handlers at the end: torch leaves its own."""
+    own = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in own.items():
                 signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    previous = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in previous.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _worker_environment(ranks: int) -> dict[str, str]:
-    """Return settings of the process, not of the model: threads, and Megatron's stream order."""
-    return {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def _last_words(words: Path) -> str | None:
-    """Return what a rank had to say to the user, the lowest that had; None if none had."""
-    for file in sorted(words.iterdir(), key=lambda path: int(path.name)):
-        if message := file.read_text(encoding="utf-8"):
-            return message
-    return None
-
-
-def _report(logs: Path, rank: int, exit_code: int) -> str:
-    files = sorted(logs.glob(f"**/{rank}/stderr.log"))
-    lines = files[-1].read_text(errors="replace").splitlines() if files else []
-    tail = "\n".join(f"  {line}" for line in lines[-_TAIL:])
-    return f"Rank {rank} ended with exit code {exit_code}. The end of {logs}:\n{tail}"
-
-
-def validate_device_count(world_size: int) -> None:
-    """Refuse to start more ranks here than there are GPUs.
-
-    Raises:
-        UserError: with both numbers.
-    """
-    here = devices_here()
-    if world_size > here:
-        raise UserError(
-            f"The layout needs {world_size} ranks and this machine has {here} GPUs. Start it on "
-            f"several nodes with torchrun, or choose a layout of at most {here} ranks."
-        )

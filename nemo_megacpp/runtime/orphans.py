@@ -1,8 +1,8 @@
-"""Processes that end with their parent, however that ends.
+"""End child processes with their parent, however that ends.
 
-A rank that is saving has helpers: writers, forked, and a server for their results, spawned. When
-the rank is killed they would stay behind, the server for ever. Linux can end a process with its
-parent; elsewhere nothing is done.
+A rank that saves a checkpoint has helpers: forked writers, and a spawned server for their results.
+They would outlive a rank that is killed, the server forever. Linux can kill a process with its
+parent; on other systems nothing is done.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 _forking: tuple[int, bool] = (0, False)
-"""Process and whether its main thread is at it: the kernel means the thread that forked."""
+"""The process that forks and whether its main thread does: PDEATHSIG is bound to the thread."""
 _bound = False
 _server: SyncManager | None = None
 
@@ -28,7 +28,8 @@ def end_with_parent(parent: int | None = None) -> None:
     """Have this process killed when its parent ends.
 
     Args:
-        parent: process id of the parent; known, it also counts if it has ended already.
+        parent: process id of the parent, if known: this process is then killed as well if the
+            parent has ended already.
     """
     if _libc is None:
         return
@@ -38,11 +39,11 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def bind_helpers() -> None:
-    """Bind what this process starts in order to save to its own life; once is enough.
+    """Make the helpers that this process starts for saving end with it; repeats do nothing.
 
-    Forked processes end with it. The server that Megatron's writers report to is started here, in
-    the place of the one that Megatron would start at the first save: it ends with this process,
-    and a SIGTERM to the process group does not take it away from a rank that goes on to save.
+    Forked processes end with it. The server that Megatron's writers report to is started here,
+    before Megatron would start one at the first save: this one ends with the process, and ignores
+    a SIGTERM to the process group, so that a rank that is asked to stop can still save.
     """
     global _bound
     if _bound:
@@ -64,8 +65,8 @@ def _after_fork() -> None:
 
 
 def renew_results_queue() -> None:
-    """Give what is forked next a queue of its own on the server of :func:`bind_helpers`: a save
-    that failed may have left its results in the last one."""
+    """Give the writers forked next a new queue on the server of :func:`bind_helpers`: a save that
+    failed may have left its results in the old one."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     assert _server is not None, "bind_helpers() starts it"

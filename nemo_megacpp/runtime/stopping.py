@@ -5,61 +5,21 @@ Slurm sends it before it takes a node away, and so do container engines and torc
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import sys
 import threading
-from collections.abc import Iterator
-from types import FrameType
 
 _asked = threading.Event()
 
 
 def listen() -> None:
-    """Take SIGTERM, from now on, as a wish that :func:`stop_asked` tells; repeats change nothing.
+    """Note SIGTERM from now on for :func:`stop_asked`, in place of ending the process.
 
-    Other threads than the main one cannot, and leave the signal as it is.
+    Only a main thread can; in others the signal keeps its handler.
     """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _note)
-
-
-def _note(number: int, frame: FrameType | None) -> None:
-    _asked.set()
+        signal.signal(signal.SIGTERM, lambda *_: _asked.set())
 
 
 def stop_asked() -> bool:
-    """Say whether SIGTERM has reached this process."""
+    """Return whether SIGTERM has reached this process."""
     return _asked.is_set()
-
-
-@contextlib.contextmanager
-def passed_on() -> Iterator[threading.Event]:
-    """Pass SIGTERM on to the processes started inside, and wait for them as if nothing had been.
-
-    torch's launcher would kill them after 30 seconds, and end with an error in any case.
-
-    Yields:
-        An event that is set once there was a signal.
-    """
-    import psutil
-
-    came = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        children = psutil.Process().children()
-        came.set()
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.send_signal(number)
-        if not children:
-            sys.exit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGTERM, previous)

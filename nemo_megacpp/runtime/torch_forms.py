@@ -1,7 +1,7 @@
 """Torch forms of the kernels that Megatron-Core 0.16.1 calls by module-level names.
 
-The no-GPU host runs in them. A proof in float64 or float32 does so on a GPU too: causal_conv1d,
-mamba_ssm and Transformer Engine have no float64, and round float32 to TF32 in places.
+The no-GPU host uses them, and proofs in float64 or float32 on GPUs: causal_conv1d, mamba_ssm and
+Transformer Engine have no float64, and round float32 to TF32 in places.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from nemo_megacpp.mixers.sequence_layout import token_order
 def use_torch_forms() -> None:
     """Put every torch form in place for the rest of this process, and turn TF32 off.
 
-    For processes that prove and end. Transformer Engine's modules are left out by the backend, not
-    here. **Not run on a GPU yet.**
+    For processes that end with their proof. Transformer Engine's modules are replaced by the
+    backend, not here. **Not run on a GPU yet.**
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -72,7 +72,7 @@ def install_mamba_kernels() -> None:
         if for_inference_not_training
         else (True, None)
     )
-    # Under context parallelism the mixer asks Transformer Engine for the order of a pack.
+    # Under context parallelism the mixer reads the order of a pack from Transformer Engine.
     context_parallel: Any = mamba_context_parallel
     context_parallel.tex = SimpleNamespace(thd_get_partitioned_indices=_tokens_of_rank)
     context_parallel.is_te_min_version = lambda version, check_equality=True: True
@@ -87,7 +87,7 @@ def _tokens_of_rank(
 
 
 def install_clipping() -> None:
-    """Let gradients be clipped that are not ``torch.cuda.FloatTensor``."""
+    """Make Megatron clip gradients that are not ``torch.cuda.FloatTensor``."""
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 
     modules: list[Any] = [clip_grads, distrib_optimizer, optimizer]

@@ -1,9 +1,9 @@
 """A pool of worker processes that run one distributed task after another.
 
-Starting a process and importing Megatron costs seconds; a parity run wants dozens of layouts. The
+Starting a process and importing Megatron takes seconds; a parity run needs dozens of layouts. The
 pool starts its ranks once, and a rank forks for every task: the child joins a process group, runs
-the task and ends. Nothing of a task outlives it, neither Megatron's global state nor the sockets
-and threads of its process groups, which references in autograd graphs would otherwise keep alive.
+the task and ends. So neither Megatron's global state nor the sockets and threads of its process
+groups, to which autograd graphs may refer, outlive a task.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from nemo_megacpp.runtime.imports import importing
 Device = Literal["cuda", "cpu"]
 
 _GRACE = 10.0
-"""Seconds that the other ranks get to end by themselves once one has failed."""
+"""Seconds for the other ranks to end by themselves once one has failed."""
 _POLL = 0.005
-"""Seconds between two looks at a running task."""
+"""Seconds between two polls of a running task."""
 
 
 class WorkerError(RankFailed):
@@ -47,7 +47,7 @@ class WorkerPool:
     """``size`` processes, ranks 0 to ``size - 1``.
 
     Args:
-        size: most ranks that a task can ask for.
+        size: most ranks of a task.
         threads: torch threads per worker.
         device: ``cuda`` gives rank ``r`` the ``r``-th GPU and NCCL, ``cpu`` hides the GPUs from
             all ranks (gloo).
@@ -78,7 +78,7 @@ class WorkerPool:
 
     @property
     def size(self) -> int:
-        """Most ranks that a task can ask for."""
+        """Most ranks of a task."""
         return len(self._workers)
 
     def run(self, world_size: int, task: Callable[..., Any], *args: Any) -> list[Any]:
@@ -104,7 +104,7 @@ class WorkerPool:
             waiting = [w.pipe for rank, w in enumerate(workers) if rank not in results]
             ready = wait(waiting, timeout=_GRACE if failures else None)
             if not ready:
-                # A rank failed and the others wait for it in a collective: replace them.
+                # A rank failed, and the others wait for it in a collective: replace them.
                 for rank in range(world_size):
                     if rank not in results:
                         self._replace(rank)
@@ -161,16 +161,16 @@ def _work(pipe: Any, rank: int, threads: int, device: Device) -> None:
     """Wait for tasks; a task is run by a fork of this process, which itself starts no threads."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Asking for GPUs through the CUDA runtime would spoil CUDA for the forks; NVML does not.
+    # CUDA does not work in forks of a process that called the CUDA runtime; NVML does no harm.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    os.setpgrp()  # so that a hanging task can be ended together with what it has started
+    os.setpgrp()  # so that a hanging task can be killed together with its children
     owner = os.getppid()
     torch.set_num_threads(threads)
-    warnings.simplefilter("ignore")  # the libraries' remarks, once per task and rank
+    warnings.simplefilter("ignore")  # the libraries' warnings, once per task and rank
     while True:
         try:
-            # A task's arguments import what it needs. The fork below then shares these objects'
-            # memory: a collection in the child would write to, and so copy, every page of it.
+            # A task's arguments import what it needs. The fork below shares these objects' memory:
+            # a garbage collection in the child would write to, and so copy, every page of it.
             with importing():
                 world_size, rendezvous, task, args = pipe.recv()
         except EOFError:
@@ -180,7 +180,7 @@ def _work(pipe: Any, rank: int, threads: int, device: Device) -> None:
         helpers = _share_helpers()
         child = os.fork()
         if child == 0:
-            # What the task leaves there goes with the pool: a fork runs no clean-up of Python's.
+            # The pool removes the task's temporary files: os._exit() below runs no clean-up.
             tempfile.tempdir = os.path.dirname(rendezvous.removeprefix("file://"))
             pipe.send(_run_task(rank, world_size, rendezvous, task, args))
             for started in set(mp.active_children()) - helpers:
@@ -193,7 +193,7 @@ def _work(pipe: Any, rank: int, threads: int, device: Device) -> None:
 
 
 def _share_helpers() -> set[Any]:
-    """Start once what a task would start for itself in order to save, and return it."""
+    """Start once the helpers that a task would start in order to save, and return them."""
     from nemo_megacpp.runtime.orphans import bind_helpers, renew_results_queue
 
     bind_helpers()
@@ -202,7 +202,7 @@ def _share_helpers() -> set[Any]:
 
 
 def _wait_for(child: int, owner: int) -> int:
-    """Return the exit status of ``child``; if the pool's owner is gone, end everything here."""
+    """Return the exit status of ``child``; kill this process group if the pool's owner ended."""
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:

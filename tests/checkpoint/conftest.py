@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import save_initial_weights
 

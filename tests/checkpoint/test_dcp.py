@@ -14,8 +14,8 @@ from nemo_megacpp.checkpoint.dcp import load_model, require_psutil, save_model
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.gather import gather_values
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import build_chunks, make_config, save_initial_weights

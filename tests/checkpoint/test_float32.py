@@ -20,8 +20,8 @@ from nemo_megacpp.checkpoint.training_state import (
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.float32 import KeepsFloat32
 from nemo_megacpp.proof.gather import gather_sharded
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import Trainee, prepare
 

@@ -15,7 +15,7 @@ from nemo_megacpp.cli import read_arguments
 from nemo_megacpp.commands import layouts as layouts_command
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo import train as training
-from nemo_megacpp.proof import verify as verification
+from nemo_megacpp.proof import verification
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 
 TEXTS = {
@@ -42,11 +42,11 @@ def _train(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def _verify(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    def verify(model: Any, layout: ParallelLayout, *rest: Any, **named: Any) -> list[Any]:
+    def verify_layout(model: Any, layout: ParallelLayout, *rest: Any, **named: Any) -> list[Any]:
         seen.append(layout)
         return []
 
-    monkeypatch.setattr(verification, "verify", verify)
+    monkeypatch.setattr(verification, "verify_layout", verify_layout)
     _run("verify", *words)
 
 
@@ -100,14 +100,14 @@ def _megatron_args(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch
 
 
 def _doctor(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_megacpp.doctor import fit, machine, packages
+    from nemo_megacpp.doctor import fit, machine
 
     def recipe_findings(recipe: Recipe, gpus: int) -> list[Any]:
         seen.append(recipe.layout)
         return []
 
     monkeypatch.setattr(fit, "recipe_findings", recipe_findings)
-    monkeypatch.setattr(packages, "package_findings", lambda gpus: [])
+    monkeypatch.setattr(machine, "package_findings", lambda gpus: [])
     monkeypatch.setattr(machine, "machine_findings", lambda gpus: [])
     _run("doctor", *words)
 

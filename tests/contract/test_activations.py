@@ -9,7 +9,7 @@ import pytest
 from nemo_megacpp.contract.memory import saved_activations, saved_bytes
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.tiny_model import tiny_model
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.contract.test_recorded import BALANCED, EXAMPLE, SELECTIVE, job_of, recorded
 from tests.selection import slow_if

@@ -15,8 +15,8 @@ from nemo_megacpp.contract.memory import (
 from nemo_megacpp.contract.stages import build_stages
 from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import prepare
 

@@ -22,8 +22,8 @@ from nemo_megacpp.formulas.collectives import Collective
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.placement import group_of
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.record import Recorded, record_step
 from tests.selection import slow_if

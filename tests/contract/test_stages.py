@@ -14,8 +14,8 @@ from nemo_megacpp.contract.stages import build_rank, build_stages
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.recipes.catalog import NAM56R_MODEL
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool

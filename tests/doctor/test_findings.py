@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from nemo_megacpp.cli import build_parser
-from nemo_megacpp.doctor import fit, machine, packages
-from nemo_megacpp.doctor.finding import Finding
-from nemo_megacpp.doctor.packages import package_findings
+from nemo_megacpp.doctor import fit, machine
+from nemo_megacpp.doctor.machine import Finding, package_findings
 from nemo_megacpp.recipes.recipe import resolve
 
 _GB = 2**30
@@ -62,11 +61,11 @@ def test_a_recipe_that_cannot_be_trained(
     [
         ({"torch": None}, "torch", "broken", "nothing runs"),
         ({"megatron-core": "0.17.0"}, "megatron-core", "broken", "not 0.16: nothing runs"),
-        ({"psutil": None}, "psutil", "broken", "hangs for ever"),
-        ({"nemo-toolkit": "3.0.0"}, "nemo-toolkit", "limited", "not 2.7: no nemo-megacpp train"),
+        ({"psutil": None}, "psutil", "broken", "hangs forever"),
+        ({"nemo-toolkit": "3.0.0"}, "nemo-toolkit", "limited", "not 2.7: no train, no verify"),
         ({"nvidia-modelopt": None}, "nvidia-modelopt", "limited", "hides llm.pretrain"),
         ({"transformer-engine": None}, "transformer-engine", "limited", "no FP8"),
-        ({"mamba-ssm": None}, "mamba-ssm", "limited", "no M blocks but mamba3"),
+        ({"mamba-ssm": None}, "mamba-ssm", "limited", "M blocks only as mamba3"),
     ],
 )
 def test_a_missing_part_has_a_price(
@@ -83,7 +82,7 @@ def test_a_missing_part_has_a_price(
             raise PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(packages, "version", version)
+    monkeypatch.setattr(machine, "version", version)
     findings = _by_part(package_findings(gpus=8))
     assert findings[part].status == status and cost in findings[part].cost
     others = {finding.status for name, finding in findings.items() if name != part}
@@ -110,7 +109,7 @@ def test_a_megatron_that_does_not_load_is_broken(
         raise error
 
     monkeypatch.setattr("importlib.util.find_spec", find_spec)
-    found = packages._index_builder()
+    found = machine._index_builder()
     assert (found.found, found.status) == (part, status)
     assert status == "limited" or found.cost == f"nothing runs: {error}"
 
@@ -121,7 +120,7 @@ def test_the_table_keeps_its_brackets(
     def version(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(packages, "version", version)
+    monkeypatch.setattr(machine, "version", version)
     code, text = _doctor(capsys)
     assert code == 1
     assert "pip install 'nemo_megacpp[core]'" in " ".join(text.split())
@@ -143,7 +142,7 @@ def test_gpus_and_their_domain() -> None:
     found = _by_part(machine.machine_findings(gpus=8))
     assert found["GPUs"] == Finding("GPUs", "8 x GPU, 80 GiB")
     assert found["NVLink domain"].found == "4 of 8 GPUs"
-    assert "keep tp at or below it" in found["NVLink domain"].cost
+    assert "use tp=4 or less" in found["NVLink domain"].cost
     assert found["NCCL"].status == "broken" and found["gloo"].status == "ok"
 
 

@@ -10,9 +10,9 @@ from nemo_megacpp.families import load_families
 from nemo_megacpp.layout import ParallelLayout, check_layout
 from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.pattern import HybridPattern
-from nemo_megacpp.proof.compare import FLOAT64, compare
+from nemo_megacpp.proof.checks import FLOAT64, compare
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.shape import shape_of
 from nemo_megacpp.runtime.workers import WorkerPool
@@ -41,7 +41,7 @@ def test_every_layout_gives_the_numbers_of_one_rank(
     place = ParallelLayout.parse(layout)
     result = ranks.run(place.world, run_step, spec, place, weights)[0]
     assert any("conv_weight" in key and "layers.0." in key for key in result.gradients.values)
-    broken = [rung for rung in compare(expected, result, FLOAT64) if not rung.holds]
+    broken = [check for check in compare(expected, result, FLOAT64) if not check.passed]
     assert not broken
 
 
@@ -54,7 +54,7 @@ def test_its_documents_do_not_see_each_other(ranks: WorkerPool, reference: Refer
     assert together.losses != alone.losses
     place = ParallelLayout.parse("cp=2")
     split = ranks.run(2, run_step, packed, place, weights)[0]
-    assert all(rung.holds for rung in compare(together, split, FLOAT64))
+    assert all(check.passed for check in compare(together, split, FLOAT64))
 
 
 def test_a_recipe_names_its_module_and_layouts_obey_its_rules() -> None:

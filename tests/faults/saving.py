@@ -28,8 +28,8 @@ from nemo_megacpp.checkpoint.lifecycle import (
     prune,
 )
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.orphans import bind_helpers
 from tests.bare import build_chunks, make_config

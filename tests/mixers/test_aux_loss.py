@@ -14,8 +14,8 @@ from megatron.core.transformer.moe.moe_utils import (
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.aux_loss import aux_loss_names, reduced_aux_losses
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import build_chunks, make_config, microbatches

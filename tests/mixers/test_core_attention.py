@@ -15,8 +15,8 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.core_attention import TorchCoreAttention
 from nemo_megacpp.mixers.sequence_layout import token_order
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import make_config

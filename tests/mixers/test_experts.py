@@ -10,8 +10,8 @@ import torch
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.experts import CapacityRouter, tag_expert_weights
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import prepare, save_initial_weights
 from tests.checkpoint.te_backend import TransformerEngineNames

@@ -14,8 +14,8 @@ from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers import m2rnn_mixer
 from nemo_megacpp.mixers.float32 import KeepsFloat32, keep_in_float32
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from nemo_megacpp.specs.hybrid_model import build_hybrid_model

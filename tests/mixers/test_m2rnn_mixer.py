@@ -19,8 +19,8 @@ from nemo_megacpp.mixers import m2rnn_mixer as module
 from nemo_megacpp.mixers.head_parallel import log_once
 from nemo_megacpp.mixers.m2rnn_mixer import M2RNNMixer
 from nemo_megacpp.mixers.sequence_layout import token_order
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import build_chunks, make_config

@@ -23,10 +23,10 @@ from nemo_megacpp.mixers.kernels.mamba3_state import negative_decay_rate
 from nemo_megacpp.mixers.mamba3_mixer import Mamba3Mixer
 from nemo_megacpp.mixers.mamba3_rows import rank_share, split_rows
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.compare import FLOAT64, compare
-from nemo_megacpp.proof.step import StepResult
+from nemo_megacpp.proof.checks import FLOAT64, compare
+from nemo_megacpp.proof.small_models import tiny_model
+from nemo_megacpp.proof.step_result import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 from tests.bare import build_chunks, make_config
@@ -316,5 +316,5 @@ def test_layouts_give_the_same_step(
     assert shared and all(abs(expected.gradients.values[key]).max() > 1e-6 for key in shared)
     layout = ParallelLayout.parse(text)
     result = ranks.run(layout.world, run_step, spec, layout, expected.initial)[0]
-    broken = [rung for rung in compare(expected, result, FLOAT64) if not rung.holds]
+    broken = [check for check in compare(expected, result, FLOAT64) if not check.passed]
     assert not broken, broken

@@ -15,8 +15,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import build_chunks, make_config, microbatches

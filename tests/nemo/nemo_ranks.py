@@ -16,6 +16,7 @@ from nemo.collections import llm  # noqa: F401  (what takes the time)
 
 from nemo_megacpp.nemo.train import train_recipe
 from nemo_megacpp.recipes.recipe import resolve
+from nemo_megacpp.runtime.launch import rank_environment
 
 
 def take_place(port: int) -> None:
@@ -23,9 +24,7 @@ def take_place(port: int) -> None:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.distributed.barrier()  # the others may still be connecting
     torch.distributed.destroy_process_group()  # NeMo makes its own
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="tests")
+    os.environ.update(rank_environment(rank, world, port))
 
 
 def run_train(port: int, overrides: list[str]) -> None:

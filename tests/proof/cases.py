@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_megacpp.proof.tiny_model import tiny_model
+from nemo_megacpp.proof.small_models import tiny_model
 
 _TP = ("tp=2", "tp=2,sp=false", "tp=4")
 _CP = ("cp=2", "cp=4", "tp=2,cp=2")

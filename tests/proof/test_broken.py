@@ -1,4 +1,4 @@
-"""The proof sees what it is there to see: faults made on purpose, named by rung and parameter."""
+"""The proof sees what it is there to see: faults made on purpose, named by check and parameter."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import pytest
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.compare import FLOAT64, Rung, compare
+from nemo_megacpp.proof.checks import FLOAT64, Check, compare
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.proof.faults import run_broken
 from tests.reference import Reference
 
 
 @pytest.mark.parametrize(
-    ("fault", "pattern", "layout", "rung", "where"),
+    ("fault", "pattern", "layout", "check", "where"),
     [
         ("expert weights tagged as dense", "E", "tp=2,etp=1", "tags", "mlp.experts"),
         ("replicated rows tagged as split", "R", "tp=2", "tags", "shared_weight"),
@@ -30,16 +30,16 @@ def test_fault_is_named(
     fault: str,
     pattern: str,
     layout: str,
-    rung: str,
+    check: str,
     where: str,
 ) -> None:
     spec = StepSpec(tiny_model(pattern), objective="logits", dtype="float64")
     weights, expected = reference(spec)
     place = ParallelLayout.parse(layout)
     result = ranks.run(place.world, run_broken, fault, run_step, spec, place, weights)[0]
-    broken: list[Rung] = [r for r in compare(expected, result, FLOAT64) if not r.holds]
+    broken: list[Check] = [r for r in compare(expected, result, FLOAT64) if not r.passed]
     assert broken, f"{fault}: not seen"
-    assert broken[0].name == rung
+    assert broken[0].name == check
     assert where in broken[0].where
 
 
@@ -58,7 +58,7 @@ def test_starved_experts(ranks: WorkerPool, reference: Reference) -> None:
     for text in ("ep=4", "tp=2,etp=1", "tp=2,ep=2,etp=2", "ep=2,pp=2"):
         layout = ParallelLayout.parse(text)
         result = ranks.run(layout.world, run_step, spec, layout, weights)[0]
-        assert all(rung.holds for rung in compare(expected, result, FLOAT64)), text
+        assert all(check.passed for check in compare(expected, result, FLOAT64)), text
 
 
 def test_bound_state_gradient_binds_alike(ranks: WorkerPool, reference: Reference) -> None:
@@ -72,8 +72,8 @@ def test_bound_state_gradient_binds_alike(ranks: WorkerPool, reference: Referenc
     )
     weights, expected = reference(spec)
     _, unbound = reference(free)
-    assert not all(rung.holds for rung in compare(unbound, expected, FLOAT64))
+    assert not all(check.passed for check in compare(unbound, expected, FLOAT64))
     for text in ("cp=2", "cp=4", "tp=2,cp=2", "world=2", "world=4", "world=4,tp=2"):
         layout = ParallelLayout.parse(text)
         result = ranks.run(layout.world, run_step, spec, layout, weights)[0]
-        assert all(rung.holds for rung in compare(expected, result, FLOAT64)), text
+        assert all(check.passed for check in compare(expected, result, FLOAT64)), text

@@ -10,9 +10,8 @@ import pytest
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Limits, compare
-from nemo_megacpp.proof.covering import LAYOUTS, SETTINGS, Case, bundles, cases
-from nemo_megacpp.proof.rounding import SEEDS, rounding_limits
+from nemo_megacpp.proof.checks import FLOAT32, FLOAT64, SEEDS, Limits, compare, rounding_limits
+from nemo_megacpp.proof.covering import LAYOUTS, SETTINGS, CoveringCase, bundles, cases
 from nemo_megacpp.proof.step_spec import StepSpec
 from tests.reference import Reference
 from tests.selection import slow_if
@@ -48,7 +47,7 @@ def rounding(ranks: Any, reference: Reference) -> Callable[[StepSpec], Limits]:
     ],
 )
 def test_settings(
-    ranks: Any, reference: Reference, rounding: Callable[[StepSpec], Limits], case: Case
+    ranks: Any, reference: Reference, rounding: Callable[[StepSpec], Limits], case: CoveringCase
 ) -> None:
     """Losses, auxiliary losses, every gradient, its norm and every parameter after the steps."""
     weights, expected = reference(case.spec)
@@ -56,7 +55,7 @@ def test_settings(
     within: Limits = FLOAT64 if case.spec.dtype == "float64" else FLOAT32
     if case.spec.dtype == "bfloat16":
         within = rounding(case.spec)
-    broken = [rung for rung in compare(expected, result, within) if not rung.holds]
+    broken = [check for check in compare(expected, result, within) if not check.passed]
     assert not broken, broken
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import NEMO, run_step
-from nemo_megacpp.proof.bench import Bench
-from nemo_megacpp.proof.compare import FLOAT64, compare
-from nemo_megacpp.proof.kernels import kernels_for
-from nemo_megacpp.proof.proxy_model import proxy_model
+from nemo_megacpp.proof.case_kernels import kernels_for
+from nemo_megacpp.proof.case_runner import CaseRunner
+from nemo_megacpp.proof.checks import FLOAT64, compare
+from nemo_megacpp.proof.small_models import proxy_model
 from nemo_megacpp.proof.step_spec import Dtype, StepSpec
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.runtime.workers import WorkerPool
@@ -34,7 +34,7 @@ def test_torch_forms_give_the_numbers_of_the_cpu(gpu_ranks: WorkerPool, ranks: W
     spec = StepSpec(_model(), objective="logits", dtype="float64")
     here = ranks.run(1, run_step, spec, ONE)[0]
     there = gpu_ranks.run(1, run_step, spec, ONE, here.initial)[0]
-    broken = [rung for rung in compare(here, there, FLOAT64) if not rung.holds]
+    broken = [check for check in compare(here, there, FLOAT64) if not check.passed]
     assert not broken
 
 
@@ -44,5 +44,5 @@ def test_a_layout_holds(gpu_ranks: WorkerPool, tmp_path: Path, text: str, dtype:
     layout = ParallelLayout.parse(text)
     if layout.world > gpu_ranks.size:
         pytest.skip(f"needs {layout.world} GPUs")
-    trial = Bench(gpu_ranks, NEMO, tmp_path, _model()).run("all", "together", layout, dtype)
-    assert trial.holds, trial
+    case = CaseRunner(gpu_ranks, NEMO, tmp_path, _model()).run("all", "together", layout, dtype)
+    assert case.passed, case

@@ -18,8 +18,8 @@ from nemo_megacpp.data.rows import open_epoch
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.documents import packed_seq_params
 from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import build_chunks, make_config, save_initial_weights

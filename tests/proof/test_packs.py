@@ -19,10 +19,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp, token_order
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.compare import FLOAT64, compare
-from nemo_megacpp.proof.gather import GlobalValues, deal_values
+from nemo_megacpp.proof.checks import FLOAT64, compare
+from nemo_megacpp.proof.gather import GlobalValues, shard_values
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 from tests.bare import build_chunks, make_config
@@ -43,7 +43,7 @@ def _hold(ranks: WorkerPool, reference: Reference, spec: StepSpec, *layouts: str
     for text in layouts:
         layout = ParallelLayout.parse(text)
         result = ranks.run(layout.world, run_step, spec, layout, weights)[0]
-        broken = [rung for rung in compare(expected, result, FLOAT64) if not rung.holds]
+        broken = [check for check in compare(expected, result, FLOAT64) if not check.passed]
         assert not broken, (text, broken)
 
 
@@ -103,7 +103,7 @@ def test_a_pack_dealt_as_one_document_is_seen(
     weights, expected = reference(spec)
     layout = ParallelLayout.parse("cp=2")
     result = ranks.run(2, _dealt_as_one_document, spec, layout, weights)[0]
-    broken = [rung.name for rung in compare(expected, result, FLOAT64) if not rung.holds]
+    broken = [check.name for check in compare(expected, result, FLOAT64) if not check.passed]
     assert broken[:1] == ["forward"]
 
 
@@ -121,7 +121,7 @@ def _model(spec: StepSpec, cp: int, weights: GlobalValues) -> torch.nn.Module:
     layout = ParallelLayout(context_parallel_size=cp)
     start_model_parallel(layout, spec.seed)
     chunks = build_chunks(make_config(spec, layout), layout)
-    deal_values(chunks, weights)
+    shard_values(chunks, weights)
     return chunks[0]
 
 

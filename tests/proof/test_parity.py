@@ -8,7 +8,7 @@ import pytest
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Tolerances, compare
+from nemo_megacpp.proof.checks import FLOAT32, FLOAT64, Limits, compare
 from nemo_megacpp.proof.step_spec import StepSpec
 from tests.proof.cases import FAMILIES, MIXED
 from tests.reference import Reference
@@ -32,11 +32,11 @@ def _cases(*groups: Any, last_only: bool = False) -> list[Any]:
     ]
 
 
-def _hold(ranks: Any, reference: Reference, spec: StepSpec, text: str, within: Tolerances) -> None:
+def _hold(ranks: Any, reference: Reference, spec: StepSpec, text: str, within: Limits) -> None:
     layout = ParallelLayout.parse(text)
     weights, expected = reference(spec)
     result = ranks.run(layout.world, run_step, spec, layout, weights)[0]
-    broken = [rung for rung in compare(expected, result, within) if not rung.holds]
+    broken = [check for check in compare(expected, result, within) if not check.passed]
     assert not broken, broken
 
 

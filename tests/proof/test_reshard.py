@@ -19,11 +19,10 @@ from nemo_megacpp.checkpoint.training_state import load_training_state
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import resume_and_train, train_and_save
-from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Tolerances, compare
-from nemo_megacpp.proof.reshard import Carried, checkpoint_of
-from nemo_megacpp.proof.step import StepResult
+from nemo_megacpp.proof.checks import FLOAT32, FLOAT64, Limits, compare
+from nemo_megacpp.proof.small_models import tiny_model
+from nemo_megacpp.proof.step_result import Carried, StepResult, checkpoint_of
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import prepare
 from tests.proof.cases import RESHARDINGS, SHARDED_RESHARDINGS, Place
@@ -98,7 +97,7 @@ def _hold(
     before: tuple[str, Carried],
     spec: StepSpec,
     place: Place,
-    within: Tolerances,
+    within: Limits,
     after: int = 1,
 ) -> Carried:
     """Resume in ``place`` what was saved, and compare everything."""
@@ -113,8 +112,8 @@ def _hold(
     assert not any(loaded.state.replica_spread.values()), "replicas are equal"
     shared = saved.state.values.keys() & loaded.state.values.keys()
     assert [k for k in shared if not _same(saved.state.values[k], loaded.state.values[k])] == []
-    rungs = compare(_next_step(saved, after), _next_step(loaded, after), within)
-    assert [rung for rung in rungs if not rung.holds] == []
+    checks = compare(_next_step(saved, after), _next_step(loaded, after), within)
+    assert [check for check in checks if not check.passed] == []
     return loaded
 
 
@@ -191,8 +190,8 @@ def test_lost_moments_are_seen(ranks: WorkerPool, source: Source) -> None:
     checkpoint, saved = source(spec, "tp=2,etp=1")
     place = ParallelLayout.parse("pp=2")
     lost: Carried = ranks.run(2, _resume_without_moments, spec, place, checkpoint)[0]
-    rungs = compare(_next_step(saved, 1), _next_step(lost, 1), FLOAT64)
-    assert [rung.name for rung in rungs if not rung.holds] == ["step"]
+    checks = compare(_next_step(saved, 1), _next_step(lost, 1), FLOAT64)
+    assert [check.name for check in checks if not check.passed] == ["step"]
 
 
 def _load_foreign(layout: ParallelLayout, spec: StepSpec, folder: str, metadata: Any) -> str:

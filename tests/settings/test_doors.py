@@ -21,7 +21,7 @@ import nemo_megacpp.megatron_args
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.nemo.actual import validate_training
-from nemo_megacpp.proof.tiny_model import tiny_model
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.settings.script import validate_script
 from nemo_megacpp.settings.validate import TABLES, default_of, setting_violations
 from nemo_megacpp.settings.verdict import Setting

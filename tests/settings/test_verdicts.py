@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_megacpp import cli
-from nemo_megacpp.proof.covering import covered_fields
+from nemo_megacpp.proof.covering import SETTINGS
 from nemo_megacpp.settings.validate import TABLES, default_of
 from nemo_megacpp.settings.verdict_document import markdown, settings_document
 
@@ -43,9 +43,21 @@ def test_a_cited_test_exists(proof: str) -> None:
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
+def _covered_fields() -> set[str]:
+    """Return the fields of Megatron's configurations that the list varies, ``Class.field``."""
+    covered = set()
+    for setting in SETTINGS:
+        covered |= {f"TransformerConfig.{name}" for name in setting.model}
+        covered |= {f"DistributedDataParallelConfig.{name}" for name in setting.ddp}
+        covered |= {f"OptimizerConfig.{name}" for name in setting.optimizer}
+        if "use_distributed_optimizer" in setting.spec:
+            covered.add("DistributedDataParallelConfig.use_distributed_optimizer")
+    return covered
+
+
 def test_cited_settings_are_varied() -> None:
     cited = {proof.removeprefix("covering:") for proof in PROOFS if proof.startswith("covering:")}
-    assert cited <= covered_fields(), f"not varied: {sorted(cited - covered_fields())}"
+    assert cited <= _covered_fields(), f"not varied: {sorted(cited - _covered_fields())}"
 
 
 def test_a_proof_is_one_of_the_two_kinds() -> None:

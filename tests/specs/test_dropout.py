@@ -10,10 +10,10 @@ from megatron.core import parallel_state, tensor_parallel
 
 from nemo_megacpp.checkpoint.dcp import load_model
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.compare import FLOAT32, compare
-from nemo_megacpp.proof.step import StepResult, gather_gradients, gather_parameters
+from nemo_megacpp.proof.checks import FLOAT32, compare
+from nemo_megacpp.proof.small_models import tiny_model
+from nemo_megacpp.proof.step_result import StepResult, gather_gradients, gather_parameters
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import build_chunks, make_config, prepare, save_initial_weights
@@ -72,7 +72,7 @@ def test_axes_that_do_not_change_the_masks(
     )
     assert abs(expected.losses[0] - undropped.losses[0]) > 1e-4
     for result in results:
-        broken = [rung for rung in compare(expected, result, FLOAT32) if not rung.holds]
+        broken = [check for check in compare(expected, result, FLOAT32) if not check.passed]
         assert not broken, broken
 
 

@@ -10,9 +10,9 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.norm import TorchRMSNorm
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
-from nemo_megacpp.runtime.fake import fake_rank
+from nemo_megacpp.runtime.distributed import fake_rank
 from nemo_megacpp.specs.backend import TorchBackend
 from nemo_megacpp.specs.hybrid_model import build_hybrid_model
 from tests.bare import make_config

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.compare import tensor_difference
+from nemo_megacpp.proof.checks import tensor_difference
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import save_initial_weights
 from tests.training_steps import OVERLAPS, Trained, train

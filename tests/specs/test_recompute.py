@@ -8,11 +8,11 @@ import pytest
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.compare import FLOAT64, compare
+from nemo_megacpp.proof.checks import FLOAT64, compare
 from nemo_megacpp.proof.gather import GlobalValues
-from nemo_megacpp.proof.step import StepResult
+from nemo_megacpp.proof.small_models import tiny_model
+from nemo_megacpp.proof.step_result import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
 
 EVERY_KIND = ("layernorm", "core_attn", "shared_experts", "moe")
@@ -65,7 +65,7 @@ def test_recomputed_modules_give_the_same_step(
     expected, norms = plain
     where = ParallelLayout.parse(layout)
     result, norms_again = ranks.run(where.world, _step, _spec(*modules), where, expected.initial)[0]
-    broken = [rung for rung in compare(expected, result, FLOAT64) if not rung.holds]
+    broken = [check for check in compare(expected, result, FLOAT64) if not check.passed]
     assert not broken, broken
     # Of two norms a microbatch, the one before the experts runs twice.
     assert norms_again == norms * 3 // 2

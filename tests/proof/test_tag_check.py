@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nemo_megacpp.proof.tag_rules import Held, Part, Ranks, RankTags, Violation, violations
+from nemo_megacpp.proof.tag_check import Held, Part, Ranks, RankTags, TagViolation, violations
 
 BOTH: Ranks = (0, 1)
 ALONE: tuple[Ranks, Ranks] = ((0,), (1,))
@@ -33,7 +33,7 @@ def _held(parts: tuple[Part, ...], **changes: Any) -> Held:
     return held._replace(**changes)
 
 
-def _tp(first: Held, second: Held) -> list[Violation]:
+def _tp(first: Held, second: Held) -> list[TagViolation]:
     """Two tensor-parallel ranks, each its own data-parallel replica."""
     return violations(
         [
@@ -43,7 +43,7 @@ def _tp(first: Held, second: Held) -> list[Violation]:
     )
 
 
-def _dp(first: Held, second: Held) -> list[Violation]:
+def _dp(first: Held, second: Held) -> list[TagViolation]:
     """Two data-parallel ranks."""
     return violations(
         [
@@ -53,7 +53,7 @@ def _dp(first: Held, second: Held) -> list[Violation]:
     )
 
 
-def _pp(first: Held, second: Held) -> list[Violation]:
+def _pp(first: Held, second: Held) -> list[TagViolation]:
     """Two pipeline stages."""
     return violations(
         [
@@ -117,7 +117,7 @@ def test_what_is_tagged_as_it_is_held() -> None:
         ),
     ],
 )
-def test_what_is_not(found: list[Violation], problem: str, remedy: str) -> None:
+def test_what_is_not(found: list[TagViolation], problem: str, remedy: str) -> None:
     told = next(violation for violation in found if problem in violation.problem)
     assert remedy in told.remedy
     assert told.parameter in ("layer.weight", "weight")

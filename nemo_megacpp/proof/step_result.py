@@ -1,9 +1,10 @@
-"""What a training step gave, and how it is read off the modules that trained."""
+"""What training steps gave, and how it is read off the modules that trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
 from nemo_megacpp.proof.gather import GlobalValues, gather_values
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tag_rules import Violation
-from nemo_megacpp.proof.trace import Trace
+from nemo_megacpp.proof.tag_check import TagViolation
+from nemo_megacpp.proof.taps import Trace
 
 ADAM_EPS = 1e-2
-"""Of every proof's optimizer. Adam's first step is the sign of the gradient wherever that is large
-against eps: with the usual 1e-8, the rounding of a gradient that ought to be zero would become a
+"""The eps of every proof's Adam, whose first step is the sign of the gradient where that is large
+against eps: with the usual 1e-8, the rounding of a gradient that should be zero would become a
 whole step."""
 
 
@@ -34,7 +35,7 @@ class StepResult:
             last, whose keys end in ``@N``.
         parameters: every saved tensor after the last step (the optimizer's float32 copy in
             bfloat16, unless it is sharded over data-parallel ranks).
-        trace: the tensors inside the model, if they were asked for.
+        trace: the tensors inside the model, if they were recorded.
         initial: every saved tensor before the first step, if the run drew them itself.
         tag_violations: parameters whose tags do not agree with what ranks hold of them.
     """
@@ -46,13 +47,35 @@ class StepResult:
     parameters: GlobalValues = field(default_factory=GlobalValues)
     trace: Trace | None = None
     initial: GlobalValues = field(default_factory=GlobalValues)
-    tag_violations: Sequence[Violation] = ()
+    tag_violations: Sequence[TagViolation] = ()
+
+
+@dataclass
+class Carried:
+    """A training state that was saved or loaded, and the steps that follow it, on rank 0.
+
+    Attributes:
+        state: every weight, buffer, moment and master weight in global shape, by checkpoint key.
+        steps: the number of steps that the optimizer of each rank has taken.
+        settings: the settings of the parameter groups.
+        following: what the training steps after it gave.
+    """
+
+    state: GlobalValues
+    steps: int
+    settings: list[dict] = field(default_factory=list)
+    following: StepResult | None = None
+
+
+def checkpoint_of(run_dir: str, step: int) -> str:
+    """Return the path of a run's checkpoint of ``step``."""
+    return str(Path(run_dir) / "checkpoints" / f"step={step}")
 
 
 def disturb(spec: StepSpec, chunks: Sequence[torch.nn.Module]) -> None:
-    """Move every parameter off its start by a little noise.
+    """Add a little noise to every parameter.
 
-    Gains, decays and skips start at ones or constants, which would hide a permutation of heads.
+    Gains, decays and skips start at constants, which would hide a permutation of heads.
     """
     generator = torch.Generator().manual_seed(spec.seed)
     with torch.no_grad():

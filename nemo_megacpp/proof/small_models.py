@@ -1,4 +1,4 @@
-"""A recipe's model, small: the same counts and divisibility, narrow matrices."""
+"""The small models of proofs: one for the test suite, and one in the proportions of a recipe."""
 
 from __future__ import annotations
 
@@ -10,6 +10,40 @@ from typing import Any
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import HybridPattern
 
+# Every size different, so that a transposed or permuted axis cannot pass unseen.
+_TINY: dict[str, Any] = {
+    "hidden_size": 48,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "kv_channels": 6,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 6,
+    "mamba_state_dim": 10,
+    "mamba_num_groups": 4,
+    "m2rnn_num_heads": 12,
+    "m2rnn_key_head_dim": 5,
+    "m2rnn_value_head_dim": 4,
+    "num_moe_experts": 8,
+    "moe_ffn_hidden_size": 20,
+    "moe_shared_expert_intermediate_size": 12,
+    "moe_router_topk": 2,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_load_balancing_type": "seq_aux_loss",
+    "moe_aux_loss_coeff": 0.01,
+    "moe_token_dispatcher_type": "alltoall",
+    "vocab_size": 118,
+    "make_vocab_size_divisible_by": 32,
+    "seq_length": 16,
+}
+
+
+def tiny_model(pattern: str, **changes: Any) -> dict[str, Any]:
+    """Return fields of a small ``HybridConfig`` with ``pattern``."""
+    return {**_TINY, "hybrid_pattern": pattern, **changes}
+
+
 DRAWN: Mapping[str, Any] = MappingProxyType(
     {
         "hidden_dropout": 0.0,
@@ -18,8 +52,8 @@ DRAWN: Mapping[str, Any] = MappingProxyType(
         "moe_router_force_load_balancing": False,
     }
 )
-"""Settings by which each rank draws random numbers of its own, and their value without: in another
-layout the draws are others, for no fault of it."""
+"""Settings that make each rank draw random numbers of its own, and the values that turn them off: a
+correct layout draws other numbers than one rank."""
 _DIVIDED = ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 _DEEP = 16
 
@@ -30,13 +64,13 @@ def proxy_model(
     """Return fields of a small ``HybridConfig`` with the proportions that ``layout`` splits, and
     without what :data:`DRAWN` names.
 
-    What is counted (heads, groups, experts, layers) decides which layouts are legal and stays as
-    it is. What is only wide is narrowed; a width that a layout divides keeps its factors of two.
+    Counts (heads, groups, experts, layers) decide which layouts are legal and are not changed.
+    Widths are reduced; one that a layout divides keeps its factors of two.
 
     Args:
         model: fields of the recipe's ``HybridConfig``, with ``m2rnn_num_heads`` given.
-        layout: the layout to be tried; the sequence is long enough for it.
-        narrowest: the widths to narrow to (:mod:`nemo_megacpp.proof.kernels`).
+        layout: the layout to prove; the sequence is long enough for it.
+        narrowest: the widths to reduce to (:mod:`nemo_megacpp.proof.case_kernels`).
     """
     small = {
         name: min(narrowest[name], value) if name in narrowest else value
@@ -56,8 +90,8 @@ def proxy_model(
 def _tokens_of_a_rank(model: Mapping[str, Any]) -> int:
     """Return a number of tokens whose routing scores fill whole vectors of 32.
 
-    Megatron's router takes a float32 sigmoid whatever the model is, and torch rounds what is left
-    over beyond whole vectors differently: the place of a token would show in the eighth digit.
+    Megatron's router computes a float32 sigmoid whatever the model is, and torch rounds the
+    remainder beyond whole vectors differently: the eighth digit would depend on a token's place.
     """
     experts = model.get("num_moe_experts") or 32
     return max(8, 32 // math.gcd(experts, 32))
@@ -80,8 +114,8 @@ def one_family(small: Mapping[str, Any], letter: str, layout: ParallelLayout) ->
 def every_expert(small: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``small`` with every token sent to all experts, and none dropped.
 
-    Which experts are the top k is a jump: rounding to bfloat16 can send a token elsewhere, and
-    everything after it differs for no fault of the layout. Float64 and float32 prove the choice.
+    The choice of the top k is discontinuous: rounding to bfloat16 can send a token to another
+    expert in a correct layout. Float64 and float32 prove the choice.
     """
     return {
         **small,

@@ -1,4 +1,4 @@
-"""Which kernels a trial runs in, and a proxy model that they take. No GPU has run them yet."""
+"""Which kernels a case runs in, and a proxy model that they take. No GPU has run them yet."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixer_settings import Mamba3Settings
 from nemo_megacpp.mixers.kernels.m2rnn_triton import unfit_for_triton
-from nemo_megacpp.proof.kernels import kernels_for
-from nemo_megacpp.proof.proxy_model import proxy_model
-from nemo_megacpp.proof.tiny_model import tiny_model
+from nemo_megacpp.proof.case_kernels import kernels_for
+from nemo_megacpp.proof.small_models import proxy_model, tiny_model
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import resolve
 

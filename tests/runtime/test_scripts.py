@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.runtime.foreign import run_script
+from nemo_megacpp.runtime.__main__ import run_script
 
 SCRIPT = """
 import os, sys, torch

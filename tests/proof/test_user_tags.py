@@ -10,11 +10,10 @@ from megatron.core import parallel_state
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.compare import FLOAT64, compare
+from nemo_megacpp.proof.checks import FLOAT64, compare
+from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.tag_rules import Violation
-from nemo_megacpp.proof.tags import tag_violations
-from nemo_megacpp.proof.tiny_model import tiny_model
+from nemo_megacpp.proof.tag_check import TagViolation, tag_violations
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import build_chunks, make_config
@@ -53,16 +52,16 @@ def test_a_tag_that_a_family_forgets(
     weights, expected = reference(spec)
     layout = ParallelLayout.parse("tp=2")
     result = ranks.run(2, run_step, spec, layout, weights)[0]
-    broken = [rung for rung in compare(expected, result, FLOAT64) if not rung.holds]
+    broken = [check for check in compare(expected, result, FLOAT64) if not check.passed]
     if tagged:
         assert not broken
         return
-    assert [rung.name for rung in broken] == ["tags"]
+    assert [check.name for check in broken] == ["tags"]
     assert broken[0].where == "decoder.layers.1.mixer.gain"
     assert "set_tensor_model_parallel_attributes(parameter, True, 0, 1)" in broken[0].problem
 
 
-def _tags_in(model: dict[str, Any], layouts: list[str]) -> dict[str, list[Violation]]:
+def _tags_in(model: dict[str, Any], layouts: list[str]) -> dict[str, list[TagViolation]]:
     found = {}
     for text in layouts:
         layout = ParallelLayout.parse(text)
@@ -76,7 +75,7 @@ def _tags_in(model: dict[str, Any], layouts: list[str]) -> dict[str, list[Violat
 @pytest.mark.parametrize(
     ("model", "layouts"),
     [
-        # What the parity suite has no step of; there this rung is asked of every case.
+        # What the parity suite has no step of; there this check is asked of every case.
         (
             tiny_model("AEMR", share_embeddings_and_output_weights=True),
             ["pp=4", "world=4,pp=2", "tp=2,pp=2,etp=1", "pp=2,ep=2", "world=4"],

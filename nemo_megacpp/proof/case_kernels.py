@@ -1,6 +1,6 @@
-"""Which kernels a trial runs in: decided by the device and the dtype, in one place.
+"""Which kernels a case runs in, by device and dtype.
 
-On GPUs the kernels that training runs in (Transformer Engine, mamba_ssm, Triton) are proved in
+On GPUs the kernels that training uses (Transformer Engine, mamba_ssm, Triton) are proved in
 bfloat16, their dtype. causal_conv1d and Transformer Engine have no float64, and TF32 is coarser
 than the limits of float32: there the same model runs in plain torch, on the GPU, with TF32 off.
 """
@@ -16,6 +16,7 @@ import torch
 from megatron.core.models.backends import BackendSpecProvider
 
 from nemo_megacpp.proof.step_spec import Dtype
+from nemo_megacpp.runtime.host import current_host
 from nemo_megacpp.runtime.torch_forms import use_torch_forms
 from nemo_megacpp.runtime.workers import Device
 from nemo_megacpp.specs.backend import TorchBackend, default_backend
@@ -55,16 +56,16 @@ _FUSIONS_OFF: Mapping[str, Any] = MappingProxyType(
         "fp4": None,
     }
 )
-"""Settings that ask for a kernel, and their values without one."""
+"""Settings that select a kernel, and their values without one."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a trial runs in.
+    """What a case runs in.
 
     Attributes:
         name: ``torch`` for plain torch forms with TF32 off, ``default`` for those that training
-            takes on this machine.
+            uses on this machine.
         narrowest: the widths to which a proxy model may be narrowed, by field of ``HybridConfig``.
     """
 
@@ -83,28 +84,21 @@ class Kernels:
 
 
 def kernels_for(device: Device, dtype: Dtype) -> Kernels:
-    """Return the kernels of a trial.
-
-    Args:
-        device: of its ranks. On the CPU everything is plain torch, whatever is installed.
-        dtype: of its parameters.
-    """
+    """Return the kernels of a case whose ranks are on ``device``: on the CPU always plain torch."""
     if device == "cpu":
         return Kernels("torch", _NARROW)
     return Kernels("default" if dtype == "bfloat16" else "torch", _NARROW_FOR_KERNELS)
 
 
-def kernels_here(dtype: torch.dtype) -> Kernels:
-    """Return the kernels of this rank's trial."""
-    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
-    names: dict[torch.dtype, Dtype] = {torch.float64: "float64", torch.bfloat16: "bfloat16"}
-    return kernels_for(device, names.get(dtype, "float32"))
+def kernels_here(dtype: Dtype) -> Kernels:
+    """Return the kernels of this rank's case."""
+    return kernels_for(current_host().device, dtype)
 
 
 def use_kernels(dtype: torch.dtype) -> BackendSpecProvider:
-    """Put the kernels of this rank's trial in place for the rest of its process, and return the
-    backend that goes with them."""
-    if kernels_here(dtype).name == "default":
+    """Install the kernels of this rank's case for the rest of its process, and return the backend
+    that goes with them."""
+    if kernels_here("bfloat16" if dtype == torch.bfloat16 else "float32").name == "default":
         return default_backend()
     use_torch_forms()
     return TorchBackend()

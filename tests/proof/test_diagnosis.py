@@ -1,4 +1,4 @@
-"""`verify` names a fault: the rung, the parameter, the first module, and the axis."""
+"""`verify` names a fault: the check, the parameter, the first module, and the axis."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import pytest
 from nemo_megacpp.commands.verify import verify_recipe
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import NEMO
-from nemo_megacpp.proof.bench import Bench
-from nemo_megacpp.proof.tiny_model import tiny_model
-from nemo_megacpp.proof.trial import Trial
-from nemo_megacpp.proof.verify import verify
+from nemo_megacpp.proof.case_runner import CaseResult, CaseRunner
+from nemo_megacpp.proof.small_models import tiny_model
+from nemo_megacpp.proof.verification import verify_layout
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.shape import shape_of
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.proof.faults import BrokenRanks
 
 
-def _first_that_fails(ranks: WorkerPool, fault: str, pattern: str, layout: str, rung: str) -> Trial:
-    """Return the first trial that fails by ``rung``: experts with dense tags cannot be resumed with
+def _first_that_fails(
+    ranks: WorkerPool, fault: str, pattern: str, layout: str, check: str
+) -> CaseResult:
+    """Return the first case that fails by ``check``: experts with dense tags cannot be resumed with
     expert ones either, which an axis that keeps their numbers shows before."""
     recipe, place = resolve("nam56r_tiny"), ParallelLayout.parse(layout)
     training = dataclasses.replace(recipe.training, micro_batch_size=1, global_batch_size=2)
-    trials = verify(
+    cases = verify_layout(
         tiny_model(pattern, num_layers=1),
         place,
         lambda model: shape_of(dataclasses.replace(recipe, model=dict(model), training=training)),
@@ -33,12 +34,12 @@ def _first_that_fails(ranks: WorkerPool, fault: str, pattern: str, layout: str, 
         pool=BrokenRanks(ranks, fault),
     )
     return next(
-        trial for trial in trials if trial.finding is not None and trial.finding.rung == rung
+        case for case in cases if case.diagnosis is not None and case.diagnosis.check == check
     )
 
 
 @pytest.mark.parametrize(
-    ("fault", "pattern", "layout", "rung", "parameter", "kind", "module", "axis"),
+    ("fault", "pattern", "layout", "check", "parameter", "kind", "module", "axis"),
     [
         (
             "expert weights tagged as dense",
@@ -98,20 +99,20 @@ def test_fault_is_located(
     fault: str,
     pattern: str,
     layout: str,
-    rung: str,
+    check: str,
     parameter: str,
     kind: str,
     module: str,
     axis: str,
 ) -> None:
-    finding = _first_that_fails(ranks, fault, pattern, layout, rung).finding
-    assert finding is not None and finding.first is not None
-    assert finding.rung == rung
-    assert parameter in finding.parameter
-    assert (finding.first.kind, finding.axis) == (kind, axis)
-    assert finding.first.module.startswith(module)
-    assert (finding.first.layer, finding.first.family) == (1, pattern)
-    assert finding.first.expected != finding.first.found
+    diagnosis = _first_that_fails(ranks, fault, pattern, layout, check).diagnosis
+    assert diagnosis is not None and diagnosis.first is not None
+    assert diagnosis.check == check
+    assert parameter in diagnosis.parameter
+    assert (diagnosis.first.kind, diagnosis.axis) == (kind, axis)
+    assert diagnosis.first.module.startswith(module)
+    assert (diagnosis.first.layer, diagnosis.first.family) == (1, pattern)
+    assert diagnosis.first.expected != diagnosis.first.found
 
 
 @pytest.mark.slow
@@ -119,19 +120,23 @@ def test_bfloat16_tells_a_fault_from_rounding(ranks: WorkerPool, tmp_path: Path)
     """A correct layout stays within its estimated rounding; one missing sum does not."""
     layout = ParallelLayout.parse("tp=2,cp=2,etp=1")
     fields = tiny_model("AMER", num_layers=4)
-    good = Bench(ranks, NEMO, tmp_path, fields).run("all", "together", layout, "bfloat16")
-    assert good.holds, good
-    grads = next(rung for rung in good.rungs if rung.name == "gradients")
+    good = CaseRunner(ranks, NEMO, tmp_path, fields).run("all", "together", layout, "bfloat16")
+    assert good.passed, good
+    grads = next(check for check in good.checks if check.name == "gradients")
     assert grads.rounding is not None and 1e-4 < grads.difference < grads.tolerance < 1.0
 
     broken = BrokenRanks(ranks, "gradient of replicated rows not summed")
-    bad = Bench(broken, NEMO, tmp_path, fields).run("all", "together", layout, "bfloat16")
-    assert bad.finding is not None and bad.finding.first is not None
-    assert bad.finding.rung == "gradients"
-    assert bad.finding.parameter == "decoder.layers.3.mixer.in_proj.shared_weight"
-    assert bad.finding.first.kind == "parameter gradient"
-    assert bad.finding.first.rounding is not None
-    assert bad.finding.first.difference > bad.finding.first.tolerance > bad.finding.first.rounding
+    bad = CaseRunner(broken, NEMO, tmp_path, fields).run("all", "together", layout, "bfloat16")
+    assert bad.diagnosis is not None and bad.diagnosis.first is not None
+    assert bad.diagnosis.check == "gradients"
+    assert bad.diagnosis.parameter == "decoder.layers.3.mixer.in_proj.shared_weight"
+    assert bad.diagnosis.first.kind == "parameter gradient"
+    assert bad.diagnosis.first.rounding is not None
+    assert (
+        bad.diagnosis.first.difference
+        > bad.diagnosis.first.tolerance
+        > bad.diagnosis.first.rounding
+    )
 
 
 @pytest.mark.slow
@@ -144,8 +149,8 @@ def test_command_says_it(ranks: WorkerPool, capsys: pytest.CaptureFixture[str]) 
     )
     text = capsys.readouterr().out
     assert "ranks on the CPU (gloo)" in text
-    for trial in ("tp=2,sp=true,etp=2 (f64)", "tp=2,sp=true (f32)", "tp=2,sp=true (bf16)"):
-        assert f"all in {trial}: gradients differ by" in text
+    for case in ("tp=2,sp=true,etp=2 (f64)", "tp=2,sp=true (f32)", "tp=2,sp=true (bf16)"):
+        assert f"all in {case}: gradients differ by" in text
     assert "parameter: decoder.layers.0.mixer.in_proj.shared_weight" in text
     assert "first: the parameter gradient of decoder.layers.0.mixer.in_proj (R, layer 1)" in text
     assert "axis: TP alone" in text

@@ -1,19 +1,17 @@
-"""What ``verify`` says of a user's own exception."""
+"""The exception of a rank, with the line of the user's own code."""
 
 from __future__ import annotations
 
 import traceback
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 
+from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.bench import Bench, TrainingPath
-from nemo_megacpp.proof.failure import describe_failure
-from nemo_megacpp.proof.tiny_model import tiny_model
-from nemo_megacpp.runtime.workers import WorkerError
+from nemo_megacpp.runtime.rank_errors import describe_tracebacks, read_error, record_failure
 
 
 def _written(path: Path, text: str) -> ModuleType:
@@ -37,7 +35,7 @@ def test_the_innermost_frame_of_the_user(tmp_path: Path) -> None:
     )
     first = _text(user.outer, torch.ones(2, 3))
     second = _text(user.outer, None)
-    found = describe_failure(f"rank 1: {first}\nrank 0: {second}")
+    found = describe_tracebacks(f"rank 1: {first}\nrank 0: {second}")
     assert found.startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
     assert found.endswith(f"({tmp_path / 'family.py'}, line 7, in inner)")
 
@@ -45,7 +43,7 @@ def test_the_innermost_frame_of_the_user(tmp_path: Path) -> None:
 def test_a_rank_that_lost_the_others_is_not_the_cause(tmp_path: Path) -> None:
     user = _written(tmp_path / "family.py", "def f():\n    raise KeyError('x')\n")
     lost = "rank 0: Traceback (most recent call last):\nRuntimeError: Connection closed by peer"
-    assert describe_failure(f"{lost}\nrank 1: {_text(user.f)}") == (
+    assert describe_tracebacks(f"{lost}\nrank 1: {_text(user.f)}") == (
         f"KeyError: 'x' ({tmp_path / 'family.py'}, line 2, in f)"
     )
 
@@ -53,23 +51,30 @@ def test_a_rank_that_lost_the_others_is_not_the_cause(tmp_path: Path) -> None:
 def test_a_refusal_of_ours_has_no_place() -> None:
     text = _text(ParallelLayout.parse, "tp=none")
     ours = text.replace(str(Path(__file__)), str(Path(torch.__file__)))
-    assert describe_failure(f"rank 0: {ours}") == (
+    assert describe_tracebacks(f"rank 0: {ours}") == (
         "nemo_megacpp.errors.UserError: tp must be a positive whole number; got 'none'."
     )
-    assert describe_failure("rank 0: the process died") == "rank 0: the process died"
+    assert describe_tracebacks("rank 0: the process died") == "rank 0: the process died"
 
 
-def test_a_trial_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table and the document print the trial's error."""
-    path = tmp_path / "family.py"
-    user = _written(path, "def forward():\n    return {}['bias']\n")
-    path_of_steps = TrainingPath(*[lambda *_: None] * 3)
-    bench = Bench(SimpleNamespace(device="cpu"), path_of_steps, tmp_path, tiny_model("A"))  # type: ignore[arg-type]
+def test_an_error_file_that_cannot_be_written_or_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exception itself is raised; half a file counts as none."""
 
-    def fail(*_: object) -> None:
-        raise WorkerError(f"rank 0: {_text(user.forward)}")
+    def fail() -> None:
+        raise UserError("lr is too high")
 
-    monkeypatch.setattr(bench, "_reference", fail)
-    trial = bench.run("all", "TP", ParallelLayout.parse("tp=2"), "float32")
-    assert trial.error == f"KeyError: 'bias' ({path}, line 2, in forward)"
-    assert not trial.holds
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "missing" / "0.json"))
+    with pytest.raises(UserError, match="lr is too high"):
+        record_failure(fail)()
+    file = tmp_path / "1.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(UserError):
+        record_failure(fail)()
+    error = read_error(file, 1)
+    assert error is not None
+    assert (error.rank, error.message, error.user_error) == (1, "lr is too high", True)
+    file.write_text(file.read_text()[:20])
+    assert read_error(file, 1) is None
+    assert read_error(tmp_path / "2.json", 2) is None

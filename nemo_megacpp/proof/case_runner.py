@@ -1,4 +1,4 @@
-"""Run one trial: a model in a layout against the same weights on one rank."""
+"""Run one case: a model in a layout, checked against the same weights on one rank."""
 
 from __future__ import annotations
 
@@ -12,28 +12,61 @@ from typing import Any
 import numpy as np
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.proof.compare import FLOAT32, FLOAT64, Limits, Rung, compare
-from nemo_megacpp.proof.differences import find
-from nemo_megacpp.proof.failure import describe_failure
-from nemo_megacpp.proof.kernels import kernels_for
-from nemo_megacpp.proof.proxy_model import every_expert, one_family
-from nemo_megacpp.proof.reshard import Carried, checkpoint_of
-from nemo_megacpp.proof.rounding import SEEDS, rounding_limits
-from nemo_megacpp.proof.step import StepResult
+from nemo_megacpp.proof.case_kernels import KernelsName, kernels_for
+from nemo_megacpp.proof.checks import (
+    FLOAT32,
+    FLOAT64,
+    SEEDS,
+    Check,
+    Limits,
+    compare,
+    rounding_limits,
+)
+from nemo_megacpp.proof.diagnosis import Diagnosis, diagnose
+from nemo_megacpp.proof.small_models import every_expert, one_family
+from nemo_megacpp.proof.step_result import Carried, StepResult, checkpoint_of
 from nemo_megacpp.proof.step_spec import Dtype, StepSpec
-from nemo_megacpp.proof.trial import Trial
+from nemo_megacpp.runtime.rank_errors import describe_tracebacks
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 
 _ONE = ParallelLayout()
 
 
 @dataclass(frozen=True)
-class TrainingPath:
-    """The functions that take a proof's steps, by whatever trains.
+class CaseResult:
+    """One model in one layout, against the same weights on one rank.
 
-    They are those of :mod:`nemo_megacpp.nemo.proof_run`, which this package does not
-    import: it is below NeMo's front end.
+    Attributes:
+        model: ``all``, or the letter of a family.
+        axis: what the layout moves, or ``together``.
+        layout: as text.
+        dtype: of the parameters; float64 goes through a linear form of the logits, float32 and
+            bfloat16 through the loss.
+        checks: what was compared; empty if the layout could not be run.
+        error: why it could not, or None.
+        diagnosis: where the numbers begin to differ, if a check failed.
+        kernels: what it ran in (:class:`nemo_megacpp.proof.case_kernels.Kernels`).
     """
+
+    model: str
+    axis: str
+    layout: str
+    dtype: Dtype
+    checks: tuple[Check, ...] = ()
+    error: str | None = None
+    diagnosis: Diagnosis | None = None
+    kernels: KernelsName = "torch"
+
+    @property
+    def passed(self) -> bool:
+        """Whether the layout ran and every check passed."""
+        return self.error is None and all(check.passed for check in self.checks)
+
+
+@dataclass(frozen=True)
+class TrainingPath:
+    """The functions that take a proof's steps: those of :mod:`nemo_megacpp.nemo.proof_run`, which
+    this room does not import."""
 
     run_step: Callable[..., StepResult | None]
     train_and_save: Callable[..., Carried | None]
@@ -42,15 +75,15 @@ class TrainingPath:
 
 @dataclass
 class _Reference:
-    """What is known of a model on one rank."""
+    """What is known of a model on one rank; steps and limits by whether they were traced."""
 
     spec: StepSpec
     steps: dict[bool, StepResult] = field(default_factory=dict)
     limits: dict[bool, Limits] = field(default_factory=dict)
 
 
-class Bench:
-    """Runs trials; keeps the weights and the one-rank step of every model it has seen.
+class CaseRunner:
+    """Runs cases; saves the weights and the one-rank step of every model for the next case.
 
     Args:
         pool: as many ranks as the largest layout needs.
@@ -72,11 +105,11 @@ class Bench:
         self.training = dict(training or {})
         self._references: dict[str, _Reference] = {}
 
-    def run(self, name: str, axis: str, layout: ParallelLayout, dtype: Dtype) -> Trial:
-        """Run the model ``name`` (``all`` or a family's letter) in ``layout``, rung by rung; where
-        one does not hold, run it again and look inside."""
+    def run(self, name: str, axis: str, layout: ParallelLayout, dtype: Dtype) -> CaseResult:
+        """Run the model ``name`` (``all`` or a family's letter) in ``layout``; if a check fails,
+        run it again with the tensors inside the model recorded."""
         kernels = kernels_for(self.pool.device, dtype).name
-        trial = Trial(name, axis, layout.short(), dtype, kernels=kernels)
+        case = CaseResult(name, axis, layout.short(), dtype, kernels=kernels)
         fields = dict(self.small) if name == "all" else one_family(self.small, name, layout)
         rows = self.training.get("micro_batch_size", 1)
         spec = StepSpec(
@@ -87,28 +120,25 @@ class Bench:
             **self.training,
         )
         try:
-            reference = self._reference(spec)
+            reference = self._references.setdefault(repr(spec), _Reference(spec))
+            expected = self._reference_step(reference)
             try:
-                result, checkpoint = self._step_and_checkpoint(reference, layout)
-            except WorkerError as error:  # what can be stepped may still not be saved
-                result = self._step(spec, layout, self._reference_step(reference))
-                problem = describe_failure(str(error))
-                checkpoint = Rung("checkpoint", float("inf"), 0.0, problem=problem)
-            limits = self._limits(reference)
-            rungs = compare(self._reference_step(reference), result, limits)
-            rungs.append(checkpoint)
-            trial = dataclasses.replace(trial, rungs=tuple(rungs))
-            if not trial.holds:
+                result, checkpoint = self._step_and_checkpoint(spec, expected, layout)
+            except WorkerError as error:  # a layout that runs may still fail to save
+                result = self._step(spec, layout, expected)
+                problem = describe_tracebacks(str(error))
+                checkpoint = Check("checkpoint", float("inf"), 0.0, problem=problem)
+            checks = (*compare(expected, result, self._limits(reference)), checkpoint)
+            case = dataclasses.replace(case, checks=checks)
+            if not case.passed:
                 expected = self._reference_step(reference, trace=True)
                 traced = self._step(spec, layout, expected, trace=True)
                 limits = self._limits(reference, trace=True)
-                trial = dataclasses.replace(trial, finding=find(rungs, expected, traced, limits))
+                diagnosis = diagnose(checks, expected, traced, limits)
+                case = dataclasses.replace(case, diagnosis=diagnosis)
         except WorkerError as error:
-            return dataclasses.replace(trial, error=describe_failure(str(error)))
-        return trial
-
-    def _reference(self, spec: StepSpec) -> _Reference:
-        return self._references.setdefault(repr(spec), _Reference(spec))
+            return dataclasses.replace(case, error=describe_tracebacks(str(error)))
+        return case
 
     def _reference_step(self, reference: _Reference, trace: bool = False) -> StepResult:
         if trace not in reference.steps:
@@ -139,13 +169,12 @@ class Bench:
         return reference.limits[trace]
 
     def _step_and_checkpoint(
-        self, reference: _Reference, layout: ParallelLayout
-    ) -> tuple[StepResult, Rung]:
-        """Step in the layout, save there as a run does, and resume on one rank: bit for bit what
-        was saved, of weights and optimizer."""
-        spec, folder = reference.spec, tempfile.mkdtemp(dir=self.folder)
-        weights = self._reference_step(reference).initial
-        args = (spec, layout, folder, spec.steps, weights)
+        self, spec: StepSpec, expected: StepResult, layout: ParallelLayout
+    ) -> tuple[StepResult, Check]:
+        """Step in the layout, save there as a run does, and resume on one rank: the weights and the
+        optimizer's state must be equal bit for bit."""
+        folder = tempfile.mkdtemp(dir=self.folder)
+        args = (spec, layout, folder, spec.steps, expected.initial)
         saved: Carried = self.pool.run(layout.world, self.path.train_and_save, *args)[0]
         checkpoint = checkpoint_of(folder, spec.steps)
         resume = (self.path.resume_and_train, spec, _ONE, checkpoint, spec.steps)
@@ -153,5 +182,5 @@ class Bench:
         mine, found = saved.state.values, loaded.state.values
         changed = [k for k in mine if k not in found or not np.array_equal(mine[k], found[k])]
         assert saved.following is not None
-        rung = Rung("checkpoint", float(len(changed)), 0.0, min(changed, default=""))
-        return saved.following, rung
+        check = Check("checkpoint", float(len(changed)), 0.0, min(changed, default=""))
+        return saved.following, check
