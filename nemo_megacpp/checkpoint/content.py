@@ -15,7 +15,7 @@ from nemo_megacpp.checkpoint.safe_pickle import (
     EXTRA_STATE,
     METADATA,
     read_metadata,
-    scan_torch_file,
+    read_torch_file,
 )
 from nemo_megacpp.errors import UserError
 
@@ -133,28 +133,17 @@ class CheckpointContent:
         return step if isinstance(step, int) else None
 
     def common(self) -> dict[str, Any]:
-        """Return ``common.pt``: what is not sharded. Scanned first, and read weights-only.
+        """Return ``common.pt``: what is not sharded.
 
         Raises:
             UserError: it is missing, damaged or unsafe.
         """
-        import torch
-        from megatron.core.safe_globals import SAFE_GLOBALS
-
         path = self.weights / COMMON
         try:
             with path.open("rb") as stream:
-                scan_torch_file(stream, str(path))
-            # Megatron's list stays registered: torch's context manager would take off at its end
-            # what Megatron put on when it was imported, and Megatron's own load would then fail.
-            torch.serialization.add_safe_globals(list(SAFE_GLOBALS))
-            held = torch.load(path, map_location="cpu", weights_only=True)
+                held = read_torch_file(stream, str(path))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-        except UserError:
-            raise
-        except Exception as error:  # whatever damaged bytes lead to
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
         if not isinstance(held, dict):
             raise UserError(f"{path} is damaged: it holds a {type(held).__name__}.")
         return held
