@@ -12,7 +12,7 @@ import nemo_megacpp
 ROOT = Path(nemo_megacpp.__file__).parent
 
 ROOMS = (
-    *("errors", "values", "render", "pattern", "families", "layout", "settings"),
+    *("errors", "json_files", "values", "render", "pattern", "families", "layout", "settings"),
     *("dimensions", "hybrid_fields", "config"),
     *("mixers", "formulas", "specs", "runtime", "checkpoint", "contract", "proof", "data"),
     *("recipes", "preflight", "runs", "nemo", "megatron_args", "doctor", "commands", "cli"),

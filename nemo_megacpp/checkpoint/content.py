@@ -1,8 +1,8 @@
-"""What a distributed checkpoint holds, read without a process group, running none of it."""
+"""What a distributed checkpoint holds, read without a process group and without running it."""
 
 from __future__ import annotations
 
-import io
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 _WRAPPERS = ("module.", "model.")
-"""What NeMo and Megatron's script put in front of the names of a model's tensors."""
+"""Prefixes that NeMo and Megatron's script give to the names of a model's tensors."""
 _OPTIMIZER = "optimizer."
 _NOT_THE_MODEL = (_OPTIMIZER, "random_state.")
-"""Names of what is saved beside the model's tensors begin so."""
+"""Prefixes of what is saved beside the model's tensors."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class CheckpointContent:
     """A checkpoint, opened for reading.
 
     Args:
-        path: what :func:`nemo_megacpp.checkpoint.folder.find_checkpoint` takes.
+        path: as :func:`nemo_megacpp.checkpoint.folder.find_checkpoint` takes it.
 
     Raises:
         UserError: there is no checkpoint, it is incomplete, or its metadata is damaged or unsafe.
@@ -68,23 +68,20 @@ class CheckpointContent:
         """The tensors by their saved names."""
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        found = {}
-        for name, saved in self.metadata.state_dict_metadata.items():
-            if isinstance(saved, TensorStorageMetadata):
-                dtype, count = saved.properties.dtype, 1
-                for size in saved.size:
-                    count *= size
-                found[name] = TensorInfo(
-                    tuple(saved.size),
-                    str(dtype).removeprefix("torch."),
-                    len(saved.chunks),
-                    count * dtype.itemsize,
-                )
-        return found
+        return {
+            name: TensorInfo(
+                tuple(saved.size),
+                str(saved.properties.dtype).removeprefix("torch."),
+                len(saved.chunks),
+                math.prod(saved.size) * saved.properties.dtype.itemsize,
+            )
+            for name, saved in self.metadata.state_dict_metadata.items()
+            if isinstance(saved, TensorStorageMetadata)
+        }
 
     @property
     def prefix(self) -> str:
-        """What stands in front of the names of the model's tensors: ``module.``, or nothing."""
+        """Prefix of the names of the model's tensors: ``module.``, ``model.`` or nothing."""
         model = [name for name in self.tensors if not name.startswith(_NOT_THE_MODEL)]
         for wrapper in _WRAPPERS:
             if model and all(name.startswith(wrapper) for name in model):
@@ -111,7 +108,7 @@ class CheckpointContent:
 
     @property
     def objects(self) -> list[str]:
-        """Names of what is saved as a pickled object, but for the modules' ``_extra_state``."""
+        """Names of pickled objects, except the modules' ``_extra_state``."""
         return [
             name
             for name in self.metadata.state_dict_metadata
@@ -125,7 +122,7 @@ class CheckpointContent:
 
     @property
     def step(self) -> int | None:
-        """Optimizer steps that it holds: of its identity, NeMo's trainer or Megatron's script."""
+        """Optimizer steps, as its identity, NeMo's trainer or Megatron's script saved them."""
         if self.identity is not None:
             return self.identity["step"]
         common = self.common()
@@ -149,47 +146,31 @@ class CheckpointContent:
         return held
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        """Return one whole tensor, of its global shape, put together from its shards.
+        """Return one whole tensor, of its global shape, assembled from its shards by torch.
 
         Raises:
-            UserError: a shard is missing, damaged or of another shape, or leaves a part uncovered.
+            UserError: a shard is missing or damaged, or a part of the tensor is in no shard.
         """
         import torch
+        from torch.distributed import checkpoint as dcp
 
         saved = self.metadata.state_dict_metadata[name]
-        whole = torch.empty(saved.size, dtype=saved.properties.dtype)
-        covered = 0
-        for index, place in self.metadata.storage_data.items():
-            if index.fqn != name:
-                continue
-            shard = self._read_shard(name, place)
-            offsets = index.offset or (0,) * whole.dim()
-            target = whole
-            for axis, (offset, length) in enumerate(zip(offsets, shard.shape, strict=True)):
-                target = target.narrow(axis, offset, length)
-            target.copy_(shard)
-            covered += shard.numel()
-        if covered != whole.numel():
+        covered = sum(math.prod(chunk.sizes) for chunk in saved.chunks)
+        if covered != math.prod(saved.size):
             raise UserError(
-                f"{self.weights / METADATA}: {name} has {whole.numel():,} elements, and its shards "
-                f"hold {covered:,}."
+                f"{self.weights / METADATA} is damaged: {name} has {math.prod(saved.size):,} "
+                f"elements, and its shards hold {covered:,}."
             )
-        return whole
-
-    def _read_shard(self, name: str, place: Any) -> torch.Tensor:
-        import torch
-
-        file = self.weights / place.relative_path
+        reader = dcp.FileSystemReader(self.weights)
+        reader.read_metadata = lambda *_, **__: self.metadata  # type: ignore[method-assign]
+        held = {name: torch.empty(saved.size, dtype=saved.properties.dtype)}
         try:
-            with file.open("rb") as stream:
-                stream.seek(place.offset)
-                shard = torch.load(io.BytesIO(stream.read(place.length)), weights_only=True)
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}.") from None
-        except Exception as error:  # whatever damaged bytes lead to
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{file} is damaged at {name}: {reason}.") from None
-        return shard
+            dcp.load(held, storage_reader=reader, no_dist=True)
+        except dcp.CheckpointException as error:
+            ((failure, _), *_rest) = error.failures.values()
+            reason = (str(failure) or type(failure).__name__).splitlines()[0].rstrip(".")
+            raise UserError(f"{self.weights} is damaged at {name}: {reason}.") from None
+        return held[name]
 
 
 def _order(name: str) -> list[tuple[int, str]]:

@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.checkpoint.content import CheckpointContent
+from nemo_megacpp.checkpoint.identity import Identity, saved_model
 from nemo_megacpp.checkpoint.manifest import check_manifest
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.layout import ParallelLayout, check_layout
-from nemo_megacpp.pattern import HybridPattern
+from nemo_megacpp.layout import ModelShape, ParallelLayout, check_layout
 
 _AXES = ("tp", "cp", "pp", "ep", "etp")
 _LARGEST_DEGREE = 64
 
 
-class _Shape:
-    """A saved model's sizes as the layout rules read them; a checkpoint knows no batches."""
+def saved_shape(directory: Path, identity: Identity) -> ModelShape:
+    """Return a saved model's sizes as the layout rules read them, without batch sizes.
 
-    micro_batch_size = None
-    global_batch_size = None
-
-    def __init__(self, model: dict[str, Any]):
-        from nemo_megacpp.config import HybridConfig
-
-        for field in dataclasses.fields(HybridConfig):
-            setattr(self, field.name, model.get(field.name, field.default))
-        self.pattern = HybridPattern.parse(model["hybrid_pattern"], depth=model.get("num_layers"))
+    Raises:
+        UserError: the identity is damaged.
+    """
+    fields, pattern = saved_model(directory, identity)
+    return ModelShape.read({**fields, "pattern": pattern}, None, None)
 
 
-def validate_target_layout(model: dict[str, Any], layout: ParallelLayout) -> None:
-    """Refuse a layout that a saved model cannot be loaded in, with every reason."""
-    from nemo_megacpp.layout import validate_layout
-
-    validate_layout(layout, _Shape(model))  # type: ignore[arg-type]
-
-
-def legal_degrees(model: dict[str, Any]) -> dict[str, list[int]]:
+def _legal_degrees(shape: ModelShape) -> dict[str, list[int]]:
     """Return the degrees of each axis, up to 64, that load the model with all other axes at 1."""
-    shape: Any = _Shape(model)
     return {
         axis: [
             degree
@@ -58,7 +47,7 @@ def describe(path: Path) -> dict[str, Any]:
     """
     content = CheckpointContent(path)
     identity = content.identity
-    model = None if identity is None else identity["model"]
+    shape = None if identity is None else saved_shape(content.directory, identity)
     try:
         manifest = str(check_manifest(content.directory, full=False))
     except UserError as damage:
@@ -67,27 +56,16 @@ def describe(path: Path) -> dict[str, Any]:
     return {
         "checkpoint": str(content.directory),
         "step": content.step,
-        "model": model,
-        "pattern": None if model is None else _pattern(model),
+        "model": None if identity is None else identity["model"],
+        "pattern": None if shape is None else shape.pattern.letters,
         "layout": None if identity is None else identity.get("layout"),
         "tokenizer": None if identity is None else identity["tokenizer"],
         "bytes": content.size,
         "manifest": manifest,
-        "parameters": sum(_count(info.shape) for info in tensors.values()),
+        "parameters": sum(math.prod(info.shape) for info in tensors.values()),
         "optimizer_tensors": len(content.optimizer_tensors),
         "random_state": len(content.other_tensors) > len(content.optimizer_tensors),
         "objects": content.objects,
-        "loads_in": None if model is None else legal_degrees(model),
+        "loads_in": None if shape is None else _legal_degrees(shape),
         "tensors": {name: dataclasses.asdict(info) for name, info in tensors.items()},
     }
-
-
-def _pattern(model: dict[str, Any]) -> str:
-    return HybridPattern.parse(model["hybrid_pattern"], depth=model.get("num_layers")).letters
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

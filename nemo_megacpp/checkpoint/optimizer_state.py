@@ -35,6 +35,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
+from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict
 from nemo_megacpp.errors import UserError
 
 FORM = "optimizer_state"
@@ -103,6 +104,17 @@ def optimizer_sharded_state_dict(
             for index, member in enumerate(members)
             if (tensors := _sharded_tensors(member, model_state, is_loading))
         },
+    }
+
+
+def training_sharded_state_dict(
+    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool = False
+) -> dict[str, Any]:
+    """Return one sharded state dict of this rank's model chunks and their optimizer."""
+    model = model_sharded_state_dict(chunks)
+    return {
+        "model": model,
+        "optimizer": optimizer_sharded_state_dict(optimizer, model, is_loading=is_loading),
     }
 
 

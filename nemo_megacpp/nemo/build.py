@@ -15,7 +15,7 @@ from nemo.collections import llm
 from nemo_megacpp.data.builtin import builtin_folder
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.callbacks import RunRecorder
-from nemo_megacpp.nemo.checkpoint import HybridCheckpoint
+from nemo_megacpp.nemo.checkpointing import HybridCheckpoint
 from nemo_megacpp.nemo.data import HybridDataModule
 from nemo_megacpp.nemo.events import EventRecorder
 from nemo_megacpp.nemo.model import HybridModel, HybridModelConfig

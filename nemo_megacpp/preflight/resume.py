@@ -1,4 +1,4 @@
-"""What a run resumes: which checkpoint, whether it fits, and whether a step is left to train."""
+"""Which checkpoint a run starts from, and whether it fits the run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from nemo_megacpp.checkpoint.content import CheckpointContent
-from nemo_megacpp.checkpoint.identity import (
-    newest_checkpoint,
-    read_identity,
-    validate_same_model,
-)
+from nemo_megacpp.checkpoint.folder import find_checkpoint, newest_checkpoint
+from nemo_megacpp.checkpoint.identity import read_identity, validate_same_model
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe
@@ -36,73 +33,48 @@ def find_resume(recipe: Recipe, sources: list[PreparedData]) -> Recipe:
         if found is None:
             return dataclasses.replace(recipe, resume=None)
     else:
-        found = _checkpoint_at(Path(recipe.resume))
-    validate_same_model(
-        found,
-        recipe.model,
-        recipe.pattern.letters,
-        sources[0].tokenizer_fingerprint if sources else None,
-    )
-    identity = read_identity(found) or {}
-    training = recipe.training
-    validate_steps_left(found, identity.get("step"), training.max_steps, training.stop_after)
+        found = find_checkpoint(Path(recipe.resume))
+    tokenizer = sources[0].tokenizer_fingerprint if sources else None
+    validate_same_model(found, recipe.model, recipe.pattern.letters, tokenizer)
+    validate_steps_left(found, recipe.training.max_steps, recipe.training.stop_after)
     return dataclasses.replace(recipe, resume=str(found.absolute()))
 
 
-def _checkpoint_at(path: Path) -> Path:
-    """Accept a checkpoint, or a run folder, whose newest checkpoint is meant."""
-    if (path / "weights").is_dir():
-        if not (path / "weights" / ".metadata").exists():
-            raise UserError(
-                f"The checkpoint {path} is incomplete: its run ended while it was being saved "
-                f"(weights/.metadata is missing)."
-            )
-        return path
-    for folder in (path / "checkpoints", path):
-        if (found := newest_checkpoint(folder)) is not None:
-            return found
-    raise UserError(
-        f"There is no checkpoint at {path}: it is neither a checkpoint folder (with weights/ in "
-        f"it) nor a run folder (with a complete one under checkpoints/)."
-    )
-
-
-def validate_steps_left(
-    checkpoint: Path, step: int | None, max_steps: int, stop_after: int | None = None
-) -> None:
+def validate_steps_left(checkpoint: Path, max_steps: int, stop_after: int | None = None) -> None:
     """Refuse to resume where no step is left to train.
 
     Args:
-        checkpoint: to resume from, for the message.
-        step: of the checkpoint; None where it does not say.
+        checkpoint: to resume; one that does not say its step is accepted.
         max_steps: of the run, counted from the start of the first one.
         stop_after: of the run.
 
     Raises:
         UserError: with both numbers.
     """
-    if step is None:
+    identity = read_identity(checkpoint)
+    if identity is None:
         return
+    step = identity["step"]
+    more = "To train on, give a larger max_steps, which counts from the first step of all."
     if step == max_steps:
         raise UserError(
-            f"The run is complete: {checkpoint} is of step {step}, and max_steps={max_steps}. To "
-            f"train on, give a larger max_steps, which counts from the first step of all."
+            f"The run is complete: {checkpoint} is of step {step}, and max_steps={max_steps}. "
+            f"{more}"
         )
     if step > max_steps:
         raise UserError(
-            f"{checkpoint} is of step {step}, which is past the end of the run, max_steps="
-            f"{max_steps}. To train on, give a larger max_steps, which counts from the first step "
-            f"of all."
+            f"{checkpoint} is of step {step}, which is past the end of the run, "
+            f"max_steps={max_steps}. {more}"
         )
     if stop_after is not None and stop_after <= step:
         raise UserError(
-            f"stop_after: {stop_after} is not past step {step}, from which {checkpoint} goes on. "
-            f"Give a larger stop_after, or leave it out."
+            f"stop_after: {stop_after} is not past step {step} of {checkpoint}, from which the run "
+            f"resumes. Give a larger stop_after, or leave it out."
         )
 
 
 def validate_optimizer_state(checkpoint: Path) -> None:
-    """Refuse to resume from a checkpoint that has no optimizer state, as ``import`` makes them.
+    """Refuse to resume a checkpoint without optimizer state, as ``import`` writes them.
 
     Raises:
         UserError: it has none, or it cannot be read.

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from nemo_megacpp.checkpoint.folder import newest_checkpoint
 from nemo_megacpp.checkpoint.identity import (
     FILE,
-    newest_checkpoint,
     read_identity,
     validate_same_model,
     write_identity,

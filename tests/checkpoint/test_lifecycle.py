@@ -1,4 +1,4 @@
-"""Begun, finished, kept, removed: what counts at each moment, and what a crash leaves."""
+"""Saved, pruned, removed: which checkpoints are complete at each moment, and after a crash."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from pathlib import Path
 import pytest
 
 from nemo_megacpp.checkpoint import lifecycle, manifest
-from nemo_megacpp.checkpoint.identity import (
-    is_whole,
-    newest_checkpoint,
-    read_identity,
-    write_identity,
-)
+from nemo_megacpp.checkpoint.folder import is_whole, newest_checkpoint
+from nemo_megacpp.checkpoint.identity import read_identity, write_identity
 from nemo_megacpp.checkpoint.lifecycle import (
     begin_checkpoint,
     clear_leftovers,
@@ -65,14 +61,14 @@ def test_it_counts_from_the_manifest_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert manifest.check_manifest(path).full
 
 
-def test_one_that_no_longer_matches_is_passed_over(
+def test_one_that_no_longer_matches_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     older, newer = saved(tmp_path, 20), saved(tmp_path, 40)
     (newer / "weights" / "__0_0.distcp").write_bytes(bytes(999))
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(tmp_path) == older
-    assert caplog.messages == [f"{newer} does not match its manifest and is passed over."]
+    assert caplog.messages == [f"Skipping {newer}: it does not match its manifest."]
     (newer / manifest.FILE).unlink()
     assert newest_checkpoint(tmp_path) == older, "a manifest was promised"
 
@@ -89,7 +85,7 @@ def test_a_half_saved_one_is_begun_anew_and_a_whole_one_never(tmp_path: Path) ->
     assert names(tmp_path) == ["step=20"]
     assert names(path) == []
     whole = saved(tmp_path, 40)
-    with pytest.raises(UserError, match="is there already, and would be overwritten"):
+    with pytest.raises(UserError, match="exists already, and a run that resumed"):
         begin_checkpoint(whole)
     assert is_whole(whole)
 

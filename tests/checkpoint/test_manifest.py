@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,11 +147,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "damaged manifest": (
         lambda folder: flip(folder / FILE, (folder / FILE).stat().st_size // 2),
-        rf"manifest \S+{FILE} is damaged: ",
+        rf"{FILE} is damaged: ",
     ),
     "truncated manifest": (
         lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-9]),
-        rf"manifest \S+{FILE} is damaged: ",
+        rf"{FILE} is damaged: ",
     ),
 }
 
@@ -194,7 +195,49 @@ def test_another_schema_is_refused_not_guessed(saved: Path) -> None:
     content["schema"] = 2
     content["own_checksum"] = manifest._own_checksum(content)
     (saved / FILE).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"is of schema 2 .* reads schema 1"):
+    with pytest.raises(UserError, match=r"has schema 2 .* reads schema 1"):
+        check_manifest(saved)
+
+
+def _first_block(content: Any, value: object) -> None:
+    next(iter(content["files"].values()))["blocks"][0] = value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(files=[]), "files should be an object, and is []"),
+        (lambda content: content["files"].update(x=3), "files.x should be an object, and is 3"),
+        (lambda content: content["files"].update(x={"size": 1}), "files.x.blocks: field required"),
+        (lambda content: _first_block(content, [0, 5]), "field required"),
+        (lambda content: _first_block(content, [0, "5", "", ""]), "valid integer, and is '5'"),
+        (lambda content: _first_block(content, [10**30, 1, "", ""]), "less than or equal to"),
+        (lambda content: _first_block(content, [7, 1, "", ""]), "its blocks do not cover"),
+        (
+            lambda content: content["files"].update(x={"size": 9, "blocks": []}),
+            "its blocks do not cover x",
+        ),
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused_though_its_checksum_matches(
+    change: Callable[[Any], object], message: str, saved: Path
+) -> None:
+    content = json.loads((saved / FILE).read_text())
+    del content["own_checksum"]
+    change(content)
+    content["own_checksum"] = manifest._own_checksum(content)
+    (saved / FILE).write_text(json.dumps(content))
+    with pytest.raises(UserError) as refused:
+        check_manifest(saved)
+    assert f"{FILE} is damaged: " in str(refused.value)
+    assert message in str(refused.value)
+    assert not is_complete(saved)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": ' + "9" * 9999 + "}", "[]", "null"])
+def test_a_manifest_that_is_no_manifest_is_refused(text: str, saved: Path) -> None:
+    (saved / FILE).write_text(text)
+    with pytest.raises(UserError, match=f"{FILE} is damaged: "):
         check_manifest(saved)
 
 

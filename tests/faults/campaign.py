@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 from nemo_megacpp.checkpoint import manifest
+from nemo_megacpp.checkpoint.folder import newest_checkpoint, whole_checkpoints
 from nemo_megacpp.checkpoint.identity import FILE as IDENTITY
-from nemo_megacpp.checkpoint.identity import newest_checkpoint, whole_checkpoints
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 from tests.faults.saving import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_megacpp.checkpoint.identity import newest_checkpoint, whole_checkpoints
+from nemo_megacpp.checkpoint.folder import newest_checkpoint, whole_checkpoints
 from nemo_megacpp.checkpoint.manifest import check_manifest
 from tests.faults.conftest import Run
 
@@ -130,7 +130,7 @@ def test_a_full_disk_is_one_line(start: Start, killed: tuple[Run, int]) -> None:
     assert said.startswith("The checkpoint ")
     # Which of a checkpoint's files meets the limit first differs from run to run.
     assert "File too large" in said or "a limit on file sizes" in said
-    assert said.endswith("Earlier ones are as they were.")
+    assert said.endswith("Earlier checkpoints are unchanged.")
     assert "Traceback" not in run.output
     assert newest_step(run) == saved
     assert not run.left_behind()
