@@ -71,8 +71,7 @@ def validate_optimizer_form(metadata: Mapping[str, Any] | None) -> None:
         kind += ": only the degrees it was saved with can load it, data parallelism apart"
     raise UserError(
         f"The optimizer state of this checkpoint is in Megatron's format ({kind}), which cannot be "
-        f"resumed in every layout. Load its weights only (in NeMo: "
-        f"strategy.ckpt_load_optimizer=False)."
+        f"resumed in every layout. Start a new run from its weights with init_from=CHECKPOINT."
     )
 
 

@@ -359,6 +359,8 @@ def test_resume_of_weights_alone(
     metadata.write_bytes(pickle.dumps(Metadata(held, None, {})))
     message = refusal(preflight, f"resume={checkpoint}")
     assert f"{checkpoint} holds weights only, without optimizer state" in message
+    assert message.endswith(f"Start a new run from it with init_from={checkpoint}.")
+    preflight(tiny(f"init_from={checkpoint}"))
     assert [path.name for path in elsewhere.iterdir()] == ["run"]
 
 

@@ -221,4 +221,4 @@ def test_other_forms_are_refused(
     folder = str(tmp_path / "foreign")
     message = ranks.run(1, _load_foreign, ParallelLayout(), spec, folder, metadata)[0]
     assert says in message
-    assert "Load its weights only" in message
+    assert "Start a new run from its weights with init_from=CHECKPOINT" in message
