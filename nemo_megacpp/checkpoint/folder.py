@@ -73,7 +73,7 @@ def find_checkpoint(path: Path) -> Path:
     return path
 
 
-def is_whole(directory: Path) -> bool:
+def is_complete_checkpoint(directory: Path) -> bool:
     """Whether a checkpoint of ours was saved completely, and still has all its files.
 
     Its manifest decides. An old identity names no manifest, and was itself written last.
@@ -89,7 +89,7 @@ def is_whole(directory: Path) -> bool:
     return True
 
 
-def whole_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return step and path of every complete checkpoint in ``folder``, oldest first.
 
     One that does not match its manifest is skipped, and logged.
@@ -104,7 +104,7 @@ def whole_checkpoints(folder: Path) -> list[tuple[int, Path]]:
         identity = read_identity(path)
         if identity is None:
             continue
-        if is_whole(path):
+        if is_complete_checkpoint(path):
             found.append((identity["step"], path))
         elif (path / manifest.FILE).exists():
             _log.warning("Skipping %s: it does not match its manifest.", path)
@@ -113,7 +113,7 @@ def whole_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the complete checkpoint in ``folder`` with the largest step."""
-    found = whole_checkpoints(folder)
+    found = complete_checkpoints(folder)
     return found[-1][1] if found else None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.checkpoint import manifest
-from nemo_megacpp.checkpoint.folder import DELETING, is_whole, whole_checkpoints
+from nemo_megacpp.checkpoint.folder import DELETING, complete_checkpoints, is_complete_checkpoint
 from nemo_megacpp.checkpoint.identity import write_identity
 from nemo_megacpp.errors import UserError
 
@@ -28,7 +28,7 @@ def begin_checkpoint(directory: Path) -> None:
         UserError: a complete checkpoint is there.
     """
     if directory.exists():
-        if is_whole(directory):
+        if is_complete_checkpoint(directory):
             raise UserError(
                 f"{directory} exists already, and a run that resumed from an earlier step would "
                 f"overwrite it. Give it another run_dir."
@@ -80,9 +80,9 @@ def prune(folder: Path, saved: Path, keep_last: int, keep_every: int | None = No
         What was removed.
     """
     assert keep_last >= 1, keep_last
-    if not is_whole(saved):
+    if not is_complete_checkpoint(saved):
         return []
-    whole = whole_checkpoints(folder)
+    whole = complete_checkpoints(folder)
     kept = {saved, *(path for _, path in whole[-keep_last:])}
     doomed = [
         path
@@ -108,7 +108,7 @@ def clear_leftovers(folder: Path) -> list[str]:
         told.append(f"removed {path}: a run ended while it was being removed")
     for mark in sorted(folder.glob(f"*{UNFINISHED}")):
         directory = mark.with_name(mark.name.removesuffix(UNFINISHED))
-        if directory.is_dir() and not is_whole(directory):
+        if directory.is_dir() and not is_complete_checkpoint(directory):
             remove_checkpoint(directory)
             told.append(f"removed {directory}: a run ended while it was being saved")
         mark.unlink()

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
 from nemo_megacpp.checkpoint.dcp import require_psutil
-from nemo_megacpp.checkpoint.folder import find_weights, is_whole
+from nemo_megacpp.checkpoint.folder import find_weights, is_complete_checkpoint
 from nemo_megacpp.checkpoint.lifecycle import (
     begin_checkpoint,
     clear_leftovers,
@@ -120,7 +120,7 @@ class HybridCheckpoint(ModelCheckpoint):
 
         def finish_now() -> None:
             # Where the background process has failed, this raises its error.
-            if trainer.is_global_zero and not is_whole(directory):
+            if trainer.is_global_zero and not is_complete_checkpoint(directory):
                 finish_checkpoint(*arguments)
             finish()
             if trainer.is_global_zero:

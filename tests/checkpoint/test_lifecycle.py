@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_megacpp.checkpoint import lifecycle, manifest
-from nemo_megacpp.checkpoint.folder import is_whole, newest_checkpoint
+from nemo_megacpp.checkpoint.folder import is_complete_checkpoint, newest_checkpoint
 from nemo_megacpp.checkpoint.identity import read_identity, write_identity
 from nemo_megacpp.checkpoint.lifecycle import (
     begin_checkpoint,
@@ -44,7 +44,7 @@ def names(folder: Path) -> list[str]:
 
 def test_it_counts_from_the_manifest_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, 20)
-    assert not is_whole(path)
+    assert not is_complete_checkpoint(path)
 
     def crash(directory: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -54,7 +54,7 @@ def test_it_counts_from_the_manifest_on(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(OSError, match="No space left"):
             finish_checkpoint(path, IDENTITY, 20)
     assert read_identity(path) is not None
-    assert not is_whole(path), "its identity promises a manifest"
+    assert not is_complete_checkpoint(path), "its identity promises a manifest"
     assert newest_checkpoint(tmp_path) is None
     finish_checkpoint(path, IDENTITY, 20)
     assert newest_checkpoint(tmp_path) == path
@@ -87,7 +87,7 @@ def test_a_half_saved_one_is_begun_anew_and_a_whole_one_never(tmp_path: Path) ->
     whole = saved(tmp_path, 40)
     with pytest.raises(UserError, match="exists already, and a run that resumed"):
         begin_checkpoint(whole)
-    assert is_whole(whole)
+    assert is_complete_checkpoint(whole)
 
 
 def test_a_removal_that_is_cut_short_leaves_nothing_that_counts(
@@ -134,11 +134,11 @@ def test_every_kth_step_is_kept_besides(tmp_path: Path) -> None:
 def test_nothing_goes_before_the_new_one_is_whole(tmp_path: Path) -> None:
     older, newer = saved(tmp_path, 20), written(tmp_path, 40)
     assert prune(tmp_path, newer, 1) == []
-    assert is_whole(older)
+    assert is_complete_checkpoint(older)
     finish_checkpoint(newer, IDENTITY, 40)
     (newer / "weights" / "__0_0.distcp").write_bytes(b"")
     assert prune(tmp_path, newer, 1) == []
-    assert is_whole(older)
+    assert is_complete_checkpoint(older)
 
 
 def test_damaged_ones_and_strangers_neither_count_nor_go(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_megacpp.checkpoint.folder import newest_checkpoint, whole_checkpoints
+from nemo_megacpp.checkpoint.folder import complete_checkpoints, newest_checkpoint
 from nemo_megacpp.checkpoint.manifest import check_manifest
 from tests.faults.conftest import Run
 
@@ -20,7 +20,7 @@ Start = Callable[..., Run]
 
 def newest_step(run: Run) -> int:
     """The newest checkpoint's step; all that count are whole, to the last byte."""
-    for _, path in whole_checkpoints(run.run_dir / "checkpoints"):
+    for _, path in complete_checkpoints(run.run_dir / "checkpoints"):
         assert check_manifest(path).full
     newest = newest_checkpoint(run.run_dir / "checkpoints")
     assert newest is not None
@@ -66,7 +66,7 @@ def resumed(start: Start, stopped: Run) -> Run:
     It gets SIGTERM in the middle of an evaluation that would take hours.
     """
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--shutdown-timeout=300")
-    _, older = whole_checkpoints(stopped.run_dir / "checkpoints")[0]
+    _, older = complete_checkpoints(stopped.run_dir / "checkpoints")[0]
     hours = ("val_check_interval=4", "limit_val_batches=20000")
     run = start("resumed", f"resume={older}", *hours, launcher=torchrun)
     run.wait_until(lambda: run.losses() and max(run.losses()) % 4 == 0)
