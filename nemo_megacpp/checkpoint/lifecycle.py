@@ -82,11 +82,11 @@ def prune(folder: Path, saved: Path, keep_last: int, keep_every: int | None = No
     assert keep_last >= 1, keep_last
     if not is_complete_checkpoint(saved):
         return []
-    whole = complete_checkpoints(folder)
-    kept = {saved, *(path for _, path in whole[-keep_last:])}
+    complete = complete_checkpoints(folder)
+    kept = {saved, *(path for _, path in complete[-keep_last:])}
     doomed = [
         path
-        for step, path in whole
+        for step, path in complete
         if path not in kept and (keep_every is None or step % keep_every)
     ]
     for path in doomed:
@@ -102,14 +102,14 @@ def clear_leftovers(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         return []
-    told = []
+    lines = []
     for path in sorted(folder.glob(f"*{DELETING}")):
         shutil.rmtree(path)
-        told.append(f"removed {path}: a run ended while it was being removed")
+        lines.append(f"removed {path}: a run ended while it was being removed")
     for mark in sorted(folder.glob(f"*{UNFINISHED}")):
         directory = mark.with_name(mark.name.removesuffix(UNFINISHED))
         if directory.is_dir() and not is_complete_checkpoint(directory):
             remove_checkpoint(directory)
-            told.append(f"removed {directory}: a run ended while it was being saved")
+            lines.append(f"removed {directory}: a run ended while it was being saved")
         mark.unlink()
-    return told
+    return lines

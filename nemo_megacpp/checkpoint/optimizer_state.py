@@ -169,9 +169,7 @@ def _correct_places(member: MegatronOptimizer) -> None:
 
 def _match(group: Mapping[str, Any], saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the saved settings of ``group``: learning rate, weight decay, betas and the like."""
-    known = {
-        tuple(candidate[key] for key in _GROUP_IDENTITY): candidate for candidate in reversed(saved)
-    }
+    known = {tuple(old[key] for key in _GROUP_IDENTITY): old for old in reversed(saved)}
     wanted = tuple(group[key] for key in _GROUP_IDENTITY)
     if wanted not in known:
         raise UserError(

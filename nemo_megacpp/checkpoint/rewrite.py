@@ -64,7 +64,7 @@ def reshard(
         verify: compare the source with its manifest first.
 
     Returns:
-        How many tensors were split as the layout splits them, and how many were kept whole.
+        How many tensors were split as the layout splits them, and how many were saved whole.
 
     Raises:
         UserError: a checkpoint that is damaged, unsafe or does not say its model, a layout that is

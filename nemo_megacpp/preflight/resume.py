@@ -70,7 +70,7 @@ def validate_steps_left(checkpoint: Path, max_steps: int, stop_after: int | None
     if identity is None:
         return
     step = identity["step"]
-    more = "To train on, give a larger max_steps, which counts from the first step of all."
+    more = "To train on, give a larger max_steps, which counts from the first run's first step."
     if step == max_steps:
         raise UserError(
             f"The run is complete: {checkpoint} is of step {step}, and max_steps={max_steps}. "
@@ -96,10 +96,11 @@ def validate_weights(checkpoint: Path) -> CheckpointContent:
     """
     content = CheckpointContent(checkpoint)
     if content.tensors and content.prefix != _PREFIX:
+        prefix = repr(content.prefix) if content.prefix else "nothing"
         raise UserError(
-            f"A run cannot load {checkpoint}: the names of its tensors begin with "
-            f"{content.prefix or 'the module'!r}, and those of a run's checkpoint with "
-            f"{_PREFIX!r}. It was saved by another program, such as Megatron's own script."
+            f"A run cannot load {checkpoint}: the names of its tensors begin with {prefix}, and "
+            f"those of a run's checkpoint with {_PREFIX!r}. It was saved by another "
+            f"program, such as Megatron's own script."
         )
     return content
 
