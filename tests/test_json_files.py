@@ -59,7 +59,7 @@ def test_size_is_limited_before_anything_is_parsed(tmp_path: Path) -> None:
 
 
 def test_a_missing_key_is_named() -> None:
-    from nemo_megacpp.checkpoint.identity import parse_identity
+    from nemo_megacpp.checkpoint.identity import Identity
 
     with pytest.raises(UserError, match=r"tokenizer: field required; step: field required\."):
-        parse_identity(b'{"model": {}}', Path("nemo_megacpp.json"))
+        parse_json(b'{"model": {}}', TypeAdapter(Identity), Path("nemo_megacpp.json"))

@@ -116,11 +116,6 @@ class CheckpointContent:
         ]
 
     @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
-
-    @property
     def step(self) -> int | None:
         """Optimizer steps, as its identity, NeMo's trainer or Megatron's script saved them."""
         if self.identity is not None:

@@ -23,7 +23,7 @@ def inspect_before_load(directory: Path, *, verify: bool = True) -> str:
     Raises:
         UserError: it is damaged, or loading it would run code.
     """
-    found = str(check_manifest(directory)) if verify else "not verified"
+    found = check_manifest(directory) if verify else "not verified"
     scan_checkpoint(find_weights(directory))
     return found
 

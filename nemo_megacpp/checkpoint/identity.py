@@ -75,25 +75,12 @@ def read_identity(directory: Path) -> Identity | None:
     Raises:
         UserError: the file cannot be read, or holds something else.
     """
+    from pydantic import TypeAdapter
+
     path = directory / FILE
     if not path.exists():
         return None
-    return parse_identity(read_limited(path, _LIMIT), path)
-
-
-def parse_identity(content: bytes, path: Path) -> Identity:
-    """Return an identity from its JSON text.
-
-    Args:
-        content: the text.
-        path: the file that holds it, for the error.
-
-    Raises:
-        UserError: it holds something else.
-    """
-    from pydantic import TypeAdapter
-
-    return parse_json(content, TypeAdapter(Identity), path)
+    return parse_json(read_limited(path, _LIMIT), TypeAdapter(Identity), path)
 
 
 def saved_model(directory: Path, identity: Identity) -> tuple[dict[str, Any], HybridPattern]:

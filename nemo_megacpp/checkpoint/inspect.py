@@ -49,10 +49,11 @@ def describe(path: Path) -> dict[str, Any]:
     identity = content.identity
     shape = None if identity is None else saved_shape(content.directory, identity)
     try:
-        manifest = str(check_manifest(content.directory, full=False))
+        manifest = check_manifest(content.directory, full=False)
     except UserError as damage:
         manifest = f"damaged: {damage}"
     tensors = content.model_tensors
+    files = [path for path in content.directory.rglob("*") if path.is_file()]
     return {
         "checkpoint": str(content.directory),
         "step": content.step,
@@ -60,7 +61,7 @@ def describe(path: Path) -> dict[str, Any]:
         "pattern": None if shape is None else shape.pattern.letters,
         "layout": None if identity is None else identity.get("layout"),
         "tokenizer": None if identity is None else identity["tokenizer"],
-        "bytes": content.size,
+        "bytes": sum(path.stat().st_size for path in files),
         "manifest": manifest,
         "parameters": sum(math.prod(info.shape) for info in tensors.values()),
         "optimizer_tensors": len(content.optimizer_tensors),

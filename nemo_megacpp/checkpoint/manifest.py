@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,29 +56,6 @@ class _Manifest(TypedDict):
     hash: str
     files: dict[Text, _File]
     own_checksum: str
-
-
-@dataclass(frozen=True)
-class ManifestState:
-    """What a check verified.
-
-    Attributes:
-        present: whether there is a manifest. Without one nothing was checked.
-        files: number of files that it lists.
-        bytes: their size.
-        full: whether their contents were read, or only their sizes compared.
-    """
-
-    present: bool
-    files: int = 0
-    bytes: int = 0
-    full: bool = False
-
-    def __str__(self) -> str:
-        if not self.present:
-            return "no manifest: nothing to verify it against"
-        checked = "contents verified" if self.full else "sizes match, contents not read"
-        return f"{self.files} files, {self.bytes:,} bytes, {checked}"
 
 
 # --- writing
@@ -150,12 +126,13 @@ def is_complete(directory: Path) -> bool:
     """Whether a checkpoint was saved to the end: the manifest is intact, and every file has the
     size that it lists. Contents are not read."""
     try:
-        return check_manifest(directory, full=False).present
+        check_manifest(directory, full=False)
     except UserError:
         return False
+    return (directory / FILE).exists()
 
 
-def check_manifest(directory: Path, *, full: bool = True) -> ManifestState:
+def check_manifest(directory: Path, *, full: bool = True) -> str:
     """Compare a checkpoint with its manifest.
 
     Args:
@@ -163,7 +140,7 @@ def check_manifest(directory: Path, *, full: bool = True) -> ManifestState:
         full: also read every byte; otherwise names and sizes only.
 
     Returns:
-        What was checked; ``present`` is False for a checkpoint without a manifest.
+        One phrase that says what was verified, or that there is no manifest.
 
     Raises:
         UserError: naming each file that was changed, truncated, is missing or foreign, and the
@@ -171,7 +148,7 @@ def check_manifest(directory: Path, *, full: bool = True) -> ManifestState:
     """
     path = directory / FILE
     if not path.exists():
-        return ManifestState(present=False)
+        return "no manifest: nothing to verify it against"
     files = _listed(path)
     try:
         damage = list(_wrong_sizes(directory, files))
@@ -185,7 +162,9 @@ def check_manifest(directory: Path, *, full: bool = True) -> ManifestState:
         raise UserError(
             f"The checkpoint {directory} is damaged: {'; '.join(damage[:_MOST_NAMED])}{more}."
         )
-    return ManifestState(True, len(files), sum(file["size"] for file in files.values()), full)
+    size = sum(file["size"] for file in files.values())
+    checked = "contents verified" if full else "sizes match, contents not read"
+    return f"{len(files)} files, {size:,} bytes, {checked}"
 
 
 def _listed(path: Path) -> dict[str, _File]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nemo_megacpp.checkpoint.content import CheckpointContent
 from nemo_megacpp.checkpoint.export import read_config, read_export
@@ -18,15 +19,8 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, validate_layout
 from nemo_megacpp.layout.parallel import read_degrees
 
-
-class Ranks(Protocol):
-    """What starts ranks: :class:`nemo_megacpp.runtime.workers.WorkerPool`."""
-
-    def run(self, world_size: int, task: Callable[..., Any], *args: Any) -> list[Any]: ...
-
-
-StartRanks = Callable[[int], Any]
-"""Returns a context manager around :class:`Ranks` of a number of ranks."""
+StartRanks = Callable[[int], AbstractContextManager[Any]]
+"""Starts that many ranks, as :class:`nemo_megacpp.runtime.workers.WorkerPool` does."""
 
 
 def target_layout(source: Path, degrees: str) -> ParallelLayout:

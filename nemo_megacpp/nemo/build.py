@@ -79,7 +79,7 @@ def _initial_weights(recipe: Recipe) -> run.Config | None:
     if recipe.init_from is None:
         return None
     weights = str(find_weights(Path(recipe.init_from)))
-    return run.Config(nl.RestoreConfig, path=weights, load_optim_state=False)
+    return run.Config(nl.RestoreConfig, path=weights, load_optim_state=False, load_artifacts=False)
 
 
 def _model_config(recipe: Recipe) -> run.Config:
