@@ -37,6 +37,11 @@ def read_limited(path: Path, limit: int) -> bytes:
     return content
 
 
+def read_json(path: Path, shape: TypeAdapter[T], limit: int) -> T:
+    """Return the value of a JSON file; see :func:`read_limited` and :func:`parse_json`."""
+    return parse_json(read_limited(path, limit), shape, path)
+
+
 def parse_json(content: bytes, shape: TypeAdapter[T], path: Path) -> T:
     """Return the value of a JSON text, held to ``shape`` without converting types.
 

@@ -35,7 +35,7 @@ from nemo_megacpp.checkpoint.folder import new_folder
 from nemo_megacpp.checkpoint.identity import Identity
 from nemo_megacpp.checkpoint.manifest import write_manifest
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.json_files import Text, parse_json, read_limited
+from nemo_megacpp.json_files import Text, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -120,8 +120,7 @@ def read_config(source: Path) -> _Config:
     """
     from pydantic import TypeAdapter
 
-    path = source / CONFIG
-    return parse_json(read_limited(path, _LIMIT), TypeAdapter(_Config), path)
+    return read_json(source / CONFIG, TypeAdapter(_Config), _LIMIT)
 
 
 def read_export(source: Path) -> dict[str, torch.Tensor]:
@@ -135,7 +134,7 @@ def read_export(source: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     path = source / INDEX
-    places = parse_json(read_limited(path, _LIMIT), TypeAdapter(_Index), path)["weight_map"]
+    places = read_json(path, TypeAdapter(_Index), _LIMIT)["weight_map"]
     tensors: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(places.values()):
         if Path(file).name != file:

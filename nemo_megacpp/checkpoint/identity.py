@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NotRequired
 from typing_extensions import TypedDict
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.json_files import Count, Text, parse_json, read_limited
+from nemo_megacpp.json_files import Count, Text, read_json
 
 if TYPE_CHECKING:
     from nemo_megacpp.pattern import HybridPattern
@@ -80,7 +80,7 @@ def read_identity(directory: Path) -> Identity | None:
     path = directory / FILE
     if not path.exists():
         return None
-    return parse_json(read_limited(path, _LIMIT), TypeAdapter(Identity), path)
+    return read_json(path, TypeAdapter(Identity), _LIMIT)
 
 
 def saved_model(directory: Path, identity: Identity) -> tuple[dict[str, Any], HybridPattern]:

@@ -130,7 +130,7 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from nemo_megacpp.checkpoint.inspect import describe
+    from nemo_megacpp.checkpoint.content import describe
 
     found = describe(_find(args.directory))
     if args.json:

@@ -26,11 +26,10 @@ from megatron.core.dist_checkpointing.mapping import (
 
 from nemo_megacpp import cli
 from nemo_megacpp.checkpoint import export as export_module
-from nemo_megacpp.checkpoint.content import CheckpointContent
+from nemo_megacpp.checkpoint.content import CheckpointContent, describe
 from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict
 from nemo_megacpp.checkpoint.export import CONFIG, INDEX, export, read_export
 from nemo_megacpp.checkpoint.identity import read_identity, write_identity
-from nemo_megacpp.checkpoint.inspect import describe
 from nemo_megacpp.checkpoint.manifest import FILE, check_manifest, is_complete, write_manifest
 from nemo_megacpp.checkpoint.random_state import random_state, sharded_random_state
 from nemo_megacpp.checkpoint.rewrite import import_safetensors, reshard

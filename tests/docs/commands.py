@@ -49,7 +49,7 @@ _PRELOADED = (
     "nemo_megacpp.runs.compare",
     "nemo_megacpp.runs.page",
     "nemo_megacpp.preflight",
-    "nemo_megacpp.checkpoint.inspect",
+    "nemo_megacpp.checkpoint.content",
 )
 
 
