@@ -106,27 +106,31 @@ def _allowed_in_bare_pickles() -> set[str]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads a pickle of any protocol, and builds nothing that is not on the lists."""
+    """Reads a pickle of any protocol within :func:`_guarded`, and builds only what is listed."""
 
     def find_class(self, module: str, name: str) -> Any:
-        path = f"{module}.{name}"
-        if path in _additions():
-            return _additions()[path]
+        from torch._weights_only_unpickler import _get_user_allowed_globals
+
+        path, listed = f"{module}.{name}", _get_user_allowed_globals()
+        if path in listed:
+            return listed[path]
         if path not in _allowed_in_bare_pickles():
             raise pickle.UnpicklingError(f"GLOBAL {path}")
         return super().find_class(module, name)
 
 
 def _guarded(load: Callable[[], Any], what: str) -> Any:
-    """Return what ``load`` returns, with the additions on torch's list; do not nest it."""
-    import torch
-    from megatron.core.safe_globals import register_safe_globals
+    """Return what ``load`` returns, under our lists and nothing else that the process allows."""
+    from megatron.core.safe_globals import SAFE_GLOBALS
+    from torch import serialization
 
-    # For good: Megatron's own loads need its list, and leaving torch's context would clear it.
-    register_safe_globals()
+    # Torch's context manager keeps the process's own entries, and removes Megatron's at its end.
+    before = serialization.get_safe_globals()
+    serialization.clear_safe_globals()
+    additions = [(found, name) for name, found in _additions().items()]
+    serialization.add_safe_globals([*SAFE_GLOBALS, *additions])
     try:
-        with torch.serialization.safe_globals([(f, name) for name, f in _additions().items()]):
-            return load()
+        return load()
     except OSError:
         raise
     except Exception as error:  # damaged bytes make an unpickler raise anything
@@ -138,6 +142,9 @@ def _guarded(load: Callable[[], Any], what: str) -> Any:
             ) from None
         reason = (reason or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(f"{what} cannot be read: {reason}.") from None
+    finally:
+        serialization.clear_safe_globals()
+        serialization.add_safe_globals(before)
 
 
 def read_metadata(weights: Path) -> Metadata:

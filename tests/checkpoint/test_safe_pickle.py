@@ -6,8 +6,8 @@ import argparse
 import io
 import pickle
 import random
+import re
 import sys
-import tarfile
 import types
 import warnings
 import zipfile
@@ -280,22 +280,21 @@ def test_no_form_of_a_file_hides_a_payload(
     assert not (tmp_path / "RUN").exists()
 
 
-def test_a_payload_in_a_tar_in_front_of_a_stream_is_refused(
-    own_weights: Path, tmp_path: Path
-) -> None:
-    """``torch.load`` also reads tar files, whose first bytes can be a harmless pickle."""
-    stream = io.BytesIO()
-    payload = pickle.dumps(Payload(tmp_path / "RUN"), protocol=2)
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name in ("N.", "storages", "tensors", "pickle"):
-            entry = tarfile.TarInfo(name)
-            entry.size = len(payload)
-            archive.addfile(entry, io.BytesIO(payload))
-    assert pickle.loads(stream.getvalue()) is None
-    replace_object(own_weights, torch_bytes([stream]))
-    found = refusal(own_weights)
-    assert "would call posix.mkdir" in found or "cannot be read: " in found
-    assert not (tmp_path / "RUN").exists()
+class _Eval:
+    def __reduce__(self) -> Any:
+        return eval, ("1",)
+
+
+@pytest.mark.parametrize("place", ["metadata", "common", "object", "byte tensor"])
+def test_what_another_library_has_allowed_is_refused(place: str, own_weights: Path) -> None:
+    torch.serialization.add_safe_globals([eval])
+    before = set(torch.serialization.get_safe_globals())
+    try:
+        PLACES[place](own_weights, _Eval())  # type: ignore[arg-type]
+        assert re.search(r"would call (builtins\.|__builtin__\.)?eval", refusal(own_weights))
+        assert set(torch.serialization.get_safe_globals()) == before
+    finally:
+        torch.serialization._weights_only_unpickler._remove_safe_globals([eval])
 
 
 def test_an_object_outside_of_the_checkpoint_is_refused(own_weights: Path) -> None:
