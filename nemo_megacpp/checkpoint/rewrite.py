@@ -83,6 +83,11 @@ def reshard(
             f"so it is not known how {layout.short()} splits its tensors. A checkpoint of any "
             f"layout loads into any other without resharding."
         )
+    if modules := content.identity["model"].get("family_modules"):
+        raise UserError(
+            f"{content.directory} names family_modules={modules}, and reshard imports no code that "
+            f"a checkpoint names. A checkpoint of any layout loads into any other without it."
+        )
     validate_layout(layout, saved_shape(content.directory, content.identity))
     inspect_before_load(content.directory, verify=verify)
     with new_folder(out) as folder:

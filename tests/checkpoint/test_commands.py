@@ -394,6 +394,21 @@ def test_reshard_refuses_before_it_starts_a_rank(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "taken"]
 
 
+def test_reshard_imports_no_code_that_a_checkpoint_names(
+    own_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = own_run / "family.py"
+    module.write_text(f"import os; os.mkdir({str(tmp_path / 'RUN')!r})")
+    model = {**IDENTITY["model"], "family_modules": [str(module)]}  # type: ignore[dict-item]
+    write_identity(own_run, {**IDENTITY, "model": model}, 20)
+    write_manifest(own_run)
+    assert command("inspect", own_run) == 0
+    capsys.readouterr()
+    assert command("reshard", own_run, tmp_path / "out", "--layout", "tp=1") == 2
+    assert "reshard imports no code that a checkpoint names" in capsys.readouterr().err
+    assert not (tmp_path / "RUN").exists()
+
+
 def test_a_reshard_that_fails_leaves_nothing(own_run: Path, tmp_path: Path) -> None:
     class Failing:
         def run(self, *_: Any) -> list[Any]:
