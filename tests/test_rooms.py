@@ -12,7 +12,7 @@ import nemo_megacpp
 ROOT = Path(nemo_megacpp.__file__).parent
 
 ROOMS = (
-    *("errors", "values", "render", "mixer_settings", "hybrid_fields"),
+    *("errors", "json_files", "values", "render", "mixer_settings", "hybrid_fields"),
     *("pattern", "families", "layout", "settings", "config"),
     *("mixers", "formulas", "specs", "runtime", "checkpoint", "contract", "proof", "data"),
     *("recipes", "preflight", "runs", "nemo", "megatron_args", "doctor", "commands", "cli"),

@@ -1,7 +1,7 @@
-"""A checkpoint of one backend in a model of another: where their saved names differ.
+"""Load a checkpoint of one backend into a model of another: where their saved names differ.
 
-The torch backend has Transformer Engine's parameter names, and Megatron gives the experts of all
-its expert modules one layout, so tensors differ nowhere between the two. What differs:
+The torch backend has Transformer Engine's parameter names, and Megatron saves the experts of all
+its expert modules in one layout, so the tensors are the same in both. What differs:
 
 * ``_extra_state``, an object per module with FP8 scales. Transformer Engine's norms and attention
   have one, torch's have none; its linears' are bytes, torch's are None.
@@ -19,8 +19,7 @@ from nemo_megacpp.checkpoint.safe_pickle import EXTRA_STATE
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-# Fused and unfused name, each with what the other is replaced by. The part in front, up to the
-# number of the layer, and the part behind, weight or bias, are the same in both.
+# Fused and unfused name, between the layer's number and "weight" or "bias".
 _NAMES = (
     ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
     ("mixer.in_proj.layer_norm_", "norm."),
@@ -30,10 +29,9 @@ _KEY = re.compile(r"(?P<layer>.*\blayers\.\d+\.)(?P<rest>.*)(?P<which>weight|bia
 
 
 def other_name(key: str) -> str | None:
-    """Return the name that the other way of saving a norm gives to ``key``; None if it has none.
+    """Return the unfused name of a norm for its fused one, and the reverse; else None.
 
-    It is its own inverse. Optimizer states carry the parameter's name at the end of theirs, and are
-    renamed alike.
+    Names of optimizer states end with the parameter's, and are renamed alike.
     """
     found = _KEY.fullmatch(key)
     for fused, unfused in _NAMES if found else ():
@@ -45,11 +43,10 @@ def other_name(key: str) -> str | None:
 
 
 def fit_to_checkpoint(sharded_state_dict: dict[str, Any], metadata: Metadata) -> None:
-    """Let a model of any backend ask a checkpoint for what it has, under the names it has.
+    """Give the model's tensors the names that they have in the checkpoint, in place.
 
-    Changes ``sharded_state_dict`` in place: a tensor that is saved under its other name is asked
-    for under that one, and a module's ``_extra_state`` that was not saved stays as it is. Any
-    other tensor that is missing still is an error of the load.
+    A module's ``_extra_state`` that was not saved is left as it is. Any other tensor that the
+    checkpoint lacks remains an error of the load.
 
     Args:
         sharded_state_dict: of the model, and of its optimizer, about to be loaded.

@@ -1,33 +1,38 @@
-"""What a distributed checkpoint holds, read without a process group, running none of it."""
+"""What a distributed checkpoint holds, read without a process group and without running it."""
 
 from __future__ import annotations
 
-import io
+import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_megacpp.checkpoint.folder import find_checkpoint, find_weights
-from nemo_megacpp.checkpoint.identity import read_identity
+from nemo_megacpp.checkpoint.identity import Identity, read_identity, saved_model
+from nemo_megacpp.checkpoint.manifest import check_manifest
 from nemo_megacpp.checkpoint.safe_pickle import (
     COMMON,
     EXTRA_STATE,
     METADATA,
     read_metadata,
-    scan_torch_file,
+    read_torch_file,
 )
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout import ModelShape, ParallelLayout, check_layout
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.checkpoint.metadata import Metadata
 
 _WRAPPERS = ("module.", "model.")
-"""What NeMo and Megatron's script put in front of the names of a model's tensors."""
+"""Prefixes that NeMo and Megatron's script give to the names of a model's tensors."""
 _OPTIMIZER = "optimizer."
 _NOT_THE_MODEL = (_OPTIMIZER, "random_state.")
-"""Names of what is saved beside the model's tensors begin so."""
+"""Prefixes of what is saved beside the model's tensors."""
+_AXES = ("tp", "cp", "pp", "ep", "etp")
+_LARGEST_DEGREE = 64
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class CheckpointContent:
     """A checkpoint, opened for reading.
 
     Args:
-        path: what :func:`nemo_megacpp.checkpoint.folder.find_checkpoint` takes.
+        path: as :func:`nemo_megacpp.checkpoint.folder.find_checkpoint` takes it.
 
     Raises:
         UserError: there is no checkpoint, it is incomplete, or its metadata is damaged or unsafe.
@@ -68,23 +73,20 @@ class CheckpointContent:
         """The tensors by their saved names."""
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        found = {}
-        for name, saved in self.metadata.state_dict_metadata.items():
-            if isinstance(saved, TensorStorageMetadata):
-                dtype, count = saved.properties.dtype, 1
-                for size in saved.size:
-                    count *= size
-                found[name] = TensorInfo(
-                    tuple(saved.size),
-                    str(dtype).removeprefix("torch."),
-                    len(saved.chunks),
-                    count * dtype.itemsize,
-                )
-        return found
+        return {
+            name: TensorInfo(
+                tuple(saved.size),
+                str(saved.properties.dtype).removeprefix("torch."),
+                len(saved.chunks),
+                math.prod(saved.size) * saved.properties.dtype.itemsize,
+            )
+            for name, saved in self.metadata.state_dict_metadata.items()
+            if isinstance(saved, TensorStorageMetadata)
+        }
 
     @property
     def prefix(self) -> str:
-        """What stands in front of the names of the model's tensors: ``module.``, or nothing."""
+        """Prefix of the names of the model's tensors: ``module.``, ``model.`` or nothing."""
         model = [name for name in self.tensors if not name.startswith(_NOT_THE_MODEL)]
         for wrapper in _WRAPPERS:
             if model and all(name.startswith(wrapper) for name in model):
@@ -111,7 +113,7 @@ class CheckpointContent:
 
     @property
     def objects(self) -> list[str]:
-        """Names of what is saved as a pickled object, but for the modules' ``_extra_state``."""
+        """Names of pickled objects, except the modules' ``_extra_state``."""
         return [
             name
             for name in self.metadata.state_dict_metadata
@@ -119,13 +121,8 @@ class CheckpointContent:
         ]
 
     @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
-
-    @property
     def step(self) -> int | None:
-        """Optimizer steps that it holds: of its identity, NeMo's trainer or Megatron's script."""
+        """Optimizer steps, as its identity, NeMo's trainer or Megatron's script saved them."""
         if self.identity is not None:
             return self.identity["step"]
         common = self.common()
@@ -133,76 +130,104 @@ class CheckpointContent:
         return step if isinstance(step, int) else None
 
     def common(self) -> dict[str, Any]:
-        """Return ``common.pt``: what is not sharded. Scanned first, and read weights-only.
+        """Return ``common.pt``: what is not sharded.
 
         Raises:
             UserError: it is missing, damaged or unsafe.
         """
-        import torch
-        from megatron.core.safe_globals import SAFE_GLOBALS
-
         path = self.weights / COMMON
         try:
             with path.open("rb") as stream:
-                scan_torch_file(stream, str(path))
-            # Megatron's list stays registered: torch's context manager would take off at its end
-            # what Megatron put on when it was imported, and Megatron's own load would then fail.
-            torch.serialization.add_safe_globals(list(SAFE_GLOBALS))
-            held = torch.load(path, map_location="cpu", weights_only=True)
+                held = read_torch_file(stream, str(path))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-        except UserError:
-            raise
-        except Exception as error:  # whatever damaged bytes lead to
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
         if not isinstance(held, dict):
             raise UserError(f"{path} is damaged: it holds a {type(held).__name__}.")
         return held
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        """Return one whole tensor, of its global shape, put together from its shards.
+        """Return one whole tensor, of its global shape, assembled from its shards by torch.
 
         Raises:
-            UserError: a shard is missing, damaged or of another shape, or leaves a part uncovered.
+            UserError: a shard is missing or damaged, or a part of the tensor is in no shard.
         """
         import torch
+        from torch.distributed import checkpoint as dcp
 
         saved = self.metadata.state_dict_metadata[name]
-        whole = torch.empty(saved.size, dtype=saved.properties.dtype)
-        covered = 0
-        for index, place in self.metadata.storage_data.items():
-            if index.fqn != name:
-                continue
-            shard = self._read_shard(name, place)
-            offsets = index.offset or (0,) * whole.dim()
-            target = whole
-            for axis, (offset, length) in enumerate(zip(offsets, shard.shape, strict=True)):
-                target = target.narrow(axis, offset, length)
-            target.copy_(shard)
-            covered += shard.numel()
-        if covered != whole.numel():
+        covered = sum(math.prod(chunk.sizes) for chunk in saved.chunks)
+        if covered != math.prod(saved.size):
             raise UserError(
-                f"{self.weights / METADATA}: {name} has {whole.numel():,} elements, and its shards "
-                f"hold {covered:,}."
+                f"{self.weights / METADATA} is damaged: {name} has {math.prod(saved.size):,} "
+                f"elements, and its shards hold {covered:,}."
             )
-        return whole
-
-    def _read_shard(self, name: str, place: Any) -> torch.Tensor:
-        import torch
-
-        file = self.weights / place.relative_path
+        reader = dcp.FileSystemReader(self.weights)
+        reader.read_metadata = lambda *_, **__: self.metadata  # type: ignore[method-assign]
+        held = {name: torch.empty(saved.size, dtype=saved.properties.dtype)}
         try:
-            with file.open("rb") as stream:
-                stream.seek(place.offset)
-                shard = torch.load(io.BytesIO(stream.read(place.length)), weights_only=True)
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}.") from None
-        except Exception as error:  # whatever damaged bytes lead to
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{file} is damaged at {name}: {reason}.") from None
-        return shard
+            dcp.load(held, storage_reader=reader, no_dist=True)
+        except dcp.CheckpointException as error:
+            ((failure, _), *_rest) = error.failures.values()
+            reason = (str(failure) or type(failure).__name__).splitlines()[0].rstrip(".")
+            raise UserError(f"{self.weights} is damaged at {name}: {reason}.") from None
+        return held[name]
 
 
 def _order(name: str) -> list[tuple[int, str]]:
     """Sort numbers in names as numbers: layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def saved_shape(directory: Path, identity: Identity) -> ModelShape:
+    """Return a saved model's sizes as the layout rules read them, without batch sizes.
+
+    Raises:
+        UserError: the identity is damaged.
+    """
+    fields, pattern = saved_model(directory, identity)
+    return ModelShape.read({**fields, "pattern": pattern}, None, None)
+
+
+def _legal_degrees(shape: ModelShape) -> dict[str, list[int]]:
+    """Return the degrees of each axis, up to 64, that load the model with all other axes at 1."""
+    return {
+        axis: [
+            degree
+            for degree in range(1, _LARGEST_DEGREE + 1)
+            if not check_layout(ParallelLayout.parse(f"{axis}={degree}"), shape)
+        ]
+        for axis in _AXES
+    }
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return everything that ``inspect`` prints, as plain data.
+
+    Raises:
+        UserError: no checkpoint, or one whose metadata or identity cannot be read.
+    """
+    content = CheckpointContent(path)
+    identity = content.identity
+    shape = None if identity is None else saved_shape(content.directory, identity)
+    try:
+        manifest = check_manifest(content.directory, full=False)
+    except UserError as damage:
+        manifest = f"damaged: {damage}"
+    tensors = content.model_tensors
+    files = [path for path in content.directory.rglob("*") if path.is_file()]
+    return {
+        "checkpoint": str(content.directory),
+        "step": content.step,
+        "model": None if identity is None else identity["model"],
+        "pattern": None if shape is None else shape.pattern.letters,
+        "layout": None if identity is None else identity.get("layout"),
+        "tokenizer": None if identity is None else identity["tokenizer"],
+        "bytes": sum(path.stat().st_size for path in files),
+        "manifest": manifest,
+        "parameters": sum(math.prod(info.shape) for info in tensors.values()),
+        "optimizer_tensors": len(content.optimizer_tensors),
+        "random_state": len(content.other_tensors) > len(content.optimizer_tensors),
+        "objects": content.objects,
+        "loads_in": None if shape is None else _legal_degrees(shape),
+        "tensors": {name: dataclasses.asdict(info) for name, info in tensors.items()},
+    }

@@ -18,8 +18,7 @@ from nemo_megacpp.errors import UserError
 
 
 def require_psutil() -> None:
-    """Megatron-Core 0.16.1 saves through psutil without declaring it, and hangs for ever when it
-    is missing."""
+    """Refuse to save without psutil: Megatron-Core 0.16.1 needs it undeclared, and then hangs."""
     if importlib.util.find_spec("psutil") is None:
         raise UserError(
             "Saving a distributed checkpoint needs the package psutil, which is not installed: "
@@ -28,15 +27,14 @@ def require_psutil() -> None:
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """Return what ``sharded_state_dict`` wants to know about the job."""
+    """Return the ``metadata`` argument of ``sharded_state_dict``."""
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 def model_sharded_state_dict(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """Return one sharded state dict for all pipeline chunks of this rank, nested by chunk.
 
-    The nesting stays here: in the checkpoint, layers are keyed by their global index, so it does
-    not know how the depth was cut.
+    The checkpoint keys layers by their global index, so the chunks are not part of it.
     """
     return {
         f"chunk{index}": chunk.sharded_state_dict(prefix="", metadata=sharding_metadata())  # type: ignore[operator]
@@ -47,10 +45,7 @@ def model_sharded_state_dict(chunks: Sequence[torch.nn.Module]) -> dict[str, Any
 def save_sharded(
     state: dict[str, Any], directory: str | Path, content_metadata: dict[str, Any] | None = None
 ) -> None:
-    """Save a sharded state dict, and then a manifest of it.
-
-    ``directory`` is created on rank 0 and must be seen by all ranks.
-    """
+    """Save a sharded state dict and its manifest in ``directory``, which all ranks see."""
     require_psutil()
     directory = Path(directory)
     if torch.distributed.get_rank() == 0:

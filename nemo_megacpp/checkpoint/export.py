@@ -16,8 +16,8 @@ shape, under the name it has in the checkpoint without NeMo's ``module.`` in fro
 ``decoder.final_norm.weight``, ``output_layer.weight``
 =============================================  ====================================================
 
-``N`` counts all layers from 0. ``config.json`` holds the model's fields and what else a checkpoint
-says of itself. Optimizer states are not exported.
+``N`` counts all layers from 0. ``config.json`` holds the checkpoint's identity. Optimizer states
+are not exported.
 """
 
 from __future__ import annotations
@@ -25,22 +25,38 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import MinLen
+from typing_extensions import TypedDict
 
 from nemo_megacpp.checkpoint.content import CheckpointContent
+from nemo_megacpp.checkpoint.folder import new_folder
+from nemo_megacpp.checkpoint.identity import Identity
 from nemo_megacpp.checkpoint.manifest import write_manifest
-from nemo_megacpp.checkpoint.output import new_folder
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.json_files import Text, read_json
 
 if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-MODEL_TYPE = "nemo_megacpp"
 
+_LIMIT = 256 << 20
+"""Most bytes of a JSON file."""
 _FILE_BYTES = 4 << 30
 """Most bytes of a file, unless one tensor is larger; this much is in memory at a time."""
+
+
+class _Config(TypedDict):
+    model_type: Literal["nemo_megacpp"]
+    prefix: Text
+    identity: Identity | None
+
+
+class _Index(TypedDict):
+    weight_map: Annotated[dict[Text, Text], MinLen(1)]
 
 
 def export(source: Path, out: Path) -> dict[str, Any]:
@@ -65,17 +81,17 @@ def export(source: Path, out: Path) -> dict[str, Any]:
             try:
                 save_file(tensors, folder / file, metadata={"format": "pt"})
             except SafetensorError as error:
-                raise UserError(f"{out} was not made: {error}.") from None
+                raise UserError(f"{out} was not written: {error}.") from None
             index["weight_map"].update(dict.fromkeys(names, file))
             index["metadata"]["total_size"] += sum(t.nbytes for t in tensors.values())
         config = {
-            "model_type": MODEL_TYPE,
+            "model_type": "nemo_megacpp",
             "prefix": content.prefix,
             "step": content.step,
             "identity": content.identity,
         }
-        _write_json(folder / INDEX, index)
-        _write_json(folder / CONFIG, config)
+        for name, held in ((INDEX, index), (CONFIG, config)):
+            (folder / name).write_text(json.dumps(held, indent=1), encoding="utf-8")
         for path in folder.glob("*.safetensors"):
             shutil.copymode(folder / CONFIG, path)  # the library makes them private
         write_manifest(folder)
@@ -96,22 +112,15 @@ def _group(content: CheckpointContent) -> list[list[str]]:
     return groups
 
 
-def read_config(source: Path) -> dict[str, Any]:
+def read_config(source: Path) -> _Config:
     """Return ``config.json`` of an exported folder.
 
     Raises:
-        UserError: it is missing, damaged, or of another kind of model.
+        UserError: it is missing, damaged, or describes another kind of model.
     """
-    config = _read_json(source / CONFIG)
-    if config.get("model_type") != MODEL_TYPE or not isinstance(config.get("prefix"), str):
-        raise UserError(
-            f"{source / CONFIG} is not of an export of nemo-megacpp: model_type is "
-            f"{config.get('model_type')!r}."
-        )
-    identity = config.get("identity", "")
-    if identity is not None and not (isinstance(identity, dict) and "step" in identity):
-        raise UserError(f"{source / CONFIG} is damaged: it does not say which checkpoint it is of.")
-    return config
+    from pydantic import TypeAdapter
+
+    return read_json(source / CONFIG, TypeAdapter(_Config), _LIMIT)
 
 
 def read_export(source: Path) -> dict[str, torch.Tensor]:
@@ -120,16 +129,16 @@ def read_export(source: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: a file is missing or damaged, or does not hold what the index says.
     """
+    from pydantic import TypeAdapter
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    places = _read_json(source / INDEX).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise UserError(f"{source / INDEX} is damaged: it has no weight_map.")
+    path = source / INDEX
+    places = read_json(path, TypeAdapter(_Index), _LIMIT)["weight_map"]
     tensors: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(places.values()):
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{source / INDEX} is damaged: it names a file {file!r}.")
+        if Path(file).name != file:
+            raise UserError(f"{path} is damaged: it names a file {file!r}.")
         try:
             tensors |= load_file(source / file)
         except (OSError, SafetensorError) as error:
@@ -141,17 +150,3 @@ def read_export(source: Path) -> dict[str, torch.Tensor]:
             f"{' and more' if len(different) > 3 else ''}."
         )
     return tensors
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no mapping.")
-    return content

@@ -1,8 +1,8 @@
-"""A checkpoint's life on the disk: begun, finished, kept or removed; each safe against a crash.
+"""Checkpoints on the disk: saved, pruned and removed, each safe against a crash.
 
-A checkpoint counts from the moment its manifest is renamed into place, and ceases to count the
-moment its folder is renamed for removal. Whatever a crash leaves between is told from a good one
-by that, and is cleared away at the next start.
+A checkpoint is complete from the moment its manifest is renamed into place to the moment its folder
+is renamed for removal. What a crash leaves between is recognised by that, and removed at the next
+start.
 """
 
 from __future__ import annotations
@@ -13,38 +13,34 @@ from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.checkpoint import manifest
-from nemo_megacpp.checkpoint.identity import (
-    DELETING,
-    is_whole,
-    whole_checkpoints,
-    write_identity,
-)
+from nemo_megacpp.checkpoint.folder import DELETING, complete_checkpoints, is_complete_checkpoint
+from nemo_megacpp.checkpoint.identity import write_identity
 from nemo_megacpp.errors import UserError
 
 UNFINISHED = "-unfinished"
-"""NeMo's mark, a file beside the checkpoint's folder: its saving has begun and not ended."""
+"""NeMo's mark, a file beside the checkpoint's folder: saving has started and not ended."""
 
 
 def begin_checkpoint(directory: Path) -> None:
-    """Make an empty folder for a checkpoint; what a crashed save left there is removed first.
+    """Create an empty folder for a checkpoint; what a crashed save left there is removed first.
 
     Raises:
-        UserError: a whole checkpoint is there.
+        UserError: a complete checkpoint is there.
     """
     if directory.exists():
-        if is_whole(directory):
+        if is_complete_checkpoint(directory):
             raise UserError(
-                f"{directory} is there already, and would be overwritten by a run that went on "
-                f"from an earlier step. Give it another run_dir."
+                f"{directory} exists already, and a run that resumed from an earlier step would "
+                f"overwrite it. Give it another run_dir."
             )
         remove_checkpoint(directory)
     directory.mkdir(parents=True)
 
 
 def finish_checkpoint(directory: Path, identity: Mapping[str, Any], step: int) -> None:
-    """Make a checkpoint whose weights are all there count; called on one rank.
+    """Complete a checkpoint whose weights are all saved; called on one rank.
 
-    When this returns, the checkpoint is on the disk, and a power cut does not change that.
+    When this returns, the checkpoint survives a power cut.
 
     Args:
         directory: the checkpoint's folder.
@@ -52,7 +48,7 @@ def finish_checkpoint(directory: Path, identity: Mapping[str, Any], step: int) -
         step: optimizer steps that it holds.
 
     Raises:
-        OSError: from the file system; the checkpoint does not count.
+        OSError: from the file system; the checkpoint is not complete.
     """
     write_identity(directory, {**identity, "manifest": manifest.FILE}, step)
     manifest.write_manifest(directory)
@@ -60,7 +56,7 @@ def finish_checkpoint(directory: Path, identity: Mapping[str, Any], step: int) -
 
 
 def remove_checkpoint(directory: Path) -> None:
-    """Remove a checkpoint; from the first moment on it no longer counts."""
+    """Remove a checkpoint, which is incomplete from the first moment on."""
     doomed = directory.with_name(directory.name + DELETING)
     if doomed.exists():
         shutil.rmtree(doomed)
@@ -70,7 +66,7 @@ def remove_checkpoint(directory: Path) -> None:
 
 
 def prune(folder: Path, saved: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
-    """Remove the checkpoints that need not be kept, once ``saved`` is whole.
+    """Remove the checkpoints that need not be kept, once ``saved`` is complete.
 
     Damaged checkpoints and foreign folders are neither counted nor removed.
 
@@ -84,13 +80,13 @@ def prune(folder: Path, saved: Path, keep_last: int, keep_every: int | None = No
         What was removed.
     """
     assert keep_last >= 1, keep_last
-    if not is_whole(saved):
+    if not is_complete_checkpoint(saved):
         return []
-    whole = whole_checkpoints(folder)
-    kept = {saved, *(path for _, path in whole[-keep_last:])}
+    complete = complete_checkpoints(folder)
+    kept = {saved, *(path for _, path in complete[-keep_last:])}
     doomed = [
         path
-        for step, path in whole
+        for step, path in complete
         if path not in kept and (keep_every is None or step % keep_every)
     ]
     for path in doomed:
@@ -99,21 +95,21 @@ def prune(folder: Path, saved: Path, keep_last: int, keep_every: int | None = No
 
 
 def clear_leftovers(folder: Path) -> list[str]:
-    """Clear away what a crashed run left: half-saved and half-removed checkpoints.
+    """Remove what a crashed run left: checkpoints that were being saved or removed.
 
     Returns:
         A line for each.
     """
     if not folder.is_dir():
         return []
-    told = []
+    lines = []
     for path in sorted(folder.glob(f"*{DELETING}")):
         shutil.rmtree(path)
-        told.append(f"removed {path}: a run ended while it was being removed")
+        lines.append(f"removed {path}: a run ended while it was being removed")
     for mark in sorted(folder.glob(f"*{UNFINISHED}")):
         directory = mark.with_name(mark.name.removesuffix(UNFINISHED))
-        if directory.is_dir() and not is_whole(directory):
+        if directory.is_dir() and not is_complete_checkpoint(directory):
             remove_checkpoint(directory)
-            told.append(f"removed {directory}: a run ended while it was being saved")
+            lines.append(f"removed {directory}: a run ended while it was being saved")
         mark.unlink()
-    return told
+    return lines

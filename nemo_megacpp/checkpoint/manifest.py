@@ -1,8 +1,8 @@
 """The manifest of a checkpoint: a checksum of every file, written last, checked before a load.
 
 Checksums are taken over blocks. In a ``.distcp`` file a block lies within one shard of one tensor,
-so that a damaged byte can be named by its tensor, without reading the checkpoint's own metadata,
-which may be what is damaged. Blocks are checked independently, by threads, a few MiB at a time.
+so that a damaged byte can be attributed to its tensor without reading the checkpoint's own
+metadata, which may be what is damaged. Threads check the blocks, a few MiB at a time.
 """
 
 from __future__ import annotations
@@ -12,19 +12,23 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from typing_extensions import TypedDict
 
 from nemo_megacpp.checkpoint.safe_pickle import METADATA, read_metadata
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.json_files import Count, Text, parse_json, read_limited
 
 FILE = "nemo_megacpp.manifest.json"
 SCHEMA = 1
 
 _PARTIAL = f"{FILE}.partial"
 _HASH = "sha256"  # releases the GIL; processors have instructions for it
+_LIMIT = 1 << 30
+"""Most bytes of a manifest."""
 _BLOCK = 16 << 20
 """Most bytes under one checksum."""
 _BATCH = 64 << 20
@@ -35,45 +39,33 @@ _THREADS = min(16, 2 * (os.cpu_count() or 1))
 _MOST_NAMED = 8
 
 
-@dataclass(frozen=True)
-class ManifestState:
-    """What a check found to be in order.
-
-    Attributes:
-        present: whether there is a manifest. Without one nothing was checked.
-        files: number of files that it lists.
-        bytes: their size.
-        full: whether their contents were read, or only their sizes compared.
-    """
-
-    present: bool
-    files: int = 0
-    bytes: int = 0
-    full: bool = False
-
-    def __str__(self) -> str:
-        if not self.present:
-            return "no manifest: nothing to verify it against"
-        checked = "contents verified" if self.full else "sizes match, contents not read"
-        return f"{self.files} files, {self.bytes:,} bytes, {checked}"
+class _Block(NamedTuple):
+    offset: Count
+    length: Count
+    digest: Text
+    tensor: Text
 
 
-@dataclass(frozen=True)
-class _Block:
-    offset: int
-    length: int
-    digest: str
-    tensor: str
+class _File(TypedDict):
+    size: Count
+    blocks: list[_Block]
+
+
+class _Manifest(TypedDict):
+    schema: int
+    hash: str
+    files: dict[Text, _File]
+    own_checksum: str
 
 
 # --- writing
 
 
 def write_manifest(directory: Path) -> None:
-    """Write the manifest of a checkpoint whose other files are all there, atomically.
+    """Write the manifest of a checkpoint whose other files are complete, atomically.
 
-    It is the last file of a checkpoint: nothing is added to one later. What it lists is flushed to
-    the disk first, so that a manifest that survives a crash speaks of data that did.
+    It is the last file of a checkpoint. The files that it lists are flushed to the disk first, so
+    that a manifest that survives a crash lists only data that survived it.
 
     Args:
         directory: a checkpoint: a folder with ``weights/`` in it, or the weights' own.
@@ -83,25 +75,22 @@ def write_manifest(directory: Path) -> None:
         OSError: from the file system.
     """
     paths = list(_files(directory))
-    plan = _shards(directory)
-    blocks = {path: _cut(plan.get(path, []), (directory / path).stat().st_size) for path in paths}
-    digests = _digests(directory, [(path, block) for path in paths for block in blocks[path]])
-    files = {
-        path: {
-            "size": (directory / path).stat().st_size,
-            "blocks": [[b.offset, b.length, digests[path, b.offset], b.tensor] for b in cut],
-        }
-        for path, cut in blocks.items()
-    }
+    shards = _shards(directory)
+    sizes = {path: (directory / path).stat().st_size for path in paths}
+    blocks = [(path, block) for path in paths for block in _cut(shards.get(path, []), sizes[path])]
+    files: dict[str, _File] = {path: {"size": sizes[path], "blocks": []} for path in paths}
+    digests = _digests(directory, blocks)
+    for path, block in blocks:
+        digest = digests[path, block.offset]
+        files[path]["blocks"].append(block._replace(digest=digest))
     content = {"schema": SCHEMA, "hash": _HASH, "files": files}
-    text = json.dumps({**content, "own_checksum": _own_checksum(content)}, indent=0)
     for path in paths:
         sync(directory / path)
     for folder in {(directory / path).parent for path in paths}:
         sync(folder)
     partial = directory / _PARTIAL
     with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+        json.dump({**content, "own_checksum": _own_checksum(content)}, stream, indent=0)
         stream.flush()
         os.fsync(stream.fileno())
     partial.rename(directory / FILE)
@@ -134,17 +123,16 @@ def _cut(shards: list[tuple[int, int, str]], size: int) -> list[_Block]:
 
 
 def is_complete(directory: Path) -> bool:
-    """Say whether a checkpoint was saved to the end and nothing of it has gone since.
-
-    The manifest is there, is itself intact, and every file has its size; contents are not read.
-    """
+    """Whether a checkpoint was saved to the end: the manifest is intact, and every file has the
+    size that it lists. Contents are not read."""
     try:
-        return check_manifest(directory, full=False).present
+        check_manifest(directory, full=False)
     except UserError:
         return False
+    return (directory / FILE).exists()
 
 
-def check_manifest(directory: Path, *, full: bool = True) -> ManifestState:
+def check_manifest(directory: Path, *, full: bool = True) -> str:
     """Compare a checkpoint with its manifest.
 
     Args:
@@ -152,15 +140,16 @@ def check_manifest(directory: Path, *, full: bool = True) -> ManifestState:
         full: also read every byte; otherwise names and sizes only.
 
     Returns:
-        What was checked; ``present`` is False for a checkpoint without a manifest.
+        One phrase that says what was verified, or that there is no manifest.
 
     Raises:
         UserError: naming each file that was changed, truncated, is missing or foreign, and the
             tensors whose bytes are affected.
     """
-    files = _listed(directory / FILE)
-    if files is None:
-        return ManifestState(present=False)
+    path = directory / FILE
+    if not path.exists():
+        return "no manifest: nothing to verify it against"
+    files = _listed(path)
     try:
         damage = list(_wrong_sizes(directory, files))
         if full and not damage:
@@ -173,31 +162,34 @@ def check_manifest(directory: Path, *, full: bool = True) -> ManifestState:
         raise UserError(
             f"The checkpoint {directory} is damaged: {'; '.join(damage[:_MOST_NAMED])}{more}."
         )
-    return ManifestState(True, len(files), sum(file["size"] for file in files.values()), full)
+    size = sum(file["size"] for file in files.values())
+    checked = "contents verified" if full else "sizes match, contents not read"
+    return f"{len(files)} files, {size:,} bytes, {checked}"
 
 
-def _listed(path: Path) -> dict[str, Any] | None:
-    """Return what a manifest says of each file; None if there is no manifest."""
-    try:
-        content = json.loads(path.read_bytes())
-        own_checksum = content.pop("own_checksum")
-        if own_checksum != _own_checksum(content):
-            raise ValueError("its own checksum does not match")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"The manifest {path} is damaged: {error}.") from None
-    if (content["schema"], content["hash"]) != (SCHEMA, _HASH):
+def _listed(path: Path) -> dict[str, _File]:
+    """Return what a manifest lists, by file."""
+    from pydantic import TypeAdapter
+
+    content = read_limited(path, _LIMIT)
+    held = parse_json(content, TypeAdapter(dict[str, Any]), path)
+    if held.pop("own_checksum", None) != _own_checksum(held):
+        raise UserError(f"The manifest {path} is damaged: its own checksum does not match.")
+    if (held.get("schema"), held.get("hash")) != (SCHEMA, _HASH):
         raise UserError(
-            f"{path} is of schema {content['schema']} ({content['hash']}); this version reads "
+            f"{path} has schema {held.get('schema')} ({held.get('hash')}); this version reads "
             f"schema {SCHEMA} ({_HASH})."
         )
-    return content["files"]
+    files = parse_json(content, TypeAdapter(_Manifest), path)["files"]
+    for name, file in files.items():
+        ends = [0, *(block.offset + block.length for block in file["blocks"])]
+        starts = [*(block.offset for block in file["blocks"]), file["size"]]
+        if starts != ends:
+            raise UserError(f"The manifest {path} is damaged: its blocks do not cover {name}.")
+    return files
 
 
-def _wrong_sizes(directory: Path, files: dict[str, Any]) -> Iterator[str]:
+def _wrong_sizes(directory: Path, files: dict[str, _File]) -> Iterator[str]:
     there = set(_files(directory))
     for path, file in sorted(files.items()):
         if path not in there:
@@ -205,14 +197,14 @@ def _wrong_sizes(directory: Path, files: dict[str, Any]) -> Iterator[str]:
             continue
         size = (directory / path).stat().st_size
         if size != file["size"]:
-            lost = [block for block in file["blocks"] if block[0] + block[1] > size]
+            lost = [block for block in file["blocks"] if block.offset + block.length > size]
             yield f"{path} has {size:,} bytes instead of {file['size']:,}{_of(lost)}"
     for path in sorted(there - files.keys()):
         yield f"{path} is foreign: it was not there when the checkpoint was saved"
 
 
-def _wrong_contents(directory: Path, files: dict[str, Any]) -> Iterator[str]:
-    wanted = [(path, _Block(*block)) for path, file in files.items() for block in file["blocks"]]
+def _wrong_contents(directory: Path, files: dict[str, _File]) -> Iterator[str]:
+    wanted = [(path, block) for path, file in files.items() for block in file["blocks"]]
     found = _digests(directory, wanted)
     wrong: dict[str, list[_Block]] = {}
     for path, block in wanted:
@@ -222,12 +214,11 @@ def _wrong_contents(directory: Path, files: dict[str, Any]) -> Iterator[str]:
         first = blocks[0]
         where = f"bytes {first.offset:,} to {first.offset + first.length - 1:,}"
         others = f" and {len(blocks) - 1} other blocks" if len(blocks) > 1 else ""
-        tensors = _of([[b.offset, b.length, b.digest, b.tensor] for b in blocks])
-        yield f"{path} has changed in {where}{others}{tensors}"
+        yield f"{path} has changed in {where}{others}{_of(blocks)}"
 
 
-def _of(blocks: Sequence[Sequence[Any]]) -> str:
-    tensors = list(dict.fromkeys(tensor for *_, tensor in blocks if tensor))
+def _of(blocks: Sequence[_Block]) -> str:
+    tensors = list(dict.fromkeys(block.tensor for block in blocks if block.tensor))
     if not tensors:
         return ""
     more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""

@@ -1,21 +1,21 @@
-"""Megatron's optimizer in a checkpoint: one form, whatever the layout and the optimizer.
+"""Megatron's optimizer state in a checkpoint: one form for every layout and optimizer.
 
-Every moment and every float32 master weight is saved in the global shape of its parameter, cut as
-the parameter is cut (for packed projections component by component); what all parameters share, the
-step and the settings of the parameter groups, is saved once. So the state loads into any legal
+Every moment and every float32 master weight is saved in the global shape of its parameter, sharded
+as the parameter is (packed projections component by component). The step and the settings of the
+parameter groups, which all parameters share, are saved once. So the state loads into any legal
 layout, with or without the distributed optimizer.
 
 Megatron-Core 0.16.1's own form does less, and without Transformer Engine or Apex it fails:
 
-- the step is saved by global rank 0 alone. Where its stage has no E block, the expert optimizer of
-  every other stage loses its step;
-- with torch's Adam the distributed optimizer can be loaded in no sharding type (it asserts one step
-  before there is a state, and copies a tensor ``step`` that it has left out), and cannot be saved
-  on a stage that has no expert;
-- its ``dp_reshardable`` type, NeMo's default, keeps flat buffers that only the same tensor-,
+- only global rank 0 saves the step. Where its stage has no E block, the expert optimizers of the
+  other stages lose theirs;
+- with torch's Adam no sharding type of the distributed optimizer loads (it asserts one step before
+  there is a state, and copies a tensor ``step`` that it did not save), and a stage without experts
+  cannot save;
+- its ``dp_reshardable`` type, NeMo's default, saves flat buffers that only the same tensor-,
   pipeline- and expert-parallel degrees can read;
-- where a bfloat16 model has float32 parameters too, both optimizers take the state of one parameter
-  for that of another.
+- where a bfloat16 model also has float32 parameters, both optimizers confuse the states of two
+  parameters.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
+from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict
 from nemo_megacpp.errors import UserError
 
 FORM = "optimizer_state"
-"""Key of a checkpoint's content metadata that says that its optimizer state has this form."""
+"""Key of the content metadata of a checkpoint whose optimizer state has this form."""
 
 _SHARDING_TYPE = "fully_reshardable"
 _GROUP_IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
-_MASTER_WEIGHT = "fp32_param"  # the name of the plain bf16 optimizer, here of the distributed too
+_MASTER_WEIGHT = "fp32_param"  # as Megatron's plain bf16 optimizer names it
 
 
 def content_metadata(use_distributed_optimizer: bool) -> dict[str, Any]:
-    """Return what a checkpoint says of its optimizer state, and what Megatron is told of it."""
+    """Return the content metadata of a checkpoint, which Megatron reads as well."""
     metadata: dict[str, Any] = {FORM: 1, "chained_optim_avoid_prefix": True}
     if use_distributed_optimizer:
         metadata["distrib_optim_sharding_type"] = _SHARDING_TYPE
@@ -54,13 +55,13 @@ def content_metadata(use_distributed_optimizer: bool) -> dict[str, Any]:
 
 
 def validate_optimizer_form(metadata: Mapping[str, Any] | None) -> None:
-    """Refuse to read optimizer state that was not written by this module.
+    """Refuse optimizer state that was not written by this module.
 
     Args:
         metadata: the checkpoint's content metadata.
 
     Raises:
-        UserError: saying what it is instead.
+        UserError: naming its form.
     """
     found = metadata or {}
     if FORM in found:
@@ -70,8 +71,7 @@ def validate_optimizer_form(metadata: Mapping[str, Any] | None) -> None:
         kind += ": only the degrees it was saved with can load it, data parallelism apart"
     raise UserError(
         f"The optimizer state of this checkpoint is in Megatron's format ({kind}), which cannot be "
-        f"resumed in every layout. Load its weights only (in NeMo: "
-        f"strategy.ckpt_load_optimizer=False)."
+        f"resumed in every layout. Start a new run from its weights with init_from=CHECKPOINT."
     )
 
 
@@ -82,11 +82,11 @@ def optimizer_sharded_state_dict(
 
     Args:
         optimizer: as ``get_megatron_optimizer`` returns it.
-        model_state: the model's sharded state dict; decides how the optimizer's tensors are cut.
-        is_loading: whether the result is to be filled from a checkpoint.
+        model_state: the model's sharded state dict, which decides how the tensors are sharded.
+        is_loading: whether a checkpoint will fill the result.
 
     Raises:
-        UserError: for float16 loss scaling, whose state has no place in this form.
+        UserError: for float16 loss scaling, whose state is not saved.
     """
     members = _members(optimizer)
     for member in members:
@@ -95,9 +95,12 @@ def optimizer_sharded_state_dict(
     return {
         "step": None if is_loading else _common_step(members),
         "param_groups": [
-            _without(group, "params", "step") for member in members for group in _groups(member)
+            {key: value for key, value in group.items() if key not in ("params", "step")}
+            for member in members
+            if not member.is_stub_optimizer
+            for group in member.optimizer.param_groups
         ],
-        # Empty parts are left out: Megatron compares what ranks have in common.
+        # Without empty parts: Megatron compares what the ranks have in common.
         "tensors": {
             str(index): tensors
             for index, member in enumerate(members)
@@ -106,8 +109,19 @@ def optimizer_sharded_state_dict(
     }
 
 
+def training_sharded_state_dict(
+    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool = False
+) -> dict[str, Any]:
+    """Return one sharded state dict of this rank's model chunks and their optimizer."""
+    model = model_sharded_state_dict(chunks)
+    return {
+        "model": model,
+        "optimizer": optimizer_sharded_state_dict(optimizer, model, is_loading=is_loading),
+    }
+
+
 def load_optimizer_state_dict(optimizer: MegatronOptimizer, state: Mapping[str, Any]) -> None:
-    """Take over what :func:`optimizer_sharded_state_dict` asked for and a checkpoint has filled."""
+    """Load what :func:`optimizer_sharded_state_dict` returned and a checkpoint has filled."""
     for index, member in enumerate(_members(optimizer)):
         if member.is_stub_optimizer:
             continue
@@ -121,10 +135,7 @@ def load_optimizer_state_dict(optimizer: MegatronOptimizer, state: Mapping[str, 
 
 
 def _members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Return Megatron's optimizers of dense and of expert parameters.
-
-    All ranks have the same ones, with the same groups; those of a stage without E are empty.
-    """
+    """Return Megatron's optimizers of dense and expert parameters, on some stages empty."""
     chained = isinstance(optimizer, ChainedOptimizer)
     members = optimizer.chained_optimizers if chained else [optimizer]
     if any(getattr(member, "grad_scaler", None) is not None for member in members):
@@ -133,7 +144,7 @@ def _members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _ensure_state(member: MegatronOptimizer) -> None:
-    """Before the first step the state is zeros that no optimizer has made yet."""
+    """Create the zeros that the state is before the first step."""
     if member.is_stub_optimizer:
         return
     member.init_state_fn(member.optimizer, member.config)
@@ -143,10 +154,10 @@ def _ensure_state(member: MegatronOptimizer) -> None:
 
 
 def _correct_places(member: MegatronOptimizer) -> None:
-    """Note where the distributed optimizer has the shard of each parameter.
+    """Correct where the distributed optimizer looks for the shard of each parameter.
 
-    It puts the float32 parameters of a group before the others, and Megatron-Core 0.16.1 notes
-    their places as if it did not.
+    It puts the float32 parameters of a group before the others, which Megatron-Core 0.16.1 ignores
+    when it records their positions.
     """
     if member.is_stub_optimizer or not isinstance(member, DistributedOptimizer):
         return
@@ -156,27 +167,16 @@ def _correct_places(member: MegatronOptimizer) -> None:
             member.model_param_group_index_map[parameter] = (index, order)
 
 
-def _groups(member: MegatronOptimizer) -> list[dict[str, Any]]:
-    return [] if member.is_stub_optimizer else member.optimizer.param_groups
-
-
-def _without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in mapping.items() if key not in keys}
-
-
-def _identity(group: Mapping[str, Any]) -> tuple:
-    return tuple(group[key] for key in _GROUP_IDENTITY)
-
-
 def _match(group: Mapping[str, Any], saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the saved settings of ``group``: learning rate, weight decay, betas and the like."""
-    for candidate in saved:
-        if _identity(candidate) == _identity(group):
-            return candidate
-    raise UserError(
-        f"The checkpoint's optimizer has no parameter group with {_GROUP_IDENTITY} = "
-        f"{_identity(group)}; it has {[_identity(candidate) for candidate in saved]}."
-    )
+    known = {tuple(old[key] for key in _GROUP_IDENTITY): old for old in reversed(saved)}
+    wanted = tuple(group[key] for key in _GROUP_IDENTITY)
+    if wanted not in known:
+        raise UserError(
+            f"The checkpoint's optimizer has no parameter group with {_GROUP_IDENTITY} = {wanted}; "
+            f"it has {list(known)}."
+        )
+    return known[wanted]
 
 
 def _keeps_step_per_parameter(optimizer: torch.optim.Optimizer) -> bool:
@@ -185,7 +185,7 @@ def _keeps_step_per_parameter(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _common_step(members: Sequence[MegatronOptimizer]) -> int:
-    """Return the number of steps taken, the same on all ranks: some hold no parameter of a kind."""
+    """Return the number of steps taken; ranks without a kind of parameter learn it from others."""
     steps = {0}
     for member in members:
         if member.is_stub_optimizer:
@@ -220,7 +220,7 @@ def _sharded_tensors(
 
 
 def _plain_tensors(member: MegatronOptimizer, model_state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the moments and, of parameters that are not float32 themselves, the master weights."""
+    """Return the moments, and the master weights of the float16 parameters."""
     optimizer = member.optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not parameters:
@@ -290,7 +290,7 @@ def _distributed_tensors(
 ) -> dict[int, dict[str, Any]]:
     """Gather the shards of a data-parallel group to whole tensors, named as without sharding.
 
-    The master weight of a float32 parameter is a view of it, and is saved as the model's.
+    The master weight of a float32 parameter is a view of it, and is saved with the model.
     """
     whole = member.sharded_param_state_fully_reshardable(
         model_state, is_loading, {"distrib_optim_fully_reshardable_mem_efficient": False}

@@ -1,9 +1,9 @@
-"""The state of a rank's random-number generators, in a checkpoint: plain tensors, one per rank.
+"""The states of the ranks' random-number generators in a checkpoint: plain tensors, one per rank.
 
-What a step draws (dropout) comes from torch's generators and from Megatron's tracker, whose states
-differ between the ranks of a tensor- or expert-parallel group. They are kept for every rank, under
-a key that names the layout: ranks of another layout have other parts of the model, and start anew
-from the seed. Python's and NumPy's generators, which no step draws from, are not kept.
+A step (dropout) draws from torch's generators and from Megatron's tracker, whose states differ
+between the ranks of a tensor- or expert-parallel group. They are saved for every rank, under a key
+that names the layout: ranks of another layout hold other parts of the model, and restart from the
+seed. No step draws from Python's and NumPy's generators, which are not saved.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def sharded_random_state(state: RandomState) -> dict[str, ShardedTensor]:
 
 
 def load_random_state(directory: str | Path) -> RandomState | None:
-    """Return what this rank's generators were, or None if the checkpoint is of another layout (or
-    of another kind of host), or keeps none."""
+    """Return this rank's saved states, or None if the checkpoint was saved in another layout or on
+    another kind of host, or holds none."""
     wanted = sharded_random_state(random_state())
     saved = dist_checkpointing.load_tensors_metadata(str(directory))
     for tensor in wanted.values():
@@ -70,7 +70,7 @@ def load_random_state(directory: str | Path) -> RandomState | None:
 
 
 def _bytes(state: Any) -> torch.Tensor:
-    """A tracker made for CUDA graphs keeps generators, any other their states."""
+    """A tracker made for CUDA graphs holds generators, any other their states."""
     return (state.get_state() if isinstance(state, torch.Generator) else state).cpu().clone()
 
 

@@ -1,11 +1,9 @@
-"""Save a checkpoint's content again: in another layout, or from files of another format.
-
-The functions here run on ranks, inside a process group.
-"""
+"""Save a checkpoint again, on ranks started for that: in another layout, or from safetensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,126 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 
-from nemo_megacpp.checkpoint.content import CheckpointContent
+from nemo_megacpp.checkpoint.content import CheckpointContent, saved_shape
 from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict, require_psutil
-from nemo_megacpp.checkpoint.export import read_export
+from nemo_megacpp.checkpoint.export import read_config, read_export
+from nemo_megacpp.checkpoint.folder import WEIGHTS, find_checkpoint, new_folder
+from nemo_megacpp.checkpoint.guard import inspect_before_load
+from nemo_megacpp.checkpoint.identity import Identity, read_identity, write_identity
+from nemo_megacpp.checkpoint.manifest import check_manifest, write_manifest
 from nemo_megacpp.config import HybridConfig, config_fields
-from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.layout import ParallelLayout, validate_layout
+from nemo_megacpp.layout.parallel import read_degrees
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 
 _CONTENT_METADATA = "content_metadata"
+StartRanks = Callable[[int], AbstractContextManager[Any]]
+"""Starts that many ranks, as :class:`nemo_megacpp.runtime.workers.WorkerPool` does."""
+
+
+def target_layout(source: Path, degrees: str) -> ParallelLayout:
+    """Return the layout in which a checkpoint was saved, with other degrees in it.
+
+    Its world is the smallest that holds the layout, unless ``degrees`` give one. A checkpoint that
+    does not say its layout counts as saved by a single rank.
+
+    Args:
+        source: as :func:`nemo_megacpp.checkpoint.folder.find_checkpoint` takes it.
+        degrees: ``tp=2,pp=2``; see :meth:`nemo_megacpp.layout.ParallelLayout.changed`.
+
+    Raises:
+        UserError: there is no checkpoint, or the degrees cannot be read.
+    """
+    changes = read_degrees(degrees)
+    identity = read_identity(find_checkpoint(source))
+    saved = ParallelLayout.parse((identity and identity.get("layout")) or "tp=1")
+    return replace(saved, world_size=None).changed(changes)
+
+
+def reshard(
+    source: Path, out: Path, layout: ParallelLayout, start: StartRanks, *, verify: bool = True
+) -> tuple[int, int]:
+    """Save a checkpoint again as a job in ``layout`` would have saved it.
+
+    Weights and optimizer states keep every bit; :func:`rewrite` says what is split.
+
+    Args:
+        source: a checkpoint with an identity.
+        out: a new folder.
+        layout: whose ranks save it.
+        start: starts that many ranks on this machine.
+        verify: compare the source with its manifest first.
+
+    Returns:
+        How many tensors were split as the layout splits them, and how many were saved whole.
+
+    Raises:
+        UserError: a checkpoint that is damaged, unsafe or does not say its model, a layout that is
+            illegal for it, or an ``out`` that exists.
+    """
+    content = CheckpointContent(source)
+    if content.identity is None:
+        raise UserError(
+            f"{content.directory} does not say which model it holds (it has no nemo_megacpp.json), "
+            f"so it is not known how {layout.short()} splits its tensors. A checkpoint of any "
+            f"layout loads into any other without resharding."
+        )
+    if modules := content.identity["model"].get("family_modules"):
+        raise UserError(
+            f"{content.directory} names family_modules={modules}, and reshard imports no code that "
+            f"a checkpoint names. A checkpoint of any layout loads into any other without it."
+        )
+    validate_layout(layout, saved_shape(content.directory, content.identity))
+    inspect_before_load(content.directory, verify=verify)
+    with new_folder(out) as folder:
+        weights = folder / content.weights.relative_to(content.directory)
+        weights.mkdir(exist_ok=True)
+        with start(layout.world) as ranks:
+            counts = ranks.run(
+                layout.world,
+                rewrite_on_rank,
+                content.weights,
+                weights,
+                content.identity["model"],
+                layout,
+            )
+        _finish(folder, {**content.identity, "layout": layout.short()})
+    return counts[0]
+
+
+def import_safetensors(source: Path, out: Path, start: StartRanks, *, verify: bool = True) -> int:
+    """Make a checkpoint of a folder that ``export`` wrote.
+
+    It has the weights under the names they had, and no optimizer.
+
+    Returns:
+        Number of tensors.
+
+    Raises:
+        UserError: a folder that is damaged or something else, or an ``out`` that exists.
+    """
+    config = read_config(source)
+    if verify:
+        check_manifest(source)
+    names = len(read_export(source))
+    with new_folder(out) as folder:
+        weights = folder / WEIGHTS
+        weights.mkdir()
+        with start(1) as ranks:
+            ranks.run(1, import_on_rank, source, weights, config["prefix"])
+        _finish(folder, config["identity"])
+    return names
+
+
+def _finish(folder: Path, identity: Identity | None) -> None:
+    if identity is not None:
+        write_identity(folder, identity, identity["step"])
+    write_manifest(folder)
+
+
+# --- on the ranks
 
 
 def rewrite_on_rank(
@@ -53,18 +162,18 @@ def import_on_rank(source: Path, out: Path, prefix: str) -> None:
 def rewrite(source: Path, out: Path, chunks: list[torch.nn.Module]) -> tuple[int, int]:
     """Load everything of a checkpoint, split as ``chunks`` are split on these ranks, and save it.
 
-    A tensor of the optimizer has the name of its parameter at the end of its own, and its shape: it
-    is split as the parameter is. What belongs to no parameter, or has another shape (padding of the
-    vocabulary that depends on TP, buckets of a distributed optimizer), rank 0 keeps whole; so does
-    it with the pickled objects. No value is computed: what is saved is what was loaded.
+    An optimizer tensor whose name ends with a parameter's, and that has its shape, is split as the
+    parameter is. Rank 0 saves whole what belongs to no parameter or has another shape (padding of
+    the vocabulary that depends on TP, buckets of a distributed optimizer), and the pickled objects.
+    No value is computed: what is saved is what was loaded.
 
     Args:
         source: folder of the weights.
         out: a new folder, seen by all ranks.
-        chunks: the model, built in the target layout; its weights are not looked at.
+        chunks: the model, built in the target layout; its weights are not read.
 
     Returns:
-        How many tensors were split like a parameter, and how many were kept whole.
+        How many tensors were split like a parameter, and how many were saved whole.
     """
     require_psutil()
     first = torch.distributed.get_rank() == 0

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.commands.arguments import print_json
-
-_LAYOUT = "degrees to change in the layout that it was saved in"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,80 +18,84 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     commands = checkpoint.add_subparsers(
         dest="checkpoint_command", required=True, metavar="COMMAND"
     )
-
     inspect = commands.add_parser(
-        "inspect", help="model, step, layouts, tensors", description="Say what a checkpoint is."
+        "inspect",
+        help="model, step, layouts, tensors",
+        description="Print a checkpoint's model, step, layouts and tensors.",
     )
-    _source(inspect)
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    inspect.set_defaults(run=_inspect)
-
     verify = commands.add_parser(
         "verify",
         help="compare every byte with the manifest, and scan the pickles",
         description="Compare every byte of a checkpoint with its manifest, and scan its pickles.",
     )
-    _source(verify)
-    verify.set_defaults(run=_verify)
-
     reshard = commands.add_parser(
         "reshard",
         help="save a checkpoint again in another layout",
         description="Save weights and optimizer states again as a job in another layout would "
         "have, bit for bit. A checkpoint of any layout loads into any other without this.",
     )
-    _source(reshard)
-    _out(reshard)
-    reshard.add_argument("--layout", required=True, metavar="tp=2,pp=2,…", help=_LAYOUT)
-    reshard.set_defaults(run=_reshard)
-
     export = commands.add_parser(
         "export",
         help="the model's weights as safetensors files",
         description="Write the model's weights as safetensors files with an index, each tensor "
         "whole. Optimizer states are left out.",
     )
-    _source(export)
-    _out(export)
-    export.set_defaults(run=_export)
-
     back = commands.add_parser(
         "import",
-        help="a checkpoint out of what export wrote",
+        help="a checkpoint from what export wrote",
         description="Make a checkpoint of the weights in a folder that export wrote.",
     )
-    _source(back)
-    _out(back)
-    back.set_defaults(run=_import)
-    for command in (reshard, export, back):
-        command.add_argument(
-            "--no-verify", action="store_true", help="do not compare DIR with its manifest first"
-        )
+    for command, run in (
+        (inspect, _inspect),
+        (verify, _verify),
+        (reshard, _reshard),
+        (export, _export),
+        (back, _import),
+    ):
+        command.set_defaults(run=run)
+        what = "a checkpoint, or a run folder, whose newest complete checkpoint is taken"
+        if command is back:
+            what = "a folder that export wrote"
+        command.add_argument("directory", type=Path, metavar="DIR", help=what)
+        if command in (reshard, export, back):
+            command.add_argument("out", type=Path, metavar="OUT", help="folder to create")
+            command.add_argument(
+                "--no-verify", action="store_true", help="do not compare DIR with its manifest"
+            )
+    reshard.add_argument(
+        "--layout",
+        required=True,
+        metavar="tp=2,pp=2,…",
+        help="degrees to change in the layout that it was saved in",
+    )
 
 
-def _source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="what to read")
+def _find(directory: Path) -> Path:
+    """Return the checkpoint that is meant; if that is another folder, say so on stderr."""
+    from nemo_megacpp.checkpoint.folder import find_checkpoint
 
-
-def _out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    found = find_checkpoint(directory)
+    if found != directory:
+        print(f"{directory}: taking the checkpoint {found}", file=sys.stderr)
+    return found
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from nemo_megacpp.checkpoint.folder import find_checkpoint
     from nemo_megacpp.checkpoint.guard import inspect_before_load
 
-    directory = find_checkpoint(args.directory)
+    directory = _find(args.directory)
     print(f"{directory}: {inspect_before_load(directory)}; its pickles hold data only")
     return 0
 
 
 def _reshard(args: argparse.Namespace) -> int:
-    from nemo_megacpp.checkpoint.reshard import reshard, target_layout
+    from nemo_megacpp.checkpoint.rewrite import reshard, target_layout
     from nemo_megacpp.runtime.workers import WorkerPool
 
-    layout = target_layout(args.directory, args.layout)
-    split, whole = reshard(args.directory, args.out, layout, WorkerPool, verify=not args.no_verify)
+    directory = _find(args.directory)
+    layout = target_layout(directory, args.layout)
+    split, whole = reshard(directory, args.out, layout, WorkerPool, verify=not args.no_verify)
     kept = f", {whole} kept whole" if whole else ""
     print(f"{args.out}: {split} tensors as {layout.describe()} splits them{kept}")
     return 0
@@ -103,10 +106,10 @@ def _export(args: argparse.Namespace) -> int:
     from nemo_megacpp.checkpoint.export import export
     from nemo_megacpp.checkpoint.manifest import check_manifest
 
-    content = CheckpointContent(args.directory)
+    content = CheckpointContent(_find(args.directory))
     if not args.no_verify:
         print(f"{content.directory}: {check_manifest(content.directory)}")
-    index = export(args.directory, args.out)
+    index = export(content.directory, args.out)
     files = len(set(index["weight_map"].values()))
     others = len(content.other_tensors) + len(content.objects)
     left_out = f"; {others} tensors and objects of optimizer and random state left out"
@@ -118,18 +121,18 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from nemo_megacpp.checkpoint.reshard import import_safetensors
+    from nemo_megacpp.checkpoint.rewrite import import_safetensors
     from nemo_megacpp.runtime.workers import WorkerPool
 
     count = import_safetensors(args.directory, args.out, WorkerPool, verify=not args.no_verify)
-    print(f"{args.out}: {count} tensors; the weights alone, no optimizer")
+    print(f"{args.out}: {count} tensors; the weights only, without an optimizer")
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from nemo_megacpp.checkpoint.inspect import describe
+    from nemo_megacpp.checkpoint.content import describe
 
-    found = describe(args.directory)
+    found = describe(_find(args.directory))
     if args.json:
         print_json(found)
     else:

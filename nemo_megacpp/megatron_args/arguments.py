@@ -96,6 +96,8 @@ def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
             f"resume={recipe.resume}: the script resumes only checkpoints of its own format; "
             f"resume=auto takes the newest in run_dir"
         )
+    if recipe.init_from is not None:
+        found.append(f"init_from={recipe.init_from}: the script loads only its own checkpoints")
     if recipe.layout.vpp is not None:
         found.append(
             f"virtual_pipeline_model_parallel_size={recipe.layout.vpp}: it builds every virtual "

@@ -15,7 +15,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from nemo_megacpp.checkpoint.identity import STRUCTURE, read_identity
+from nemo_megacpp.checkpoint.identity import STRUCTURE
 from nemo_megacpp.config import HybridConfig, config_violations
 from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.layout import ModelShape, ParallelLayout, validate_layout
@@ -79,9 +79,8 @@ def validate_run_steps_left(checkpoint: Path, trainer: Any) -> None:
     Raises:
         UserError: with both numbers.
     """
-    identity = read_identity(checkpoint)
-    if identity is not None and trainer.max_steps > 0:
-        validate_steps_left(checkpoint, identity["step"], trainer.max_steps)
+    if trainer.max_steps > 0:
+        validate_steps_left(checkpoint, trainer.max_steps)
 
 
 def validate_actual(layout: ParallelLayout, config: HybridConfig, data: Any, node: int) -> None:

@@ -12,10 +12,11 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
 
+from nemo_megacpp.checkpoint.folder import find_weights
 from nemo_megacpp.data.builtin import builtin_folder
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.callbacks import RunRecorder
-from nemo_megacpp.nemo.checkpoint import HybridCheckpoint
+from nemo_megacpp.nemo.checkpointing import HybridCheckpoint
 from nemo_megacpp.nemo.data import HybridDataModule
 from nemo_megacpp.nemo.events import EventRecorder
 from nemo_megacpp.nemo.model import HybridModel, HybridModelConfig
@@ -33,7 +34,7 @@ def to_pretrain(recipe: Recipe, run_dir: Path, *, devices: int, num_nodes: int =
     """Return ``run.Partial(llm.pretrain, …)`` for ``recipe``.
 
     Args:
-        recipe: what to train; ``resume``, if given, is the path of a checkpoint.
+        recipe: what to train; ``resume`` and ``init_from``, if given, are paths of checkpoints.
         run_dir: where checkpoints, TensorBoard files and metrics go.
         devices: ranks per node.
         num_nodes: nodes.
@@ -67,10 +68,18 @@ def to_pretrain(recipe: Recipe, run_dir: Path, *, devices: int, num_nodes: int =
         resume=run.Config(
             nl.AutoResume,
             resume_from_path=recipe.resume,
+            restore_config=_initial_weights(recipe),
             resume_if_exists=False,
         ),
         optim=_optimizer(training, dtype),
     )
+
+
+def _initial_weights(recipe: Recipe) -> run.Config | None:
+    if recipe.init_from is None:
+        return None
+    weights = str(find_weights(Path(recipe.init_from)))
+    return run.Config(nl.RestoreConfig, path=weights, load_optim_state=False, load_artifacts=False)
 
 
 def _model_config(recipe: Recipe) -> run.Config:

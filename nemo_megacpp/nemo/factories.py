@@ -101,6 +101,7 @@ def factory_parameters(
     packed_documents: Optional[bool] = None,
     run_dir: Optional[str] = None,
     resume: Optional[str] = None,
+    init_from: Optional[str] = None,
     verify_checkpoint: Optional[bool] = None,
 ) -> dict[str, Any]:
     """Return the parameters that are given: one signature and one text for every factory.
@@ -153,6 +154,7 @@ def factory_parameters(
         packed_documents: start attention, M and R anew at each document of a row. None: no.
         run_dir: where the run writes. None: a new folder under ``runs/``.
         resume: checkpoint or run folder to resume, or ``auto`` for the newest in ``run_dir``.
+        init_from: checkpoint or run folder whose weights a new run starts from, at step 0.
         verify_checkpoint: compare every byte of it with its manifest first. None: yes.
 
     Returns:

@@ -11,7 +11,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 
-from nemo_megacpp.checkpoint.training_state import training_sharded_state_dict
+from nemo_megacpp.checkpoint.optimizer_state import training_sharded_state_dict
 from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
 from nemo_megacpp.proof.gather import (
     GlobalValues,

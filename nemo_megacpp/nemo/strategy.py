@@ -34,7 +34,7 @@ from nemo_megacpp.nemo.actual import (
     validate_training,
     validate_wrapper,
 )
-from nemo_megacpp.nemo.checkpoint_io import AcrossBackends, AsyncCheckpointIO
+from nemo_megacpp.nemo.checkpointing import AcrossBackends, AsyncCheckpointIO
 from nemo_megacpp.nemo.optimizer import HybridOptimizer
 from nemo_megacpp.nemo.stops import told
 from nemo_megacpp.preflight.resume import validate_optimizer_state

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from nemo_megacpp.checkpoint.identity import newest_checkpoint
+from nemo_megacpp.checkpoint.folder import newest_checkpoint
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe
 

@@ -13,7 +13,11 @@ from nemo_megacpp.layout import ParallelLayout, check_layout
 from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model import validate_host, validate_model, validate_recipe_layout
 from nemo_megacpp.preflight.outputs import new_run_dir, validate_loggers, validate_run_dir
-from nemo_megacpp.preflight.resume import find_resume, validate_optimizer_state
+from nemo_megacpp.preflight.resume import (
+    find_resume,
+    validate_optimizer_state,
+    validate_weights,
+)
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.shape import shape_of
 from nemo_megacpp.runtime.launch import launched
@@ -38,7 +42,7 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
     Args:
         recipe: what to train.
         announce: this process speaks for the job: it prints what was settled, and it is the one
-            that verifies the checkpoint that the run resumes.
+            that verifies the checkpoint that the run starts from.
 
     Raises:
         UserError: for anything that can be told before the ranks start.
@@ -68,15 +72,16 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
 
 
 def _announce(recipe: Recipe, run_dir: Path) -> None:
-    resumed = None
-    if recipe.resume is not None:
-        checkpoint = Path(recipe.resume)
-        resumed = inspect_before_load(checkpoint, verify=recipe.training.verify_checkpoint)
-        validate_optimizer_state(checkpoint)
+    start = recipe.resume or recipe.init_from
+    if start is not None:
+        checkpoint = Path(start)
+        verified = inspect_before_load(checkpoint, verify=recipe.training.verify_checkpoint)
+        (validate_optimizer_state if recipe.resume else validate_weights)(checkpoint)
     if recipe.defaults:
         print(f"defaults taken: {'; '.join(recipe.defaults)}")
     print(f"{recipe.name}: {recipe.pattern}")
     print(f"layout: {recipe.layout.describe()}; run folder: {run_dir}")
-    if resumed is not None:
-        print(f"resuming {recipe.resume} ({resumed})")
+    if start is not None:
+        what = "resuming" if recipe.resume else "starting from the weights of"
+        print(f"{what} {start} ({verified})")
     sys.stdout.flush()

@@ -39,6 +39,7 @@ _RUN = {
     "tokenizer": "folder of the tokenizer that the data must have been made with",
     "run_dir": "folder to write; default: a new one under runs/",
     "resume": "checkpoint or run folder to resume, or auto for the newest in run_dir",
+    "init_from": "checkpoint or run folder whose weights a new run starts from",
 }
 _MODEL = {
     "pattern": "block families of the layers, as AEMEAEMEAEMR; | cuts the pipeline",

@@ -126,7 +126,7 @@ def _fields(a: Recipe, b: Recipe) -> Iterator[Difference]:
         before, after = getattr(a.training, name), getattr(b.training, name)
         if before != after and name not in NO_AXIS:
             yield Difference(TRAINING_AXES[name], name, _text(before), _text(after))
-    for axis, name in (("data", "data"), ("start", "resume")):
+    for axis, name in (("data", "data"), ("start", "resume"), ("start", "init_from")):
         before, after = getattr(a, name), getattr(b, name)
         if before != after:
             yield Difference(axis, name, _text(before), _text(after))

@@ -13,8 +13,8 @@ from nemo_megacpp.layout.parallel import FIELD_OF, validate_given_once
 from nemo_megacpp.recipes.catalog import Training
 from nemo_megacpp.settings.transformer_verdicts import TRANSFORMER
 
-RUN_KEYS = ("recipe", "data", "tokenizer", "run_dir", "resume")
-TEXTS = ("tokenizer", "run_dir", "resume", "wandb_project", "wandb_name")
+RUN_KEYS = ("recipe", "data", "tokenizer", "run_dir", "resume", "init_from")
+TEXTS = ("tokenizer", "run_dir", "resume", "init_from", "wandb_project", "wandb_name")
 _MODEL_ALIASES = {"pattern": "hybrid_pattern", "depth": "num_layers"}
 _TRAINING_ALIASES = {
     "learning_rate": "lr",
@@ -44,6 +44,7 @@ _WITHOUT = {
     "tokenizer": "the tokenizer of the data",
     "run_dir": "a new folder under runs/",
     "resume": "a run from scratch",
+    "init_from": "random initial weights",
 }
 """What null asks for."""
 

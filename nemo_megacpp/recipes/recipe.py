@@ -43,6 +43,7 @@ class Recipe:
             data's own.
         run_dir: where the run writes; None for a new folder under ``runs/``.
         resume: checkpoint to resume, or ``auto`` for the newest in ``run_dir``.
+        init_from: checkpoint whose weights a new run starts from, at step 0.
         given: the full names of the settings that the user gave.
         defaults: what was chosen for the user, one phrase each.
     """
@@ -55,6 +56,7 @@ class Recipe:
     tokenizer: str | None = None
     run_dir: str | None = None
     resume: str | None = None
+    init_from: str | None = None
     given: frozenset[str] = field(default=frozenset(), compare=False)
     defaults: tuple[str, ...] = field(default=(), compare=False)
 

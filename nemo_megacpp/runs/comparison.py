@@ -151,11 +151,12 @@ class Comparison:
             return ()
         found = []
         a, b = self.a.recipe, self.b.recipe
-        if set(self.moved) & _DRAW_WEIGHTS and a.resume is None and b.resume is None:
+        started = (a.resume, a.init_from, b.resume, b.init_from)
+        if set(self.moved) & _DRAW_WEIGHTS and started == (None,) * 4:
             found.append(
                 f"Both runs drew their own initial weights, rank by rank, and those depend on "
                 f"{self.moved[0]}: the losses differ as those of two seeds do. Start both from one "
-                f"checkpoint (resume=…) to see what the layout does to them."
+                f"checkpoint (resume=… or init_from=…) to see what the layout does to them."
             )
         one, two = (recipe.training.limit_val_batches for recipe in (a, b))
         if one != two:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_megacpp.checkpoint.identity import read_identity
+from nemo_megacpp.checkpoint.folder import complete_checkpoints
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.runs.curves import Curve, read_curve
@@ -64,14 +64,5 @@ def read_run(run_dir: Path) -> RunRecord:
         events,
         recipe=resolve(str(recipe_file)) if known else None,
         recipe_text=recipe_file.read_text(encoding="utf-8") if known else "",
-        checkpoints=_checkpoints(run_dir / "checkpoints"),
+        checkpoints=complete_checkpoints(run_dir / "checkpoints"),
     )
-
-
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        identity = read_identity(path) if path.is_dir() else None
-        if identity is not None:
-            found.append((int(identity["step"]), path))
-    return sorted(found)

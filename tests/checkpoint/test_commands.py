@@ -26,14 +26,13 @@ from megatron.core.dist_checkpointing.mapping import (
 
 from nemo_megacpp import cli
 from nemo_megacpp.checkpoint import export as export_module
-from nemo_megacpp.checkpoint.content import CheckpointContent
+from nemo_megacpp.checkpoint.content import CheckpointContent, describe
 from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict
 from nemo_megacpp.checkpoint.export import CONFIG, INDEX, export, read_export
 from nemo_megacpp.checkpoint.identity import read_identity, write_identity
-from nemo_megacpp.checkpoint.inspect import describe
 from nemo_megacpp.checkpoint.manifest import FILE, check_manifest, is_complete, write_manifest
 from nemo_megacpp.checkpoint.random_state import random_state, sharded_random_state
-from nemo_megacpp.checkpoint.reshard import import_safetensors, reshard
+from nemo_megacpp.checkpoint.rewrite import import_safetensors, reshard
 from nemo_megacpp.checkpoint.safe_pickle import scan_checkpoint
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
@@ -236,11 +235,11 @@ def _bad_identity(folder: Path) -> Path:
     ("break_it", "message"),
     [
         (lambda folder: folder / "nowhere", "there is no such folder"),
-        (_emptied, "is no distributed checkpoint"),
-        (lambda folder: folder / "nemo_megacpp.json", "is no distributed checkpoint"),
+        (_emptied, "it is neither a checkpoint ("),
+        (lambda folder: folder / "nemo_megacpp.json", "it is neither a checkpoint ("),
         (_no_metadata, "is incomplete"),
         (_bad_metadata, ".metadata cannot be read"),
-        (_bad_identity, "nemo_megacpp.json cannot be read"),
+        (_bad_identity, "nemo_megacpp.json is damaged: invalid JSON"),
     ],
     ids=["missing", "empty", "file", "cut short", "damaged metadata", "damaged identity"],
 )
@@ -256,6 +255,78 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(
         assert captured.err.count("\n") == 1
         assert not captured.out
     assert not out.exists()
+
+
+def _run_folder(checkpoint: Path, folder: Path) -> Path:
+    """A run with two complete checkpoints and an incomplete one."""
+    for step in (20, 9):
+        one = Path(shutil.copytree(checkpoint, folder / "checkpoints" / f"step={step}"))
+        write_identity(one, IDENTITY, step)
+        write_manifest(one)
+    shutil.copytree(checkpoint, folder / "checkpoints" / "step=30")
+    (folder / "checkpoints" / "step=30" / FILE).unlink()
+    write_identity(folder / "checkpoints" / "step=30", {**IDENTITY, "manifest": FILE}, 30)
+    return folder
+
+
+def test_a_run_folder_means_its_newest_complete_checkpoint(
+    run_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _run_folder(run_checkpoint, tmp_path / "run")
+    newest = run / "checkpoints" / "step=20"
+    for given in (run, run / "checkpoints", newest / "weights"):
+        assert command("inspect", given, "--json") == 0
+        told = capsys.readouterr()
+        assert json.loads(told.out)["checkpoint"] == str(newest)
+        assert told.err == f"{given}: taking the checkpoint {newest}\n"
+    assert command("inspect", newest) == 0
+    assert capsys.readouterr().err == ""
+    assert command("verify", run) == 0
+    assert capsys.readouterr().out.startswith(f"{newest}: ")
+    assert command("export", run, tmp_path / "out") == 0
+    assert capsys.readouterr().out.startswith(f"{newest}: ")
+    assert command("reshard", run, tmp_path / "resharded", "--layout", "tp=3") == 2
+    told = capsys.readouterr()
+    assert f"{run}: taking the checkpoint {newest}" in told.err
+    assert "is illegal for this model" in told.err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_layers", "4", "num_layers: '4' is not a whole number"),
+        ("num_layers", 10**12, "num_layers is 1000000000000; at most 100000"),
+        ("hidden_size", 10**30, "hidden_size is larger than"),
+        ("hybrid_pattern", 3, "hybrid_pattern: 3 is not a text"),
+        ("mode", "other", "mode: 'other' is not"),
+    ],
+)
+def test_an_impossible_model_is_refused_in_one_line(
+    name: str,
+    value: object,
+    message: str,
+    own_run: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changed = {**IDENTITY, "model": {**IDENTITY["model"], name: value}}
+    write_identity(own_run, changed, 20)
+    for arguments in (("inspect", own_run), ("reshard", own_run, "out", "--layout", "tp=1")):
+        assert command(*arguments) == 2
+        error = capsys.readouterr().err
+        assert "nemo_megacpp.json is damaged: model: " in error
+        assert message in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["", "1" * 5000, "-1", "²", "1e3", "release", "\0"])
+def test_a_damaged_tracker_is_refused_in_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
+    assert command("inspect", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "latest_checkpointed_iteration.txt names no iteration: " in error
+    assert error.count("\n") == 1 and len(error) < 400
 
 
 # --- reshard
@@ -289,7 +360,7 @@ def test_reshard_keeps_every_bit(
     assert there.metadata.state_dict_metadata.keys() == here.metadata.state_dict_metadata.keys()
     assert here.common() == there.common()
     assert here.common()["content_metadata"] == {"kind": "a run"}
-    assert check_manifest(out).full
+    assert "contents verified" in check_manifest(out)
     assert is_complete(run_checkpoint), "what was read is as it was"
     assert (read_identity(out) or {}) == {
         **IDENTITY,
@@ -323,12 +394,27 @@ def test_reshard_refuses_before_it_starts_a_rank(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "taken"]
 
 
+def test_reshard_imports_no_code_that_a_checkpoint_names(
+    own_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = own_run / "family.py"
+    module.write_text(f"import os; os.mkdir({str(tmp_path / 'RUN')!r})")
+    model = {**IDENTITY["model"], "family_modules": [str(module)]}  # type: ignore[dict-item]
+    write_identity(own_run, {**IDENTITY, "model": model}, 20)
+    write_manifest(own_run)
+    assert command("inspect", own_run) == 0
+    capsys.readouterr()
+    assert command("reshard", own_run, tmp_path / "out", "--layout", "tp=1") == 2
+    assert "reshard imports no code that a checkpoint names" in capsys.readouterr().err
+    assert not (tmp_path / "RUN").exists()
+
+
 def test_a_reshard_that_fails_leaves_nothing(own_run: Path, tmp_path: Path) -> None:
     class Failing:
         def run(self, *_: Any) -> list[Any]:
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"out was not made: .*No space left on device"):
+    with pytest.raises(UserError, match=r"out was not written: .*No space left on device"):
         reshard(
             own_run,
             tmp_path / "out",
@@ -412,10 +498,10 @@ def test_a_damaged_export_is_not_imported(
     for identity in ("", {}):
         (out / CONFIG).write_text(json.dumps({**config, "identity": identity}))
         assert command("import", out, back, "--no-verify") == 2
-        assert "does not say which checkpoint it is of" in capsys.readouterr().err
+        assert "config.json is damaged: identity" in capsys.readouterr().err
     (out / CONFIG).write_text(json.dumps({"model_type": "llama"}))
     assert command("import", out, back, "--no-verify") == 2
-    assert "model_type is 'llama'" in capsys.readouterr().err
+    assert "model_type should be 'nemo_megacpp', and is 'llama'" in capsys.readouterr().err
     assert command("import", tmp_path / "nowhere", back) == 2
     assert not back.exists()
 

@@ -10,7 +10,6 @@ import pytest
 
 from nemo_megacpp.checkpoint.identity import (
     FILE,
-    newest_checkpoint,
     read_identity,
     validate_same_model,
     write_identity,
@@ -60,31 +59,6 @@ def test_a_damaged_identity_is_refused(text: str, tmp_path: Path) -> None:
     for read in (read_identity, load):
         with pytest.raises(UserError, match=f"{FILE} (cannot be read|is damaged): "):
             read(folder)
-    with pytest.raises(UserError, match=FILE):
-        newest_checkpoint(tmp_path)
-
-
-# --- the newest
-
-
-def test_the_newest_is_the_one_with_most_steps(tmp_path: Path) -> None:
-    for step in (100, 20, 80):
-        saved(tmp_path / f"step={step}", step)
-    assert newest_checkpoint(tmp_path) == tmp_path / "step=100"
-
-
-def test_folders_without_identity_are_not_complete(tmp_path: Path) -> None:
-    saved(tmp_path / "step=20", 20)
-    (tmp_path / "step=40" / "weights").mkdir(parents=True)
-    saved(tmp_path / "step=60", 60)
-    (tmp_path / "step=60" / FILE).rename(tmp_path / "step=60" / f"{FILE}.partial")
-    (tmp_path / "step=80-unfinished").touch()
-    assert newest_checkpoint(tmp_path) == tmp_path / "step=20"
-
-
-def test_there_may_be_none(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path) is None
-    assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
 # --- another model

@@ -1,4 +1,4 @@
-"""Begun, finished, kept, removed: what counts at each moment, and what a crash leaves."""
+"""Saved, pruned, removed: which checkpoints are complete at each moment, and after a crash."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from pathlib import Path
 import pytest
 
 from nemo_megacpp.checkpoint import lifecycle, manifest
-from nemo_megacpp.checkpoint.identity import (
-    is_whole,
-    newest_checkpoint,
-    read_identity,
-    write_identity,
-)
+from nemo_megacpp.checkpoint.folder import is_complete_checkpoint, newest_checkpoint
+from nemo_megacpp.checkpoint.identity import read_identity, write_identity
 from nemo_megacpp.checkpoint.lifecycle import (
     begin_checkpoint,
     clear_leftovers,
@@ -48,7 +44,7 @@ def names(folder: Path) -> list[str]:
 
 def test_it_counts_from_the_manifest_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, 20)
-    assert not is_whole(path)
+    assert not is_complete_checkpoint(path)
 
     def crash(directory: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -58,21 +54,21 @@ def test_it_counts_from_the_manifest_on(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(OSError, match="No space left"):
             finish_checkpoint(path, IDENTITY, 20)
     assert read_identity(path) is not None
-    assert not is_whole(path), "its identity promises a manifest"
+    assert not is_complete_checkpoint(path), "its identity promises a manifest"
     assert newest_checkpoint(tmp_path) is None
     finish_checkpoint(path, IDENTITY, 20)
     assert newest_checkpoint(tmp_path) == path
-    assert manifest.check_manifest(path).full
+    assert "contents verified" in manifest.check_manifest(path)
 
 
-def test_one_that_no_longer_matches_is_passed_over(
+def test_one_that_no_longer_matches_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     older, newer = saved(tmp_path, 20), saved(tmp_path, 40)
     (newer / "weights" / "__0_0.distcp").write_bytes(bytes(999))
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(tmp_path) == older
-    assert caplog.messages == [f"{newer} does not match its manifest and is passed over."]
+    assert caplog.messages == [f"Skipping {newer}: it does not match its manifest."]
     (newer / manifest.FILE).unlink()
     assert newest_checkpoint(tmp_path) == older, "a manifest was promised"
 
@@ -89,9 +85,9 @@ def test_a_half_saved_one_is_begun_anew_and_a_whole_one_never(tmp_path: Path) ->
     assert names(tmp_path) == ["step=20"]
     assert names(path) == []
     whole = saved(tmp_path, 40)
-    with pytest.raises(UserError, match="is there already, and would be overwritten"):
+    with pytest.raises(UserError, match="exists already, and a run that resumed"):
         begin_checkpoint(whole)
-    assert is_whole(whole)
+    assert is_complete_checkpoint(whole)
 
 
 def test_a_removal_that_is_cut_short_leaves_nothing_that_counts(
@@ -138,11 +134,11 @@ def test_every_kth_step_is_kept_besides(tmp_path: Path) -> None:
 def test_nothing_goes_before_the_new_one_is_whole(tmp_path: Path) -> None:
     older, newer = saved(tmp_path, 20), written(tmp_path, 40)
     assert prune(tmp_path, newer, 1) == []
-    assert is_whole(older)
+    assert is_complete_checkpoint(older)
     finish_checkpoint(newer, IDENTITY, 40)
     (newer / "weights" / "__0_0.distcp").write_bytes(b"")
     assert prune(tmp_path, newer, 1) == []
-    assert is_whole(older)
+    assert is_complete_checkpoint(older)
 
 
 def test_damaged_ones_and_strangers_neither_count_nor_go(tmp_path: Path) -> None:
@@ -177,6 +173,6 @@ def test_leftovers_are_cleared_with_a_line_each(tmp_path: Path) -> None:
         f"removed {half}: a run ended while it was being saved",
     ]
     assert names(tmp_path) == ["mine", "step=20"]
-    assert manifest.check_manifest(good).full
+    assert "contents verified" in manifest.check_manifest(good)
     assert clear_leftovers(tmp_path) == []
     assert clear_leftovers(tmp_path / "nowhere") == []

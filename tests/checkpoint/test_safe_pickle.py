@@ -6,8 +6,10 @@ import argparse
 import io
 import pickle
 import random
+import re
 import sys
 import types
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from nemo_megacpp.checkpoint.dcp import load_model
 from nemo_megacpp.checkpoint.guard import guard_load, inspect_before_load
 from nemo_megacpp.checkpoint.manifest import FILE, write_manifest
-from nemo_megacpp.checkpoint.safe_pickle import read_metadata, scan_checkpoint, scan_torch_file
+from nemo_megacpp.checkpoint.safe_pickle import read_metadata, read_torch_file, scan_checkpoint
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.runtime.distributed import start_model_parallel
@@ -199,7 +201,7 @@ def _arguments() -> dict[str, Any]:
 def test_the_data_of_a_training_run_is_let_through(held: Any, own_weights: Path) -> None:
     (own_weights / "common.pt").write_bytes(torch_bytes({"held": held}))
     replace_object(own_weights, torch_bytes([held]))
-    scan_torch_file(io.BytesIO(torch_bytes(held)), "it")
+    read_torch_file(io.BytesIO(torch_bytes(held)), "it")
 
 
 def test_fp8_state_of_transformer_engine_is_let_through_without_it(
@@ -221,34 +223,78 @@ def test_fp8_state_of_transformer_engine_is_let_through_without_it(
     assert "transformer_engine" not in sys.modules
 
 
-# --- what two readers might read differently
+# --- unusual files
 
 
-def test_ambiguous_archives_are_refused(own_weights: Path, tmp_path: Path) -> None:
-    harmless = torch_bytes({"step": 1})
-    twice = io.BytesIO(harmless)
-    with zipfile.ZipFile(twice, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
-        archive.writestr("archive/data.pkl", pickle.dumps(1))
-    commented = io.BytesIO(harmless)
-    with zipfile.ZipFile(commented, "a") as archive:
-        archive.comment = b"behind"
-    script = io.BytesIO(harmless)
-    with zipfile.ZipFile(script, "a") as archive:
-        archive.writestr("archive/constants.pkl", pickle.dumps(()))
-    old = torch_bytes({"step": 1}, _use_new_zipfile_serialization=False)
-    for content, reason in (
-        (twice.getvalue(), "ambiguous"),
-        (commented.getvalue(), "ambiguous"),
-        (script.getvalue(), "constants"),
-        (harmless[:4] + harmless, "begin at its first byte"),
-        (old, "no zip archive"),
-        (harmless[: len(harmless) // 2], "cannot be read"),
-        (b"", "no zip archive"),
-    ):
+def _forms(held: Any) -> dict[str, bytes]:
+    """``held`` in every file form that ``torch.load`` accepts or that could mislead a scanner."""
+    normal = torch_bytes(held)
+    (record,) = (
+        zipfile.ZipFile(io.BytesIO(normal)).read(name)
+        for name in zipfile.ZipFile(io.BytesIO(normal)).namelist()
+        if name.endswith("data.pkl")
+    )
+
+    def rewritten(base: Any, **entries: bytes) -> bytes:
+        stream = io.BytesIO(torch_bytes(base))
+        with zipfile.ZipFile(stream, "a") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # two entries of one name
+            for name, content in entries.items():
+                archive.writestr(f"archive/{name}.pkl", content)
+            archive.comment = entries.get("comment", b"")
+        return stream.getvalue()
+
+    return {
+        "two pickles, first": rewritten(held, data=pickle.dumps(1)),
+        "two pickles, second": rewritten({"step": 1}, data=record),
+        "comment": rewritten(held, comment=b"behind"),
+        "TorchScript": rewritten(held, constants=pickle.dumps(())),
+        "bytes in front": normal[:4] + normal,
+        "old format": torch_bytes(held, _use_new_zipfile_serialization=False),
+        "bare pickle": pickle.dumps(held, protocol=2),
+        "half": normal[: len(normal) // 2],
+        "empty": b"",
+    }
+
+
+@pytest.mark.parametrize("form", _forms({}))
+@pytest.mark.parametrize("place", ["common", "object"])
+def test_no_form_of_a_file_hides_a_payload(
+    place: str, form: str, own_weights: Path, tmp_path: Path
+) -> None:
+    """What the scan lets through, torch's unrestricted reader loads without running anything."""
+    content = _forms({"args": Payload(tmp_path / "RUN")})[form]
+    if place == "common":
         (own_weights / "common.pt").write_bytes(content)
-        message = refusal(own_weights)
-        assert reason in message
-        assert "common.pt cannot be read" in message
+    else:
+        replace_object(own_weights, content)
+    if form == "two pickles, second":  # torch reads the first entry of a name, with any unpickler
+        scan_checkpoint(own_weights)
+        assert torch.load(io.BytesIO(content), weights_only=False) == {"step": 1}
+    else:
+        found = refusal(own_weights)
+        assert "would call posix.mkdir" in found or "cannot be read: " in found
+        assert found.count("\n") == 0
+        named = ("two pickles, first", "comment", "old format", "bare pickle")
+        assert ("posix.mkdir" in found) == (form in named), found
+    assert not (tmp_path / "RUN").exists()
+
+
+class _Eval:
+    def __reduce__(self) -> Any:
+        return eval, ("1",)
+
+
+@pytest.mark.parametrize("place", ["metadata", "common", "object", "byte tensor"])
+def test_what_another_library_has_allowed_is_refused(place: str, own_weights: Path) -> None:
+    torch.serialization.add_safe_globals([eval])
+    before = set(torch.serialization.get_safe_globals())
+    try:
+        PLACES[place](own_weights, _Eval())  # type: ignore[arg-type]
+        assert re.search(r"would call (builtins\.|__builtin__\.)?eval", refusal(own_weights))
+        assert set(torch.serialization.get_safe_globals()) == before
+    finally:
+        torch.serialization._weights_only_unpickler._remove_safe_globals([eval])
 
 
 def test_an_object_outside_of_the_checkpoint_is_refused(own_weights: Path) -> None:
@@ -257,11 +303,11 @@ def test_an_object_outside_of_the_checkpoint_is_refused(own_weights: Path) -> No
         if "_extra_state" in index.fqn:
             place.relative_path = "../elsewhere"
     (own_weights / ".metadata").write_bytes(pickle.dumps(metadata))
-    assert "lies outside of the checkpoint" in refusal(own_weights)
+    assert "is outside the checkpoint" in refusal(own_weights)
 
 
 def test_module_state_in_common_is_refused(own_weights: Path) -> None:
     """It would be merged with the module's own, and unpickled by Transformer Engine."""
     held = {"state_dict": {"module.decoder.layers.0.mixer.in_proj._extra_state": torch.zeros(3)}}
     (own_weights / "common.pt").write_bytes(torch_bytes(held))
-    assert "_extra_state has no place in it" in refusal(own_weights)
+    assert "_extra_state does not belong in this file" in refusal(own_weights)

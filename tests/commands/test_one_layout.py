@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_megacpp.checkpoint import reshard as resharding
+from nemo_megacpp.checkpoint import rewrite
 from nemo_megacpp.cli import read_arguments
 from nemo_megacpp.commands import layouts as layouts_command
 from nemo_megacpp.layout import ParallelLayout
@@ -173,7 +173,7 @@ def test_a_checkpoint_is_resharded_to_the_same_layout(
         seen.append(layout)
         return 0, 0
 
-    monkeypatch.setattr(resharding, "reshard", reshard)
+    monkeypatch.setattr(rewrite, "reshard", reshard)
     checkpoint = str(save(resolve("nam56r_tiny", ["world=4"])))
     _run("checkpoint", "reshard", checkpoint, "out", "--layout", text)
     assert seen == [ParallelLayout.parse(TEXTS[text])]

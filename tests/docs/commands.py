@@ -49,7 +49,7 @@ _PRELOADED = (
     "nemo_megacpp.runs.comparison",
     "nemo_megacpp.runs.run_page",
     "nemo_megacpp.preflight",
-    "nemo_megacpp.checkpoint.inspect",
+    "nemo_megacpp.checkpoint.content",
 )
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 from nemo_megacpp.checkpoint import manifest
+from nemo_megacpp.checkpoint.folder import complete_checkpoints, newest_checkpoint
 from nemo_megacpp.checkpoint.identity import FILE as IDENTITY
-from nemo_megacpp.checkpoint.identity import newest_checkpoint, whole_checkpoints
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 from tests.faults.saving import (
@@ -86,7 +86,7 @@ def run_campaign(
     while tally.kills < kills:
         step += 1
         kill = _draw(random_points, seconds, events)
-        before = {path: _fingerprint(path) for _, path in whole_checkpoints(folder)}
+        before = {path: _fingerprint(path) for _, path in complete_checkpoints(folder)}
         survived, helpers = False, _helpers(pool)
         with contextlib.suppress(WorkerError):
             pool.run(RANKS, save_and_be_killed, str(folder), step, kill)
@@ -108,7 +108,7 @@ def run_campaign(
         different = pool.run(RANKS, load_then_save, str(folder), loaded, step)
         if any(different):
             tally.wrong.append(f"{label}: {newest} loads other bits in {different}")
-        found = [path for _, path in whole_checkpoints(folder)]
+        found = [path for _, path in complete_checkpoints(folder)]
         if sorted(os.listdir(folder)) != sorted(path.name for path in found):
             tally.wrong.append(f"{label}: not cleared away: {sorted(os.listdir(folder))}")
         if found != [newest, checkpoint_of(folder, step)]:
@@ -150,9 +150,9 @@ def _faults(folder: Path, step: int, before: dict[Path, str]) -> list[str]:
     for path in kept:
         if not path.exists() or _fingerprint(path) != before[path]:
             wrong.append(f"{path} was damaged")
-    for _, path in whole_checkpoints(folder):
+    for _, path in complete_checkpoints(folder):
         try:
-            if not manifest.check_manifest(path).full:
+            if "contents verified" not in manifest.check_manifest(path):
                 wrong.append(f"{path} counts without a manifest")
         except UserError as error:
             wrong.append(f"{path} counts and is damaged: {error}")

@@ -139,7 +139,7 @@ def _digests(chunks: Chunks) -> dict[str, str]:
 
 
 def _save(chunks: Chunks, folder: str, step: int) -> None:
-    """Save as ``recipes.nemo.checkpoint.HybridCheckpoint`` does, without NeMo."""
+    """Save as ``nemo.checkpointing.HybridCheckpoint`` does, without NeMo."""
     directory, first = checkpoint_of(folder, step), torch.distributed.get_rank() == 0
     mark = directory.with_name(f"{directory.name}-unfinished")
     if first:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_megacpp.checkpoint.identity import newest_checkpoint, whole_checkpoints
+from nemo_megacpp.checkpoint.folder import complete_checkpoints, newest_checkpoint
 from nemo_megacpp.checkpoint.manifest import check_manifest
 from tests.faults.conftest import Run
 
@@ -20,8 +20,8 @@ Start = Callable[..., Run]
 
 def newest_step(run: Run) -> int:
     """The newest checkpoint's step; all that count are whole, to the last byte."""
-    for _, path in whole_checkpoints(run.run_dir / "checkpoints"):
-        assert check_manifest(path).full
+    for _, path in complete_checkpoints(run.run_dir / "checkpoints"):
+        assert "contents verified" in check_manifest(path)
     newest = newest_checkpoint(run.run_dir / "checkpoints")
     assert newest is not None
     return int(newest.name.removeprefix("step="))
@@ -66,7 +66,7 @@ def resumed(start: Start, stopped: Run) -> Run:
     It gets SIGTERM in the middle of an evaluation that would take hours.
     """
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--shutdown-timeout=300")
-    _, older = whole_checkpoints(stopped.run_dir / "checkpoints")[0]
+    _, older = complete_checkpoints(stopped.run_dir / "checkpoints")[0]
     hours = ("val_check_interval=4", "limit_val_batches=20000")
     run = start("resumed", f"resume={older}", *hours, launcher=torchrun)
     run.wait_until(lambda: run.losses() and max(run.losses()) % 4 == 0)
@@ -130,7 +130,7 @@ def test_a_full_disk_is_one_line(start: Start, killed: tuple[Run, int]) -> None:
     assert said.startswith("The checkpoint ")
     # Which of a checkpoint's files meets the limit first differs from run to run.
     assert "File too large" in said or "a limit on file sizes" in said
-    assert said.endswith("Earlier ones are as they were.")
+    assert said.endswith("Earlier checkpoints are unchanged.")
     assert "Traceback" not in run.output
     assert newest_step(run) == saved
     assert not run.left_behind()

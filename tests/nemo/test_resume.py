@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from megatron.core import dist_checkpointing
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from nemo_megacpp.checkpoint.export import export
+from nemo_megacpp.checkpoint.rewrite import import_safetensors
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.runs.curves import Curve, read_curve
 from nemo_megacpp.runtime.workers import WorkerPool
@@ -189,6 +192,39 @@ def _close(curve: Curve, expected: Curve, within: float = 1e-5) -> None:
         for number in ("loss", "grad_norm"):
             assert record[number] == pytest.approx(expected.steps[step][number], rel=within)
     assert curve.heldout == pytest.approx(expected.heldout, rel=within)
+
+
+def test_a_run_starts_from_weights_alone(train: Train, ranks: WorkerPool, tmp_path: Path) -> None:
+    """Exported, imported, and loaded with init_from in another layout, at step 0.
+
+    The next step has a learning rate that changes no weight, so what it saves is what was loaded,
+    float32 master weights included: a step taken from other masters would show.
+    """
+    trained = train("trained", tp=2, stop_after=2, save_interval=1, precision="bf16")
+    export(_checkpoint(trained, 2), tmp_path / "exported")
+    imported = tmp_path / "imported"
+    import_safetensors(tmp_path / "exported", imported, lambda _: contextlib.nullcontext(ranks))
+    still = {"lr": "1e-30", "min_lr": 0, "weight_decay": 0, "max_steps": 1, "warmup_steps": 0}
+    begun = train(
+        "begun",
+        **{"tp": 1, "world_size": 2, "use_distributed_optimizer": True, "precision": "bf16"},
+        **still,
+        init_from=imported,
+    )
+    wanted, found = _tensors(imported), _tensors(_checkpoint(begun, 1))
+    assert wanted.keys() <= found.keys()
+    different = [
+        name
+        for name, value in wanted.items()
+        if "expert_bias" not in name  # the router moves it after each step
+        and not torch.allclose(value, found[name], rtol=0, atol=1e-20)
+    ]
+    assert different == []
+    first = _tensors(_checkpoint(trained, 1))
+    name = "module.decoder.final_norm.weight"
+    assert not torch.equal(first[name], wanted[name]), "the weights had been trained"
+    assert list(_records(begun)) == [1]
+    assert _what_goes_on(_checkpoint(begun, 1))["global_step"] == 1
 
 
 def test_nemo_factory_is_exact(ranks: WorkerPool, small_data: PreparedData, tmp_path: Path) -> None:

@@ -299,7 +299,8 @@ def test_resume_of_nothing(save: Save, elsewhere: Path) -> None:
     Path("begun/checkpoints").mkdir(parents=True)
     for name in ("nowhere", "empty", "file", "begun"):
         message = refusal(resumed, f"resume={name}")
-        assert f"There is no checkpoint at {name}: it is neither a checkpoint folder" in message
+        reason = "there is no such folder" if name == "nowhere" else "it is neither a checkpoint ("
+        assert f"There is no checkpoint at {name}: {reason}" in message
 
 
 def test_resume_of_a_checkpoint_that_was_cut_short(save: Save) -> None:
@@ -361,7 +362,42 @@ def test_resume_of_weights_alone(
     metadata.write_bytes(pickle.dumps(Metadata(held, None, {})))
     message = refusal(preflight, f"resume={checkpoint}")
     assert f"{checkpoint} holds weights only, without optimizer state" in message
+    assert message.endswith(f"Start a new run from it with init_from={checkpoint}.")
+    preflight(tiny(f"init_from={checkpoint}"))
     assert [path.name for path in elsewhere.iterdir()] == ["run"]
+
+
+def test_a_new_run_starts_from_weights(
+    save: Save, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = save(tiny(), 200)  # past max_steps, which do not matter here
+    metadata = checkpoint / "weights" / ".metadata"
+    metadata.write_bytes(pickle.dumps(Metadata({"module.weight": _tensor()}, None, {})))
+    settled = preflight(tiny("init_from=run", "run_dir=next"))
+    assert (settled.recipe.resume, settled.recipe.init_from) == (None, str(checkpoint))
+    assert f"starting from the weights of {checkpoint} (" in capsys.readouterr().out
+    both = refusal(preflight, f"resume={checkpoint}", "init_from=run")
+    assert "Give one of them" in both
+    other = refusal(preflight, "init_from=run", "run_dir=next", "hidden_size=448", "kv_channels=16")
+    assert "hidden_size is 224 there and 448 here" in other
+    # A job that is restarted resumes its own checkpoint, and starts from the weights before that.
+    auto = ("resume=auto", "run_dir=next", "init_from=run")
+    recipe = find_resume(tiny(*auto), [])
+    assert (recipe.resume, recipe.init_from) == (None, str(checkpoint))
+    own = Path(shutil.copytree(save(tiny(), 4), "next/checkpoints/step=4")).absolute()
+    recipe = find_resume(tiny(*auto), [])
+    assert (recipe.resume, recipe.init_from) == (str(own), None)
+
+
+def test_weights_of_another_program_are_refused(save: Save, elsewhere: Path) -> None:
+    checkpoint = save(tiny(), 4)
+    metadata = checkpoint / "weights" / ".metadata"
+    for prefix, named in (("model.", "'model.'"), ("", "nothing")):
+        held = {f"{prefix}decoder.weight": _tensor()}
+        metadata.write_bytes(pickle.dumps(Metadata(held, None, {})))
+        for start in ("resume", "init_from"):
+            message = refusal(preflight, f"{start}={checkpoint}", "run_dir=next")
+            assert f"begin with {named}, and those of a run's checkpoint with 'module.'" in message
 
 
 def _tensor() -> TensorStorageMetadata:

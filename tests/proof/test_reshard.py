@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict, save_sharded
-from nemo_megacpp.checkpoint.training_state import load_training_state
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import resume_and_train, train_and_save
@@ -27,6 +26,7 @@ from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import prepare
 from tests.proof.cases import RESHARDINGS, SHARDED_RESHARDINGS, Place
 from tests.selection import slow_if
+from tests.training_state import load_training_state
 
 Source = Callable[[StepSpec, str], tuple[str, Carried]]
 
@@ -220,4 +220,4 @@ def test_other_forms_are_refused(
     folder = str(tmp_path / "foreign")
     message = ranks.run(1, _load_foreign, ParallelLayout(), spec, folder, metadata)[0]
     assert says in message
-    assert "Load its weights only" in message
+    assert "Start a new run from its weights with init_from=CHECKPOINT" in message

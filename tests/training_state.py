@@ -1,34 +1,22 @@
-"""Everything that the next training step depends on, apart from the data: model and optimizer."""
+"""Save and load bare model chunks with their optimizer, without NeMo."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 
-from nemo_megacpp.checkpoint.dcp import fill_model, model_sharded_state_dict, save_sharded
+from nemo_megacpp.checkpoint.dcp import fill_model, save_sharded
 from nemo_megacpp.checkpoint.guard import guard_load
 from nemo_megacpp.checkpoint.optimizer_state import (
     content_metadata,
     load_optimizer_state_dict,
-    optimizer_sharded_state_dict,
+    training_sharded_state_dict,
     validate_optimizer_form,
 )
-
-
-def training_sharded_state_dict(
-    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool = False
-) -> dict[str, Any]:
-    """Return one sharded state dict of this rank's model chunks and their optimizer."""
-    model = model_sharded_state_dict(chunks)
-    return {
-        "model": model,
-        "optimizer": optimizer_sharded_state_dict(optimizer, model, is_loading=is_loading),
-    }
 
 
 def save_training_state(

@@ -1,0 +1,227 @@
+"""How a NeMo run saves and loads checkpoints: NeMo's callback and I/O on Megatron-Core 0.16."""
+
+# NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from nemo.lightning.io.pl import MegatronCheckpointIO
+from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
+from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
+from torch.distributed.checkpoint import CheckpointException
+
+from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
+from nemo_megacpp.checkpoint.dcp import require_psutil
+from nemo_megacpp.checkpoint.folder import find_weights, is_complete_checkpoint
+from nemo_megacpp.checkpoint.lifecycle import (
+    begin_checkpoint,
+    clear_leftovers,
+    finish_checkpoint,
+    prune,
+)
+from nemo_megacpp.checkpoint.safe_pickle import read_metadata
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.nemo.actual import actual_layout, actual_model, tokenizer_of
+from nemo_megacpp.runs.events import record_event
+
+
+class HybridCheckpoint(ModelCheckpoint):
+    """NeMo's ``ModelCheckpoint``, whose checkpoints also say their model, layout and data.
+
+    A checkpoint is complete once its manifest is written, after everything else is on the disk.
+    Only then is it logged, and older ones are removed.
+
+    Args:
+        model_fields: what each checkpoint says of its model, beside what shapes its tensors.
+        keep_last: newest checkpoints to keep; None: all.
+        keep_every: checkpoints of multiples of this step are kept as well.
+        prints: whether to print a line for each checkpoint that is saved.
+    """
+
+    def __init__(
+        self,
+        model_fields: list[str],
+        keep_last: Optional[int] = None,  # noqa: UP045
+        keep_every: Optional[int] = None,  # noqa: UP045
+        prints: bool = True,
+        **kwargs: Any,
+    ):
+        require_psutil()
+        super().__init__(**kwargs)
+        self.model_fields = model_fields
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.prints = prints
+
+    def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Remove what a crashed run left, before NeMo does: it would remove a complete one too."""
+        if trainer.is_global_zero:
+            for line in clear_leftovers(Path(str(self.dirpath))):
+                print(line, flush=True)
+        super().setup(trainer, *args, **kwargs)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save at the interval, and at once when the run has to stop."""
+        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        if trainer.should_stop:
+            self._save_now(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the last state of the run, wherever in the interval that is."""
+        self._save_now(trainer)
+
+    def _save_now(self, trainer: pl.Trainer) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            candidates = self._monitor_candidates(trainer)
+            name = self._get_metric_interpolated_filepath_name(candidates, trainer)
+            self._save_checkpoint(trainer, name)
+
+    def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
+        # NeMo logs the number of the step before; a checkpoint is named by the steps it holds.
+        return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        directory = ckpt_to_dir(filepath)
+        with _save_errors(directory):
+            self.set_checkpoint_unfinished_marker(filepath)  # clear_leftovers finds it
+            if trainer.is_global_zero:
+                begin_checkpoint(directory)
+            super()._save_checkpoint(trainer, filepath)
+
+    def _get_finalize_save_checkpoint_callback(
+        self, trainer: pl.Trainer, filepath: str, global_step: int
+    ) -> Callable[[], None]:
+        """Return what to call when all ranks have written their part: at once, or later."""
+        directory = ckpt_to_dir(filepath)
+        finish = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
+        config: Any = trainer.lightning_module.config
+        identity = {
+            "model": actual_model(config, self.model_fields),
+            "layout": actual_layout(config, trainer.world_size).short(),
+            "tokenizer": tokenizer_of(trainer.datamodule),  # type: ignore[attr-defined]
+        }
+        arguments = (directory, identity, global_step)
+
+        def finish_in_background() -> None:
+            # Reading the checkpoint for its checksums would hold up the training.
+            work = _try_to_finish if trainer.is_global_zero else None
+            request = AsyncRequest(work, arguments, [finish_now])
+            trainer.strategy.checkpoint_io.then(request)  # type: ignore[attr-defined]
+
+        def finish_now() -> None:
+            # Where the background process has failed, this raises its error.
+            if trainer.is_global_zero and not is_complete_checkpoint(directory):
+                finish_checkpoint(*arguments)
+            finish()
+            if trainer.is_global_zero:
+                if self.prints:
+                    print(f"step {global_step:>5}  saved {directory}", flush=True)
+                run_dir = directory.parent.parent
+                record_event(run_dir, "checkpoint", global_step, path=str(directory))
+                self._prune(directory)
+
+        return finish_in_background if self.async_save else finish_now
+
+    def _prune(self, saved: Path) -> None:
+        if self.keep_last is None:
+            return
+        for path in prune(saved.parent, saved, self.keep_last, self.keep_every):
+            print(f"removed {path}: newer ones are kept (keep_last={self.keep_last})", flush=True)
+
+
+def _try_to_finish(directory: Path, identity: dict[str, Any], step: int) -> None:
+    """Finish a checkpoint in the background process, whose errors nobody receives."""
+    with contextlib.suppress(OSError):
+        finish_checkpoint(directory, identity, step)
+
+
+class AcrossBackends(_WrappingCheckpointIO):
+    """Loads a checkpoint under the names that it has, whichever backend wrote it."""
+
+    def load_checkpoint(
+        self, path: Any, sharded_state_dict: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
+        fit_to_checkpoint(sharded_state_dict, read_metadata(find_weights(Path(path))))
+        return self.checkpoint_io.load_checkpoint(
+            path, sharded_state_dict=sharded_state_dict, **kwargs
+        )
+
+
+class AsyncCheckpointIO(AsyncFinalizableCheckpointIO):
+    """NeMo's wrapper, which cannot be constructed with Megatron-Core 0.16.
+
+    Its module imports ``strategies.tensorstore``, removed in 0.16, and concludes that
+    Megatron-Core is not installed. What the class itself needs is there. One save runs at a time: a
+    second waits for the first.
+
+    Args:
+        checkpoint_io: writes the checkpoints; constructed with ``async_save=True``.
+    """
+
+    def __init__(self, checkpoint_io: MegatronCheckpointIO):
+        _WrappingCheckpointIO.__init__(self, checkpoint_io)
+        self.async_calls_queue = AsyncCallsQueue()
+        self._directory = Path()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Start to save in the background; all ranks call this."""
+        self.maybe_finalize_save_checkpoint(blocking=True)
+        self._directory = Path(ckpt_to_dir(path))
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+    def then(self, request: AsyncRequest) -> None:
+        """Schedule another background request after the running ones; all ranks call this."""
+        self.async_calls_queue.schedule_async_request(request)
+
+    def maybe_finalize_save_checkpoint(self, blocking: bool = False) -> bool:
+        """Finish what has been written; see NeMo's.
+
+        Raises:
+            UserError: a save has failed.
+        """
+        with _save_errors(self._directory):
+            return super().maybe_finalize_save_checkpoint(blocking)
+
+
+@contextlib.contextmanager
+def _save_errors(directory: Path) -> Iterator[None]:
+    """Raise the file system's error in one line, as a UserError.
+
+    It gives the free space as well: torch's writer reports a full disk as a wrong position.
+    """
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        told = [_reason(error)]
+        if isinstance(error, CheckpointException):  # all ranks have it; rank 0 knows why
+            torch.distributed.broadcast_object_list(told, src=0)
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(directory.parent).free
+            told.append(f"{free / 1e6:,.1f} MB are free on that disk")
+        raise UserError(
+            f"The checkpoint {directory} could not be saved: {'; '.join(told)}. Earlier "
+            f"checkpoints are unchanged."
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        failures = [failure for failure, _ in error.failures.values()]
+        return _reason(failures[0]) if failures else "another rank could not write"
+    if isinstance(error.__cause__, OSError):
+        return _reason(error.__cause__)
+    if "unexpected pos" in str(error):  # torch's writer, of a file that did not grow
+        return "writing a file failed (a full disk, a quota, or a limit on file sizes)"
+    return str(error).rstrip(".")
