@@ -154,7 +154,7 @@ def test_gpus_and_their_domain() -> None:
         (["tp=4"], "TP in the NVLink domain", "ok", "TP=4"),
         (["world=16"], "ranks", "limited", "needs 2 such nodes"),
         (["data=nowhere"], "data", "broken", "'nowhere' does not exist"),
-        (["mode=mamba3", "mamba_head_dim=12"], "Mamba-3 kernel", "limited", "powers of two"),
+        (["mode=mamba3", "mamba_head_dim=12"], "Mamba-3 kernel", "limited", "a power of two"),
         ([], "M blocks", "broken", "does not run on a GPU without them"),
     ],
 )
