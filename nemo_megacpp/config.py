@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -26,6 +26,7 @@ from nemo_megacpp.settings.combinations import (
     range_violations,
     recompute_violations,
 )
+from nemo_megacpp.values import choices
 
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
@@ -117,9 +118,9 @@ class HybridConfig(HybridFields, TransformerConfig):
     def _field_violations(self) -> Iterator[str]:
         """Yield values of the hybrid fields that nothing would read as they are meant."""
         for field in fields(HybridConfig):
-            value, choices = getattr(self, field.name), _choices(field.type)
-            if choices and value not in choices and value != field.default:
-                yield f"{field.name}={value!r}: the choices are {', '.join(choices)}."
+            value, legal = getattr(self, field.name), choices(field.type)
+            if legal and value not in legal and value != field.default:
+                yield f"{field.name}={value!r}: the choices are {', '.join(legal)}."
             elif (
                 self.mode != "mamba3"
                 and field.name.startswith("mamba3_")
@@ -154,14 +155,6 @@ class HybridConfig(HybridFields, TransformerConfig):
     def num_expert_blocks(self) -> int:
         """E blocks in the whole model: what an auxiliary loss is averaged over."""
         return self.pattern.counts()[Family.EXPERT]
-
-
-def _choices(hint: Any) -> tuple[str, ...]:
-    """Return the values of a field that has a few, and no others."""
-    for option in (hint, *get_args(hint)):
-        if get_origin(option) is Literal:
-            return get_args(option)
-    return ()
 
 
 def config_violations(

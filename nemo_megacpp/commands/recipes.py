@@ -6,7 +6,6 @@ from argparse import Namespace
 from typing import Any
 
 from nemo_megacpp.commands.arguments import add_recipe, read_recipe
-from nemo_megacpp.recipes.catalog import CATALOG
 
 
 def add_parser(commands: Any) -> None:
@@ -27,6 +26,8 @@ def _run(args: Namespace) -> int:
 
         print(yaml.safe_dump(read_recipe(args).to_mapping(), sort_keys=False), end="")
         return 0
+    from nemo_megacpp.recipes.catalog import CATALOG
+
     width = max(map(len, CATALOG))
     for name, recipe in CATALOG.items():
         print(f"{name:<{width}}  {recipe.summary}")

@@ -56,7 +56,7 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
     from nemo_megacpp.preflight.model import validate_model
     from nemo_megacpp.proof.show import RANKS_ON, print_trials, proof_document
     from nemo_megacpp.proof.verify import verify
-    from nemo_megacpp.recipes.shape import shape_of
+    from nemo_megacpp.recipes.views import shape_of
     from nemo_megacpp.render import make_console
     from nemo_megacpp.runtime.workers import device_for
 

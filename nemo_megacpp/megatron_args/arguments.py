@@ -20,8 +20,8 @@ from nemo_megacpp.pattern import Family
 from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
 from nemo_megacpp.preflight.outputs import validate_loggers
-from nemo_megacpp.recipes.catalog import Training
 from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.recipes.training import Training
 
 Device = Literal["cuda", "cpu"]
 

@@ -22,9 +22,9 @@ from nemo_megacpp.nemo.model import HybridModel, HybridModelConfig
 from nemo_megacpp.nemo.optimizer import HybridOptimizer
 from nemo_megacpp.nemo.stops import StopAfter, StopOnNonFinite, StopOnSigterm
 from nemo_megacpp.nemo.strategy import HybridStrategy
-from nemo_megacpp.recipes.catalog import Training
 from nemo_megacpp.recipes.recipe import Recipe
-from nemo_megacpp.recipes.shape import model_settings
+from nemo_megacpp.recipes.training import Training
+from nemo_megacpp.recipes.views import model_settings
 from nemo_megacpp.runs.run_folder import METRICS_FILE
 from nemo_megacpp.runtime.host import current_host
 
@@ -201,7 +201,7 @@ def _logger(recipe: Recipe, run_dir: Path) -> run.Config:
         ckpt=run.Config(
             HybridCheckpoint,
             model_fields=sorted(recipe.model),
-            keep_last=training.keep_last,
+            keep_latest=training.keep_latest,
             keep_every=training.keep_every,
             dirpath=str(run_dir / "checkpoints"),
             filename="{step}",

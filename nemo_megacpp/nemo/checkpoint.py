@@ -40,7 +40,7 @@ class HybridCheckpoint(ModelCheckpoint):
 
     Args:
         model_fields: what each checkpoint says of its model, beside what shapes its tensors.
-        keep_last: newest checkpoints to keep; None: all.
+        keep_latest: newest checkpoints to keep; None: all.
         keep_every: checkpoints of multiples of this step are kept as well.
         prints: whether a line tells of each checkpoint that is saved.
     """
@@ -48,7 +48,7 @@ class HybridCheckpoint(ModelCheckpoint):
     def __init__(
         self,
         model_fields: list[str],
-        keep_last: Optional[int] = None,  # noqa: UP045
+        keep_latest: Optional[int] = None,  # noqa: UP045
         keep_every: Optional[int] = None,  # noqa: UP045
         prints: bool = True,
         **kwargs: Any,
@@ -56,7 +56,7 @@ class HybridCheckpoint(ModelCheckpoint):
         require_psutil()
         super().__init__(**kwargs)
         self.model_fields = model_fields
-        self.keep_last = keep_last
+        self.keep_latest = keep_latest
         self.keep_every = keep_every
         self.prints = prints
 
@@ -142,7 +142,9 @@ class HybridCheckpoint(ModelCheckpoint):
         }
 
     def _prune(self, saved: Path) -> None:
-        if self.keep_last is None:
+        if self.keep_latest is None:
             return
-        for path in prune(saved.parent, saved, self.keep_last, self.keep_every):
-            print(f"removed {path}: newer ones are kept (keep_last={self.keep_last})", flush=True)
+        for path in prune(saved.parent, saved, self.keep_latest, self.keep_every):
+            print(
+                f"removed {path}: newer ones are kept (keep_latest={self.keep_latest})", flush=True
+            )

@@ -88,7 +88,7 @@ def factory_parameters(
     val_check_interval: Optional[int] = None,
     limit_val_batches: Optional[int] = None,
     save_interval: Optional[int] = None,
-    keep_last: Optional[int] = None,
+    keep_latest: Optional[int] = None,
     keep_every: Optional[int] = None,
     async_save: Optional[bool] = None,
     log_interval: Optional[int] = None,
@@ -139,7 +139,7 @@ def factory_parameters(
         val_check_interval: steps between evaluations on held-out data.
         limit_val_batches: global batches per evaluation.
         save_interval: steps between checkpoints.
-        keep_last: newest checkpoints to keep. None: all.
+        keep_latest: newest checkpoints to keep. None: all.
         keep_every: steps whose multiples are kept beside them. None: none.
         async_save: write checkpoints in the background. None: no.
         log_interval: steps between progress lines.

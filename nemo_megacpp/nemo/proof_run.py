@@ -38,8 +38,8 @@ from nemo_megacpp.proof.objective import linear_form_step
 from nemo_megacpp.proof.reshard import Carried
 from nemo_megacpp.proof.step import ADAM_EPS, StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.recipes.catalog import Training
 from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.recipes.training import Training
 from nemo_megacpp.runtime.launch import be_launched
 
 NOT_SHARED: Mapping[str, str] = MappingProxyType(

@@ -13,7 +13,7 @@ from nemo_megacpp.mixers.norm import validate_torch_norm
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.recipes.catalog import NAM56R_MODEL
 from nemo_megacpp.recipes.recipe import Recipe
-from nemo_megacpp.recipes.shape import model_settings, shape_of
+from nemo_megacpp.recipes.views import model_settings, shape_of
 from nemo_megacpp.runtime.host import current_host
 from nemo_megacpp.specs.backend import TorchBackend, default_backend
 

@@ -15,7 +15,7 @@ from nemo_megacpp.preflight.model import validate_host, validate_model, validate
 from nemo_megacpp.preflight.outputs import new_run_dir, validate_loggers, validate_run_dir
 from nemo_megacpp.preflight.resume import find_resume, validate_optimizer_state
 from nemo_megacpp.recipes.recipe import Recipe
-from nemo_megacpp.recipes.shape import shape_of
+from nemo_megacpp.recipes.views import shape_of
 from nemo_megacpp.runtime.launch import launched
 
 

@@ -1,4 +1,4 @@
-"""What a user gives: the lines of a YAML file, and the settings of a command line."""
+"""The settings that a user gives, under the names as written: YAML files, command lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout.parallel import read_degrees, validate_given_once
-from nemo_megacpp.recipes.names import TEXTS, full_name, full_names, validate_not_empty
+from nemo_megacpp.recipes.names import TEXTS, full_name, validate_not_empty
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,11 +26,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the settings of a recipe's file, under their full names.
+    """Return the settings of a recipe's file, by the names that were written.
 
     Raises:
-        UserError: a file that cannot be read, holds something else, or gives a setting twice or
-            without a value.
+        UserError: the file cannot be read, holds something else, or has a key twice or without a
+            value.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -49,13 +49,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         # YAML reads a key without a value as null, which has to be written.
         if isinstance(value, yaml.ScalarNode) and not value.value and value.style is None:
             validate_not_empty(full_name(key.value), key.value, "")
-    return full_names(settings)
+    return settings
 
 
 def read_command_line(
     overrides: Iterable[str], layout: str | None = None, world_size: str | None = None
 ) -> dict[str, Any]:
-    """Return the settings that a command line gives, by full name.
+    """Return the settings of a command line, by the names that were written.
 
     Args:
         overrides: ``key=value`` words; values are read as YAML.
@@ -63,8 +63,8 @@ def read_command_line(
         world_size: of ``--world-size``.
 
     Raises:
-        UserError: a word that is no override, an unknown key, a setting that is given twice under
-            whatever names, or without a value, or with one that YAML cannot read.
+        UserError: a word is not ``key=value``, a key is unknown, a setting is given twice under any
+            of its names, or a value is missing or not YAML.
     """
     settings: dict[str, Any] = {}
     spelled: dict[str, str] = {}
@@ -76,10 +76,10 @@ def read_command_line(
         name = full_name(key)
         validate_not_empty(name, key, value)
         validate_given_once(name, override, spelled)
-        settings[name] = _read(name, key, value)
+        settings[key] = _read(name, key, value)
     for key, value in ({} if layout is None else read_degrees(layout)).items():
         validate_given_once(full_name(key), f"{key}={value} of --layout", spelled)
-        settings[full_name(key)] = value
+        settings[key] = value
     if world_size is not None:
         validate_given_once("world_size", f"--world-size {world_size}", spelled)
         settings["world_size"] = world_size

@@ -10,7 +10,7 @@ from nemo_megacpp.errors import UserError, nearest
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.parallel import FIELD_OF, validate_given_once
-from nemo_megacpp.recipes.catalog import Training
+from nemo_megacpp.recipes.training import Training
 from nemo_megacpp.settings.transformer import TRANSFORMER
 
 RUN_KEYS = ("recipe", "data", "tokenizer", "run_dir", "resume")
@@ -22,6 +22,9 @@ _TRAINING_ALIASES = {
     "train_iters": "max_steps",
     "eval_interval": "val_check_interval",
     "eval_iters": "limit_val_batches",
+    "lr_warmup_steps": "warmup_steps",
+    "lr_warmup_iters": "warmup_steps",
+    "lr_wsd_decay_iters": "lr_wsd_decay_steps",
 }
 _DERIVED = {
     **dict.fromkeys(
@@ -66,8 +69,14 @@ def full_name(key: str) -> str:
     return key
 
 
-def full_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+def full_names(
+    settings: Mapping[str, Any], written: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Return ``settings`` under their full names.
+
+    Args:
+        settings: by any of their names.
+        written: filled with the name that was written, by full name.
 
     Raises:
         UserError: all that `full_name` raises; a setting that is given under two names, or empty.
@@ -80,6 +89,8 @@ def full_names(settings: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, str):
             validate_not_empty(name, str(key), value)
         given[name] = value
+        if written is not None:
+            written[name] = str(key)
     return given
 
 

@@ -11,8 +11,8 @@ from nemo_megacpp.contract.page import plan_summary
 from nemo_megacpp.contract.plan import make_plan
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.recipes.job import job_of
 from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.recipes.views import job_of
 from nemo_megacpp.render import Table, Tone, html_page, html_pairs, html_table
 from nemo_megacpp.runs.record import RunRecord
 from nemo_megacpp.runs.run_folder import RECIPE_FILE, RECORD

@@ -145,10 +145,11 @@ def test_a_factory_has_the_same_layout(
 ) -> None:
     from nemo_megacpp.nemo import factories
     from nemo_megacpp.recipes.given import read_command_line
+    from nemo_megacpp.recipes.names import full_names
 
     monkeypatch.chdir(tmp_path)
     expected = ParallelLayout.parse(TEXTS[text])
-    given = read_command_line((), text)
+    given = full_names(read_command_line((), text))
     world = given.pop("world_size", None)
     strategy = factories.nam56r_tiny(
         **{name: int(value) for name, value in given.items()},

@@ -28,7 +28,7 @@ from nemo_megacpp.megatron_args.dialect import Dialect, choose
 from nemo_megacpp.megatron_args.list_options import describe
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import resolve
-from nemo_megacpp.recipes.shape import model_settings
+from nemo_megacpp.recipes.views import model_settings
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from nemo_megacpp.specs.model import build_hybrid_model

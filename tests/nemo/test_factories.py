@@ -230,19 +230,19 @@ def test_loggers_and_checkpoints(
 ) -> None:
     log = factories.nam56r_tiny().log
     assert (log.tensorboard.name, log.wandb) == ("tensorboard", None)
-    assert (log.ckpt.keep_last, log.ckpt.keep_every) == (None, None)
+    assert (log.ckpt.keep_latest, log.ckpt.keep_every) == (None, None)
     task = factories.nam56r_tiny(
         tensorboard=False,
         wandb_project="hybrids",
         run_dir="first",
-        keep_last=3,
+        keep_latest=3,
         keep_every=160,
         async_save=True,
     )
     log = task.log
     assert log.tensorboard is None
     assert (log.wandb.project, log.wandb.name) == ("hybrids", "first")
-    assert (log.ckpt.keep_last, log.ckpt.keep_every) == (3, 160)
+    assert (log.ckpt.keep_latest, log.ckpt.keep_every) == (3, 160)
     assert task.trainer.strategy.ckpt_async_save
     with pytest.raises(UserError, match="wandb_name is given without wandb_project"):
         factories.nam56r_tiny(wandb_name="first")
@@ -401,7 +401,7 @@ if __name__ == "__main__":
         experiment.dryrun()
     task = nam56r_tiny(
         data=data, seq_length=64, global_batch_size=4, max_steps=2, save_interval=1,
-        keep_last=1, run_dir=f"{home}/run",
+        keep_latest=1, run_dir=f"{home}/run",
     )
     local = run.LocalExecutor(ntasks_per_node=2, launcher="torchrun")
     run.run(task, executor=local, name="local", tail_logs=True)

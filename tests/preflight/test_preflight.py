@@ -31,7 +31,7 @@ from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
 from nemo_megacpp.preflight.resume import find_resume
 from nemo_megacpp.recipes.recipe import Recipe, resolve
-from nemo_megacpp.recipes.shape import shape_of
+from nemo_megacpp.recipes.views import shape_of
 
 VOCAB_SIZE = 300
 Save = Callable[..., Path]

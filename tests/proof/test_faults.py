@@ -15,7 +15,7 @@ from nemo_megacpp.proof.tiny_model import tiny_model
 from nemo_megacpp.proof.trial import Trial
 from nemo_megacpp.proof.verify import verify
 from nemo_megacpp.recipes.recipe import resolve
-from nemo_megacpp.recipes.shape import shape_of
+from nemo_megacpp.recipes.views import shape_of
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.proof.faults import BrokenRanks
 

@@ -25,7 +25,7 @@ from nemo_megacpp.proof.trial import Difference, Finding, Trial
 from nemo_megacpp.proof.verify import verify
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import resolve
-from nemo_megacpp.recipes.shape import shape_of
+from nemo_megacpp.recipes.views import shape_of
 from nemo_megacpp.runtime.workers import device_for
 
 COUNTS = (

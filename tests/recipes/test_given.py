@@ -8,7 +8,7 @@ import pytest
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.given import read_command_line, read_yaml
-from nemo_megacpp.recipes.names import RUN_KEYS, TEXTS, field_owners
+from nemo_megacpp.recipes.names import RUN_KEYS, TEXTS, field_owners, full_names
 from nemo_megacpp.recipes.recipe import from_mapping, resolve
 
 
@@ -94,6 +94,10 @@ def test_a_line_without_a_value(line: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"lr: 4e-3\n{line}\n")
     with pytest.raises(UserError, match=r" is empty\. Leave "):
-        read_yaml(path)
+        full_names(read_yaml(path))
     path.write_text("data: null\nresume: ~\netp: null\n")
-    assert read_yaml(path) == {"data": None, "resume": None, "expert_tensor_parallel_size": None}
+    assert full_names(read_yaml(path)) == {
+        "data": None,
+        "resume": None,
+        "expert_tensor_parallel_size": None,
+    }
