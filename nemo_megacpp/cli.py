@@ -16,6 +16,7 @@ from nemo_megacpp import __version__
 from nemo_megacpp.commands import (
     checkpoint,
     compare,
+    completion,
     data,
     demo,
     doctor,
@@ -33,7 +34,7 @@ from nemo_megacpp.runtime.imports import importing
 
 COMMANDS = (
     *(train, demo, verify, recipes, plan, layouts, compare, data, checkpoint),
-    *(megatron_args, settings, doctor, report),
+    *(megatron_args, settings, doctor, report, completion),
 )
 """In the order of the help."""
 

@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
         "else the installed Megatron-Core's",
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), help="of the run; else what this machine has"
+        "--device", choices=("cuda", "cpu"), help="of the run (default: what this machine has)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_run)
@@ -46,7 +46,7 @@ def _run(args: argparse.Namespace) -> int:
 
     dialect, release = choose(args.megatron)  # before anything imports Megatron
 
-    from nemo_megacpp.megatron_args.arguments import megatron_arguments
+    from nemo_megacpp.megatron_args.argument_list import megatron_arguments
     from nemo_megacpp.preflight.outputs import new_run_dir
     from nemo_megacpp.runtime.host import current_host
 
@@ -54,6 +54,8 @@ def _run(args: argparse.Namespace) -> int:
     run_dir = recipe.run_dir or new_run_dir(recipe.name, started_by_parent=False)
     device = args.device or current_host().device
     words, remarks = megatron_arguments(recipe, dialect, run_dir, device)
+    if args.device is None and device == "cpu":
+        remarks.append("this machine has no GPU: these are arguments for a CPU (--device cuda)")
     for remark in remarks:
         print(f"{recipe.name}: {remark}", file=sys.stderr)
     if args.json:

@@ -1,7 +1,7 @@
 """The steps of a proof, taken by the path that trains.
 
 A proof's step is a run of ``llm.pretrain`` with the configuration that
-:func:`nemo_megacpp.nemo.build.to_pretrain` makes of a recipe: NeMo's trainer and Megatron
+:func:`nemo_megacpp.nemo.pretrain_task.to_pretrain` makes of a recipe: NeMo's trainer and Megatron
 strategy, the precision plugin, Megatron's data-parallel wrapper and optimizer, the data sampler and
 its microbatches, our data step, forward step and loss reduction. :data:`NOT_SHARED` lists what
 differs from a user's run, each with its reason.
@@ -26,8 +26,8 @@ import torch
 from megatron.core.models.backends import BackendSpecProvider
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.build import to_pretrain
 from nemo_megacpp.nemo.model import HybridModelConfig
+from nemo_megacpp.nemo.pretrain_task import to_pretrain
 from nemo_megacpp.nemo.proof_data import ProofData
 from nemo_megacpp.nemo.proof_probe import Done, Probe
 from nemo_megacpp.nemo.quietly import quiet_libraries

@@ -1,4 +1,4 @@
-"""The names of a recipe's settings: Megatron's field names, their short names, what each is of."""
+"""The names of a recipe's settings: Megatron's field names and short names."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from nemo_megacpp.settings.transformer import TRANSFORMER
 
 RUN_KEYS = ("recipe", "data", "tokenizer", "run_dir", "resume")
 TEXTS = ("tokenizer", "run_dir", "resume", "wandb_project", "wandb_name")
-_MODEL_ALIASES = {"pattern": "hybrid_pattern", "depth": "num_layers"}
-_TRAINING_ALIASES = {
+ALIASES = {
+    "pattern": "hybrid_pattern",
+    "depth": "num_layers",
     "learning_rate": "lr",
     "steps": "max_steps",
     "train_iters": "max_steps",
@@ -48,7 +49,7 @@ _WITHOUT = {
     "run_dir": "a new folder under runs/",
     "resume": "a run from scratch",
 }
-"""What null asks for."""
+"""What null means."""
 
 
 def full_name(key: str) -> str:
@@ -57,14 +58,14 @@ def full_name(key: str) -> str:
     Raises:
         UserError: there is no such setting, or it is not one that a recipe chooses.
     """
-    key = _MODEL_ALIASES.get(key, _TRAINING_ALIASES.get(key, key))
+    key = ALIASES.get(key, key)
     if key.lower() in _DERIVED:
         raise UserError(f"{key} is no setting of a recipe: {_DERIVED[key.lower()]}.")
     if key.lower() in FIELD_OF:
         return FIELD_OF[key.lower()]
     owners = field_owners()
     if key not in owners:
-        known = [*owners, *_MODEL_ALIASES, *_TRAINING_ALIASES, *FIELD_OF]
+        known = [*owners, *ALIASES, *FIELD_OF]
         raise UserError(f"There is no setting {key!r}.{nearest(key, known)}")
     return key
 

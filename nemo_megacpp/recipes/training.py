@@ -58,7 +58,7 @@ class Training:
     """Steps of linear warm-up."""
     lr_warmup_init: _NotNegative | None = None
     """Learning rate of the first step of a warm-up; null: lr / (warmup_steps + 1)."""
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
     """Megatron's learning-rate schedule after the warm-up."""
     lr_wsd_decay_steps: _Count | None = None
     """With ``lr_decay_style=WSD``: the last steps of the run, in which the learning rate decays."""
@@ -104,6 +104,12 @@ class Training:
     """With ``keep_latest``: also keep the checkpoints of multiples of this step."""
     verify_checkpoint: bool = True
     """Compare every byte of a checkpoint with its manifest before loading it."""
+
+    @property
+    def first_lr(self) -> float:
+        """Learning rate of the first step of a warm-up: above 0 by default, as in NeMo."""
+        default = self.lr / (self.warmup_steps + 1)
+        return default if self.lr_warmup_init is None else self.lr_warmup_init
 
     @model_validator(mode="after")
     def _validate_relations(self) -> Training:

@@ -13,6 +13,11 @@ from nemo_megacpp.settings.verdict import (
 )
 
 _ONE_ELEMENT = "Enters the step of one element, by its own gradient alone"
+_RESUMED = "tests/nemo/test_resume.py::test_the_schedule_continues_in_another_layout"
+_SCHEDULE = (
+    "tests/nemo/test_lr_schedule.py::test_every_step_has_the_learning_rate_of_megatrons_script",
+    _RESUMED,
+)
 _FP16 = only_with("fp16")
 _MUON = only_with("optimizer='muon'")
 _OFFLOAD = only_with("optimizer_cpu_offload")
@@ -32,16 +37,16 @@ OPTIMIZER: Table = {
         otherwise="No case has a step or a checkpoint of another one, and Muon would work on the "
         "part of a matrix that a rank happens to hold",
     ),
-    "lr": neutral(_ONE_ELEMENT),
-    "min_lr": neutral("Bounds the schedule, which every rank computes alike"),
-    "decoupled_lr": refused("NeMo's schedules do not read it, and no case has it"),
+    "lr": proved(_ONE_ELEMENT, *_SCHEDULE),
+    "min_lr": proved("Bounds the schedule, which every rank computes alike", *_SCHEDULE),
+    "decoupled_lr": refused("No case has it"),
     "decoupled_min_lr": only_with("decoupled_lr"),
     "weight_decay": _covered(_ONE_ELEMENT, "weight_decay"),
     "decoupled_weight_decay": neutral(_ONE_ELEMENT),
     "apply_wd_to_qk_layernorm": refused("A blocks have no norm of queries and keys"),
-    "adam_beta1": neutral(_ONE_ELEMENT),
+    "adam_beta1": proved(_ONE_ELEMENT, _RESUMED),
     "adam_beta2": neutral(_ONE_ELEMENT),
-    "adam_eps": neutral(_ONE_ELEMENT),
+    "adam_eps": proved(_ONE_ELEMENT, _RESUMED),
     "clip_grad": _covered("Bounds the norm over all ranks' gradients", "clip_grad"),
     "sgd_momentum": only_with("optimizer='sgd'"),
     "muon_momentum": _MUON,

@@ -18,8 +18,9 @@ from nemo_megacpp.nemo.callbacks import RunRecorder
 from nemo_megacpp.nemo.checkpoint import HybridCheckpoint
 from nemo_megacpp.nemo.data import HybridDataModule
 from nemo_megacpp.nemo.events import EventRecorder
+from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
+from nemo_megacpp.nemo.lr_schedule import MegatronScheduler
 from nemo_megacpp.nemo.model import HybridModel, HybridModelConfig
-from nemo_megacpp.nemo.optimizer import HybridOptimizer
 from nemo_megacpp.nemo.stops import StopAfter, StopOnNonFinite, StopOnSigterm
 from nemo_megacpp.nemo.strategy import HybridStrategy
 from nemo_megacpp.recipes.recipe import Recipe
@@ -137,20 +138,22 @@ def _optimizer(training: Training, dtype: torch.dtype) -> run.Config:
             lr=training.lr,
             min_lr=training.min_lr,
             weight_decay=training.weight_decay,
-            adam_beta1=0.9,
+            adam_beta1=training.adam_beta1,
             adam_beta2=training.adam_beta2,
-            adam_eps=1e-8,
+            adam_eps=training.adam_eps,
             clip_grad=training.clip_grad,
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=training.use_distributed_optimizer,
         ),
         lr_scheduler=run.Config(
-            nl.lr_scheduler.CosineAnnealingScheduler,
+            MegatronScheduler,
             max_steps=training.max_steps,
             warmup_steps=training.warmup_steps,
-            constant_steps=0,
-            min_lr=training.min_lr,
+            warmup_init=training.lr_warmup_init,
+            decay_style=training.lr_decay_style,
+            wsd_decay_steps=training.lr_wsd_decay_steps,
+            wsd_decay_style=training.lr_wsd_decay_style,
         ),
     )
 

@@ -32,10 +32,14 @@ _TRAINING_OPTIONS = {
     "global_batch_size": ("--global-batch-size",),
     "lr": ("--lr",),
     "min_lr": ("--min-lr",),
+    "lr_decay_style": ("--lr-decay-style",),
+    "lr_wsd_decay_steps": ("--lr-wsd-decay-iters",),
     "warmup_steps": ("--lr-warmup-iters",),
     "weight_decay": ("--weight-decay",),
     "clip_grad": ("--clip-grad",),
+    "adam_beta1": ("--adam-beta1",),
     "adam_beta2": ("--adam-beta2",),
+    "adam_eps": ("--adam-eps",),
     "val_check_interval": ("--eval-interval",),
     "limit_val_batches": ("--eval-iters",),
     "save_interval": ("--save-interval",),
@@ -43,7 +47,10 @@ _TRAINING_OPTIONS = {
     "seed": ("--seed",),
 }
 _OTHER_TRAINING = frozenset(
-    {"precision", "use_distributed_optimizer", "tensorboard", "wandb_project", "wandb_name"}
+    (
+        *("precision", "use_distributed_optimizer", "lr_warmup_init", "lr_wsd_decay_style"),
+        *("tensorboard", "wandb_project", "wandb_name"),
+    )
 )
 """Written too, in another form."""
 
@@ -143,11 +150,11 @@ def _data(recipe: Recipe, sources: list[PreparedData]) -> list[str]:
 
 
 def _outputs(recipe: Recipe, run_dir: Path) -> list[str]:
-    """Return where the run writes, and goes on from."""
+    """Return where the run writes and what it resumes, with the schedule of these settings."""
     training, checkpoints = recipe.training, str(run_dir / "checkpoints")
     words = ["--save", checkpoints]
     if recipe.resume == "auto":
-        words += ["--load", checkpoints]
+        words += ["--load", checkpoints, "--override-opt_param-scheduler"]
     if training.tensorboard:
         words += ["--tensorboard-dir", str(run_dir / "tensorboard")]
     if training.wandb_project is not None:
@@ -157,11 +164,15 @@ def _outputs(recipe: Recipe, run_dir: Path) -> list[str]:
 
 
 def _training(training: Training) -> list[str]:
-    words = ["--lr-decay-style", "cosine"]
+    words: list[str] = []
     for name, names in _TRAINING_OPTIONS.items():
         value = getattr(training, name)
         if value is not None:
             words += [word for option in names for word in (option, str(value))]
+    if training.warmup_steps:
+        words += ["--lr-warmup-init", str(training.first_lr)]
+    if training.lr_decay_style == "WSD":
+        words += ["--lr-wsd-decay-style", training.lr_wsd_decay_style]
     if training.use_distributed_optimizer:
         words.append("--use-distributed-optimizer")
     return words
