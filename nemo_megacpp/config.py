@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
 from nemo_megacpp.dimensions import M2RNNDimensions, Mamba3Dimensions
-from nemo_megacpp.errors import UserError, raise_violations
+from nemo_megacpp.errors import UserError, collect_violations, raise_violations
 from nemo_megacpp.families import load_families
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
@@ -61,7 +60,7 @@ class HybridConfig(HybridFields, TransformerConfig):
         super().__post_init__()
 
     def finalize(self) -> None:
-        """Derive what follows from the hybrid fields, and refuse what cannot be built."""
+        """Validate the hybrid fields, and derive what follows from them."""
         load_families(self.family_modules)
         depth: int = self.num_layers
         pattern = HybridPattern.parse(self.hybrid_pattern, depth=depth or None)
@@ -71,13 +70,13 @@ class HybridConfig(HybridFields, TransformerConfig):
             self.virtual_pipeline_model_parallel_size is not None
             and self.pipeline_model_parallel_size == 2
         ):
-            # Two stages are each other's next and previous one. In one batch of sends and receives
-            # Megatron matches them by order, and a stage takes the wrong one without a word; sent
-            # one by one, they travel over two groups.
+            # Two stages are each other's next and previous one. Megatron matches a batch of sends
+            # and receives by order, and a stage would receive the wrong tensor without an error;
+            # sent one by one, they use two groups.
             self.overlap_p2p_comm = True
             self.batch_p2p_comm = False
         if Family.EXPERT not in pattern.families:
-            # Megatron refuses sizes of experts that are not there.
+            # Megatron refuses sizes of experts in a model without experts.
             self.num_moe_experts = None
             self.moe_ffn_hidden_size = None
             self.moe_shared_expert_intermediate_size = None
@@ -87,20 +86,18 @@ class HybridConfig(HybridFields, TransformerConfig):
             self.m2rnn_num_heads = _heads_that_fill(self.hidden_size, self.m2rnn_value_head_dim)
 
     def _violations(self, pattern: HybridPattern) -> Iterator[str]:
-        """Yield everything that cannot be built or would be read otherwise than it is meant."""
+        """Yield everything that cannot be built or would not be read as it is meant."""
         yield from config_violations(self, pattern)
         yield from self._field_violations()
         families = pattern.families
-        needed: list[Callable[[], object]] = []
-        if Family.MAMBA in families and self.mode == "mamba3":
-            needed.append(partial(mamba3_dimensions, self))
-        if Family.RECURRENT in families:
-            needed.append(partial(m2rnn_dimensions, self))
-        for dimensions in needed:
-            try:
-                dimensions()
-            except UserError as error:
-                yield str(error)
+        messages: list[str] = []
+        with collect_violations(messages):
+            if Family.MAMBA in families and self.mode == "mamba3":
+                mamba3_dimensions(self)
+        with collect_violations(messages):
+            if Family.RECURRENT in families:
+                m2rnn_dimensions(self)
+        yield from messages
         rotates = self.position_embedding_type == "rope" and 0 < self.rotary_percent <= 1
         if Family.ATTENTION in families and rotates:
             head_dim = self.kv_channels or self.hidden_size // self.num_attention_heads
@@ -116,7 +113,7 @@ class HybridConfig(HybridFields, TransformerConfig):
             )
 
     def _field_violations(self) -> Iterator[str]:
-        """Yield values of the hybrid fields that nothing would read as they are meant."""
+        """Yield values of the hybrid fields that are illegal or that nothing would read."""
         for field in fields(HybridConfig):
             value, legal = getattr(self, field.name), choices(field.type)
             if legal and value not in legal and value != field.default:
@@ -160,11 +157,10 @@ class HybridConfig(HybridFields, TransformerConfig):
 def config_violations(
     config: TransformerConfig, pattern: HybridPattern, settings: Mapping[str, Any] = NO_SETTINGS
 ) -> Iterator[str]:
-    """Yield what the hybrid stack would get wrong: of a :class:`HybridConfig`, or of the plain
-    configuration that Megatron's own scripts build.
+    """Yield what the hybrid stack cannot compute as it is set.
 
     Args:
-        config: of the model.
+        config: a :class:`HybridConfig`, or the plain one that Megatron's own scripts build.
         pattern: its layers.
         settings: with a plain configuration, the ``m2rnn_*`` and ``mamba3_*`` fields that are not
             at their defaults.
@@ -176,7 +172,7 @@ def config_violations(
     yield from recompute_violations(config, [family.value for family in present])
     unbiased = [family.value for family in present if _unbiased(config, family)]
     yield from bias_violations(config, unbiased)
-    clip = _hybrid_field(config, settings, "m2rnn_state_gradient_clip")
+    clip = _mixer_settings(config, settings, "m2rnn_")["state_gradient_clip"]
     if Family.RECURRENT in present and clip is not None and config.calculate_per_token_loss:
         yield (
             "calculate_per_token_loss=True scales gradients during the backward pass, where the R "
@@ -198,12 +194,19 @@ def _heads_that_fill(hidden_size: int, value_head_dim: int) -> int:
     return hidden_size // value_head_dim
 
 
-def _hybrid_field(config: TransformerConfig, settings: Mapping[str, Any], name: str) -> Any:
-    """Return a hybrid field of ``config``, or for a plain one what ``settings`` say or default."""
-    if isinstance(config, HybridConfig):
-        assert not settings, "a HybridConfig carries these fields itself"
-        return getattr(config, name)
-    return settings.get(name, getattr(HybridConfig, name))
+def _mixer_settings(
+    config: TransformerConfig, settings: Mapping[str, Any], prefix: str
+) -> dict[str, Any]:
+    """Return the hybrid fields of a mixer without their prefix: those of ``config``, or for a plain
+    configuration what ``settings`` give, else the defaults."""
+    assert not (settings and isinstance(config, HybridConfig)), "it carries these fields itself"
+    return {
+        field.name.removeprefix(prefix): getattr(config, field.name)
+        if isinstance(config, HybridConfig)
+        else settings.get(field.name, field.default)
+        for field in fields(HybridFields)
+        if field.name.startswith(prefix)
+    }
 
 
 def config_fields(
@@ -240,19 +243,15 @@ def m2rnn_dimensions(
         config: a :class:`HybridConfig`, or the plain configuration that Megatron's own scripts
             build.
         settings: with a plain one, the ``m2rnn_*`` fields that are not at their defaults.
+
+    Raises:
+        UserError: a size or setting is illegal.
     """
-    field = partial(_hybrid_field, config, settings)
-    value_head_dim = field("m2rnn_value_head_dim")
-    return M2RNNDimensions(
-        num_heads=field("m2rnn_num_heads") or _heads_that_fill(config.hidden_size, value_head_dim),
-        key_head_dim=field("m2rnn_key_head_dim"),
-        value_head_dim=value_head_dim,
-        conv_kernel=field("m2rnn_conv_kernel"),
-        state_gradient_clip=field("m2rnn_state_gradient_clip"),
-        clip_order=field("m2rnn_clip_order"),
-        context_parallel=field("m2rnn_context_parallel"),
-        kernel=field("m2rnn_kernel"),
+    found = _mixer_settings(config, settings, "m2rnn_")
+    found["num_heads"] = found["num_heads"] or _heads_that_fill(
+        config.hidden_size, found["value_head_dim"]
     )
+    return M2RNNDimensions(**found)
 
 
 def mamba3_dimensions(
@@ -270,21 +269,10 @@ def mamba3_dimensions(
     Raises:
         UserError: a size or setting is illegal.
     """
-    field = partial(_hybrid_field, config, settings)
+    found = _mixer_settings(config, settings, "mamba3_")
+    found["pairs"] = found["pairs"] or ("interleaved" if found["mimo_rank"] == 1 else "halves")
     heads = config.mamba_num_heads
     if heads is None:
         heads = 2 * config.hidden_size // config.mamba_head_dim
-    rank = field("mamba3_mimo_rank")
-    return Mamba3Dimensions(
-        heads,
-        config.mamba_head_dim,
-        config.mamba_state_dim,
-        config.mamba_num_groups,
-        mimo_rank=rank,
-        rope_fraction=field("mamba3_rope_fraction"),
-        A_activation=field("mamba3_A_activation"),
-        A_floor=field("mamba3_A_floor"),
-        pairs=field("mamba3_pairs") or ("interleaved" if rank == 1 else "halves"),
-        output_norm=field("mamba3_output_norm"),
-        kernel=field("mamba3_kernel"),
-    )
+    sizes = (heads, config.mamba_head_dim, config.mamba_state_dim, config.mamba_num_groups)
+    return Mamba3Dimensions(*sizes, **found)

@@ -14,7 +14,7 @@ Mode = Literal["nemo_native", "mamba3"]
 
 @dataclass
 class HybridFields:
-    """See :class:`nemo_megacpp.config.HybridConfig`, which is these and Megatron's fields."""
+    """The fields of :class:`nemo_megacpp.config.HybridConfig` that are not Megatron's."""
 
     hybrid_pattern: str = ""
     """The A/M/E/R pattern, with ``|`` for explicit pipeline cuts (:mod:`nemo_megacpp.pattern`)."""

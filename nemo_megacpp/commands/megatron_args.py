@@ -11,10 +11,10 @@ from nemo_megacpp.commands.arguments import add_recipe, print_json, read_recipe
 
 _DESCRIPTION = """\
 Print the arguments with which Megatron-LM's pretrain_mamba.py trains a recipe, as one line of shell
-words. Remarks go to standard error."""
+words. Remarks are printed on standard error."""
 _EPILOG = """\
 nemo-megacpp megatron-args nam56r data=DIR | xargs torchrun --nproc-per-node 2 pretrain_mamba.py
-With tensor or context parallelism Megatron-LM wants CUDA_DEVICE_MAX_CONNECTIONS=1 around it.
+With tensor or context parallelism Megatron-LM needs CUDA_DEVICE_MAX_CONNECTIONS=1.
 Without a GPU: … | xargs torchrun --nproc-per-node 2 -m nemo_megacpp.runtime pretrain_mamba.py"""
 
 
@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
         "--megatron",
         metavar="PATH|RELEASE",
         help="the Megatron-LM that will read them: a checkout, or a release such as core_v0.16.1; "
-        "else the installed Megatron-Core's",
+        "default: that of the installed Megatron-Core",
     )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), help="of the run (default: what this machine has)"

@@ -13,8 +13,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "recipes",
         help="list the recipes, or print one as YAML",
-        description="List the recipes, or print one, with the settings that are given, as a YAML "
-        "file to change.",
+        description="List the recipes, or print one as a YAML file, with the given settings.",
     )
     add_recipe(parser, optional=True)
     parser.set_defaults(run=_run)

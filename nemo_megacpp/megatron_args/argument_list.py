@@ -1,7 +1,7 @@
 """A recipe as the argument vector of Megatron-LM's ``pretrain_mamba.py``.
 
-Every setting of the recipe either has an option, or travels in the name of the spec
-(:mod:`nemo_megacpp.specs.named`), or the recipe is refused; nothing is dropped.
+Every setting of the recipe has an option or is part of the spec's name
+(:mod:`nemo_megacpp.specs.named`); a recipe with another setting is refused. None is dropped.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ _OTHER_TRAINING = frozenset(
         *("tensorboard", "wandb_project", "wandb_name"),
     )
 )
-"""Written too, in another form."""
+"""They are written in another form."""
 
 
 def megatron_arguments(
     recipe: Recipe, dialect: Dialect, run_dir: str, device: Device
 ) -> tuple[list[str], list[str]]:
-    """Return the argument vector of ``recipe``, and remarks for the person who uses it.
+    """Return the argument vector of ``recipe``, and remarks for the user.
 
     Args:
-        recipe: resolved; its layout and model are checked here.
-        dialect: of the Megatron-LM that will read the vector.
+        recipe: resolved; its layout and model are validated here.
+        dialect: of the Megatron-LM that will read the arguments.
         run_dir: where the run writes; checkpoints go to ``checkpoints`` in it.
         device: what the run computes on.
 
     Raises:
-        UserError: an illegal layout, data that cannot be used, or settings that the script cannot
-            be told, all of them at once.
+        UserError: an illegal layout, unusable data, or all settings that the script has no option
+            for.
     """
     validate_recipe_layout(recipe)
     validate_loggers(recipe)
@@ -79,7 +79,7 @@ def megatron_arguments(
     refusals = [*unsaid, *_refusals(recipe, config)]
     if refusals:
         listed = "\n".join(f"  {refusal}" for refusal in refusals)
-        raise UserError(f"{dialect.script} cannot be told this of {recipe.name}:\n{listed}")
+        raise UserError(f"{dialect.script} has no option for this of {recipe.name}:\n{listed}")
     words = [*model, *_data(recipe, sources), *_training(recipe.training)]
     words += _outputs(recipe, Path(run_dir).absolute())
     if device == "cpu":
@@ -90,12 +90,12 @@ def megatron_arguments(
     if not sources:
         remarks.append("no data=FOLDER in the recipe: mock data")
     if Family.RECURRENT in config.pattern.families:
-        remarks.append("the script's TFLOP/s leave out the R blocks, which it does not know")
+        remarks.append("the script's TFLOP/s leave out the R blocks")
     return words, remarks
 
 
 def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
-    """Return what has no option, one phrase each."""
+    """Return what the script has no option for, one phrase each."""
     found = []
     training = recipe.training
     if recipe.resume not in (None, "auto"):
@@ -105,8 +105,8 @@ def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
         )
     if recipe.layout.vpp is not None:
         found.append(
-            f"virtual_pipeline_model_parallel_size={recipe.layout.vpp}: it builds every virtual "
-            f"stage as the first"
+            f"virtual_pipeline_model_parallel_size={recipe.layout.vpp}: the script builds every "
+            f"virtual stage like the first one"
         )
     counted = config.moe_z_loss_coeff or config.moe_router_load_balancing_type != "none"
     if Family.EXPERT in config.pattern.families and counted:
@@ -114,8 +114,8 @@ def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
         for stage, layers in enumerate(stages):
             if all(config.pattern.families[layer] is not Family.EXPERT for layer in layers):
                 found.append(
-                    f"pipeline stage {stage} of {len(stages)} without an E block: its logging of "
-                    f"auxiliary losses then sums tensors of unequal sizes"
+                    f"pipeline stage {stage} of {len(stages)} without an E block: the script's log "
+                    f"of auxiliary losses would sum tensors of unequal sizes"
                 )
     known = {*_TRAINING_OPTIONS, *_OTHER_TRAINING}
     return found + [

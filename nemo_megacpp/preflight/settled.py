@@ -1,4 +1,4 @@
-"""From a resolved recipe to one that can be trained as it stands."""
+"""Preflight: everything that is validated before a run starts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from nemo_megacpp.runtime.launch import launched
 
 @dataclass(frozen=True)
 class Settled:
-    """What will be trained.
+    """A recipe that can be trained.
 
     Attributes:
-        recipe: with vocabulary and checkpoint settled.
+        recipe: with its vocabulary and the checkpoint to resume.
         run_dir: the folder that the run will write.
     """
 
@@ -33,21 +33,21 @@ class Settled:
 
 
 def preflight(recipe: Recipe, announce: bool = True) -> Settled:
-    """Validate ``recipe`` and settle what it leaves open, without writing anything.
+    """Validate ``recipe``, choose what it leaves open, and write nothing.
 
     Args:
         recipe: what to train.
-        announce: this process speaks for the job: it prints what was settled, and it is the one
-            that verifies the checkpoint that the run resumes.
+        announce: whether this process prints the choices and verifies the checkpoint to resume,
+            which one process of a job does.
 
     Raises:
-        UserError: for anything that can be told before the ranks start.
+        UserError: for anything that can be found before the ranks start.
     """
     require_psutil()
 
     def validate_what_is_built() -> None:
         legal = not check_layout(recipe.layout, shape_of(recipe))
-        # Else Megatron's checks would end at the first thing that is wrong with the layout.
+        # Megatron's checks of an illegal layout would stop at the first violation.
         here = recipe if legal else replace(recipe, layout=ParallelLayout())
         validate_host(here, validate_model(here))
 

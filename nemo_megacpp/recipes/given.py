@@ -15,7 +15,7 @@ from nemo_megacpp.recipes.names import TEXTS, full_name, validate_not_empty
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's own keeps the last of two equal keys and says nothing."""
+    """Refuses duplicate keys, of which YAML's own loader takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -40,13 +40,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"There is no file {path}.") from None
     except UserError as error:
         raise UserError(f"{path} {error}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a date that is none
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: an impossible date
         raise UserError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(settings, dict):
         found = "nothing" if settings is None else f"a {type(settings).__name__}"
         raise UserError(f"{path} must hold key: value lines; it holds {found}.")
     for key, value in lines.value:
-        # YAML reads a key without a value as null, which has to be written.
+        # YAML reads a key without a value as null; here null must be written.
         if isinstance(value, yaml.ScalarNode) and not value.value and value.style is None:
             validate_not_empty(full_name(key.value), key.value, "")
     return settings
@@ -72,7 +72,7 @@ def read_command_line(
         key, separator, value = override.partition("=")
         key = key.strip()
         if not separator or not key:
-            raise UserError(f"{override!r} is not an override: write key=value.")
+            raise UserError(f"{override!r} is not a setting: write key=value.")
         name = full_name(key)
         validate_not_empty(name, key, value)
         validate_given_once(name, override, spelled)
@@ -93,11 +93,11 @@ def _read(name: str, key: str, value: str) -> Any:
             _validate_no_gaps(key, value)
     except UserError as error:
         raise UserError(f"{key} {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         if name not in TEXTS:
             raise UserError(f"{key}: cannot read {value!r} as a YAML value: {error}") from None
         return value
-    # What was typed is the name, although YAML reads 0123 as the number 83.
+    # A name is taken as typed, although YAML reads 0123 as the number 83.
     return value if name in TEXTS and not isinstance(read, str | None) else read
 
 

@@ -38,7 +38,7 @@ _DERIVED = {
     ),
     **dict.fromkeys(
         ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
-        "packed_documents=true does all three, and starts the states of M and R anew as well",
+        "packed_documents=true sets all three, and resets the states of M and R as well",
     ),
     "moe_router_dtype": "routers always compute in fp32",
     "use_cpu_initialization": "it follows from the machine",
@@ -56,11 +56,11 @@ def full_name(key: str) -> str:
     """Return the full field name for a key or one of its short names.
 
     Raises:
-        UserError: there is no such setting, or it is not one that a recipe chooses.
+        UserError: there is no such setting, or it follows from others.
     """
     key = ALIASES.get(key, key)
     if key.lower() in _DERIVED:
-        raise UserError(f"{key} is no setting of a recipe: {_DERIVED[key.lower()]}.")
+        raise UserError(f"{key} is not a setting of a recipe: {_DERIVED[key.lower()]}.")
     if key.lower() in FIELD_OF:
         return FIELD_OF[key.lower()]
     owners = field_owners()
@@ -80,7 +80,7 @@ def full_names(
         written: filled with the name that was written, by full name.
 
     Raises:
-        UserError: all that `full_name` raises; a setting that is given under two names, or empty.
+        UserError: as `full_name`; a setting is given under two names, or empty.
     """
     given: dict[str, Any] = {}
     spelled: dict[str, str] = {}
@@ -100,21 +100,16 @@ def validate_not_empty(name: str, key: str, text: str) -> None:
 
     Args:
         name: full name of the setting.
-        key: the name that was written.
-        text: the value that was written.
-
-    Raises:
-        UserError: with what to write instead.
+        key, text: name and value as written.
     """
-    if text.strip():
-        return
-    null = f", or write {key}=null for {_WITHOUT[name]}" if name in _WITHOUT else ""
-    raise UserError(f"{key} is empty. Leave {key} out for the recipe's own value{null}.")
+    if not text.strip():
+        null = f", or write {key}=null for {_WITHOUT[name]}" if name in _WITHOUT else ""
+        raise UserError(f"{key} is empty. Leave {key} out for the recipe's own value{null}.")
 
 
 def field_owners() -> dict[str, str]:
     """Map every field name to the part of a recipe that it belongs to."""
-    # Megatron's own are those with a verdict: importing Megatron to list them takes seconds.
+    # Megatron's own are those in the table of settings: importing Megatron takes seconds.
     owners = dict.fromkeys(TRANSFORMER, "model")
     owners |= {f.name: "model" for f in dataclasses.fields(HybridFields)}
     owners |= dict.fromkeys(RUN_KEYS, "run")

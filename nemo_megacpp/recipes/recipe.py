@@ -25,7 +25,7 @@ DEFAULT_BASE = "nam56r_tiny"
 """The base of a YAML file that names none."""
 
 _WARMUP_SHARE = 5
-"""A recipe's warm-up takes at most this share of a run whose max_steps the user gave: 1/5."""
+"""Where the user gives max_steps, the recipe's warm-up takes at most this share of them: 1/5."""
 _FOLLOWS = {
     "micro_batch_size": "a row is a pack of documents",
     "warmup_steps": f"max_steps / {_WARMUP_SHARE}",
@@ -44,12 +44,11 @@ class Recipe:
         training: the run's settings.
         data: folder written by ``nemo-megacpp data prepare``, or a blend: weights by folder; None
             for the built-in corpus.
-        tokenizer: folder of the tokenizer that the data must have been made with; None for the
-            data's own.
+        tokenizer: folder of the tokenizer that the data must have been made with; None: any.
         run_dir: where the run writes; None for a new folder under ``runs/``.
         resume: checkpoint to resume, or ``auto`` for the newest in ``run_dir``.
-        given: the full names of the settings that the user gave.
-        defaults: what was chosen for the user, one phrase each.
+        given: full names of the settings that the user gave.
+        defaults: the defaults that were taken, one phrase each.
     """
 
     name: str
@@ -70,12 +69,12 @@ class Recipe:
 
     @property
     def assumed(self) -> tuple[str, ...]:
-        """What of ``defaults`` decides which model it is: the base, and the depth."""
+        """Those of ``defaults`` that decide on the model: the base, and the depth."""
         return tuple(line for line in self.defaults if line.startswith(("recipe:", "num_layers:")))
 
     def to_mapping(self) -> dict[str, Any]:
-        """Return the recipe as a flat mapping that resolves to it again."""
-        layout = dataclasses.asdict(self.layout)  # with its Nones: the base may have a degree there
+        """Return a flat mapping that resolves to this recipe."""
+        layout = dataclasses.asdict(self.layout)  # with its Nones: the base may have another degree
         training = {k: v for k, v in dataclasses.asdict(self.training).items() if v is not None}
         run = {k: getattr(self, k) for k in RUN_KEYS[1:] if getattr(self, k) is not None}
         return {"recipe": self.name, **self.model, **layout, **training, **run}
@@ -92,12 +91,12 @@ def resolve(
     Args:
         source: a name of the catalogue, or the path of a YAML file.
         overrides: ``key=value`` strings; values are read as YAML.
-        layout: of ``--layout``: degrees to lay over the recipe's layout, ``tp=2,cp=2``.
+        layout: of ``--layout``: degrees to change in the recipe's layout, ``tp=2,cp=2``.
         world_size: of ``--world-size``.
 
     Raises:
         UserError: unknown recipe or key (with the nearest known one), a file that cannot be read, a
-            setting that is given twice or empty, a value of the wrong type.
+            setting that is given twice or empty, or everything that is wrong with the values.
     """
     if source in CATALOG:
         settings: dict[str, Any] = {"recipe": source}
@@ -116,8 +115,8 @@ def from_mapping(settings: Mapping[str, Any], changes: Mapping[str, Any] | None 
 
     Args:
         settings: of a file or a program.
-        changes: of the command line: these settings instead of the file's; degrees are laid over
-            the file's layout (:meth:`nemo_megacpp.layout.ParallelLayout.changed`).
+        changes: of the command line, which override the file's; a degree changes the file's
+            layout (:meth:`nemo_megacpp.layout.ParallelLayout.changed`).
 
     Raises:
         UserError: as :func:`resolve`.
@@ -158,7 +157,7 @@ def from_mapping(settings: Mapping[str, Any], changes: Mapping[str, Any] | None 
 
     load_families(model.get("family_modules"))
     if "hybrid_pattern" in given and "num_layers" not in given:
-        # The text is a unit here, and a unit may end with a cut.
+        # The string is a unit to tile, which may end with a cut.
         unit = HybridPattern.parse(given["hybrid_pattern"].rstrip().removesuffix(CUT))
         model["num_layers"] = max(len(unit), base.model["num_layers"])
         whose = "the pattern" if len(unit) > base.model["num_layers"] else "the recipe"

@@ -1,8 +1,8 @@
-"""What differs between two recipes, sorted into axes.
+"""The differences between two recipes, by axis.
 
-A comparison means something when one axis moved. SP is TP's activation layout: it counts only
-where both sides have TP > 1. What follows from a degree does not count on its own: cuts where the
-number of pipeline chunks moved, DP in one world, or in the worlds that the degrees need.
+A comparison is meaningful if one axis differs. SP is TP's activation layout: it counts only where
+both sides have TP > 1. What follows from another degree is not an axis of its own: the cuts where
+the number of pipeline chunks differs, DP in a world of a given size.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ AXES = (
     *("batch", "sequence", "precision", "kernels", "recompute", "optimizer", "data", "start"),
     "model",
 )
-"""``start`` is the checkpoint that a run begins from; ``DP`` the number of replicas, where a number
-of ranks was given."""
+"""``start`` is the checkpoint that a run resumes; ``DP`` the number of replicas, where a number of
+ranks is given."""
 
 _MODEL_AXES = {
     "sequence": r"seq_length",
@@ -62,13 +62,13 @@ class SettingDifference:
 
 
 def differences(a: Recipe, b: Recipe) -> list[SettingDifference]:
-    """Return what differs between two recipes whose layouts are legal, by axis."""
+    """Return the differences between two recipes with legal layouts, by axis."""
     found = [*_degrees(a, b), *_depth(a, b), *_fields(a, b)]
     return sorted(found, key=lambda item: (AXES.index(item.axis), item.setting))
 
 
 def moved_axes(found: list[SettingDifference]) -> list[str]:
-    """Return the axes that moved, in the order of `AXES`."""
+    """Return the axes that differ, in the order of `AXES`."""
     return [axis for axis in AXES if any(item.axis == axis for item in found)]
 
 

@@ -109,7 +109,7 @@ def test_nothing_is_legal(capsys: pytest.CaptureFixture[str]) -> None:
         (("--world-size", "8", "--hbm", "lots"), "'lots' is not a memory size"),
         (("--world-size", "8", "--hbm", "141"), "is not a memory size"),
         (("--world-size", "8", "--hbm", "9PB"), "is not a memory size"),
-        (("--world-size", "8", "--hbm", "1KB"), "memory of no GPU"),
+        (("--world-size", "8", "--hbm", "1KB"), "is not the memory of a GPU"),
         (("--world-size", "8", "--gpus-per-node", "0"), "--gpus-per-node '0'"),
         (("--world-size", "8", "--top", "x"), "--top 'x'"),
         (("--world-size", "8", "--pick", "2"), "--pick chooses what is written"),

@@ -51,13 +51,13 @@ def _verify(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def _plan(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_megacpp.recipes import job
+    from nemo_megacpp.recipes import views
 
     def job_of(recipe: Recipe, **_: Any) -> Any:
         seen.append(recipe.layout)
         raise SystemExit
 
-    monkeypatch.setattr(job, "job_of", job_of)
+    monkeypatch.setattr(views, "job_of", job_of)
     with pytest.raises(SystemExit):
         _run("plan", *words)
 
@@ -89,13 +89,13 @@ def _compare(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _megatron_args(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_megacpp.megatron_args import arguments
+    from nemo_megacpp.megatron_args import argument_list
 
     def megatron_arguments(recipe: Recipe, *_: Any) -> tuple[list[str], list[str]]:
         seen.append(recipe.layout)
         return [], []
 
-    monkeypatch.setattr(arguments, "megatron_arguments", megatron_arguments)
+    monkeypatch.setattr(argument_list, "megatron_arguments", megatron_arguments)
     _run("megatron-args", *words)
 
 

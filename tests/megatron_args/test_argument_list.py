@@ -219,7 +219,7 @@ def test_what_cannot_be_said_is_listed_at_once() -> None:
             *("softmax_scale=0.5", "resume=runs/old"),
         )
     lines = str(refusal.value).splitlines()
-    assert lines[0] == "pretrain_mamba.py cannot be told this of nam56r_tiny:"
+    assert lines[0] == "pretrain_mamba.py has no option for this of nam56r_tiny:"
     for line, start in zip(
         lines[1:],
         ("softmax_scale=0.5", "resume", "virtual_pipeline"),

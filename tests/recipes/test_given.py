@@ -51,7 +51,7 @@ def test_every_setting_is_refused_without_a_value() -> None:
     for name in field_owners():
         for text in ("", " ", "''"):
             with pytest.raises(
-                UserError, match=rf"^{name} is (empty\. Leave {name} out|no setting)"
+                UserError, match=rf"^{name} is (empty\. Leave {name} out|not a setting)"
             ):
                 from_mapping({}, read_command_line([f"{name}={text}"]))
 
@@ -73,8 +73,8 @@ def test_what_an_empty_value_would_mean_can_be_asked_for() -> None:
         ("[data/a, ]", "nothing after the last comma"),
         ("{data/a: 0.7, }", "nothing after the last comma"),
         ("{data/a: 0.7, data/a: 0.3}", "data gives data/a twice."),
-        ("[data/a, '']", "data names a folder without a name"),
-        ("{'': 0.7}", "data names a folder without a name"),
+        ("[data/a, '']", "data has a folder without a name"),
+        ("{'': 0.7}", "data has a folder without a name"),
         ("[]", "data is an empty blend"),
     ],
 )

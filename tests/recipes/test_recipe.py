@@ -329,7 +329,7 @@ def test_a_key_like_no_other_gets_no_suggestion() -> None:
 )
 def test_what_follows_from_others_cannot_be_set(key: str, reason: str) -> None:
     message = refused(f"{key}=1")
-    assert message.startswith(f"{key} is no setting of a recipe: ")
+    assert message.startswith(f"{key} is not a setting of a recipe: ")
     assert reason in message
 
 
@@ -488,7 +488,7 @@ def test_texts_are_taken_as_they_are_typed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("override", ["lr", "=3", ""])
 def test_what_is_no_override(override: str) -> None:
-    assert f"{override!r} is not an override: write key=value." in refused(override)
+    assert f"{override!r} is not a setting: write key=value." in refused(override)
 
 
 def test_an_override_that_yaml_cannot_read() -> None:
