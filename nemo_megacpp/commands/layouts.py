@@ -68,7 +68,7 @@ def _run(args: Namespace) -> int:
     from nemo_megacpp.contract.search import search_layouts
     from nemo_megacpp.contract.show_layouts import layouts_document, print_layouts
     from nemo_megacpp.layout import ParallelLayout
-    from nemo_megacpp.preflight.model import validate_model
+    from nemo_megacpp.preflight.model_checks import validate_model
     from nemo_megacpp.recipes.views import job_of, shape_of
     from nemo_megacpp.render import make_console
 

@@ -65,7 +65,7 @@ def _run(args: Namespace) -> int:
     from nemo_megacpp.contract.plan import make_plan
     from nemo_megacpp.contract.show import print_plan
     from nemo_megacpp.layout import check_layout
-    from nemo_megacpp.preflight.model import validate_model
+    from nemo_megacpp.preflight.model_checks import validate_model
     from nemo_megacpp.recipes.views import job_of, shape_of, validate_countable
     from nemo_megacpp.render import make_console
 

@@ -53,7 +53,7 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
     """
     from nemo_megacpp.config import HybridConfig
     from nemo_megacpp.layout import validate_layout
-    from nemo_megacpp.preflight.model import validate_model
+    from nemo_megacpp.preflight.model_checks import validate_model
     from nemo_megacpp.proof.show import RANKS_ON, print_trials, proof_document
     from nemo_megacpp.proof.verify import verify
     from nemo_megacpp.recipes.views import shape_of

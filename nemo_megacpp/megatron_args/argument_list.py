@@ -18,7 +18,7 @@ from nemo_megacpp.megatron_args.dialect import Dialect
 from nemo_megacpp.megatron_args.model_options import model_options
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.preflight.data import open_data
-from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
 from nemo_megacpp.preflight.outputs import validate_loggers
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.training import Training

@@ -18,7 +18,7 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.nemo.versions import describe_mismatch, requirement
 from nemo_megacpp.nemo.words import validate_not_repeated
 from nemo_megacpp.preflight import preflight
-from nemo_megacpp.preflight.model import validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import validate_recipe_layout
 from nemo_megacpp.preflight.outputs import new_run_dir, validate_shared
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping

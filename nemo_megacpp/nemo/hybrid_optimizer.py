@@ -1,4 +1,4 @@
-"""NeMo's Megatron optimizer module on Megatron-Core 0.16, saved so that any layout can load it."""
+"""NeMo's optimizer module for Megatron-Core 0.16, with state that any layout can load."""
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed, and it
 # knows Optional[int], but not "int | None".
@@ -40,8 +40,8 @@ class ReshardableOptimizer(McoreDistributedOptimizer):
 
         Args:
             model_sharded_state_dict: of all model chunks.
-            optimizer_state_dict, dist_ckpt_parallel_save: NeMo's, unused.
-            is_loading: whether the result is to be filled from a checkpoint.
+            optimizer_state_dict, dist_ckpt_parallel_save: unused.
+            is_loading: whether the result will be filled from a checkpoint.
             metadata: content metadata, of the checkpoint when loading.
 
         Raises:
@@ -67,8 +67,8 @@ class HybridOptimizer(MegatronOptimizerModule):
     """``MegatronOptimizerModule`` without the three arguments that Megatron-Core 0.16 dropped.
 
     NeMo 2.7.3 passes ``no_weight_decay_cond``, ``scale_lr_cond`` and ``lr_mult`` to
-    ``get_megatron_optimizer``, a TypeError on any device. Megatron's own rule stands in their
-    place: no weight decay on biases and vectors.
+    ``get_megatron_optimizer``, which raises a TypeError. Megatron's own rule holds instead: no
+    weight decay on biases and vectors.
 
     Args:
         config: of Megatron's optimizer.

@@ -5,6 +5,7 @@
 # ruff: noqa: UP045
 
 import logging
+from dataclasses import dataclass
 from typing import Any, Optional
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -43,12 +44,13 @@ class MegatronSchedule(OptimizerParamScheduler, LRScheduler):
         self.step(state_dict["num_steps" if "num_steps" in state_dict else "last_epoch"])
 
 
+@dataclass(eq=False)
 class MegatronScheduler(LRSchedulerModule):
     """Schedule of Megatron's ``OptimizerParamScheduler``, once per optimizer step.
 
     Peak, minimum and weight decay are those of the optimizer's configuration.
 
-    Args:
+    Attributes:
         max_steps: length of the schedule; NeMo sets it to the trainer's.
         warmup_steps: of linear warm-up.
         warmup_init: learning rate of the first step of the warm-up; None: the peak divided by
@@ -58,29 +60,15 @@ class MegatronScheduler(LRSchedulerModule):
         wsd_decay_style: with ``WSD``, Megatron's ``lr_wsd_decay_style``.
     """
 
-    def __init__(
-        self,
-        max_steps: int,
-        warmup_steps: int = 0,
-        warmup_init: Optional[float] = None,
-        decay_style: str = "cosine",
-        wsd_decay_steps: Optional[int] = None,
-        wsd_decay_style: str = "exponential",
-    ):
-        super().__init__()
-        self.max_steps = max_steps
-        self.warmup_steps = warmup_steps
-        self.warmup_init = warmup_init
-        self.decay_style = decay_style
-        self.wsd_decay_steps = wsd_decay_steps
-        self.wsd_decay_style = wsd_decay_style
+    max_steps: int
+    warmup_steps: int = 0
+    warmup_init: Optional[float] = None
+    decay_style: str = "cosine"
+    wsd_decay_steps: Optional[int] = None
+    wsd_decay_style: str = "exponential"
 
     def scheduler(self, model: Any, optimizers: Any) -> dict[str, Any]:
-        """Return Lightning's configuration of the schedule.
-
-        Args:
-            model: NeMo's, unused.
-            optimizers: one :class:`nemo_megacpp.nemo.hybrid_optimizer.ReshardableOptimizer`.
+        """Return Lightning's configuration of the schedule of one optimizer.
 
         Raises:
             UserError: the minimum of the learning rate is above its peak.

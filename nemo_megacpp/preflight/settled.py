@@ -11,7 +11,11 @@ from nemo_megacpp.checkpoint.guard import inspect_before_load
 from nemo_megacpp.errors import validate_all
 from nemo_megacpp.layout import ParallelLayout, check_layout
 from nemo_megacpp.preflight.data import open_data
-from nemo_megacpp.preflight.model import validate_host, validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import (
+    validate_host,
+    validate_model,
+    validate_recipe_layout,
+)
 from nemo_megacpp.preflight.outputs import new_run_dir, validate_loggers, validate_run_dir
 from nemo_megacpp.preflight.resume import find_resume, validate_optimizer_state
 from nemo_megacpp.recipes.recipe import Recipe

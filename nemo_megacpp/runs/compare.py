@@ -28,7 +28,7 @@ from typing import Any
 
 from nemo_megacpp.contract.plan import make_plan
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.recipes.recipe_differences import SettingDifference, differences, moved_axes

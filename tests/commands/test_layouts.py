@@ -9,7 +9,7 @@ import pytest
 
 from nemo_megacpp.cli import read_arguments
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
 from nemo_megacpp.recipes.recipe import resolve
 
 TINY = ("nam56r_tiny", "micro_batch_size=1")

@@ -117,7 +117,7 @@ def test_ranks_are_laid_out_on_nodes(factories: Any, here: Path) -> None:
         ({"devices": 0}, r"devices=0: the layout needs a multiple of 2 ranks"),
         ({"num_nodes": 3}, r"num_nodes=3, devices=None: the layout needs a multiple of 2 ranks"),
         ({"num_nodes": 2}, r"\[TP\] TP = 2 does not fit the NVLink domain of 1 GPUs a node"),
-        ({"precision": "fp8"}, r"'fp8' is neither"),
+        ({"precision": "fp8"}, r"'fp8' is not 'fp32' or 'bf16'"),
         ({"data": "nowhere"}, r"'nowhere' does not exist"),
         ({"resume": "nowhere"}, r"no checkpoint at nowhere"),
         ({"resume": "auto"}, r"resume=auto looks in run_dir"),
