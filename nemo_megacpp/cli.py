@@ -1,4 +1,4 @@
-"""The command line. Thin: parses arguments, calls a room, turns a UserError into exit code 2."""
+"""The command line: parses arguments, runs a command, turns a UserError into exit code 2."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from nemo_megacpp import __version__
 from nemo_megacpp.commands import (
     checkpoint,
     compare,
+    completion,
     data,
     demo,
     doctor,
@@ -33,16 +34,16 @@ from nemo_megacpp.runtime.imports import importing
 
 COMMANDS = (
     *(train, demo, verify, recipes, plan, layouts, compare, data, checkpoint),
-    *(megatron_args, settings, doctor, report),
+    *(megatron_args, settings, doctor, report, completion),
 )
 """In the order of the help."""
 
 _STACK = ("torch", "megatron", "nemo", "nemo_run", "lightning", "einops")
-"""What a bare installation does not bring."""
+"""Packages that a bare installation does not have."""
 
 
 class _Once(argparse.Action):
-    """Stores an option's value; argparse's own keeps the last of two and says nothing."""
+    """Stores an option's value; refuses a second one, which argparse's own action would take."""
 
     def __call__(
         self,
@@ -95,7 +96,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
 
 
 def _suggest_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Name the nearest command where there is none of this name; argparse lists all of them."""
+    """Exit with the nearest command where there is none of this name."""
     names = [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
     first = next(iter(words), "-")
     if not first.startswith("-") and first not in names:
@@ -104,7 +105,7 @@ def _suggest_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> N
 
 
 def _as_setting(strange: Sequence[str]) -> str:
-    """Say how a setting is written that was given as an option, such as ``--tp 2``."""
+    """Return how to write a setting that was given as an option, such as ``--tp 2``."""
     from nemo_megacpp.recipes.names import full_name
 
     for word in strange:
@@ -128,9 +129,9 @@ def _run(args: argparse.Namespace) -> int:
 def main() -> None:
     """Entry point of the console script."""
     args = read_arguments()
-    warnings.simplefilter("ignore")  # the libraries' remarks on what is not installed,
+    warnings.simplefilter("ignore")  # libraries warn of what is not installed,
     if "ignore" not in sys.warnoptions:
-        sys.warnoptions.append("ignore")  # here and in the processes started from here
+        sys.warnoptions.append("ignore")  # in the processes started from here as well
     try:
         with importing():  # most of a short command; a long one works in processes of its own
             code = _run(args)
@@ -148,7 +149,7 @@ def main() -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the reader, such as head, has what it wants
+    except BrokenPipeError:  # the reader, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         code = 128 + signal.SIGPIPE
     except OSError as error:

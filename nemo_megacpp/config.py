@@ -5,13 +5,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
-from nemo_megacpp.errors import UserError, raise_violations
+from nemo_megacpp.errors import collect_violations, raise_violations
 from nemo_megacpp.families import load_families
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
@@ -24,6 +24,7 @@ from nemo_megacpp.settings.combinations import (
     recompute_violations,
 )
 from nemo_megacpp.settings.validate import setting_violations
+from nemo_megacpp.values import choices
 
 
 @dataclass
@@ -56,7 +57,7 @@ class HybridConfig(HybridFields, TransformerConfig):
         super().__post_init__()
 
     def finalize(self) -> None:
-        """Derive what follows from the hybrid fields, and refuse what cannot be built."""
+        """Validate the hybrid fields, and derive what follows from them."""
         load_families(self.family_modules)
         depth: int = self.num_layers
         pattern = HybridPattern.parse(self.hybrid_pattern, depth=depth or None)
@@ -66,13 +67,13 @@ class HybridConfig(HybridFields, TransformerConfig):
             self.virtual_pipeline_model_parallel_size is not None
             and self.pipeline_model_parallel_size == 2
         ):
-            # Two stages are each other's next and previous one. In one batch of sends and receives
-            # Megatron matches them by order, and a stage takes the wrong one without a word; sent
-            # one by one, they travel over two groups.
+            # Two stages are each other's next and previous one. Megatron matches a batch of sends
+            # and receives by order, and a stage would receive the wrong tensor without an error;
+            # sent one by one, they use two groups.
             self.overlap_p2p_comm = True
             self.batch_p2p_comm = False
         if Family.EXPERT not in pattern.families:
-            # Megatron refuses sizes of experts that are not there.
+            # Megatron refuses sizes of experts in a model without experts.
             self.num_moe_experts = None
             self.moe_ffn_hidden_size = None
             self.moe_shared_expert_intermediate_size = None
@@ -82,7 +83,7 @@ class HybridConfig(HybridFields, TransformerConfig):
             self.m2rnn_num_heads = M2RNNSettings.of(self).heads(self.hidden_size)
 
     def _violations(self, pattern: HybridPattern) -> Iterator[str]:
-        """Yield everything that cannot be built or would be read otherwise than it is meant."""
+        """Yield everything that cannot be built or would not be read as it is meant."""
         yield from config_violations(self, pattern)
         yield from self._field_violations()
         families = pattern.families
@@ -93,11 +94,11 @@ class HybridConfig(HybridFields, TransformerConfig):
             mixers.append(lambda: Mamba3Settings.of(self))
             if Family.MAMBA in families:
                 mixers.append(lambda: Mamba3Settings.of(self).dimensions(self))
+        messages: list[str] = []
         for settings in mixers:
-            try:
+            with collect_violations(messages):
                 settings()
-            except UserError as error:
-                yield str(error)
+        yield from messages
         rotates = self.position_embedding_type == "rope" and 0 < self.rotary_percent <= 1
         if Family.ATTENTION in families and rotates:
             head_dim = self.kv_channels or self.hidden_size // self.num_attention_heads
@@ -113,11 +114,11 @@ class HybridConfig(HybridFields, TransformerConfig):
             )
 
     def _field_violations(self) -> Iterator[str]:
-        """Yield values of the hybrid fields that nothing would read as they are meant."""
+        """Yield values of the hybrid fields that are illegal or that nothing would read."""
         for field in fields(HybridConfig):
-            value, choices = getattr(self, field.name), _choices(field.type)
-            if choices and value not in choices and value != field.default:
-                yield f"{field.name}={value!r}: the choices are {', '.join(choices)}."
+            value, legal = getattr(self, field.name), choices(field.type)
+            if legal and value not in legal and value != field.default:
+                yield f"{field.name}={value!r}: the choices are {', '.join(legal)}."
             elif (
                 self.mode != "mamba3"
                 and field.name.startswith("mamba3_")
@@ -154,22 +155,13 @@ class HybridConfig(HybridFields, TransformerConfig):
         return self.pattern.counts()[Family.EXPERT]
 
 
-def _choices(hint: Any) -> tuple[str, ...]:
-    """Return the values of a field that has a few, and no others."""
-    for option in (hint, *get_args(hint)):
-        if get_origin(option) is Literal:
-            return get_args(option)
-    return ()
-
-
 def config_violations(
     config: TransformerConfig, pattern: HybridPattern, hybrid: HybridFields | None = None
 ) -> Iterator[str]:
-    """Yield what the hybrid stack would get wrong: of a :class:`HybridConfig`, or of the plain
-    configuration that Megatron's own scripts build.
+    """Yield what the hybrid stack cannot compute as it is set.
 
     Args:
-        config: of the model.
+        config: a :class:`HybridConfig`, or the plain one that Megatron's own scripts build.
         pattern: its layers.
         hybrid: with a plain configuration, the hybrid fields; their defaults if not given.
     """

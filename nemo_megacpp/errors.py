@@ -1,31 +1,38 @@
-"""The exceptions that are meant for a person."""
+"""The exceptions that are shown to users."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """What a user asked for cannot be done.
+    """A request that cannot be met.
 
     The message stands alone: what is wrong, the numbers, the legal choices. The command line prints
     it without a traceback and exits with code 2.
     """
 
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """One message for each thing that is wrong."""
+        return (str(self),)
+
 
 class Violations(UserError):
-    """Several things that a user asked for cannot be done; the message lists all of them.
-
-    Attributes:
-        messages: one for each.
-    """
+    """Several things are wrong with a request; the message lists all of them."""
 
     def __init__(self, messages: Sequence[str]):
         indented = [message.replace("\n", "\n   ") for message in messages]
         listed = "\n".join(f"  {number}. {text}" for number, text in enumerate(indented, start=1))
         super().__init__(f"{len(messages)} settings are invalid:\n{listed}")
-        self.messages = tuple(messages)
+        self._messages = tuple(messages)
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """One message for each thing that is wrong."""
+        return self._messages
 
 
 def raise_violations(messages: Iterable[str]) -> None:
@@ -37,28 +44,29 @@ def raise_violations(messages: Iterable[str]) -> None:
         raise Violations(found)
 
 
-def validate_all(*checks: Callable[[], object]) -> None:
-    """Run every check, and raise one UserError for what all of them found.
+@contextmanager
+def collect_violations(messages: list[str]) -> Iterator[None]:
+    """Catch a UserError of the block and add what it says to ``messages``."""
+    try:
+        yield
+    except UserError as error:
+        messages += error.messages
 
-    Args:
-        checks: functions that raise a UserError.
-    """
-    found: list[str] = []
+
+def validate_all(*checks: Callable[[], object]) -> None:
+    """Call every check, and raise one UserError with everything that they found."""
+    messages: list[str] = []
     for check in checks:
-        try:
+        with collect_violations(messages):
             check()
-        except Violations as violations:
-            found += violations.messages
-        except UserError as error:
-            found.append(str(error))
-    raise_violations(found)
+    raise_violations(messages)
 
 
 class RankFailed(RuntimeError):
-    """A rank ended with an error, which the message tells; the command line prints no more than it.
+    """A rank ended with an error; the command line prints the message alone.
 
     Attributes:
-        user_error: whether the rank had refused what the user asked for: exit code 2, else 1.
+        user_error: whether the rank raised a UserError: exit code 2, else 1.
     """
 
     def __init__(self, message: str, user_error: bool = False):

@@ -22,7 +22,7 @@ Mode = Literal["nemo_native", "mamba3"]
 
 @dataclass
 class HybridFields:
-    """The fields of :class:`nemo_megacpp.config.HybridConfig` beside Megatron's.
+    """The fields of :class:`nemo_megacpp.config.HybridConfig` that are not Megatron's.
 
     The ``m2rnn_*`` and ``mamba3_*`` fields are those of :class:`M2RNNSettings` and
     :class:`Mamba3Settings`.

@@ -8,6 +8,7 @@ that a user adds (:mod:`nemo_megacpp.families`) brings a letter of its own.
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -270,10 +271,17 @@ def _scan(
         last, last_at = char, position
         position += len(long_name[0]) if long_name else 1
     if not families:
-        raise UserError("The pattern is empty; write one letter per layer, such as 'AEME'.")
+        raise UserError("pattern is empty; give letters, for example pattern=AEMR.")
     if last == CUT and not tiled:
         raise _error(text, last_at, "The last pipeline chunk is empty")
     return tuple(families), tuple(cuts)
+
+
+_LOOKS_LIKE = str.maketrans(
+    "АВЕКМНОРСТХ" + "ΑΒΕΖΗΙΚΜΝΟΡΤΥΧ",
+    "ABEKMHOPCTX" + "ABEZHIKMNOPTYX",
+)
+"""Cyrillic and Greek letters -> the Latin ones that look like them."""
 
 
 def _unknown(char: str, megatron: bool) -> tuple[str, str]:
@@ -287,7 +295,13 @@ def _unknown(char: str, megatron: bool) -> tuple[str, str]:
         legal += " Megatron's '-' (an MLP layer) is not supported: use an expert layer E."
     elif char == "A":
         legal += " Megatron writes attention as '*'."
-    return f"{char!r} is not a letter of the pattern", legal
+    shown = repr(char)
+    if not char.isascii():
+        shown += f" (U+{ord(char):04X})"
+        latin = unicodedata.normalize("NFKC", char).upper().translate(_LOOKS_LIKE)
+        if latin.isascii() and latin.isalpha():
+            legal = f"Write the Latin letter {latin}. {legal}"
+    return f"{shown} is not a letter of the pattern", legal
 
 
 def _error(text: str, position: int, problem: str, advice: str = "") -> UserError:

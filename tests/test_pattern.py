@@ -105,6 +105,20 @@ def test_refusals_put_a_caret_under_the_fault(text: str, caret_at: int, words: s
     assert caret == "  " + " " * caret_at + "^"
 
 
+@pytest.mark.parametrize(
+    ("letter", "number", "latin"),
+    [("\u0410", "U+0410", "A"), ("\u0395", "U+0395", "E"), ("\uff2d", "U+FF2D", "M")],
+)
+def test_a_letter_that_looks_latin(letter: str, number: str, latin: str) -> None:
+    """Cyrillic, Greek and full-width."""
+    with pytest.raises(UserError) as caught:
+        HybridPattern.parse(f"AE{letter}R")
+    assert f"({number}) is not a letter of the pattern (position 3)" in str(caught.value)
+    assert f"\nWrite the Latin letter {latin}. Legal letters: A (ablock)" in str(caught.value)
+    with pytest.raises(UserError, match=r"\(U\+00DC\) is not a letter .*\n.*\n.*\nLegal letters"):
+        HybridPattern.parse("A\u00dc")
+
+
 def test_an_unknown_letter_names_the_legal_ones() -> None:
     with pytest.raises(UserError, match=r"A \(ablock\), M \(mblock\), E \(eblock\), R \(rblock\)"):
         HybridPattern.parse("AEZ")

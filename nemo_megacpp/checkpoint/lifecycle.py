@@ -65,7 +65,7 @@ def remove_checkpoint(directory: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def prune(folder: Path, saved: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
+def prune(folder: Path, saved: Path, keep_latest: int, keep_every: int | None = None) -> list[Path]:
     """Remove the checkpoints that need not be kept, once ``saved`` is complete.
 
     Damaged checkpoints and foreign folders are neither counted nor removed.
@@ -73,17 +73,17 @@ def prune(folder: Path, saved: Path, keep_last: int, keep_every: int | None = No
     Args:
         folder: of the run's checkpoints.
         saved: the one that was saved last; it is kept.
-        keep_last: how many of the newest, by step, are kept; at least 1.
+        keep_latest: how many of the newest, by step, are kept; at least 1.
         keep_every: checkpoints of multiples of this step are kept too.
 
     Returns:
         What was removed.
     """
-    assert keep_last >= 1, keep_last
+    assert keep_latest >= 1, keep_latest
     if not is_complete_checkpoint(saved):
         return []
     complete = complete_checkpoints(folder)
-    kept = {saved, *(path for _, path in complete[-keep_last:])}
+    kept = {saved, *(path for _, path in complete[-keep_latest:])}
     doomed = [
         path
         for step, path in complete

@@ -1,4 +1,4 @@
-"""The arguments that name a recipe, the same at every command; reading them loads no torch."""
+"""Arguments that several commands have; reading them loads no torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def add_recipe(
     parser.add_argument(
         "--layout",
         metavar="tp=2,cp=2,…",
-        help="degrees to change in the recipe's layout; the same as tp=2 cp=2 among the settings",
+        help="degrees to change in the recipe's layout, as the settings tp=2 cp=2 do",
     )
 
 
@@ -72,7 +72,7 @@ def read_gpu_memory(text: str) -> int:
     """Read the memory of a GPU, such as ``141GB`` or ``80GiB``.
 
     Raises:
-        UserError: no size with a unit, or one that no GPU has.
+        UserError: not a size with a unit, or not between 1 GB and 1 TB.
     """
     match = _SIZE.fullmatch(text.strip())
     units = {unit.lower(): factor for unit, factor in _UNITS.items() if unit not in ("", "B")}
@@ -84,7 +84,7 @@ def read_gpu_memory(text: str) -> int:
     size = round(float(match[1]) * units[match[2].lower()])
     if not _LEAST <= size <= _MOST:
         raise UserError(
-            f"{text} is the memory of no GPU: give that of one rank, between 1GB and 1TB."
+            f"{text} is not the memory of a GPU: give that of one rank, between 1GB and 1TB."
         )
     return size
 

@@ -1,4 +1,4 @@
-"""``nemo-megacpp demo``, the main job."""
+"""``nemo-megacpp demo``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def add_parser(commands: Any) -> None:
     """Add ``demo`` to the command line's parsers."""
     parser = commands.add_parser(
         "demo",
-        help="the main job: train, stop, resume the checkpoint in another layout",
+        help="train, stop, and resume the checkpoint in another layout",
         description="Train nam56r_tiny at TP=2, stop, and resume its checkpoint at PP=2.",
     )
     parser.add_argument("--out", default="runs/demo", help="folder to write (default: %(default)s)")

@@ -55,9 +55,8 @@ def _run(args: Namespace) -> int:
     from nemo_megacpp.contract.layout_search import search_layouts
     from nemo_megacpp.contract.search_tables import layouts_document, print_layouts
     from nemo_megacpp.layout import ParallelLayout
-    from nemo_megacpp.preflight.model import validate_model
-    from nemo_megacpp.recipes.job import job_of
-    from nemo_megacpp.recipes.shape import shape_of
+    from nemo_megacpp.preflight.model_checks import validate_model
+    from nemo_megacpp.recipes.views import job_of, shape_of
     from nemo_megacpp.render import make_console
 
     hardware = read_hardware(args)
@@ -113,8 +112,9 @@ def _fixed(layout: ParallelLayout, args: Namespace) -> dict[str, Any]:
     """Return the degrees that the command line gave, by short name."""
     from nemo_megacpp.layout.parallel import FIELD_OF
     from nemo_megacpp.recipes.given import read_command_line
+    from nemo_megacpp.recipes.names import full_names
 
-    given = read_command_line(args.overrides, args.layout)
+    given = full_names(read_command_line(args.overrides, args.layout))
     return {name: getattr(layout, name) for name in _DEGREES if FIELD_OF[name] in given}
 
 

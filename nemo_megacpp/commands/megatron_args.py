@@ -11,10 +11,10 @@ from nemo_megacpp.commands.arguments import add_recipe, print_json, read_recipe
 
 _DESCRIPTION = """\
 Print the arguments with which Megatron-LM's pretrain_mamba.py trains a recipe, as one line of shell
-words. Remarks go to standard error."""
+words. Remarks are printed on standard error."""
 _EPILOG = """\
 nemo-megacpp megatron-args nam56r data=DIR | xargs torchrun --nproc-per-node 2 pretrain_mamba.py
-With tensor or context parallelism Megatron-LM wants CUDA_DEVICE_MAX_CONNECTIONS=1 around it.
+With tensor or context parallelism Megatron-LM needs CUDA_DEVICE_MAX_CONNECTIONS=1.
 Without a GPU: … | xargs torchrun --nproc-per-node 2 -m nemo_megacpp.runtime pretrain_mamba.py"""
 
 
@@ -32,10 +32,10 @@ def add_parser(commands: Any) -> None:
         "--megatron",
         metavar="PATH|RELEASE",
         help="the Megatron-LM that will read them: a checkout, or a release such as core_v0.16.1; "
-        "else the installed Megatron-Core's",
+        "default: that of the installed Megatron-Core",
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), help="of the run; else what this machine has"
+        "--device", choices=("cuda", "cpu"), help="of the run (default: what this machine has)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_run)
@@ -46,7 +46,7 @@ def _run(args: argparse.Namespace) -> int:
 
     dialect, release = choose(args.megatron)  # before anything imports Megatron
 
-    from nemo_megacpp.megatron_args.arguments import megatron_arguments
+    from nemo_megacpp.megatron_args.argument_list import megatron_arguments
     from nemo_megacpp.preflight.outputs import new_run_dir
     from nemo_megacpp.runtime.host import current_host
 
@@ -54,6 +54,8 @@ def _run(args: argparse.Namespace) -> int:
     run_dir = recipe.run_dir or new_run_dir(recipe.name, started_by_parent=False)
     device = args.device or current_host().device
     words, remarks = megatron_arguments(recipe, dialect, run_dir, device)
+    if args.device is None and device == "cpu":
+        remarks.append("this machine has no GPU: these are arguments for a CPU (--device cuda)")
     for remark in remarks:
         print(f"{recipe.name}: {remark}", file=sys.stderr)
     if args.json:

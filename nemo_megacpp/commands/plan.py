@@ -84,9 +84,8 @@ def _run(args: Namespace) -> int:
     from nemo_megacpp.contract.plan_page import html_report
     from nemo_megacpp.contract.plan_tables import print_plan
     from nemo_megacpp.layout import check_layout
-    from nemo_megacpp.preflight.model import validate_model
-    from nemo_megacpp.recipes.job import job_of, validate_countable
-    from nemo_megacpp.recipes.shape import shape_of
+    from nemo_megacpp.preflight.model_checks import validate_model
+    from nemo_megacpp.recipes.views import job_of, shape_of, validate_countable
     from nemo_megacpp.render import make_console
 
     hardware = read_hardware(args)

@@ -6,7 +6,6 @@ from argparse import Namespace
 from typing import Any
 
 from nemo_megacpp.commands.arguments import add_recipe, read_recipe
-from nemo_megacpp.recipes.catalog import CATALOG
 
 
 def add_parser(commands: Any) -> None:
@@ -14,8 +13,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "recipes",
         help="list the recipes, or print one as YAML",
-        description="List the recipes, or print one, with the settings that are given, as a YAML "
-        "file to change.",
+        description="List the recipes, or print one as a YAML file, with the given settings.",
     )
     add_recipe(parser, optional=True)
     parser.set_defaults(run=_run)
@@ -27,6 +25,8 @@ def _run(args: Namespace) -> int:
 
         print(yaml.safe_dump(read_recipe(args).to_mapping(), sort_keys=False), end="")
         return 0
+    from nemo_megacpp.recipes.catalog import CATALOG
+
     width = max(map(len, CATALOG))
     for name, recipe in CATALOG.items():
         print(f"{name:<{width}}  {recipe.summary}")

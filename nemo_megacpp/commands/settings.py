@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
     parser: ArgumentParser = commands.add_parser(
         "settings",
         help="the verdict on each of Megatron's settings: proved, neutral or refused",
-        description="Say of every field of Megatron's TransformerConfig, "
+        description="List for every field of Megatron's TransformerConfig, "
         "DistributedDataParallelConfig and OptimizerConfig whether it may be set, and why.",
     )
     parser.add_argument("field", nargs="?", help="one field, as clip_grad or OptimizerConfig.bf16")

@@ -49,10 +49,10 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
     """
     from nemo_megacpp.config import HybridConfig
     from nemo_megacpp.layout import validate_layout
-    from nemo_megacpp.preflight.model import validate_model
+    from nemo_megacpp.preflight.model_checks import validate_model
     from nemo_megacpp.proof.case_report import RANKS_ON, print_cases, verify_document
     from nemo_megacpp.proof.verification import verify_layout
-    from nemo_megacpp.recipes.shape import shape_of
+    from nemo_megacpp.recipes.views import shape_of
     from nemo_megacpp.render import make_console
     from nemo_megacpp.runtime.workers import device_for
 

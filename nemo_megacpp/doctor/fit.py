@@ -10,7 +10,7 @@ from nemo_megacpp.doctor.machine import Finding, nvlink_domain
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.preflight.data import open_data
-from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
 from nemo_megacpp.recipes.recipe import Recipe
 
 

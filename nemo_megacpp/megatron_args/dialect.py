@@ -1,4 +1,4 @@
-"""Which Megatron-LM the arguments are for: the releases differ in scripts and option names."""
+"""The Megatron-LM that reads the arguments: releases differ in scripts and option names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LATER = (
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one series of Megatron-LM is told what to train.
+    """Script and options of one series of Megatron-LM releases.
 
     Attributes:
         series: of its releases.
@@ -50,11 +50,11 @@ class Dialect:
         return found
 
     def default(self, dest: str) -> Any:
-        """Return what a script has in ``dest`` without being told."""
+        """Return the default of ``dest``."""
         return next(iter(self.by_destination[dest].values()))["default"]
 
     def words(self, dest: str, value: Any) -> list[str] | None:
-        """Return the words that put ``value`` into ``dest``; None where no option can."""
+        """Return the words that set ``dest`` to ``value``; None where no option can."""
         default = self.default(dest)
         if value == default or (value is False and default is None):
             return []
@@ -74,7 +74,7 @@ _DIALECTS = {"0.16": Dialect("0.16", "pretrain_mamba.py", "--hybrid-override-pat
 
 
 def choose(megatron: str | None) -> tuple[Dialect, str]:
-    """Return the dialect to write in, and the release that speaks it.
+    """Return the dialect of a Megatron-LM, and its release.
 
     Args:
         megatron: a checkout, a release (``0.16.1``, ``core_v0.16.1``), or None for the installed
@@ -92,7 +92,7 @@ def choose(megatron: str | None) -> tuple[Dialect, str]:
     match = _RELEASE.fullmatch(release)
     if match is None:
         raise UserError(
-            f"--megatron {release}: there is no such folder, and it is no release such as "
+            f"--megatron {release}: there is no such folder, and it is not a release such as "
             f"core_v0.16.1."
         )
     dialect = _DIALECTS.get(f"{match[1]}.{match[2]}")

@@ -1,5 +1,5 @@
-"""A model's configuration as options: each field is written, is what the script has anyway, or is
-reported as one that the script cannot be told."""
+"""A model's configuration as options: each field is written, has the script's default, or is
+reported as one without an option."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _WRITTEN_HYBRID = {
 
 
 def model_options(config: HybridConfig, dialect: Dialect) -> tuple[list[str], list[str]]:
-    """Return the options of a model, and what no option can say.
+    """Return the options of a model, and the settings without an option.
 
     Args:
         config: the model.

@@ -1,8 +1,8 @@
-"""What a run is, once NeMo's overrides have had their say.
+"""Layout, model and training settings as read from the objects that train.
 
-A factory's configuration can be changed afterwards (``model.config.add_qkv_bias=true``,
-``trainer.strategy.tensor_model_parallel_size=1``), so what is checked before the ranks start, and
-what a checkpoint says of itself, is read from the objects that train.
+NeMo's overrides change a factory's configuration after it was validated
+(``model.config.add_qkv_bias=true``, ``trainer.strategy.tensor_model_parallel_size=1``), so these
+objects are validated again before the ranks start, and a checkpoint describes them.
 """
 
 from __future__ import annotations
@@ -32,30 +32,22 @@ def actual_layout(degrees: Any, ranks: int) -> ParallelLayout:
 
 
 def actual_model(config: HybridConfig, names: Iterable[str]) -> dict[str, Any]:
-    """Return what a checkpoint says of its model.
+    """Return the model's fields that a checkpoint records.
 
     Args:
         config: of the model.
-        names: the fields that its recipe gave; what decides the shape of a tensor is added.
+        names: the fields that its recipe gave; those that decide a tensor's shape are added.
     """
     return {name: getattr(config, name) for name in {*names, *STRUCTURE, "hybrid_pattern"}}
 
 
 def tokenizer_of(data: Any) -> str | None:
-    """Return the fingerprint of the tokenizer of our data; None for another data module."""
+    """Return the fingerprint of the data's tokenizer; None for another data module than ours."""
     return getattr(data, "tokenizer_fingerprint", None)
 
 
 def validate_wrapper(fsdp: Any, ddp: Any) -> None:
-    """Refuse FSDP and PyTorch's DDP in the place of Megatron's.
-
-    Args:
-        fsdp: of NeMo's ``MegatronStrategy``.
-        ddp: of the same.
-
-    Raises:
-        UserError: with the reason.
-    """
+    """Refuse FSDP and PyTorch's DDP, arguments of NeMo's ``MegatronStrategy``."""
     flags = [name for name in ("use_megatron_fsdp", "use_custom_fsdp") if getattr(ddp, name, False)]
     asked = [f"trainer.strategy.fsdp={fsdp!r}"] if fsdp is not None else []
     asked += [f"trainer.strategy.ddp.{name}=True" for name in flags]
@@ -84,7 +76,7 @@ def validate_run_steps_left(checkpoint: Path, trainer: Any) -> None:
 
 
 def validate_actual(layout: ParallelLayout, config: HybridConfig, data: Any, node: int) -> None:
-    """Refuse a layout that is illegal for the model, and data that are not for it.
+    """Refuse a layout that is illegal for the model, and data that do not fit the model.
 
     Args:
         layout: of the ranks that are about to start.
@@ -98,7 +90,7 @@ def validate_actual(layout: ParallelLayout, config: HybridConfig, data: Any, nod
     if data.seq_length != config.seq_length:
         raise UserError(
             f"data.seq_length={data.seq_length} and model.config.seq_length={config.seq_length} "
-            f"are two names of one number; give the factory seq_length=…, which sets both."
+            f"must be equal; give the factory seq_length=…, which sets both."
         )
     vocab_size = getattr(data.tokenizer, "vocab_size", config.vocab_size)
     if vocab_size != config.vocab_size:
@@ -119,16 +111,17 @@ def validate_training(config: HybridConfig, ddp: Any, optim: Any) -> None:
     Args:
         config: of the model.
         ddp: Megatron's configuration of the data-parallel wrapper.
-        optim: NeMo's optimizer module; None for a run that only validates.
+        optim: NeMo's optimizer module; None for a run that only evaluates.
 
     Raises:
         UserError: for all such settings.
     """
-    violations = [
-        *config_violations(config, config.pattern),
-        *setting_violations(DistributedDataParallelConfig, vars(ddp)),
-    ]
     optimizer = None if optim is None else optim.config
-    if optimizer is not None:
-        violations += setting_violations(OptimizerConfig, vars(optimizer))
-    raise_violations([*violations, *training_violations(config, ddp, optimizer)])
+    raise_violations(
+        (
+            *config_violations(config, config.pattern),
+            *setting_violations(DistributedDataParallelConfig, vars(ddp)),
+            *(setting_violations(OptimizerConfig, vars(optimizer)) if optimizer else ()),
+            *training_violations(config, ddp, optimizer),
+        )
+    )

@@ -41,7 +41,7 @@ class HybridCheckpoint(ModelCheckpoint):
 
     Args:
         model_fields: what each checkpoint says of its model, beside what shapes its tensors.
-        keep_last: newest checkpoints to keep; None: all.
+        keep_latest: newest checkpoints to keep; None: all.
         keep_every: checkpoints of multiples of this step are kept as well.
         prints: whether to print a line for each checkpoint that is saved.
     """
@@ -49,7 +49,7 @@ class HybridCheckpoint(ModelCheckpoint):
     def __init__(
         self,
         model_fields: list[str],
-        keep_last: Optional[int] = None,  # noqa: UP045
+        keep_latest: Optional[int] = None,  # noqa: UP045
         keep_every: Optional[int] = None,  # noqa: UP045
         prints: bool = True,
         **kwargs: Any,
@@ -57,7 +57,7 @@ class HybridCheckpoint(ModelCheckpoint):
         require_psutil()
         super().__init__(**kwargs)
         self.model_fields = model_fields
-        self.keep_last = keep_last
+        self.keep_latest = keep_latest
         self.keep_every = keep_every
         self.prints = prints
 
@@ -133,10 +133,12 @@ class HybridCheckpoint(ModelCheckpoint):
         return finish_in_background if self.async_save else finish_now
 
     def _prune(self, saved: Path) -> None:
-        if self.keep_last is None:
+        if self.keep_latest is None:
             return
-        for path in prune(saved.parent, saved, self.keep_last, self.keep_every):
-            print(f"removed {path}: newer ones are kept (keep_last={self.keep_last})", flush=True)
+        for path in prune(saved.parent, saved, self.keep_latest, self.keep_every):
+            print(
+                f"removed {path}: newer ones are kept (keep_latest={self.keep_latest})", flush=True
+            )
 
 
 def _try_to_finish(directory: Path, identity: dict[str, Any], step: int) -> None:

@@ -18,7 +18,7 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.nemo.versions import describe_mismatch, requirement
 from nemo_megacpp.nemo.words import validate_not_repeated
 from nemo_megacpp.preflight import preflight
-from nemo_megacpp.preflight.model import validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import validate_recipe_layout
 from nemo_megacpp.preflight.outputs import new_run_dir, validate_shared
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping
@@ -48,7 +48,7 @@ try:
     from nemo.collections import llm
     from nemo.utils.get_rank import is_global_rank_zero
 
-    from nemo_megacpp.nemo.build import to_pretrain
+    from nemo_megacpp.nemo.pretrain_task import to_pretrain
 except Exception as error:
     _refuse_to_load(f"{requirement()}. They are installed but do not load: {error}")
 
@@ -80,15 +80,21 @@ def factory_parameters(
     lr: Optional[float] = None,
     min_lr: Optional[float] = None,
     warmup_steps: Optional[int] = None,
+    lr_warmup_init: Optional[float] = None,
+    lr_decay_style: Optional[str] = None,
+    lr_wsd_decay_steps: Optional[int] = None,
+    lr_wsd_decay_style: Optional[str] = None,
     weight_decay: Optional[float] = None,
+    adam_beta1: Optional[float] = None,
     adam_beta2: Optional[float] = None,
+    adam_eps: Optional[float] = None,
     clip_grad: Optional[float] = None,
     use_distributed_optimizer: Optional[bool] = None,
     precision: Optional[str] = None,
     val_check_interval: Optional[int] = None,
     limit_val_batches: Optional[int] = None,
     save_interval: Optional[int] = None,
-    keep_last: Optional[int] = None,
+    keep_latest: Optional[int] = None,
     keep_every: Optional[int] = None,
     async_save: Optional[bool] = None,
     log_interval: Optional[int] = None,
@@ -132,15 +138,21 @@ def factory_parameters(
         lr: peak learning rate.
         min_lr: final learning rate.
         warmup_steps: steps of linear warm-up.
+        lr_warmup_init: learning rate of its first step. None: lr / (warmup_steps + 1).
+        lr_decay_style: Megatron's schedule after it: constant, linear, cosine or WSD.
+        lr_wsd_decay_steps: with WSD, the last steps, in which the learning rate decays.
+        lr_wsd_decay_style: how it then decays: exponential, linear, cosine or minus_sqrt.
         weight_decay: AdamW weight decay.
+        adam_beta1: AdamW beta1.
         adam_beta2: AdamW beta2.
+        adam_eps: AdamW epsilon.
         clip_grad: bound on the gradient's norm.
         use_distributed_optimizer: shard optimizer state over data-parallel ranks.
         precision: ``fp32`` or ``bf16``.
         val_check_interval: steps between evaluations on held-out data.
         limit_val_batches: global batches per evaluation.
         save_interval: steps between checkpoints.
-        keep_last: newest checkpoints to keep. None: all.
+        keep_latest: newest checkpoints to keep. None: all.
         keep_every: steps whose multiples are kept beside them. None: none.
         async_save: write checkpoints in the background. None: no.
         log_interval: steps between progress lines.

@@ -105,7 +105,7 @@ class HybridModel(GPTModel):
 
     Args:
         config: the model.
-        optim: optimizer module; :class:`nemo_megacpp.nemo.optimizer.HybridOptimizer`.
+        optim: optimizer module; :class:`nemo_megacpp.nemo.hybrid_optimizer.HybridOptimizer`.
         tokenizer: NeMo tokenizer; taken from the data module if not given.
     """
 

@@ -1,7 +1,7 @@
 """The steps of a proof, taken by the path that trains.
 
 A proof's step is a run of ``llm.pretrain`` with the configuration that
-:func:`nemo_megacpp.nemo.build.to_pretrain` makes of a recipe: NeMo's trainer and Megatron
+:func:`nemo_megacpp.nemo.pretrain_task.to_pretrain` makes of a recipe: NeMo's trainer and Megatron
 strategy, the precision plugin, Megatron's data-parallel wrapper and optimizer, the data sampler and
 its microbatches, our data step, forward step and loss reduction. ``docs/verify.md`` lists what
 differs from a user's run, each with its reason.
@@ -26,8 +26,8 @@ from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 from nemo.lightning.io import IOMixin
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.build import to_pretrain
 from nemo_megacpp.nemo.model import HybridModelConfig
+from nemo_megacpp.nemo.pretrain_task import to_pretrain
 from nemo_megacpp.nemo.proof_probe import Done, Probe
 from nemo_megacpp.nemo.quietly import quiet_libraries
 from nemo_megacpp.proof.case_kernels import kernels_here, use_kernels
@@ -36,8 +36,8 @@ from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.step_data import Rows, linear_form_step
 from nemo_megacpp.proof.step_result import ADAM_EPS, Carried, StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.recipes.catalog import Training
 from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.recipes.training import Training
 from nemo_megacpp.runtime.launch import rank_environment
 
 _NEVER = 10**9

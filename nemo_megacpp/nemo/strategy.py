@@ -35,7 +35,7 @@ from nemo_megacpp.nemo.actual import (
     validate_wrapper,
 )
 from nemo_megacpp.nemo.checkpointing import AcrossBackends, AsyncCheckpointIO
-from nemo_megacpp.nemo.optimizer import HybridOptimizer
+from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
 from nemo_megacpp.nemo.stops import told
 from nemo_megacpp.preflight.resume import validate_optimizer_state
 from nemo_megacpp.runtime.host import ensure_host
@@ -113,7 +113,7 @@ class HybridStrategy(MegatronStrategy):
             raise UserError(
                 f"optim is a {type(model.optim).__name__}, which Megatron-Core 0.16 or our "
                 f"checkpoints do not know. Legal: HybridOptimizer "
-                f"(nemo_megacpp.nemo.optimizer)."
+                f"(nemo_megacpp.nemo.hybrid_optimizer)."
             )
         super().connect(model)
         # The precision plugin and the strategy have by now had their say in all three.

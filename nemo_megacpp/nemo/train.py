@@ -10,7 +10,7 @@ import yaml
 from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.preflight import preflight
-from nemo_megacpp.preflight.model import validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import validate_recipe_layout
 from nemo_megacpp.preflight.outputs import validate_shared
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.runs.run_folder import RECIPE_FILE

@@ -30,7 +30,7 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
     ensure_host(nemo=True)
     import fiddle
 
-    from nemo_megacpp.nemo.build import to_pretrain
+    from nemo_megacpp.nemo.pretrain_task import to_pretrain
 
     nodes = recipe.layout.world // devices
     fiddle.build(to_pretrain(recipe, run_dir, devices=devices, num_nodes=nodes))()

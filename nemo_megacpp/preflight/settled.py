@@ -1,4 +1,4 @@
-"""From a resolved recipe to one that can be trained as it stands."""
+"""Preflight: everything that is validated before a run starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from nemo_megacpp.checkpoint.guard import inspect_before_load
 from nemo_megacpp.errors import validate_all
 from nemo_megacpp.layout import ParallelLayout, check_layout
 from nemo_megacpp.preflight.data import open_data
-from nemo_megacpp.preflight.model import validate_host, validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import (
+    validate_host,
+    validate_model,
+    validate_recipe_layout,
+)
 from nemo_megacpp.preflight.outputs import new_run_dir, validate_loggers, validate_run_dir
 from nemo_megacpp.preflight.resume import (
     find_resume,
@@ -19,16 +23,16 @@ from nemo_megacpp.preflight.resume import (
     validate_weights,
 )
 from nemo_megacpp.recipes.recipe import Recipe
-from nemo_megacpp.recipes.shape import shape_of
+from nemo_megacpp.recipes.views import shape_of
 from nemo_megacpp.runtime.launch import launched
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What will be trained.
+    """A recipe that can be trained.
 
     Attributes:
-        recipe: with vocabulary and checkpoint settled.
+        recipe: with its vocabulary and the checkpoint to resume.
         run_dir: the folder that the run will write.
     """
 
@@ -37,21 +41,21 @@ class Settled:
 
 
 def preflight(recipe: Recipe, announce: bool = True) -> Settled:
-    """Validate ``recipe`` and settle what it leaves open, without writing anything.
+    """Validate ``recipe``, choose what it leaves open, and write nothing.
 
     Args:
         recipe: what to train.
-        announce: this process speaks for the job: it prints what was settled, and it is the one
-            that verifies the checkpoint that the run starts from.
+        announce: whether this process prints the choices and verifies the checkpoint to start from,
+            which one process of a job does.
 
     Raises:
-        UserError: for anything that can be told before the ranks start.
+        UserError: for anything that can be found before the ranks start.
     """
     require_psutil()
 
     def validate_what_is_built() -> None:
         legal = not check_layout(recipe.layout, shape_of(recipe))
-        # Else Megatron's checks would end at the first thing that is wrong with the layout.
+        # Megatron's checks of an illegal layout would stop at the first violation.
         here = recipe if legal else replace(recipe, layout=ParallelLayout())
         validate_host(here, validate_model(here))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.recipes.training import Training
 
 _EXPERT_ROUTING: dict[str, Any] = {
     "moe_router_topk": 4,
@@ -71,67 +72,6 @@ NAM56R_TINY_MODEL: dict[str, Any] = {
 # tail, NAM56R with each R turned into an E: AEME tiled to 52 layers (13 A, 26 E, 13 M), which four
 # pipeline stages divide alike, and everything else NAM56R's.
 NAM52_MODEL: dict[str, Any] = {**NAM56R_MODEL, "hybrid_pattern": "AEME"}
-
-
-@dataclass(frozen=True)
-class Training:
-    """Settings of a run, apart from model and layout.
-
-    Attributes:
-        max_steps: optimizer steps of the whole run; also the length of the learning-rate schedule.
-        stop_after: save and stop after this step, leaving the rest of the run to a resume.
-        micro_batch_size: rows of ``seq_length`` tokens in a forward pass.
-        global_batch_size: rows in an optimizer step.
-        packed_documents: attention, M and R, and positions, start anew at each document of a row,
-            and the end of a document predicts nothing; else they run across. Megatron's
-            ``reset_attention_mask``, ``reset_position_ids`` and ``eod_mask_loss``, and the states.
-        lr: peak learning rate of a cosine schedule.
-        min_lr: final learning rate.
-        warmup_steps: steps of linear warm-up.
-        weight_decay: AdamW weight decay.
-        clip_grad: bound on the gradient's norm.
-        adam_beta2: AdamW beta2.
-        precision: ``fp32`` or ``bf16``.
-        val_check_interval: steps between evaluations on held-out data.
-        limit_val_batches: global batches per evaluation.
-        save_interval: steps between checkpoints.
-        async_save: write checkpoints in the background, while the training goes on.
-        keep_last: newest checkpoints to keep; None: all.
-        keep_every: checkpoints of multiples of this step are kept as well.
-        log_interval: steps between progress lines.
-        seed: seed of weights and data order.
-        use_distributed_optimizer: shard optimizer state over data-parallel ranks.
-        verify_checkpoint: compare every byte of a checkpoint with its manifest before it is loaded.
-        tensorboard: write TensorBoard files.
-        wandb_project: Weights & Biases project to log to; None: it is not used.
-        wandb_name: name of the run in Weights & Biases; None: the run folder's.
-    """
-
-    max_steps: int = 1000
-    stop_after: int | None = None
-    micro_batch_size: int = 1
-    global_batch_size: int = 8
-    packed_documents: bool = False
-    lr: float = 3e-4
-    min_lr: float = 3e-5
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    clip_grad: float = 1.0
-    adam_beta2: float = 0.95
-    precision: str = "bf16"
-    val_check_interval: int = 100
-    limit_val_batches: int = 8
-    save_interval: int = 500
-    async_save: bool = False
-    keep_last: int | None = None
-    keep_every: int | None = None
-    log_interval: int = 10
-    seed: int = 1234
-    use_distributed_optimizer: bool = False
-    verify_checkpoint: bool = True
-    tensorboard: bool = True
-    wandb_project: str | None = None
-    wandb_name: str | None = None
 
 
 @dataclass(frozen=True)

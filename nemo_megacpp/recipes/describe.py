@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import re
 import textwrap
 
-from nemo_megacpp.recipes.catalog import Training
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "batch": ("micro_batch_size", "global_batch_size", "packed_documents"),
-    "steps": ("max_steps", "stop_after", "seed"),
-    "optimizer": (
-        *("lr", "min_lr", "warmup_steps", "weight_decay", "adam_beta2", "clip_grad"),
-        *("use_distributed_optimizer", "precision"),
-    ),
-    "evaluation and logging": (
-        *("val_check_interval", "limit_val_batches", "log_interval", "tensorboard"),
-        *("wandb_project", "wandb_name"),
-    ),
-    "checkpoints": ("save_interval", "async_save", "keep_last", "keep_every", "verify_checkpoint"),
-}
-"""Every field of :class:`Training`, once."""
+from nemo_megacpp.recipes.training import Training, groups
+from nemo_megacpp.values import bounds, choices, field_hints
 
 _LAYOUT = {
     "tp": "tensor_model_parallel_size",
@@ -45,6 +28,7 @@ _MODEL = {
     "pattern": "block families of the layers, as AEMEAEMEAEMR; | cuts the pipeline",
     "depth": "num_layers, to which the pattern is tiled",
     "mode": "mixer of M blocks: nemo_native (Mamba-2) or mamba3",
+    "ffn_hidden_size": "part of NAM56R's dimensions; no A, M, E or R block reads it",
     "…": "any other field of Megatron's TransformerConfig, m2rnn_* and mamba3_*, by its own name; "
     "'nemo-megacpp settings' lists which may be set, and why",
 }
@@ -57,26 +41,23 @@ def settings_help() -> str:
 
     The named recipes have values of their own: ``nemo-megacpp recipes NAME`` prints them.
     """
-    meanings = _meanings()
     parts = ["settings, as key=value ('nemo-megacpp recipes NAME' prints a recipe's values):"]
     for title, entries in (("layout", _LAYOUT), ("model", _MODEL), ("run", _RUN)):
         parts += [f"\n {title}", *(_line(name, text) for name, text in entries.items())]
-    defaults = {field.name: field.default for field in dataclasses.fields(Training)}
-    for title, names in GROUPS.items():
-        parts.append(f"\n {title}")
-        parts += [_line(name, f"{meanings[name]} [{_shown(defaults[name])}]") for name in names]
+    for title, names in groups().items():
+        parts += [f"\n {title}", *(_line(name, _meaning(name)) for name in names)]
     return "\n".join(parts)
 
 
-def _meanings() -> dict[str, str]:
-    """Read what the fields of :class:`Training` mean from its docstring."""
-    text = inspect.getdoc(Training) or ""
-    entries = re.findall(r"^    (\w+): (.+?)(?=^    \w+: |\Z)", text, re.MULTILINE | re.DOTALL)
-    return {name: " ".join(words.replace("``", "").split()).rstrip(".") for name, words in entries}
-
-
-def _shown(value: object) -> str:
-    return "null" if value is None else str(value).lower()
+def _meaning(name: str) -> str:
+    """Return description, choices or range, and default of a field of :class:`Training`."""
+    field = Training.__pydantic_fields__[name]  # type: ignore[attr-defined]
+    hint = field_hints(Training)[name]
+    text = " ".join((field.description or "").replace("``", "").split()).rstrip(".")
+    legal = ", ".join(choices(hint)) or bounds(hint)
+    default = "null" if field.default is None else str(field.default)
+    default = default.lower() if isinstance(field.default, bool) else default
+    return f"{text}{f' ({legal})' if legal else ''} [{default}]"
 
 
 def _line(name: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a user gives: the lines of a YAML file, and the settings of a command line."""
+"""The settings that a user gives, under the names as written: YAML files, command lines."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import yaml
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout.parallel import read_degrees, validate_given_once
-from nemo_megacpp.recipes.names import TEXTS, full_name, full_names, validate_not_empty
+from nemo_megacpp.recipes.names import TEXTS, full_name, validate_not_empty
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's own keeps the last of two equal keys and says nothing."""
+    """Refuses duplicate keys, of which YAML's own loader takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -26,11 +26,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the settings of a recipe's file, under their full names.
+    """Return the settings of a recipe's file, by the names that were written.
 
     Raises:
-        UserError: a file that cannot be read, holds something else, or gives a setting twice or
-            without a value.
+        UserError: the file cannot be read, holds something else, or has a key twice or without a
+            value.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -40,22 +40,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"There is no file {path}.") from None
     except UserError as error:
         raise UserError(f"{path} {error}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a date that is none
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: an impossible date
         raise UserError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(settings, dict):
         found = "nothing" if settings is None else f"a {type(settings).__name__}"
         raise UserError(f"{path} must hold key: value lines; it holds {found}.")
     for key, value in lines.value:
-        # YAML reads a key without a value as null, which has to be written.
+        # YAML reads a key without a value as null; here null must be written.
         if isinstance(value, yaml.ScalarNode) and not value.value and value.style is None:
             validate_not_empty(full_name(key.value), key.value, "")
-    return full_names(settings)
+    return settings
 
 
 def read_command_line(
     overrides: Iterable[str], layout: str | None = None, world_size: str | None = None
 ) -> dict[str, Any]:
-    """Return the settings that a command line gives, by full name.
+    """Return the settings of a command line, by the names that were written.
 
     Args:
         overrides: ``key=value`` words; values are read as YAML.
@@ -63,8 +63,8 @@ def read_command_line(
         world_size: of ``--world-size``.
 
     Raises:
-        UserError: a word that is no override, an unknown key, a setting that is given twice under
-            whatever names, or without a value, or with one that YAML cannot read.
+        UserError: a word is not ``key=value``, a key is unknown, a setting is given twice under any
+            of its names, or a value is missing or not YAML.
     """
     settings: dict[str, Any] = {}
     spelled: dict[str, str] = {}
@@ -72,14 +72,14 @@ def read_command_line(
         key, separator, value = override.partition("=")
         key = key.strip()
         if not separator or not key:
-            raise UserError(f"{override!r} is not an override: write key=value.")
+            raise UserError(f"{override!r} is not a setting: write key=value.")
         name = full_name(key)
         validate_not_empty(name, key, value)
         validate_given_once(name, override, spelled)
-        settings[name] = _read(name, key, value)
+        settings[key] = _read(name, key, value)
     for key, value in ({} if layout is None else read_degrees(layout)).items():
         validate_given_once(full_name(key), f"{key}={value} of --layout", spelled)
-        settings[full_name(key)] = value
+        settings[key] = value
     if world_size is not None:
         validate_given_once("world_size", f"--world-size {world_size}", spelled)
         settings["world_size"] = world_size
@@ -93,11 +93,11 @@ def _read(name: str, key: str, value: str) -> Any:
             _validate_no_gaps(key, value)
     except UserError as error:
         raise UserError(f"{key} {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         if name not in TEXTS:
             raise UserError(f"{key}: cannot read {value!r} as a YAML value: {error}") from None
         return value
-    # What was typed is the name, although YAML reads 0123 as the number 83.
+    # A name is taken as typed, although YAML reads 0123 as the number 83.
     return value if name in TEXTS and not isinstance(read, str | None) else read
 
 

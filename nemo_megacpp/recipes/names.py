@@ -1,4 +1,4 @@
-"""The names of a recipe's settings: Megatron's field names, their short names, what each is of."""
+"""The names of a recipe's settings: Megatron's field names and short names."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from nemo_megacpp.errors import UserError, nearest
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.parallel import FIELD_OF, validate_given_once
-from nemo_megacpp.recipes.catalog import Training
+from nemo_megacpp.recipes.training import Training
 from nemo_megacpp.settings.transformer_verdicts import TRANSFORMER
 
 RUN_KEYS = ("recipe", "data", "tokenizer", "run_dir", "resume", "init_from")
 TEXTS = ("tokenizer", "run_dir", "resume", "init_from", "wandb_project", "wandb_name")
-_MODEL_ALIASES = {"pattern": "hybrid_pattern", "depth": "num_layers"}
-_TRAINING_ALIASES = {
+ALIASES = {
+    "pattern": "hybrid_pattern",
+    "depth": "num_layers",
     "learning_rate": "lr",
     "steps": "max_steps",
     "train_iters": "max_steps",
     "eval_interval": "val_check_interval",
     "eval_iters": "limit_val_batches",
+    "lr_warmup_steps": "warmup_steps",
+    "lr_warmup_iters": "warmup_steps",
+    "lr_wsd_decay_iters": "lr_wsd_decay_steps",
 }
 _DERIVED = {
     **dict.fromkeys(
@@ -34,7 +38,7 @@ _DERIVED = {
     ),
     **dict.fromkeys(
         ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
-        "packed_documents=true does all three, and starts the states of M and R anew as well",
+        "packed_documents=true sets all three, and resets the states of M and R as well",
     ),
     "moe_router_dtype": "routers always compute in fp32",
     "use_cpu_initialization": "it follows from the machine",
@@ -46,32 +50,38 @@ _WITHOUT = {
     "resume": "a run from scratch",
     "init_from": "random initial weights",
 }
-"""What null asks for."""
+"""What null means."""
 
 
 def full_name(key: str) -> str:
     """Return the full field name for a key or one of its short names.
 
     Raises:
-        UserError: there is no such setting, or it is not one that a recipe chooses.
+        UserError: there is no such setting, or it follows from others.
     """
-    key = _MODEL_ALIASES.get(key, _TRAINING_ALIASES.get(key, key))
+    key = ALIASES.get(key, key)
     if key.lower() in _DERIVED:
-        raise UserError(f"{key} is no setting of a recipe: {_DERIVED[key.lower()]}.")
+        raise UserError(f"{key} is not a setting of a recipe: {_DERIVED[key.lower()]}.")
     if key.lower() in FIELD_OF:
         return FIELD_OF[key.lower()]
     owners = field_owners()
     if key not in owners:
-        known = [*owners, *_MODEL_ALIASES, *_TRAINING_ALIASES, *FIELD_OF]
+        known = [*owners, *ALIASES, *FIELD_OF]
         raise UserError(f"There is no setting {key!r}.{nearest(key, known)}")
     return key
 
 
-def full_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+def full_names(
+    settings: Mapping[str, Any], written: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Return ``settings`` under their full names.
 
+    Args:
+        settings: by any of their names.
+        written: filled with the name that was written, by full name.
+
     Raises:
-        UserError: all that `full_name` raises; a setting that is given under two names, or empty.
+        UserError: as `full_name`; a setting is given under two names, or empty.
     """
     given: dict[str, Any] = {}
     spelled: dict[str, str] = {}
@@ -81,6 +91,8 @@ def full_names(settings: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, str):
             validate_not_empty(name, str(key), value)
         given[name] = value
+        if written is not None:
+            written[name] = str(key)
     return given
 
 
@@ -89,21 +101,16 @@ def validate_not_empty(name: str, key: str, text: str) -> None:
 
     Args:
         name: full name of the setting.
-        key: the name that was written.
-        text: the value that was written.
-
-    Raises:
-        UserError: with what to write instead.
+        key, text: name and value as written.
     """
-    if text.strip():
-        return
-    null = f", or write {key}=null for {_WITHOUT[name]}" if name in _WITHOUT else ""
-    raise UserError(f"{key} is empty. Leave {key} out for the recipe's own value{null}.")
+    if not text.strip():
+        null = f", or write {key}=null for {_WITHOUT[name]}" if name in _WITHOUT else ""
+        raise UserError(f"{key} is empty. Leave {key} out for the recipe's own value{null}.")
 
 
 def field_owners() -> dict[str, str]:
     """Map every field name to the part of a recipe that it belongs to."""
-    # Megatron's own are those with a verdict: importing Megatron to list them takes seconds.
+    # Megatron's own are those in the table of settings: importing Megatron takes seconds.
     owners = dict.fromkeys(TRANSFORMER, "model")
     owners |= {f.name: "model" for f in dataclasses.fields(HybridFields)}
     owners |= dict.fromkeys(RUN_KEYS, "run")

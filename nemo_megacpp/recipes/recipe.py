@@ -9,23 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.data.builtin import MAX_VOCAB_SIZE
-from nemo_megacpp.errors import UserError, nearest
+from nemo_megacpp.errors import UserError, collect_violations, nearest, raise_violations
 from nemo_megacpp.families import load_families
+from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import CUT, HybridPattern
-from nemo_megacpp.recipes.catalog import CATALOG, Training
+from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.given import read_command_line, read_yaml
 from nemo_megacpp.recipes.names import RUN_KEYS, field_owners, full_names
 from nemo_megacpp.recipes.sources import Sources, read_sources
+from nemo_megacpp.recipes.training import Training, read_training
 from nemo_megacpp.values import read_value
 
 DEFAULT_BASE = "nam56r_tiny"
 """The base of a YAML file that names none."""
 
 _WARMUP_SHARE = 5
-"""A recipe's warm-up takes at most this share of a run whose max_steps the user gave: 1/5."""
-_LARGEST_SEED = 2**31 - 1
-"""NumPy takes 32 bits, and NeMo adds a hundred for each pipeline stage."""
+"""Where the user gives max_steps, the recipe's warm-up takes at most this share of them: 1/5."""
+_FOLLOWS = {
+    "micro_batch_size": "a row is a pack of documents",
+    "warmup_steps": f"max_steps / {_WARMUP_SHARE}",
+}
+"""Settings that follow from others unless they are given -> why."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,12 @@ class Recipe:
         training: the run's settings.
         data: folder written by ``nemo-megacpp data prepare``, or a blend: weights by folder; None
             for the built-in corpus.
-        tokenizer: folder of the tokenizer that the data must have been made with; None for the
-            data's own.
+        tokenizer: folder of the tokenizer that the data must have been made with; None: any.
         run_dir: where the run writes; None for a new folder under ``runs/``.
         resume: checkpoint to resume, or ``auto`` for the newest in ``run_dir``.
         init_from: checkpoint whose weights a new run starts from, at step 0.
-        given: the full names of the settings that the user gave.
-        defaults: what was chosen for the user, one phrase each.
+        given: full names of the settings that the user gave.
+        defaults: the defaults that were taken, one phrase each.
     """
 
     name: str
@@ -67,12 +71,12 @@ class Recipe:
 
     @property
     def assumed(self) -> tuple[str, ...]:
-        """What of ``defaults`` decides which model it is: the base, and the depth."""
+        """Those of ``defaults`` that decide on the model: the base, and the depth."""
         return tuple(line for line in self.defaults if line.startswith(("recipe:", "num_layers:")))
 
     def to_mapping(self) -> dict[str, Any]:
-        """Return the recipe as a flat mapping that resolves to it again."""
-        layout = dataclasses.asdict(self.layout)  # with its Nones: the base may have a degree there
+        """Return a flat mapping that resolves to this recipe."""
+        layout = dataclasses.asdict(self.layout)  # with its Nones: the base may have another degree
         training = {k: v for k, v in dataclasses.asdict(self.training).items() if v is not None}
         run = {k: getattr(self, k) for k in RUN_KEYS[1:] if getattr(self, k) is not None}
         return {"recipe": self.name, **self.model, **layout, **training, **run}
@@ -89,12 +93,12 @@ def resolve(
     Args:
         source: a name of the catalogue, or the path of a YAML file.
         overrides: ``key=value`` strings; values are read as YAML.
-        layout: of ``--layout``: degrees to lay over the recipe's layout, ``tp=2,cp=2``.
+        layout: of ``--layout``: degrees to change in the recipe's layout, ``tp=2,cp=2``.
         world_size: of ``--world-size``.
 
     Raises:
         UserError: unknown recipe or key (with the nearest known one), a file that cannot be read, a
-            setting that is given twice or empty, a value of the wrong type.
+            setting that is given twice or empty, or everything that is wrong with the values.
     """
     if source in CATALOG:
         settings: dict[str, Any] = {"recipe": source}
@@ -113,15 +117,14 @@ def from_mapping(settings: Mapping[str, Any], changes: Mapping[str, Any] | None 
 
     Args:
         settings: of a file or a program.
-        changes: of the command line: these settings instead of the file's; degrees are laid over
-            the file's layout (:meth:`nemo_megacpp.layout.ParallelLayout.changed`).
+        changes: of the command line, which override the file's; a degree changes the file's
+            layout (:meth:`nemo_megacpp.layout.ParallelLayout.changed`).
 
     Raises:
         UserError: as :func:`resolve`.
     """
-    from nemo_megacpp.config import HybridConfig
-
-    said, changes = full_names(settings), full_names(changes or {})
+    names: dict[str, str] = {}
+    said, changes = full_names(settings, names), full_names(changes or {}, names)
     given = {**said, **changes}
     base_name = given.pop("recipe", None)
     defaults = []
@@ -133,53 +136,43 @@ def from_mapping(settings: Mapping[str, Any], changes: Mapping[str, Any] | None 
             f"There is no recipe {base_name!r} to build on.{nearest(str(base_name), CATALOG)} The "
             f"recipes are {', '.join(CATALOG)}."
         )
-    base = CATALOG[base_name]
-    owners = field_owners()
-    model, training = dict(base.model), {}
+    base, owners = CATALOG[base_name], field_owners()
+    model, layout, settled = dict(base.model), base.layout, base.training
     run: dict[str, Any] = {}
+    messages: list[str] = []
     for key, value in given.items():
-        owner = owners[key]
-        if owner == "layout":
-            continue
-        if owner == "training":
-            training[key] = read_value(Training, key, value)
-        elif key == "data":
-            run[key] = read_sources(value)
-        elif owner == "run":
-            if not isinstance(value, str | None):
-                raise UserError(
-                    f"{key}: {value!r} is not a string; put it in quotes if that is its name."
-                )
-            run[key] = value
-        else:
-            model[key] = read_value(HybridConfig, key, value)
+        with collect_violations(messages):
+            if owners[key] == "model":
+                model[key] = _read_model_field(key, value, names[key])
+            elif key == "data":
+                run[key] = read_sources(value)
+            elif owners[key] == "run":
+                run[key] = _read_text(key, value)
+    for degrees in (said, changes):
+        with collect_violations(messages):
+            layout = layout.changed({k: v for k, v in degrees.items() if owners[k] == "layout"})
+    training = {key: value for key, value in given.items() if owners[key] == "training"}
+    followed = _following(base.training, training)
+    with collect_violations(messages):
+        settled = read_training(base.training, {**training, **followed}, names)
+    raise_violations(messages)
+
     load_families(model.get("family_modules"))
     if "hybrid_pattern" in given and "num_layers" not in given:
-        # The text is a unit here, and a unit may end with a cut.
+        # The string is a unit to tile, which may end with a cut.
         unit = HybridPattern.parse(given["hybrid_pattern"].rstrip().removesuffix(CUT))
         model["num_layers"] = max(len(unit), base.model["num_layers"])
         whose = "the pattern" if len(unit) > base.model["num_layers"] else "the recipe"
         defaults.append(f"num_layers: {model['num_layers']} (depth of {whose})")
-    layout = base.layout
-    for degrees in (said, changes):
-        layout = layout.changed({k: v for k, v in degrees.items() if owners[k] == "layout"})
     if all(owners[key] != "layout" for key in given):
         defaults.append(f"layout: {layout.short()}")
-    settled = dataclasses.replace(base.training, **training)
-    if settled.packed_documents and "micro_batch_size" not in training:
-        settled = dataclasses.replace(settled, micro_batch_size=1)
-        defaults.append("micro_batch_size: 1 (a row is a pack of documents)")
-    most = settled.max_steps // _WARMUP_SHARE
-    if "max_steps" in training and "warmup_steps" not in training and settled.warmup_steps > most:
-        settled = dataclasses.replace(settled, warmup_steps=most)
-        defaults.append(f"warmup_steps: {most} (max_steps / {_WARMUP_SHARE})")
+    defaults += (f"{key}: {value} ({_FOLLOWS[key]})" for key, value in followed.items())
     for key in ("max_steps", "global_batch_size", "lr", "precision"):
         if key not in training:
             defaults.append(f"{key}: {getattr(settled, key)}")
     if run.get("data") is None:
         builtin = model["vocab_size"] <= MAX_VOCAB_SIZE
         defaults.append("data: torch's C++ headers" if builtin else "data: none, which a run needs")
-    _check_training(settled)
     return Recipe(
         base_name,
         model,
@@ -191,67 +184,32 @@ def from_mapping(settings: Mapping[str, Any], changes: Mapping[str, Any] | None 
     )
 
 
-def _check_training(training: Training) -> None:
-    at_least: dict[str, int] = {
-        **dict.fromkeys(
-            (
-                "max_steps",
-                "stop_after",
-                "micro_batch_size",
-                "global_batch_size",
-                "val_check_interval",
-                "limit_val_batches",
-                "save_interval",
-                "keep_last",
-                "keep_every",
-                "log_interval",
-            ),
-            1,
-        ),
-        **dict.fromkeys(("warmup_steps", "weight_decay", "clip_grad", "min_lr", "seed"), 0),
-    }
-    for name, least in at_least.items():
-        value = getattr(training, name)
-        if value is not None and value < least:
-            raise UserError(f"{name}: {value} must be at least {least}.")
-    if training.seed > _LARGEST_SEED:
-        raise UserError(f"seed: {training.seed} must be at most {_LARGEST_SEED}.")
-    if training.stop_after is not None and training.stop_after > training.max_steps:
-        raise UserError(
-            f"stop_after: {training.stop_after} is past the end of the run, max_steps="
-            f"{training.max_steps}."
-        )
-    if training.warmup_steps >= training.max_steps:
-        raise UserError(
-            f"warmup_steps: {training.warmup_steps} is not below max_steps={training.max_steps}: "
-            f"the learning rate would rise to the end of the run and never decay. Give a smaller "
-            f"warmup_steps."
-        )
-    if training.keep_every is not None:
-        if training.keep_last is None:
-            raise UserError(
-                f"keep_every: {training.keep_every} says what keep_last does not remove; give "
-                f"keep_last too, or neither: then all checkpoints are kept."
-            )
-        if training.keep_every % training.save_interval:
-            raise UserError(
-                f"keep_every: {training.keep_every} is not a multiple of save_interval="
-                f"{training.save_interval}, so it would not name the checkpoints that are made."
-            )
-    if training.packed_documents and training.micro_batch_size != 1:
-        raise UserError(
-            f"packed_documents: a microbatch of packed documents is one row, and micro_batch_size="
-            f"{training.micro_batch_size} was asked for. Leave it out, or set it to 1; "
-            f"global_batch_size may stay."
-        )
-    if training.precision not in ("fp32", "bf16"):
-        raise UserError(f"precision: {training.precision!r} is neither 'fp32' nor 'bf16'.")
-    if training.lr <= 0:
-        raise UserError(f"lr: {training.lr} must be positive.")
-    if training.min_lr > training.lr:
-        raise UserError(
-            f"min_lr: {training.min_lr} is above lr={training.lr}, from which the learning rate "
-            f"falls to it. Give both."
-        )
-    if not 0 <= training.adam_beta2 < 1:
-        raise UserError(f"adam_beta2: {training.adam_beta2} must be at least 0 and below 1.")
+def _read_model_field(key: str, value: Any, name: str) -> Any:
+    """Read a field of the model; Megatron, which takes seconds to import, only for its own."""
+    if key == "hybrid_pattern" and value is None:
+        raise UserError("pattern is empty; give letters, for example pattern=AEMR.")
+    owner: type = HybridFields
+    if key not in HybridFields.__annotations__:
+        from nemo_megacpp.config import HybridConfig
+
+        owner = HybridConfig
+    return read_value(owner, key, value, name)
+
+
+def _read_text(key: str, value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise UserError(f"{key}: {value!r} is not a string; put it in quotes if that is its name.")
+    return value
+
+
+def _following(base: Training, given: Mapping[str, Any]) -> dict[str, int]:
+    """Return the settings that follow from given ones; those may still be invalid."""
+    found = {}
+    packed = given.get("packed_documents", base.packed_documents) is True
+    if packed and "micro_batch_size" not in given:
+        found["micro_batch_size"] = 1
+    steps = given.get("max_steps")
+    if type(steps) is int and steps > 0 and "warmup_steps" not in given:
+        most = steps // _WARMUP_SHARE
+        found |= {"warmup_steps": most} if base.warmup_steps > most else {}
+    return found

@@ -1,4 +1,4 @@
-"""What a recipe trains on: one folder of prepared data, or a blend of several."""
+"""The ``data`` setting of a recipe: one folder of prepared data, or a blend of several."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from nemo_megacpp.errors import UserError
 
 Sources = str | dict[str, float | None]
-"""A folder, or weights by folder: all numbers, or all None for each by its size."""
+"""A folder, or weights by folder: all numbers, or all None (in proportion to the tokens)."""
 
 
 def read_sources(value: Any) -> Sources | None:
-    """Return the ``data`` of a recipe: a folder, a list, or weights by folder.
+    """Read the ``data`` of a recipe: a folder, a list, or weights by folder.
 
-    A list may hold weights as Megatron's ``--data-path`` and NeMo's ``paths`` do, each before its
-    folder; so may one string, ``0.7 code 0.3 prose``.
+    In a list, or in one string such as ``0.7 code 0.3 prose``, a weight may stand before each
+    folder, as in Megatron's ``--data-path`` and NeMo's ``paths``.
 
     Raises:
-        UserError: an empty blend, a folder twice, weights that are no positive numbers, or one
-            that may as well be a folder.
+        UserError: an empty blend, a folder given twice, a weight that is not a positive number or
+            that is also the name of a folder.
     """
     if isinstance(value, str) and len(value.split()) > 1 and not Path(value).exists():
         value = value.split()
@@ -28,8 +28,8 @@ def read_sources(value: Any) -> Sources | None:
         value = _read_list(value)
     if not isinstance(value, dict | str | None):
         raise UserError(
-            f"data: {value!r} is neither a folder nor a blend; put a name in quotes that "
-            f"YAML reads as something else."
+            f"data: {value!r} is neither a folder nor a blend. If it is the name of a folder, put "
+            f"it in quotes."
         )
     if not isinstance(value, dict):
         return value
@@ -39,8 +39,8 @@ def read_sources(value: Any) -> Sources | None:
     without = [folder for folder, weight in blend.items() if weight is None]
     if 0 < len(without) < len(blend):
         raise UserError(
-            f"data: {', '.join(without)} has no weight and others have. Give all of them one, or "
-            f"none: then each counts by its tokens."
+            f"data: {', '.join(without)} has no weight, others have one. Give every folder a "
+            f"weight, or none to weight them by their tokens."
         )
     return blend
 
@@ -48,12 +48,12 @@ def read_sources(value: Any) -> Sources | None:
 def _read_list(items: list[Any]) -> dict[str, Any]:
     weighted = bool(items) and _number(items[0]) is not None
     if weighted and len(items) % 2:
-        raise UserError(f"data: {items[-1]} stands alone; a weight goes before each folder.")
+        raise UserError(f"data: {items[-1]} has no partner; write a weight before each folder.")
     for item in items[::2] if weighted else ():
         if Path(str(item)).is_dir():
             raise UserError(
-                f"data: {item} stands where a weight goes, and is a folder too. Write ./{item} if "
-                f"the folder is meant, or give weights by folder: {{FOLDER: 0.7, …}}."
+                f"data: {item} is in the place of a weight and is also a folder. Write ./{item} "
+                f"for the folder, or give weights by folder: {{FOLDER: 0.7, …}}."
             )
     weights = [_number(item) or item for item in items[::2]] if weighted else [None] * len(items)
     folders = [_folder(folder) for folder in (items[1::2] if weighted else items)]
@@ -65,7 +65,7 @@ def _read_list(items: list[Any]) -> dict[str, Any]:
 
 def _folder(name: Any) -> str:
     if name is None or not str(name).strip():
-        raise UserError("data names a folder without a name; leave it out of the blend.")
+        raise UserError("data has a folder without a name; leave it out of the blend.")
     return str(name)
 
 

@@ -31,11 +31,11 @@ from typing import Any, NamedTuple
 
 from nemo_megacpp.contract.layout_plan import Plan, make_plan
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
 from nemo_megacpp.recipes.catalog import CATALOG
-from nemo_megacpp.recipes.differences import Difference, differences, moved_axes
-from nemo_megacpp.recipes.job import job_of, validate_countable
 from nemo_megacpp.recipes.recipe import Recipe, resolve
+from nemo_megacpp.recipes.recipe_differences import SettingDifference, differences, moved_axes
+from nemo_megacpp.recipes.views import job_of, validate_countable
 from nemo_megacpp.runs.curves import Curve
 from nemo_megacpp.runs.record import read_run
 from nemo_megacpp.runs.run_folder import RECIPE_FILE
@@ -135,7 +135,7 @@ class Comparison:
 
     a: Side
     b: Side
-    differences: tuple[Difference, ...]
+    differences: tuple[SettingDifference, ...]
     contract: ContractEffect | None
     runs: RunsEffect | None
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from nemo_megacpp.contract.layout_plan import make_plan
 from nemo_megacpp.contract.plan_page import plan_summary
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.recipes.job import job_of
 from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.recipes.views import job_of
 from nemo_megacpp.render import (
     Table,
     Tone,

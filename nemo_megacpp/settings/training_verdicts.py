@@ -7,6 +7,11 @@ from nemo_megacpp.settings.verdict import Table, covered, neutral, only_with, pr
 
 _FP8 = "It needs fp8, which is refused"
 _ONE_ELEMENT = "Enters the step of one element, by its own gradient alone"
+_RESUMED = "tests/nemo/test_resume.py::test_the_schedule_continues_in_another_layout"
+_SCHEDULE = (
+    "tests/nemo/test_lr_schedule.py::test_every_step_has_the_learning_rate_of_megatrons_script",
+    _RESUMED,
+)
 
 
 def _as_the_model(fields: str) -> Table:
@@ -59,10 +64,12 @@ OPTIMIZER = table(
         otherwise="No case covers another one's step or checkpoint, and Muon would work on the "
         "part of a matrix that a rank holds",
     ),
-    neutral("lr decoupled_weight_decay adam_beta1 adam_beta2 adam_eps", _ONE_ELEMENT),
+    proved("lr", _ONE_ELEMENT, *_SCHEDULE),
+    neutral("decoupled_weight_decay adam_beta2", _ONE_ELEMENT),
+    proved("adam_beta1 adam_eps", _ONE_ELEMENT, _RESUMED),
     covered("weight_decay", _ONE_ELEMENT),
-    neutral("min_lr", "Bounds the schedule, which every rank computes alike"),
-    refused("decoupled_lr", "NeMo's schedules do not read it, and no case covers it"),
+    proved("min_lr", "Bounds the schedule, which every rank computes alike", *_SCHEDULE),
+    refused("decoupled_lr", "No case covers it"),
     only_with("decoupled_min_lr", "decoupled_lr"),
     refused("apply_wd_to_qk_layernorm", "A blocks do not normalize queries and keys"),
     covered("clip_grad", "Bounds the norm over all ranks' gradients"),

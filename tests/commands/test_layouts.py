@@ -9,7 +9,7 @@ import pytest
 
 from nemo_megacpp.cli import read_arguments
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
 from nemo_megacpp.recipes.recipe import resolve
 
 TINY = ("nam56r_tiny", "micro_batch_size=1")
@@ -109,7 +109,7 @@ def test_nothing_is_legal(capsys: pytest.CaptureFixture[str]) -> None:
         (("--world-size", "8", "--hbm", "lots"), "'lots' is not a memory size"),
         (("--world-size", "8", "--hbm", "141"), "is not a memory size"),
         (("--world-size", "8", "--hbm", "9PB"), "is not a memory size"),
-        (("--world-size", "8", "--hbm", "1KB"), "memory of no GPU"),
+        (("--world-size", "8", "--hbm", "1KB"), "is not the memory of a GPU"),
         (("--world-size", "8", "--gpus-per-node", "0"), "--gpus-per-node '0'"),
         (("--world-size", "8", "--top", "x"), "--top 'x'"),
         (("--world-size", "8", "--pick", "2"), "--pick chooses what is written"),

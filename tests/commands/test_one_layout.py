@@ -51,13 +51,13 @@ def _verify(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def _plan(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_megacpp.recipes import job
+    from nemo_megacpp.recipes import views
 
     def job_of(recipe: Recipe, **_: Any) -> Any:
         seen.append(recipe.layout)
         raise SystemExit
 
-    monkeypatch.setattr(job, "job_of", job_of)
+    monkeypatch.setattr(views, "job_of", job_of)
     with pytest.raises(SystemExit):
         _run("plan", *words)
 
@@ -89,13 +89,13 @@ def _compare(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _megatron_args(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_megacpp.megatron_args import arguments
+    from nemo_megacpp.megatron_args import argument_list
 
     def megatron_arguments(recipe: Recipe, *_: Any) -> tuple[list[str], list[str]]:
         seen.append(recipe.layout)
         return [], []
 
-    monkeypatch.setattr(arguments, "megatron_arguments", megatron_arguments)
+    monkeypatch.setattr(argument_list, "megatron_arguments", megatron_arguments)
     _run("megatron-args", *words)
 
 
@@ -145,10 +145,11 @@ def test_a_factory_has_the_same_layout(
 ) -> None:
     from nemo_megacpp.nemo import factories
     from nemo_megacpp.recipes.given import read_command_line
+    from nemo_megacpp.recipes.names import full_names
 
     monkeypatch.chdir(tmp_path)
     expected = ParallelLayout.parse(TEXTS[text])
-    given = read_command_line((), text)
+    given = full_names(read_command_line((), text))
     world = given.pop("world_size", None)
     strategy = factories.nam56r_tiny(
         **{name: int(value) for name, value in given.items()},

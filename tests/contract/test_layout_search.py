@@ -16,9 +16,8 @@ from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.layout import ModelShape, ParallelLayout, is_legal
 from nemo_megacpp.layout.rules import divisors_of
 from nemo_megacpp.pattern import HybridPattern
-from nemo_megacpp.recipes.job import job_of
 from nemo_megacpp.recipes.recipe import resolve
-from nemo_megacpp.recipes.shape import shape_of
+from nemo_megacpp.recipes.views import job_of, shape_of
 
 
 def _case(name: str, *overrides: str, **hardware: Any) -> tuple[Job, ModelShape]:

@@ -14,7 +14,7 @@ from nemo_megacpp.proof.checks import FLOAT64, compare
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.recipe import resolve
-from nemo_megacpp.recipes.shape import shape_of
+from nemo_megacpp.recipes.views import shape_of
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.reference import Reference
 

@@ -31,12 +31,15 @@ def test_without_psutil_no_rank_is_started(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["keep_last=0"], "keep_last: 0 must be at least 1"),
-        (["keep_last=two"], "keep_last: 'two' is not a whole number"),
-        (["keep_last=2", "keep_every=0"], "keep_every: 0 must be at least 1"),
-        (["keep_every=160"], "keep_every: 160 says what keep_last does not remove; give keep_last"),
+        (["keep_latest=0"], "keep_latest: 0 must be at least 1"),
+        (["keep_latest=two"], "keep_latest: 'two' is not a whole number"),
+        (["keep_latest=2", "keep_every=0"], "keep_every: 0 must be at least 1"),
         (
-            ["keep_last=2", "keep_every=100", "save_interval=40"],
+            ["keep_every=160"],
+            "keep_every: 160 exempts checkpoints from keep_latest. Give keep_latest",
+        ),
+        (
+            ["keep_latest=2", "keep_every=100", "save_interval=40"],
             "keep_every: 100 is not a multiple of save_interval=40",
         ),
         (["async_save=maybe"], "async_save: 'maybe' is not true or false"),
@@ -48,7 +51,7 @@ def test_bad_settings(overrides: list[str], message: str) -> None:
 
 
 def test_good_settings() -> None:
-    settings = ["async_save=true", "keep_last=2", "keep_every=120", "save_interval=40"]
+    settings = ["async_save=true", "keep_latest=2", "keep_every=120", "save_interval=40"]
     training = resolve("nam56r_tiny", settings).training
-    assert (training.async_save, training.keep_last, training.keep_every) == (True, 2, 120)
-    assert resolve("nam56r_tiny").training.keep_last is None
+    assert (training.async_save, training.keep_latest, training.keep_every) == (True, 2, 120)
+    assert resolve("nam56r_tiny").training.keep_latest is None

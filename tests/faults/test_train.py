@@ -30,7 +30,7 @@ def newest_step(run: Run) -> int:
 @pytest.fixture(scope="module")
 def stopped(start: Start) -> Run:
     """A run that saves in the background, and gets SIGTERM twice in mid-training."""
-    run = start("stopped", "async_save=true", "keep_last=2")
+    run = start("stopped", "async_save=true", "keep_latest=2")
     run.wait_until(lambda: len(run.losses()) >= 6)
     run.process.send_signal(signal.SIGTERM)
     run.wait_until(lambda: "SIGTERM: saving" in run.output)

@@ -117,7 +117,7 @@ def test_ranks_are_laid_out_on_nodes(factories: Any, here: Path) -> None:
         ({"devices": 0}, r"devices=0: the layout needs a multiple of 2 ranks"),
         ({"num_nodes": 3}, r"num_nodes=3, devices=None: the layout needs a multiple of 2 ranks"),
         ({"num_nodes": 2}, r"TP = 2 does not fit the NVLink domain of 1 GPUs a node"),
-        ({"precision": "fp8"}, r"'fp8' is neither"),
+        ({"precision": "fp8"}, r"'fp8' is not 'fp32' or 'bf16'"),
         ({"data": "nowhere"}, r"'nowhere' does not exist"),
         ({"resume": "nowhere"}, r"no checkpoint at nowhere"),
         ({"resume": "auto"}, r"resume=auto looks in run_dir"),
@@ -230,19 +230,19 @@ def test_loggers_and_checkpoints(
 ) -> None:
     log = factories.nam56r_tiny().log
     assert (log.tensorboard.name, log.wandb) == ("tensorboard", None)
-    assert (log.ckpt.keep_last, log.ckpt.keep_every) == (None, None)
+    assert (log.ckpt.keep_latest, log.ckpt.keep_every) == (None, None)
     task = factories.nam56r_tiny(
         tensorboard=False,
         wandb_project="hybrids",
         run_dir="first",
-        keep_last=3,
+        keep_latest=3,
         keep_every=160,
         async_save=True,
     )
     log = task.log
     assert log.tensorboard is None
     assert (log.wandb.project, log.wandb.name) == ("hybrids", "first")
-    assert (log.ckpt.keep_last, log.ckpt.keep_every) == (3, 160)
+    assert (log.ckpt.keep_latest, log.ckpt.keep_every) == (3, 160)
     assert task.trainer.strategy.ckpt_async_save
     with pytest.raises(UserError, match="wandb_name is given without wandb_project"):
         factories.nam56r_tiny(wandb_name="first")
@@ -401,7 +401,7 @@ if __name__ == "__main__":
         experiment.dryrun()
     task = nam56r_tiny(
         data=data, seq_length=64, global_batch_size=4, max_steps=2, save_interval=1,
-        keep_last=1, run_dir=f"{home}/run",
+        keep_latest=1, run_dir=f"{home}/run",
     )
     local = run.LocalExecutor(ntasks_per_node=2, launcher="torchrun")
     run.run(task, executor=local, name="local", tail_logs=True)

@@ -185,6 +185,27 @@ def test_other_layouts_follow_within_rounding(train: Train) -> None:
         _close(read_curve(run), expected)
 
 
+def test_the_schedule_continues_in_another_layout(train: Train) -> None:
+    """Step by step; a resumed run that changes settings of the optimizer trains with its own."""
+    settings = {
+        **{"lr_decay_style": "WSD", "lr_wsd_decay_steps": 2, "lr_wsd_decay_style": "linear"},
+        **{"warmup_steps": 1, "adam_beta1": 0.8, "adam_eps": 1e-6, "lr": 4e-3, "min_lr": 4e-4},
+    }
+    at_once = train("at_once", tp=2, **settings)
+    rates = [record["lr"] for record in read_curve(at_once).steps.values()]
+    assert rates == pytest.approx([4e-3, 4e-3, 2.2e-3, 4e-4]), "of the step that follows"
+    other = {"tp": 1, "pp": 2, "resume": _checkpoint(at_once, 2)}
+    _close(read_curve(train("pp", **settings, **other)), read_curve(at_once))
+    changed = {"adam_beta1": 0.5, "weight_decay": 0.2, "max_steps": 6, "stop_after": 3}
+    run = train("changed", **{**settings, **changed, **other})
+    assert read_curve(run).steps[3]["lr"] == 4e-3, "the longer run decays later"
+    common = dist_checkpointing.load_common_state_dict(str(_checkpoint(run, 3) / "weights"))
+    (optimizer,) = common["optimizer"]
+    groups = optimizer["param_groups"]
+    assert {group["betas"][0] for group in groups} == {0.5}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.2}
+
+
 def _close(curve: Curve, expected: Curve, within: float = 1e-5) -> None:
     assert list(curve.steps) == [3, 4]
     for step, record in curve.steps.items():

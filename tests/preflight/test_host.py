@@ -8,7 +8,7 @@ import pytest
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.preflight import preflight
-from nemo_megacpp.preflight.model import validate_host, validate_model
+from nemo_megacpp.preflight.model_checks import validate_host, validate_model
 from nemo_megacpp.recipes.recipe import resolve
 
 

@@ -28,10 +28,10 @@ from nemo_megacpp.nemo import worker
 from nemo_megacpp.nemo.train import train_recipe
 from nemo_megacpp.preflight import preflight
 from nemo_megacpp.preflight.data import open_data
-from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
 from nemo_megacpp.preflight.resume import find_resume
 from nemo_megacpp.recipes.recipe import Recipe, resolve
-from nemo_megacpp.recipes.shape import shape_of
+from nemo_megacpp.recipes.views import shape_of
 
 VOCAB_SIZE = 300
 Save = Callable[..., Path]

@@ -14,7 +14,7 @@ from nemo_megacpp.proof.case_runner import CaseResult, CaseRunner
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.verification import verify_layout
 from nemo_megacpp.recipes.recipe import resolve
-from nemo_megacpp.recipes.shape import shape_of
+from nemo_megacpp.recipes.views import shape_of
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.proof.faults import BrokenRanks
 

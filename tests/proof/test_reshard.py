@@ -180,7 +180,9 @@ def test_before_the_first_step(ranks: WorkerPool, tmp_path: Path, sharded: bool)
 
 
 def _resume_without_moments(spec: StepSpec, layout: ParallelLayout, checkpoint: str) -> Any:
-    with mock.patch("nemo_megacpp.nemo.optimizer.load_optimizer_state_dict", lambda *_: None):
+    with mock.patch(
+        "nemo_megacpp.nemo.hybrid_optimizer.load_optimizer_state_dict", lambda *_: None
+    ):
         return resume_and_train(spec, layout, checkpoint, 1)
 
 

@@ -24,7 +24,7 @@ from nemo_megacpp.proof.step_result import StepResult
 from nemo_megacpp.proof.verification import axes_alone, axes_in_pairs, verify_layout
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import resolve
-from nemo_megacpp.recipes.shape import shape_of
+from nemo_megacpp.recipes.views import shape_of
 from nemo_megacpp.runtime.workers import device_for
 
 COUNTS = (

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import Family, HybridPattern
-from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
 from nemo_megacpp.recipes.catalog import CATALOG, NAM56R_MODEL, NAM56R_TINY_MODEL
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 

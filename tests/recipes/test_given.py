@@ -8,7 +8,7 @@ import pytest
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.given import read_command_line, read_yaml
-from nemo_megacpp.recipes.names import RUN_KEYS, TEXTS, field_owners
+from nemo_megacpp.recipes.names import RUN_KEYS, TEXTS, field_owners, full_names
 from nemo_megacpp.recipes.recipe import from_mapping, resolve
 
 
@@ -51,7 +51,7 @@ def test_every_setting_is_refused_without_a_value() -> None:
     for name in field_owners():
         for text in ("", " ", "''"):
             with pytest.raises(
-                UserError, match=rf"^{name} is (empty\. Leave {name} out|no setting)"
+                UserError, match=rf"^{name} is (empty\. Leave {name} out|not a setting)"
             ):
                 from_mapping({}, read_command_line([f"{name}={text}"]))
 
@@ -73,8 +73,8 @@ def test_what_an_empty_value_would_mean_can_be_asked_for() -> None:
         ("[data/a, ]", "nothing after the last comma"),
         ("{data/a: 0.7, }", "nothing after the last comma"),
         ("{data/a: 0.7, data/a: 0.3}", "data gives data/a twice."),
-        ("[data/a, '']", "data names a folder without a name"),
-        ("{'': 0.7}", "data names a folder without a name"),
+        ("[data/a, '']", "data has a folder without a name"),
+        ("{'': 0.7}", "data has a folder without a name"),
         ("[]", "data is an empty blend"),
     ],
 )
@@ -94,6 +94,10 @@ def test_a_line_without_a_value(line: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"lr: 4e-3\n{line}\n")
     with pytest.raises(UserError, match=r" is empty\. Leave "):
-        read_yaml(path)
+        full_names(read_yaml(path))
     path.write_text("data: null\nresume: ~\netp: null\n")
-    assert read_yaml(path) == {"data": None, "resume": None, "expert_tensor_parallel_size": None}
+    assert full_names(read_yaml(path)) == {
+        "data": None,
+        "resume": None,
+        "expert_tensor_parallel_size": None,
+    }

@@ -329,7 +329,7 @@ def test_a_key_like_no_other_gets_no_suggestion() -> None:
 )
 def test_what_follows_from_others_cannot_be_set(key: str, reason: str) -> None:
     message = refused(f"{key}=1")
-    assert message.startswith(f"{key} is no setting of a recipe: ")
+    assert message.startswith(f"{key} is not a setting of a recipe: ")
     assert reason in message
 
 
@@ -346,14 +346,14 @@ def test_what_follows_from_others_cannot_be_set(key: str, reason: str) -> None:
         ("lr=nan", "lr: 'nan' is not a number."),
         ("lr=.inf", "lr: inf is not a number."),
         ("use_distributed_optimizer=3", "use_distributed_optimizer: 3 is not true or false."),
-        ("precision=16", "precision: 16 is not a text."),
+        ("precision=16", "precision: 16 is not 'fp32' or 'bf16'."),
         ("hidden_size=wide", "hidden_size: 'wide' is not a whole number."),
         ("num_attention_heads=28.0", "num_attention_heads: 28.0 is not a whole number."),
         ("num_moe_experts=few", "num_moe_experts: 'few' is not a whole number or null."),
         ("seq_length=null", "seq_length: None is not a whole number."),
-        ("depth=deep", "num_layers: 'deep' is not a whole number."),
-        ("pattern=12", "hybrid_pattern: 12 is not a text."),
-        ("pattern=null", "hybrid_pattern: None is not a text."),
+        ("depth=deep", "depth: 'deep' is not a whole number."),
+        ("pattern=12", "pattern: 12 is not a string."),
+        ("pattern=null", "pattern is empty; give letters, for example pattern=AEMR."),
         ("add_bias_linear=2", "add_bias_linear: 2 is not true or false."),
         ("m2rnn_clip_order=x", "'x' is not 'before_output' or 'after_output'."),
         ("mode=other", "mode: 'other' is not 'nemo_native'"),
@@ -379,17 +379,57 @@ def test_values_of_a_wrong_type(override: str, message: str) -> None:
         ("save_interval=0", "save_interval: 0 must be at least 1."),
         ("warmup_steps=-1", "warmup_steps: -1 must be at least 0."),
         ("warmup_steps=160", "warmup_steps: 160 is not below max_steps=160"),
-        ("seed=-1", "seed: -1 must be at least 0."),
-        ("seed=4294967296", "seed: 4294967296 must be at most 2147483647."),
-        ("lr=0", "must be"),
+        ("seed=-1", "seed: -1 must be at least 0 and at most 2147483647."),
+        ("seed=4294967296", "seed: 4294967296 must be at least 0 and at most 2147483647."),
+        ("lr=0", "lr: 0 must be above 0."),
+        ("adam_eps=0", "adam_eps: 0 must be above 0."),
+        ("adam_beta1=-0.1", "adam_beta1: -0.1 must be at least 0 and below 1."),
+        ("lr_decay_style=wsd", "lr_decay_style: 'wsd' is not 'constant' or 'linear' or 'cosine'"),
+        ("lr_decay_style=WSD", "lr_decay_style=WSD needs lr_wsd_decay_steps"),
+        ("lr_wsd_decay_steps=9", "and no other style has it"),
+        ("lr_warmup_init=0.1", "lr_warmup_init: 0.1 is above lr=0.004, the peak."),
         ("stop_after=161", "stop_after: 161 is past the end of the run, max_steps=160"),
         ("lr=1e-5", "min_lr: 0.0004 is above lr=1e-05"),
-        ("adam_beta2=1", "adam_beta2: 1.0 must be at least 0 and below 1."),
-        ("precision=fp8", "precision: 'fp8' is neither 'fp32' nor 'bf16'."),
+        ("adam_beta2=1", "adam_beta2: 1 must be at least 0 and below 1."),
+        ("precision=fp8", "precision: 'fp8' is not 'fp32' or 'bf16'."),
     ],
 )
 def test_values_out_of_range(override: str, message: str) -> None:
     assert message in refused(override)
+
+
+def test_everything_that_is_wrong_is_listed_at_once_as_it_was_written() -> None:
+    """Types, ranges, degrees, and relations of the settings that are themselves valid."""
+    assert refused(
+        *("steps=0", "learning_rate=fast", "keep_every=7", "depth=deep", "tp=two", "run_dir=3"),
+        *("stop_after=400", "adam_beta1=1", "data=[]", "use_distributed_optimizer=3"),
+    ).splitlines() == [
+        "9 settings are invalid:",
+        "  1. depth: 'deep' is not a whole number.",
+        "  2. data is an empty blend; name at least one folder, or leave it out.",
+        "  3. tensor_model_parallel_size must be a positive whole number; got 'two'.",
+        "  4. steps: 0 must be at least 1.",
+        "  5. learning_rate: 'fast' is not a number.",
+        "  6. adam_beta1: 1 must be at least 0 and below 1.",
+        "  7. use_distributed_optimizer: 3 is not true or false.",
+        "  8. keep_every: 7 exempts checkpoints from keep_latest. Give keep_latest as well, or "
+        "neither to keep all checkpoints.",
+        "  9. keep_every: 7 is not a multiple of save_interval=80, so no such checkpoint would be "
+        "saved.",
+    ]
+
+
+def test_relations_of_the_schedule() -> None:
+    wsd = ("lr_decay_style=WSD", "lr_wsd_decay_steps=140")
+    assert resolve("nam56r_tiny", wsd).training.lr_wsd_decay_steps == 140
+    message = refused(*wsd, "warmup_steps=21")
+    assert "140 is more than the steps after the warm-up, max_steps=160 - warmup" in message
+    training = resolve("nam56r_tiny", ["lr_warmup_iters=7", "adam_eps=1e-5"]).training
+    assert (training.warmup_steps, training.adam_eps) == (7, 1e-5)
+
+
+def test_the_old_name_of_a_setting_leads_to_the_new_one() -> None:
+    assert refused("keep_last=2") == "There is no setting 'keep_last'. Did you mean 'keep_latest'?"
 
 
 @pytest.mark.parametrize(
@@ -448,7 +488,7 @@ def test_texts_are_taken_as_they_are_typed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("override", ["lr", "=3", ""])
 def test_what_is_no_override(override: str) -> None:
-    assert f"{override!r} is not an override: write key=value." in refused(override)
+    assert f"{override!r} is not a setting: write key=value." in refused(override)
 
 
 def test_an_override_that_yaml_cannot_read() -> None:

@@ -57,16 +57,16 @@ def test_spellings(text: str, data: object) -> None:
         ("data=[]", "empty blend"),
         ("data={}", "empty blend"),
         ("data=[a, a]", "names a twice"),
-        ("data={a: 1, b: }", "b has no weight and others have"),
+        ("data={a: 1, b: }", "b has no weight, others have one"),
         ("data={a: 0}", "a has the weight 0; it must be a positive number"),
-        ("data=0.7 a b", "b stands alone; a weight goes before each folder"),
+        ("data=0.7 a b", "b has no partner; write a weight before each folder"),
         ("data=0.7 a b 0.3", "0.3 has the weight 'b'"),
         ("data=0.7 a 0.3 a", "a twice"),
         ("data=0 a 1 b", "a has the weight '0'"),
         ("data={a: much}", "a has the weight 'much'"),
         ("packed_documents=true micro_batch_size=4", "one row, and micro_batch_size=4"),
-        ("reset_position_ids=true", "packed_documents=true does all three"),
-        ("eod_mask_loss=true", "packed_documents=true does all three"),
+        ("reset_position_ids=true", "packed_documents=true sets all three"),
+        ("eod_mask_loss=true", "packed_documents=true sets all three"),
     ],
 )
 def test_refused_settings(text: str, message: str) -> None:
@@ -116,7 +116,9 @@ def test_a_folder_named_like_a_number_is_no_weight(
     for name in ("2024", "2025"):
         Path(name).mkdir()
     for data in ("2024 2025", [2024, 2025], ["2024", "2025"]):
-        with pytest.raises(UserError, match=r"2024 stands where a weight goes, and is a folder"):
+        with pytest.raises(
+            UserError, match=r"2024 is in the place of a weight and is also a folder"
+        ):
             recipe_of(data=data)
     assert recipe_of(data=["./2024", "2025"]).data == {"./2024": None, "2025": None}
     assert recipe_of(data="0.7 2024 0.3 2025").data == {"2024": 0.7, "2025": 0.3}

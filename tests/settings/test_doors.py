@@ -228,7 +228,7 @@ def test_a_refused_setting_of_the_wrapper(
 def test_a_refused_setting_of_the_optimizer(
     field: dataclasses.Field[Any], setting: Setting, script: SimpleNamespace
 ) -> None:
-    from nemo_megacpp.nemo.optimizer import HybridOptimizer
+    from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
 
     value = _illegal(OptimizerConfig, field)
     config = OptimizerConfig()
@@ -324,7 +324,7 @@ def test_a_strategy_has_settings_of_its_own_that_are_the_wrappers() -> None:
     ("name", "value"), [("scale_lr_cond", bool), ("no_weight_decay_cond", bool), ("lr_mult", 0.5)]
 )
 def test_what_the_optimizer_module_would_drop(name: str, value: Any) -> None:
-    from nemo_megacpp.nemo.optimizer import HybridOptimizer
+    from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
 
     with pytest.raises(UserError, match=rf"optim\.{name}=.*no longer takes it"):
         HybridOptimizer(OptimizerConfig(), **{name: value})
@@ -370,7 +370,7 @@ def _connect(monkeypatch: pytest.MonkeyPatch, plugin: _Plugin | None, optim: Any
 def test_what_a_precision_plugin_says(
     said: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_megacpp.nemo.optimizer import HybridOptimizer
+    from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
 
     optim = HybridOptimizer(OptimizerConfig(lr=1e-3))
     if not message:

@@ -1,4 +1,4 @@
-"""Layout and model of a recipe, and whether this machine can compute it."""
+"""Validation of a recipe's layout and model, and of what this machine can compute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_megacpp.mixers.norm import validate_torch_norm
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.recipes.catalog import NAM56R_MODEL
 from nemo_megacpp.recipes.recipe import Recipe
-from nemo_megacpp.recipes.shape import model_settings, shape_of
+from nemo_megacpp.recipes.views import model_settings, shape_of
 from nemo_megacpp.runtime.host import current_host
 from nemo_megacpp.specs.backend import TorchBackend, default_backend
 
@@ -23,7 +23,7 @@ def validate_recipe_layout(recipe: Recipe, gpus_per_node: int | None = None) -> 
 
     Args:
         recipe: resolved.
-        gpus_per_node: ranks of an NVLink domain, where TP is to stay inside one.
+        gpus_per_node: ranks of an NVLink domain, which a TP group may not leave.
 
     Raises:
         UserError: numbered violations, each with its numbers and the nearest legal choices.
@@ -32,14 +32,14 @@ def validate_recipe_layout(recipe: Recipe, gpus_per_node: int | None = None) -> 
 
 
 def validate_model(recipe: Recipe, device: str | None = None) -> HybridConfig:
-    """Return the configuration of the model that trains.
+    """Return the configuration of the model.
 
     Args:
         recipe: resolved.
-        device: that it trains on, ``"cuda"`` or ``"cpu"``; this machine's if not given.
+        device: ``"cuda"`` or ``"cpu"``; None: this machine's.
 
     Raises:
-        UserError: sizes below 1, more experts per token than there are, a setting that is neither
+        UserError: sizes below 1, more experts per token than experts, a setting that is neither
             proved nor neutral, or Megatron's own reason.
     """
     _validate_low_precision(recipe.model)
@@ -63,7 +63,7 @@ def _size_violations(recipe: Recipe) -> Iterator[str]:
 
 
 def _validate_low_precision(model: dict[str, Any]) -> None:
-    """Megatron's configuration fails on FP8 without Transformer Engine, and does not say why."""
+    """Megatron's configuration fails on FP8 without Transformer Engine for no stated reason."""
     if model.get("fp8") is not None and isinstance(default_backend(), TorchBackend):
         raise UserError(
             f"fp8={model['fp8']!r} needs Transformer Engine, which is not installed. Install it, "
@@ -92,7 +92,7 @@ def validate_host(recipe: Recipe, config: HybridConfig) -> None:
     kernels["mamba3_kernel"] = Family.MAMBA in present and config.mode == "mamba3"
     for name, used in kernels.items():
         if used and getattr(config, name) == "triton" and device == "cpu":
-            raise UserError(f"{name}='triton' needs a GPU, and there is none. Leave it at 'auto'.")
+            raise UserError(f"{name}='triton' needs a GPU, this machine has none. Use 'auto'.")
     layout = recipe.layout
     heads, rest = divmod(config.m2rnn_num_heads or 0, layout.tp)
     exchange = config.m2rnn_context_parallel

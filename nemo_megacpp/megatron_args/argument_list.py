@@ -1,7 +1,7 @@
 """A recipe as the argument vector of Megatron-LM's ``pretrain_mamba.py``.
 
-Every setting of the recipe either has an option, or travels in the name of the spec
-(:mod:`nemo_megacpp.specs.named`), or the recipe is refused; nothing is dropped.
+Every setting of the recipe has an option or is part of the spec's name
+(:mod:`nemo_megacpp.specs.named`); a recipe with another setting is refused. None is dropped.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from nemo_megacpp.megatron_args.dialect import Dialect
 from nemo_megacpp.megatron_args.model_options import model_options
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.preflight.data import open_data
-from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
 from nemo_megacpp.preflight.outputs import validate_loggers
-from nemo_megacpp.recipes.catalog import Training
 from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.recipes.training import Training
 
 Device = Literal["cuda", "cpu"]
 
@@ -32,10 +32,14 @@ _TRAINING_OPTIONS = {
     "global_batch_size": ("--global-batch-size",),
     "lr": ("--lr",),
     "min_lr": ("--min-lr",),
+    "lr_decay_style": ("--lr-decay-style",),
+    "lr_wsd_decay_steps": ("--lr-wsd-decay-iters",),
     "warmup_steps": ("--lr-warmup-iters",),
     "weight_decay": ("--weight-decay",),
     "clip_grad": ("--clip-grad",),
+    "adam_beta1": ("--adam-beta1",),
     "adam_beta2": ("--adam-beta2",),
+    "adam_eps": ("--adam-eps",),
     "val_check_interval": ("--eval-interval",),
     "limit_val_batches": ("--eval-iters",),
     "save_interval": ("--save-interval",),
@@ -43,25 +47,28 @@ _TRAINING_OPTIONS = {
     "seed": ("--seed",),
 }
 _OTHER_TRAINING = frozenset(
-    {"precision", "use_distributed_optimizer", "tensorboard", "wandb_project", "wandb_name"}
+    (
+        *("precision", "use_distributed_optimizer", "lr_warmup_init", "lr_wsd_decay_style"),
+        *("tensorboard", "wandb_project", "wandb_name"),
+    )
 )
-"""Written too, in another form."""
+"""They are written in another form."""
 
 
 def megatron_arguments(
     recipe: Recipe, dialect: Dialect, run_dir: str, device: Device
 ) -> tuple[list[str], list[str]]:
-    """Return the argument vector of ``recipe``, and remarks for the person who uses it.
+    """Return the argument vector of ``recipe``, and remarks for the user.
 
     Args:
-        recipe: resolved; its layout and model are checked here.
-        dialect: of the Megatron-LM that will read the vector.
+        recipe: resolved; its layout and model are validated here.
+        dialect: of the Megatron-LM that will read the arguments.
         run_dir: where the run writes; checkpoints go to ``checkpoints`` in it.
         device: what the run computes on.
 
     Raises:
-        UserError: an illegal layout, data that cannot be used, or settings that the script cannot
-            be told, all of them at once.
+        UserError: an illegal layout, unusable data, or all settings that the script has no option
+            for.
     """
     validate_recipe_layout(recipe)
     validate_loggers(recipe)
@@ -72,7 +79,7 @@ def megatron_arguments(
     refusals = [*unsaid, *_refusals(recipe, config)]
     if refusals:
         listed = "\n".join(f"  {refusal}" for refusal in refusals)
-        raise UserError(f"{dialect.script} cannot be told this of {recipe.name}:\n{listed}")
+        raise UserError(f"{dialect.script} has no option for this of {recipe.name}:\n{listed}")
     words = [*model, *_data(recipe, sources), *_training(recipe.training)]
     words += _outputs(recipe, Path(run_dir).absolute())
     if device == "cpu":
@@ -83,12 +90,12 @@ def megatron_arguments(
     if not sources:
         remarks.append("no data=FOLDER in the recipe: mock data")
     if Family.RECURRENT in config.pattern.families:
-        remarks.append("the script's TFLOP/s leave out the R blocks, which it does not know")
+        remarks.append("the script's TFLOP/s leave out the R blocks")
     return words, remarks
 
 
 def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
-    """Return what has no option, one phrase each."""
+    """Return what the script has no option for, one phrase each."""
     found = []
     training = recipe.training
     if recipe.resume not in (None, "auto"):
@@ -100,8 +107,8 @@ def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
         found.append(f"init_from={recipe.init_from}: the script loads only its own checkpoints")
     if recipe.layout.vpp is not None:
         found.append(
-            f"virtual_pipeline_model_parallel_size={recipe.layout.vpp}: it builds every virtual "
-            f"stage as the first"
+            f"virtual_pipeline_model_parallel_size={recipe.layout.vpp}: the script builds every "
+            f"virtual stage like the first one"
         )
     counted = config.moe_z_loss_coeff or config.moe_router_load_balancing_type != "none"
     if Family.EXPERT in config.pattern.families and counted:
@@ -109,8 +116,8 @@ def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
         for stage, layers in enumerate(stages):
             if all(config.pattern.families[layer] is not Family.EXPERT for layer in layers):
                 found.append(
-                    f"pipeline stage {stage} of {len(stages)} without an E block: its logging of "
-                    f"auxiliary losses then sums tensors of unequal sizes"
+                    f"pipeline stage {stage} of {len(stages)} without an E block: the script's log "
+                    f"of auxiliary losses would sum tensors of unequal sizes"
                 )
     known = {*_TRAINING_OPTIONS, *_OTHER_TRAINING}
     return found + [
@@ -145,11 +152,11 @@ def _data(recipe: Recipe, sources: list[PreparedData]) -> list[str]:
 
 
 def _outputs(recipe: Recipe, run_dir: Path) -> list[str]:
-    """Return where the run writes, and goes on from."""
+    """Return where the run writes and what it resumes, with the schedule of these settings."""
     training, checkpoints = recipe.training, str(run_dir / "checkpoints")
     words = ["--save", checkpoints]
     if recipe.resume == "auto":
-        words += ["--load", checkpoints]
+        words += ["--load", checkpoints, "--override-opt_param-scheduler"]
     if training.tensorboard:
         words += ["--tensorboard-dir", str(run_dir / "tensorboard")]
     if training.wandb_project is not None:
@@ -159,11 +166,15 @@ def _outputs(recipe: Recipe, run_dir: Path) -> list[str]:
 
 
 def _training(training: Training) -> list[str]:
-    words = ["--lr-decay-style", "cosine"]
+    words: list[str] = []
     for name, names in _TRAINING_OPTIONS.items():
         value = getattr(training, name)
         if value is not None:
             words += [word for option in names for word in (option, str(value))]
+    if training.warmup_steps:
+        words += ["--lr-warmup-init", str(training.first_lr)]
+    if training.lr_decay_style == "WSD":
+        words += ["--lr-wsd-decay-style", training.lr_wsd_decay_style]
     if training.use_distributed_optimizer:
         words.append("--use-distributed-optimizer")
     return words

@@ -1,4 +1,4 @@
-"""NeMo's Megatron optimizer module on Megatron-Core 0.16, saved so that any layout can load it."""
+"""NeMo's optimizer module for Megatron-Core 0.16, with state that any layout can load."""
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed, and it
 # knows Optional[int], but not "int | None".
@@ -20,10 +20,13 @@ from nemo_megacpp.checkpoint.optimizer_state import (
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.settings.validate import validate_config
 
+_SETTINGS = ("betas", "eps", "weight_decay", "max_lr", "min_lr")
+"""Of a parameter group; a checkpoint has those of the run that saved it."""
+
 
 class ReshardableOptimizer(McoreDistributedOptimizer):
-    """NeMo's wrapper of a Megatron optimizer, with :mod:`nemo_megacpp.checkpoint.optimizer_state`
-    in the place of Megatron's own form of its state."""
+    """NeMo's wrapper of a Megatron optimizer; saves and loads its state in the form of
+    :mod:`nemo_megacpp.checkpoint.optimizer_state` instead of Megatron's."""
 
     def sharded_state_dict(
         self,
@@ -37,8 +40,8 @@ class ReshardableOptimizer(McoreDistributedOptimizer):
 
         Args:
             model_sharded_state_dict: of all model chunks.
-            optimizer_state_dict, dist_ckpt_parallel_save: NeMo's, unused.
-            is_loading: whether the result is to be filled from a checkpoint.
+            optimizer_state_dict, dist_ckpt_parallel_save: unused.
+            is_loading: whether the result will be filled from a checkpoint.
             metadata: content metadata, of the checkpoint when loading.
 
         Raises:
@@ -51,20 +54,25 @@ class ReshardableOptimizer(McoreDistributedOptimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state that a checkpoint has filled."""
+        """Load a state that a checkpoint has filled; the settings stay those of this run."""
+        own = [
+            {key: group[key] for key in _SETTINGS if key in group} for group in self.param_groups
+        ]
         load_optimizer_state_dict(self.mcore_optimizer, state_dict)
+        for group, settings in zip(self.param_groups, own, strict=True):
+            group.update(settings)
 
 
 class HybridOptimizer(MegatronOptimizerModule):
     """``MegatronOptimizerModule`` without the three arguments that Megatron-Core 0.16 dropped.
 
     NeMo 2.7.3 passes ``no_weight_decay_cond``, ``scale_lr_cond`` and ``lr_mult`` to
-    ``get_megatron_optimizer``, a TypeError on any device. Megatron's own rule stands in their
-    place: no weight decay on biases and vectors.
+    ``get_megatron_optimizer``, which raises a TypeError. Megatron's own rule holds instead: no
+    weight decay on biases and vectors.
 
     Args:
         config: of Megatron's optimizer.
-        lr_scheduler: one of NeMo's.
+        lr_scheduler: :class:`nemo_megacpp.nemo.lr_schedule.MegatronScheduler`, or one of NeMo's.
         no_weight_decay_cond: must stay unset.
         scale_lr_cond: must stay unset.
         lr_mult: must stay at 1.
@@ -103,7 +111,7 @@ class HybridOptimizer(MegatronOptimizerModule):
             use_gloo_process_groups=AppState().use_gloo_process_groups,
         )
         for group in optimizer.param_groups:
-            # Megatron's scheduler applies these factors at every step; NeMo's does not.
+            # Megatron's scheduler applies these factors at every step; NeMo's own do not.
             group["lr"] *= group["lr_mult"]
             group["weight_decay"] *= group["wd_mult"]
         return [ReshardableOptimizer(optimizer)]

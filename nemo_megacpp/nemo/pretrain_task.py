@@ -14,18 +14,17 @@ from nemo.collections import llm
 
 from nemo_megacpp.checkpoint.folder import find_weights
 from nemo_megacpp.data.builtin import builtin_folder
-from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.callbacks import RunRecorder
 from nemo_megacpp.nemo.checkpointing import HybridCheckpoint
 from nemo_megacpp.nemo.data import HybridDataModule
 from nemo_megacpp.nemo.events import EventRecorder
+from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
+from nemo_megacpp.nemo.lr_schedule import MegatronScheduler
 from nemo_megacpp.nemo.model import HybridModel, HybridModelConfig
-from nemo_megacpp.nemo.optimizer import HybridOptimizer
 from nemo_megacpp.nemo.stops import StopAfter, StopOnNonFinite, StopOnSigterm
 from nemo_megacpp.nemo.strategy import HybridStrategy
-from nemo_megacpp.recipes.catalog import Training
 from nemo_megacpp.recipes.recipe import Recipe
-from nemo_megacpp.recipes.shape import model_settings
+from nemo_megacpp.recipes.views import dtype_of, model_settings
 from nemo_megacpp.runs.run_folder import METRICS_FILE
 from nemo_megacpp.runtime.host import current_host
 
@@ -39,16 +38,15 @@ def to_pretrain(recipe: Recipe, run_dir: Path, *, devices: int, num_nodes: int =
         devices: ranks per node.
         num_nodes: nodes.
     """
-    training, layout = recipe.training, recipe.layout
-    cpu = current_host().device == "cpu"
-    dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
+    training, device = recipe.training, current_host().device
+    model = run.Config(HybridModelConfig, **model_settings(recipe, device))
     return run.Partial(
         llm.pretrain,
-        model=run.Config(HybridModel, config=_model_config(recipe)),
+        model=run.Config(HybridModel, config=model),
         data=_data_module(recipe),
         trainer=run.Config(
             nl.Trainer,
-            accelerator="cpu" if cpu else "gpu",
+            accelerator="cpu" if device == "cpu" else "gpu",
             devices=devices,
             num_nodes=num_nodes,
             max_steps=training.max_steps,
@@ -60,9 +58,9 @@ def to_pretrain(recipe: Recipe, run_dir: Path, *, devices: int, num_nodes: int =
             use_distributed_sampler=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            plugins=_precision(dtype),
+            plugins=_precision() if training.precision == "bf16" else None,
             callbacks=_callbacks(recipe, run_dir),
-            strategy=_strategy(layout, training, dtype),
+            strategy=_strategy(recipe),
         ),
         log=_logger(recipe, run_dir),
         resume=run.Config(
@@ -71,7 +69,7 @@ def to_pretrain(recipe: Recipe, run_dir: Path, *, devices: int, num_nodes: int =
             restore_config=_initial_weights(recipe),
             resume_if_exists=False,
         ),
-        optim=_optimizer(training, dtype),
+        optim=_optimizer(recipe),
     )
 
 
@@ -80,10 +78,6 @@ def _initial_weights(recipe: Recipe) -> run.Config | None:
         return None
     weights = str(find_weights(Path(recipe.init_from)))
     return run.Config(nl.RestoreConfig, path=weights, load_optim_state=False, load_artifacts=False)
-
-
-def _model_config(recipe: Recipe) -> run.Config:
-    return run.Config(HybridModelConfig, **model_settings(recipe, current_host().device))
 
 
 def _data_module(recipe: Recipe) -> run.Config:
@@ -107,26 +101,25 @@ def _data_module(recipe: Recipe) -> run.Config:
     )
 
 
-def _strategy(layout: ParallelLayout, training: Training, dtype: torch.dtype) -> run.Config:
+def _strategy(recipe: Recipe) -> run.Config:
+    ddp = run.Config(
+        DistributedDataParallelConfig,
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=True,
+        use_distributed_optimizer=recipe.training.use_distributed_optimizer,
+    )
     return run.Config(
         HybridStrategy,
-        seed=training.seed,
-        **layout.megatron_fields(),
-        pipeline_dtype=dtype,
-        ckpt_async_save=training.async_save,
+        seed=recipe.training.seed,
+        **recipe.layout.megatron_fields(),
+        pipeline_dtype=dtype_of(recipe),
+        ckpt_async_save=recipe.training.async_save,
         gradient_as_bucket_view=True,
-        ddp=run.Config(
-            DistributedDataParallelConfig,
-            grad_reduce_in_fp32=True,
-            check_for_nan_in_grad=True,
-            use_distributed_optimizer=training.use_distributed_optimizer,
-        ),
+        ddp=ddp,
     )
 
 
-def _precision(dtype: torch.dtype) -> run.Config | None:
-    if dtype is torch.float32:
-        return None
+def _precision() -> run.Config:
     return run.Config(
         nl.MegatronMixedPrecision,
         precision="bf16-mixed",
@@ -137,46 +130,35 @@ def _precision(dtype: torch.dtype) -> run.Config | None:
     )
 
 
-def _optimizer(training: Training, dtype: torch.dtype) -> run.Config:
-    return run.Config(
-        HybridOptimizer,
-        config=run.Config(
-            OptimizerConfig,
-            optimizer="adam",
-            lr=training.lr,
-            min_lr=training.min_lr,
-            weight_decay=training.weight_decay,
-            adam_beta1=0.9,
-            adam_beta2=training.adam_beta2,
-            adam_eps=1e-8,
-            clip_grad=training.clip_grad,
-            bf16=dtype is torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=training.use_distributed_optimizer,
-        ),
-        lr_scheduler=run.Config(
-            nl.lr_scheduler.CosineAnnealingScheduler,
-            max_steps=training.max_steps,
-            warmup_steps=training.warmup_steps,
-            constant_steps=0,
-            min_lr=training.min_lr,
-        ),
+def _optimizer(recipe: Recipe) -> run.Config:
+    training = recipe.training
+    same = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+    config = run.Config(
+        OptimizerConfig,
+        optimizer="adam",
+        bf16=training.precision == "bf16",
+        params_dtype=dtype_of(recipe),
+        use_distributed_optimizer=training.use_distributed_optimizer,
+        **{name: getattr(training, name) for name in same},
     )
+    schedule = run.Config(
+        MegatronScheduler,
+        max_steps=training.max_steps,
+        warmup_steps=training.warmup_steps,
+        warmup_init=training.lr_warmup_init,
+        decay_style=training.lr_decay_style,
+        wsd_decay_steps=training.lr_wsd_decay_steps,
+        wsd_decay_style=training.lr_wsd_decay_style,
+    )
+    return run.Config(HybridOptimizer, config=config, lr_scheduler=schedule)
 
 
 def _callbacks(recipe: Recipe, run_dir: Path) -> list[run.Config]:
     training = recipe.training
+    metrics = str(run_dir / METRICS_FILE)
     callbacks = [
-        run.Config(
-            RunRecorder,
-            path=str(run_dir / METRICS_FILE),
-            log_interval=training.log_interval,
-        ),
-        run.Config(
-            EventRecorder,
-            run_dir=str(run_dir),
-            resumed=recipe.resume,
-        ),
+        run.Config(RunRecorder, path=metrics, log_interval=training.log_interval),
+        run.Config(EventRecorder, run_dir=str(run_dir), resumed=recipe.resume),
         run.Config(StopOnNonFinite),
         run.Config(StopOnSigterm, run_dir=str(run_dir)),
     ]
@@ -210,7 +192,7 @@ def _logger(recipe: Recipe, run_dir: Path) -> run.Config:
         ckpt=run.Config(
             HybridCheckpoint,
             model_fields=sorted(recipe.model),
-            keep_last=training.keep_last,
+            keep_latest=training.keep_latest,
             keep_every=training.keep_every,
             dirpath=str(run_dir / "checkpoints"),
             filename="{step}",

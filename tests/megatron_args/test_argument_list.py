@@ -24,12 +24,12 @@ from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.megatron_args.arguments import megatron_arguments
+from nemo_megacpp.megatron_args.argument_list import megatron_arguments
 from nemo_megacpp.megatron_args.dialect import Dialect, choose
 from nemo_megacpp.megatron_args.list_options import describe
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import resolve
-from nemo_megacpp.recipes.shape import model_settings
+from nemo_megacpp.recipes.views import model_settings
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from nemo_megacpp.specs.hybrid_model import build_hybrid_model
@@ -191,6 +191,17 @@ def test_data_and_training(small_data: PreparedData) -> None:
     assert (mock.mock_data, mock.vocab_size, mock.padded_vocab_size) == (True, "2047", "2048")
 
 
+def test_the_schedule_and_the_optimizer() -> None:
+    wsd = ("lr_decay_style=WSD", "lr_wsd_decay_steps=30", "lr_wsd_decay_style=linear")
+    args = _parse(_words("nam56r_tiny", *wsd, "adam_beta1=0.8", "adam_eps=1e-6"))
+    assert (args.lr_decay_style, args.lr_wsd_decay_iters) == ("WSD", "30")
+    assert (args.lr_wsd_decay_style, args.adam_beta1, args.adam_eps) == ("linear", "0.8", "1e-06")
+    assert float(args.lr_warmup_init) == 4e-3 / 21, "as the recipe's own warm-up begins"
+    args = _parse(_words("nam56r_tiny", "warmup_steps=0", "resume=auto"))
+    assert (args.lr_warmup_init, args.lr_decay_style) == (0.0, "cosine")
+    assert args.override_opt_param_scheduler, "the settings of the resumed run hold"
+
+
 def test_a_blend(small_data: PreparedData, tmp_path: Path) -> None:
     (tmp_path / "second").symlink_to(small_data.root)
     first, second = str(small_data.root), str(tmp_path / "second")
@@ -209,7 +220,7 @@ def test_what_cannot_be_said_is_listed_at_once() -> None:
             *("softmax_scale=0.5", "resume=runs/old"),
         )
     lines = str(refusal.value).splitlines()
-    assert lines[0] == "pretrain_mamba.py cannot be told this of nam56r_tiny:"
+    assert lines[0] == "pretrain_mamba.py has no option for this of nam56r_tiny:"
     for line, start in zip(
         lines[1:],
         ("softmax_scale=0.5", "resume", "virtual_pipeline"),
@@ -368,7 +379,9 @@ def test_the_command_prints_words_or_json(
         "nemo_megacpp.specs",
         "hybrid_stack_spec(m2rnn_key_head_dim=32,m2rnn_value_head_dim=8)",
     ]
-    assert "mock data" in remarks
+    assert "mock data" in remarks and "no GPU" not in remarks
+    _, remarks = _command(capsys, "nam56r_tiny")
+    assert "this machine has no GPU: these are arguments for a CPU (--device cuda)" in remarks
     short = ("run_dir=r", "max_steps=20")
     out, remarks = _command(capsys, "nam56r_tiny", *short, "--json", "--layout", "tp=1,pp=2")
     assert "defaults taken: warmup_steps: 4 (max_steps / 5)" in remarks
