@@ -105,6 +105,10 @@ class Training:
         tensorboard: write TensorBoard files.
         wandb_project: Weights & Biases project to log to; None: it is not used.
         wandb_name: name of the run in Weights & Biases; None: the run folder's.
+        use_pytorch_profiler: write a torch.profiler trace of some steps to RUN/profile.
+        profile_step_start: steps that are complete when the trace begins.
+        profile_step_end: steps that are complete when the trace ends.
+        profile_ranks: global ranks that write a trace.
     """
 
     max_steps: int = 1000
@@ -132,6 +136,10 @@ class Training:
     tensorboard: bool = True
     wandb_project: str | None = None
     wandb_name: str | None = None
+    use_pytorch_profiler: bool = False
+    profile_step_start: int = 10
+    profile_step_end: int = 12
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
 
 
 @dataclass(frozen=True)

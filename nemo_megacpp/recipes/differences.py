@@ -47,7 +47,8 @@ NO_AXIS = frozenset(
     (
         *("stop_after", "val_check_interval", "limit_val_batches", "log_interval"),
         *("save_interval", "async_save", "keep_last", "keep_every", "verify_checkpoint"),
-        *("tensorboard", "wandb_project", "wandb_name"),
+        *("tensorboard", "wandb_project", "wandb_name", "use_pytorch_profiler"),
+        *("profile_step_start", "profile_step_end", "profile_ranks"),
     )
 )
 """They decide how long and how often a run is looked at, not what a step computes."""
