@@ -9,7 +9,7 @@ differs from a user's run, each with its reason.
 
 from __future__ import annotations
 
-import nemo_megacpp.nemo.quietly  # noqa: F401  # isort: skip  (before NeMo is imported below)
+import nemo_megacpp.nemo.quiet_import  # noqa: F401  # isort: skip  (before NeMo is imported below)
 
 import contextlib
 import dataclasses
@@ -27,10 +27,10 @@ from megatron.core.models.backends import BackendSpecProvider
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.build import to_pretrain
-from nemo_megacpp.nemo.model import HybridModelConfig
+from nemo_megacpp.nemo.hybrid_gpt import HybridModelConfig
 from nemo_megacpp.nemo.proof_data import ProofData
 from nemo_megacpp.nemo.proof_probe import Done, Probe
-from nemo_megacpp.nemo.quietly import quiet_libraries
+from nemo_megacpp.nemo.quiet_import import quiet_libraries
 from nemo_megacpp.proof.bench import TrainingPath
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.kernels import kernels_here, use_kernels

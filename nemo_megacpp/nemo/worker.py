@@ -37,7 +37,7 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
 
 def _import_nemo() -> None:
     """Import NeMo; rank 0 shows our own log on the terminal, NeMo's goes to the run's log file."""
-    import nemo_megacpp.nemo.quietly  # noqa: F401
+    import nemo_megacpp.nemo.quiet_import  # noqa: F401
 
     place = launched()
     if place is None or place.rank == 0:

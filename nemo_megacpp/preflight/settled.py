@@ -12,7 +12,12 @@ from nemo_megacpp.errors import validate_all
 from nemo_megacpp.layout import ParallelLayout, check_layout
 from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model import validate_host, validate_model, validate_recipe_layout
-from nemo_megacpp.preflight.outputs import new_run_dir, validate_loggers, validate_run_dir
+from nemo_megacpp.preflight.outputs import (
+    new_run_dir,
+    validate_loggers,
+    validate_profile,
+    validate_run_dir,
+)
 from nemo_megacpp.preflight.resume import find_resume, validate_optimizer_state
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.shape import shape_of
@@ -55,6 +60,7 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
         lambda: validate_recipe_layout(recipe),
         validate_what_is_built,
         lambda: validate_loggers(recipe),
+        lambda: validate_profile(recipe),
     )
     recipe, sources = open_data(recipe)
     validate_recipe_layout(recipe)  # again, with the vocabulary of the data

@@ -20,6 +20,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("val_check_interval", "limit_val_batches", "log_interval", "tensorboard"),
         *("wandb_project", "wandb_name"),
     ),
+    "profiler": (
+        *("use_pytorch_profiler", "profile_step_start", "profile_step_end", "profile_ranks"),
+    ),
     "checkpoints": ("save_interval", "async_save", "keep_last", "keep_every", "verify_checkpoint"),
 }
 """Every field of :class:`Training`, once."""
@@ -34,7 +37,7 @@ _LAYOUT = {
     "etp": "expert_tensor_parallel_size",
     "world": "world_size, all ranks; what the degrees leave is data-parallel",
 }
-_RUN = {
+RUN_SETTINGS = {
     "data": "folder of 'data prepare', a list, or weights by folder; null: the built-in corpus",
     "tokenizer": "folder of the tokenizer that the data must have been made with",
     "run_dir": "folder to write; default: a new one under runs/",
@@ -56,19 +59,19 @@ def settings_help() -> str:
 
     The named recipes have values of their own: ``nemo-megacpp recipes NAME`` prints them.
     """
-    meanings = _meanings()
+    known = meanings()
     parts = ["settings, as key=value ('nemo-megacpp recipes NAME' prints a recipe's values):"]
-    for title, entries in (("layout", _LAYOUT), ("model", _MODEL), ("run", _RUN)):
+    for title, entries in (("layout", _LAYOUT), ("model", _MODEL), ("run", RUN_SETTINGS)):
         parts += [f"\n {title}", *(_line(name, text) for name, text in entries.items())]
-    defaults = {field.name: field.default for field in dataclasses.fields(Training)}
+    defaults = dataclasses.asdict(Training())
     for title, names in GROUPS.items():
         parts.append(f"\n {title}")
-        parts += [_line(name, f"{meanings[name]} [{_shown(defaults[name])}]") for name in names]
+        parts += [_line(name, f"{known[name]} [{_shown(defaults[name])}]") for name in names]
     return "\n".join(parts)
 
 
-def _meanings() -> dict[str, str]:
-    """Read what the fields of :class:`Training` mean from its docstring."""
+def meanings() -> dict[str, str]:
+    """Return what each field of :class:`Training` means, from its docstring."""
     text = inspect.getdoc(Training) or ""
     entries = re.findall(r"^    (\w+): (.+?)(?=^    \w+: |\Z)", text, re.MULTILINE | re.DOTALL)
     return {name: " ".join(words.replace("``", "").split()).rstrip(".") for name, words in entries}

@@ -25,7 +25,7 @@ from nemo_megacpp.data import builtin
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.nemo import worker
-from nemo_megacpp.nemo.train import train_recipe
+from nemo_megacpp.nemo.start import train_recipe
 from nemo_megacpp.preflight import preflight
 from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout

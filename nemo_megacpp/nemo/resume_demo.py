@@ -12,7 +12,7 @@ from rich.table import Table
 
 from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.nemo.train import train_recipe
+from nemo_megacpp.nemo.start import train_recipe
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping
 from nemo_megacpp.runs.curves import Curve, draw_phases, read_curve
 

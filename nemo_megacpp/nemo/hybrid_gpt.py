@@ -100,7 +100,7 @@ class HybridModelConfig(HybridConfig, io.IOMixin):
         return None
 
 
-class HybridModel(GPTModel):
+class HybridGPTModel(GPTModel):
     """NeMo's ``GPTModel`` around a hybrid A/M/E/R model.
 
     Args:
