@@ -1,4 +1,4 @@
-"""Which NeMo and Megatron-Core the NeMo front end is written for."""
+"""The versions of NeMo and Megatron-Core that this package supports."""
 
 from __future__ import annotations
 

@@ -57,7 +57,9 @@ def main() -> None:
     except UserError as error:
         leave_last_words(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:  # a terminal interrupts the ranks along with their launcher
+    except KeyboardInterrupt:  # during training, RunRecorder answers
+        if place.rank == 0:
+            print("Interrupted before training began; nothing is lost.", flush=True)
         sys.exit(128 + signal.SIGINT)
 
 

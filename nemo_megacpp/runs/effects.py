@@ -124,12 +124,9 @@ def runs_effect(a: Curve, b: Curve) -> RunsEffect:
         None if worst is None else gaps[worst],
         worst,
         statistics.fmean(gaps.values()) if gaps else None,
-        Pair("loss", one.get(last), two.get(last))
-        if last is not None
-        else Pair("loss", None, None),
-        Pair("held-out loss", a.heldout.get(final), b.heldout.get(final))
-        if final is not None
-        else Pair("held-out loss", None, None),
+        # Steps count from 1.
+        Pair("loss", one.get(last or 0), two.get(last or 0)),
+        Pair("held-out loss", a.heldout.get(final or 0), b.heldout.get(final or 0)),
         final,
         Pair("seconds per step", _median(a, "seconds"), _median(b, "seconds")),
         Pair("tokens per second", *(_median(c, "tokens_per_second") for c in (a, b))),

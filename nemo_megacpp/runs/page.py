@@ -208,6 +208,8 @@ def _panels(record: RunRecord) -> list[tuple[str, dict[str, Points]]]:
         ("gradient norm", {"": of("grad_norm")}),
         ("learning rate", {"": of("lr")}),
         ("tokens per second", {"": of("tokens_per_second")}),
+        ("TFLOP/s per rank", {"": of("tflops_per_rank")}),
+        ("MFU", {"": of("mfu")}),
         (
             "peak memory of the fullest rank (GiB)",
             {"": [(step, size / 2**30) for step, size in of("memory")]},

@@ -78,8 +78,10 @@ def show_speed(record: Mapping[str, Any], unit: str = "rank") -> list[str]:
     """
     phrases = [f"{record['tokens_per_second']:,.0f} tokens/s"]
     if (tflops := record.get("tflops_per_rank")) is not None:
-        digits = f"{tflops:,.1f}" if tflops >= 10 else f"{tflops:.2g}"
-        phrases.append(f"{digits} TFLOP/s per {unit}")
+        size, scale = (1, "T") if tflops >= 0.1 else (1000, "G")
+        phrases.append(
+            f"{tflops * size:.{0 if tflops * size >= 100 else 1}f} {scale}FLOP/s per {unit}"
+        )
     if (mfu := record.get("mfu")) is not None:
         phrases.append(f"MFU {mfu:.1%}")
     return phrases

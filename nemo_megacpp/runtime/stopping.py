@@ -6,6 +6,7 @@ Slurm sends it before it takes a node away, and so do container engines and torc
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import signal
 import sys
 import threading
@@ -16,11 +17,14 @@ _asked = threading.Event()
 
 
 def listen() -> None:
-    """Take SIGTERM, from now on, as a wish that :func:`stop_asked` tells; repeats change nothing.
+    """From now on, note SIGTERM for :func:`stop_asked` instead of ending; safe to call again.
 
-    Other threads than the main one cannot, and leave the signal as it is.
+    Only the main thread can do so; in others nothing changes.
     """
     if threading.current_thread() is threading.main_thread():
+        # Megatron's inference coordinator registers stacks on both, which look like a crash.
+        faulthandler.unregister(signal.SIGTERM)
+        faulthandler.unregister(signal.SIGINT)
         signal.signal(signal.SIGTERM, _note)
 
 

@@ -463,7 +463,7 @@ def test_a_launcher_decides_on_the_ranks_and_they_are_announced(
     [
         (2, (), "A run on 2 nodes needs run_dir=FOLDER"),
         (1, ("run_dir=here",), "does not fit the NVLink domain of 1 GPUs a node"),
-        (4, ("run_dir=here", "world_size=2"), "world_size=2 was asked for, and the launcher"),
+        (4, ("run_dir=here", "world_size=2"), "world_size=2, but the launcher"),
     ],
 )
 def test_a_job_on_several_nodes_is_held_to_what_they_share(
