@@ -19,7 +19,7 @@ from nemo_megacpp.megatron_args.model_options import model_options
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model import validate_model, validate_recipe_layout
-from nemo_megacpp.preflight.outputs import validate_loggers
+from nemo_megacpp.preflight.outputs import validate_loggers, validate_profile
 from nemo_megacpp.recipes.catalog import Training
 from nemo_megacpp.recipes.recipe import Recipe
 
@@ -42,8 +42,12 @@ _TRAINING_OPTIONS = {
     "log_interval": ("--log-interval",),
     "seed": ("--seed",),
 }
+_PROFILE_OPTIONS = ("profile_step_start", "profile_step_end", "profile_ranks")
 _OTHER_TRAINING = frozenset(
-    {"precision", "use_distributed_optimizer", "tensorboard", "wandb_project", "wandb_name"}
+    (
+        *("precision", "use_distributed_optimizer", "tensorboard", "wandb_project", "wandb_name"),
+        *("use_pytorch_profiler", *_PROFILE_OPTIONS),
+    )
 )
 """Written too, in another form."""
 
@@ -65,6 +69,7 @@ def megatron_arguments(
     """
     validate_recipe_layout(recipe)
     validate_loggers(recipe)
+    validate_profile(recipe)
     validate_model(recipe, device)
     recipe, sources = open_data(recipe)
     config = validate_model(recipe, device)
@@ -110,6 +115,8 @@ def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
                     f"pipeline stage {stage} of {len(stages)} without an E block: its logging of "
                     f"auxiliary losses then sums tensors of unequal sizes"
                 )
+    if training.use_pytorch_profiler and not training.tensorboard:
+        found.append("use_pytorch_profiler with tensorboard=false: its traces go to that folder")
     known = {*_TRAINING_OPTIONS, *_OTHER_TRAINING}
     return found + [
         f"{field.name}={getattr(training, field.name)!r}"
@@ -162,6 +169,12 @@ def _training(training: Training) -> list[str]:
         value = getattr(training, name)
         if value is not None:
             words += [word for option in names for word in (option, str(value))]
+    if training.use_pytorch_profiler:
+        words += ["--profile", "--use-pytorch-profiler"]
+        for name in _PROFILE_OPTIONS:
+            value = getattr(training, name)
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     if training.use_distributed_optimizer:
         words.append("--use-distributed-optimizer")
     return words

@@ -60,10 +60,10 @@ def _validate_writable(run_dir: Path) -> None:
 
 
 def validate_loggers(recipe: Recipe) -> None:
-    """Refuse a logger that is not installed, and W&B without a login.
+    """Refuse a logger that is not installed.
 
     Raises:
-        UserError: with what to do.
+        UserError: with what to install.
     """
     training = recipe.training
     if training.wandb_name is not None and training.wandb_project is None:
@@ -74,13 +74,18 @@ def validate_loggers(recipe: Recipe) -> None:
     ):
         if used and importlib.util.find_spec(name) is None:
             raise UserError(f"{name} is not installed: pip install {name}, or give {leave}.")
+
+
+def validate_wandb_login(recipe: Recipe) -> None:
+    """Refuse W&B where it would ask for a key, which a rank cannot answer; needs no network.
+
+    Raises:
+        UserError: with the ways to log in, and to go without.
+    """
     place = launched()
-    if training.wandb_project is not None and (place is None or place.rank == 0):
-        _validate_wandb_login()
-
-
-def _validate_wandb_login() -> None:
-    """Refuse W&B where it would ask for a key, which a rank cannot answer; needs no network."""
+    used = recipe.training.wandb_project is not None and importlib.util.find_spec("wandb")
+    if not used or (place is not None and place.rank > 0):  # rank 0 is the one that logs
+        return
     import wandb
     from requests.utils import get_netrc_auth
 

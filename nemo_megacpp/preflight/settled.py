@@ -17,6 +17,7 @@ from nemo_megacpp.preflight.outputs import (
     validate_loggers,
     validate_profile,
     validate_run_dir,
+    validate_wandb_login,
 )
 from nemo_megacpp.preflight.resume import find_resume, validate_optimizer_state
 from nemo_megacpp.recipes.recipe import Recipe
@@ -60,6 +61,7 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
         lambda: validate_recipe_layout(recipe),
         validate_what_is_built,
         lambda: validate_loggers(recipe),
+        lambda: validate_wandb_login(recipe),
         lambda: validate_profile(recipe),
     )
     recipe, sources = open_data(recipe)

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.preflight.outputs import validate_loggers, validate_profile
+from nemo_megacpp.preflight.outputs import validate_profile, validate_wandb_login
 from nemo_megacpp.recipes.recipe import resolve
 
 KEY = "0" * 40
@@ -30,7 +30,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_wandb_without_a_login_is_refused(home: Path) -> None:
     before = psutil.Process().children()
     with pytest.raises(UserError, match=r"Weights & Biases is not logged in\. Run 'wandb login'"):
-        validate_loggers(resolve("nam56r_tiny", ["wandb_project=p"]))
+        validate_wandb_login(resolve("nam56r_tiny", ["wandb_project=p"]))
     assert psutil.Process().children() == before, "W&B's service does not stay"
     assert "WANDB_SERVICE" not in os.environ
     assert {path.name for path in home.iterdir()} <= {".cache"}, "its own, in its home"
@@ -58,7 +58,7 @@ def test_wandb_with_a_login_or_offline_is_accepted(
     for name, text in files.items():
         (home / name).parent.mkdir(exist_ok=True)
         (home / name).write_text(text)
-    validate_loggers(resolve("nam56r_tiny", ["wandb_project=p"]))
+    validate_wandb_login(resolve("nam56r_tiny", ["wandb_project=p"]))
 
 
 @pytest.mark.parametrize(
