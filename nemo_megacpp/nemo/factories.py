@@ -20,7 +20,7 @@ from typing import Any, NoReturn, Optional, Union
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.parallel import FIELD_OF, validate_given_once
-from nemo_megacpp.nemo.versions import describe_mismatch, requirement
+from nemo_megacpp.nemo.versions import REQUIREMENT, describe_mismatch
 from nemo_megacpp.preflight import preflight
 from nemo_megacpp.preflight.model import validate_recipe_layout
 from nemo_megacpp.preflight.outputs import new_run_dir, validate_shared
@@ -45,7 +45,7 @@ def _on_nemo_command_line() -> bool:
 
 
 if mismatch := describe_mismatch():
-    _refuse_to_load(f"{requirement()}, but {mismatch}.")
+    _refuse_to_load(f"{REQUIREMENT}, but {mismatch}.")
 try:
     import nemo_run as run
     from nemo.collections import llm
@@ -53,7 +53,7 @@ try:
 
     from nemo_megacpp.nemo.build import to_pretrain
 except Exception as error:
-    _refuse_to_load(f"{requirement()}. They are installed but do not load: {error}")
+    _refuse_to_load(f"{REQUIREMENT}. They are installed but do not load: {error}")
 
 _RANKS = {
     "num_nodes": "nodes; default: the launcher's, or 1",
@@ -179,8 +179,13 @@ def _place(
     """
     if (here := launched()) is not None:
         nodes = here.world_size // here.local_world_size
-        _validate_launched("devices", devices, here.local_world_size)
-        _validate_launched("num_nodes", num_nodes, nodes)
+        found = {"devices": here.local_world_size, "num_nodes": nodes}
+        for name, given in (("devices", devices), ("num_nodes", num_nodes)):
+            if given not in (None, found[name]):
+                raise UserError(
+                    f"{name}={given}, but the launcher has started {found[name]}. Leave {name} "
+                    f"out, or change the launcher's number."
+                )
         validate_shared(recipe.run_dir, nodes)
         devices, num_nodes = here.local_world_size, nodes
     num_nodes = 1 if num_nodes is None else num_nodes
@@ -198,14 +203,6 @@ def _place(
     if num_nodes > 1:
         validate_recipe_layout(recipe, gpus_per_node=devices)
     return recipe, devices, num_nodes
-
-
-def _validate_launched(name: str, asked: Optional[int], found: int) -> None:
-    if asked not in (None, found):
-        raise UserError(
-            f"{name}={asked}, but the launcher has started {found}. Leave {name} out, or change "
-            f"the launcher's number."
-        )
 
 
 _FACTORY = re.compile(r"(?:--factory=)?[\w.]+\((.*)\)", re.DOTALL)

@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.backends import BackendSpecProvider
 from nemo.collections.llm.gpt.model.base import GPTModel, gpt_data_step
-from nemo.lightning import OptimizerModule, io
+from nemo.lightning import io
 
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.mixers.documents import packed_seq_params
@@ -111,15 +111,6 @@ class HybridGPTModel(GPTModel):
 
     _training_loss_reduction: Any
     _validation_loss_reduction: Any
-
-    def __init__(
-        self,
-        config: HybridModelConfig,
-        optim: OptimizerModule | None = None,
-        tokenizer: Any = None,
-        model_transform: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
-    ):
-        super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
 
     @property
     def training_loss_reduction(self) -> HybridLossReduction:

@@ -1,4 +1,4 @@
-"""Where a run writes: its folder and its loggers."""
+"""The outputs of a run: folder, loggers, profile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def validate_run_dir(run_dir: Path, resume: str | None, resumes: bool) -> None:
         resumes: whether ``resume`` was given, even if ``resume=auto`` has found no checkpoint.
 
     Raises:
-        UserError: it cannot be made or written, or holds another run, or newer checkpoints.
+        UserError: it cannot be created or written, or holds another run, or newer checkpoints.
     """
     _validate_writable(run_dir)
     if not resumes and (run_dir / "checkpoints").exists():
@@ -127,15 +127,15 @@ def validate_profile(recipe: Recipe) -> None:
 
 
 def validate_shared(run_dir: str | None, nodes: int) -> None:
-    """Refuse to let each node of a job choose a folder.
+    """Refuse several nodes without a common folder.
 
     Raises:
-        UserError: several nodes, and no folder that all of them write.
+        UserError: ``run_dir`` is not given.
     """
     if nodes > 1 and run_dir is None:
         raise UserError(
-            f"A run on {nodes} nodes needs run_dir=FOLDER, a folder that all nodes see: each node "
-            f"would choose one of its own."
+            f"A run on {nodes} nodes needs run_dir=FOLDER, a folder that all nodes mount: "
+            f"otherwise each node would choose its own."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a moved axis did: by the contract, and in the records of two runs."""
+"""The effect of a moved axis: in the contract, and in the records of two runs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Pair(NamedTuple):
     """A quantity on both sides.
 
     Attributes:
-        name: what it is.
-        a, b: its values; None where a side has none.
+        name: of the quantity.
+        a, b: its values; None where a side does not have it.
     """
 
     name: str
@@ -26,18 +26,18 @@ class Pair(NamedTuple):
 
     @property
     def ratio(self) -> float | None:
-        """``b / a``, where that is a number."""
+        """``b / a``; None if it is not defined."""
         return None if not self.a or self.b is None else self.b / self.a
 
 
 @dataclass(frozen=True)
 class ContractEffect:
-    """Of two plans.
+    """How two plans differ.
 
     Attributes:
-        memory: bytes of each one's fullest rank, by kind.
-        sent: bytes of a step that all ranks send, by group, in all, and between nodes.
-        added, dropped: consequences that only the second, or only the first has.
+        memory: bytes of the fullest rank of each, by kind.
+        sent: bytes that all ranks send in a step: by group, in total, and between nodes.
+        added, dropped: consequences that only the second, or only the first, has.
     """
 
     memory: tuple[Pair, ...]
@@ -48,12 +48,12 @@ class ContractEffect:
 
 @dataclass(frozen=True)
 class RunsEffect:
-    """Of two runs, over the steps that both made.
+    """How two runs differ, over the steps that both recorded.
 
     Attributes:
-        steps: how many steps both recorded with a finite loss.
-        first_step, first: the first of them, and the absolute difference of training loss there:
-            that of the initial weights, if it is the runs' first step.
+        steps: number of steps that both recorded with a finite loss.
+        first_step, first: the first of them, and the absolute difference of training loss there.
+            If it is the runs' first step, the initial weights differ by that.
         last_step: the last of them.
         largest, at_step: largest absolute difference of training loss, in nats, and where.
         mean: mean absolute difference.
@@ -140,7 +140,7 @@ def _finite(values: dict[int, Any]) -> dict[int, float]:
 
 
 def _median(curve: Curve, name: str) -> float | None:
-    """The first step also starts everything up."""
+    """Return the median of a metric, without the first step, which includes initialization."""
     values = [curve.steps[step].get(name) for step in sorted(curve.steps)[1:]]
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None

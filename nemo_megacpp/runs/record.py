@@ -1,11 +1,11 @@
-"""What a run has left behind."""
+"""What a run has written."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_megacpp.checkpoint.identity import read_identity
+from nemo_megacpp.checkpoint.identity import whole_checkpoints
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.runs.curves import Curve, read_curve
@@ -16,14 +16,14 @@ from nemo_megacpp.runs.summary import Summary, summarize
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run has left behind.
+    """What a run has written.
 
     Attributes:
         run_dir: its folder.
         summary, curve, events: what it recorded.
         recipe: what it trained, None for a run that NeMo's own command line started.
         recipe_text: the same as YAML.
-        checkpoints: folders and steps of those that are still there and whole.
+        checkpoints: steps and folders of the complete ones that exist now.
     """
 
     run_dir: Path
@@ -36,10 +36,10 @@ class RunRecord:
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Read what a run has left.
+    """Read what a run has written.
 
     Raises:
-        UserError: the folder is no run with a step, or holds damaged files.
+        UserError: the folder is not a run with a step, or holds damaged files.
     """
     if not run_dir.is_dir():
         what = "is not a folder" if run_dir.exists() else "does not exist"
@@ -64,14 +64,5 @@ def read_run(run_dir: Path) -> RunRecord:
         events,
         recipe=resolve(str(recipe_file)) if known else None,
         recipe_text=recipe_file.read_text(encoding="utf-8") if known else "",
-        checkpoints=_checkpoints(run_dir / "checkpoints"),
+        checkpoints=whole_checkpoints(run_dir / "checkpoints"),
     )
-
-
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        identity = read_identity(path) if path.is_dir() else None
-        if identity is not None:
-            found.append((int(identity["step"]), path))
-    return sorted(found)
