@@ -81,6 +81,7 @@ class RunRecorder(pl.Callback, IOMixin):
         self.run_dir = Path(run_dir)
         self.log_interval = log_interval
         self.resumed = resumed
+        self._job = job_process(bool(launched()))  # later, NeMo may set a launcher's variables
         self._step_began = 0.0
         self._heldout: Optional[float] = None  # noqa: UP045
         self._throughput: Any = None
@@ -94,7 +95,7 @@ class RunRecorder(pl.Callback, IOMixin):
                 "layout": actual_layout(pl_module.config, ranks).describe(),
                 "ranks": ranks,
                 "max_steps": trainer.max_steps,
-                "startup_seconds": round(time.time() - job_process(bool(launched())).create_time()),
+                "startup_seconds": round(time.time() - self._job.create_time()),
             }
             if self.resumed is not None:
                 details["checkpoint"] = self.resumed
@@ -175,10 +176,9 @@ class RunRecorder(pl.Callback, IOMixin):
             lost = f"Steps lost since the checkpoint of step {saved}: {step - saved}."
             how = f"resume=auto run_dir={self.run_dir}" if newest else f"resume={checkpoint}"
             resume = f" To resume, repeat the command with {how}."
-        pid = job_process(bool(launched())).pid
         return (
             f"Interrupted at step {step}. {lost}{resume} To stop a run with a checkpoint, send "
-            f"SIGTERM (here: kill {pid}) instead of Ctrl-C."
+            f"SIGTERM (here: kill {self._job.pid}) instead of Ctrl-C."
         )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
