@@ -81,7 +81,9 @@ class RunRecorder(pl.Callback, IOMixin):
         self.run_dir = Path(run_dir)
         self.log_interval = log_interval
         self.resumed = resumed
-        self._job = job_process(bool(launched()))  # later, NeMo may set a launcher's variables
+        # Not later, when NeMo may have set a launcher's variables. NeMo copies callbacks: plain data.
+        job = job_process(bool(launched()))
+        self._job_pid, self._job_began = job.pid, job.create_time()
         self._step_began = 0.0
         self._heldout: Optional[float] = None  # noqa: UP045
         self._throughput: Any = None
@@ -95,7 +97,7 @@ class RunRecorder(pl.Callback, IOMixin):
                 "layout": actual_layout(pl_module.config, ranks).describe(),
                 "ranks": ranks,
                 "max_steps": trainer.max_steps,
-                "startup_seconds": round(time.time() - self._job.create_time()),
+                "startup_seconds": round(time.time() - self._job_began),
             }
             if self.resumed is not None:
                 details["checkpoint"] = self.resumed
@@ -178,7 +180,7 @@ class RunRecorder(pl.Callback, IOMixin):
             resume = f" To resume, repeat the command with {how}."
         return (
             f"Interrupted at step {step}. {lost}{resume} To stop a run with a checkpoint, send "
-            f"SIGTERM (here: kill {self._job.pid}) instead of Ctrl-C."
+            f"SIGTERM (here: kill {self._job_pid}) instead of Ctrl-C."
         )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

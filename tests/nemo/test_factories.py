@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fiddle
 import pytest
 
 from nemo_megacpp.data.prepared import PreparedData
@@ -190,6 +192,7 @@ def test_a_list_travels_as_a_factorys_parameter(factories: Any, here: Path) -> N
     profiler = task.trainer.callbacks[-1]
     assert (profiler.start, profiler.end, profiler.ranks) == (10, 12, [0, 1])
     assert profiler.folder == f"{task.log.explicit_log_dir}/profile"
+    copy.deepcopy(fiddle.build(task.trainer.callbacks))  # as NeMo's trainer does
 
 
 def test_nemos_own_names(factories: Any, here: Path) -> None:
