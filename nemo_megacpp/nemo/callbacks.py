@@ -81,7 +81,7 @@ class RunRecorder(pl.Callback, IOMixin):
         self.run_dir = Path(run_dir)
         self.log_interval = log_interval
         self.resumed = resumed
-        # Not later, when NeMo may have set a launcher's variables. NeMo copies callbacks: plain data.
+        # Not later: NeMo may set a launcher's variables. Plain data, as NeMo copies callbacks.
         job = job_process(bool(launched()))
         self._job_pid, self._job_began = job.pid, job.create_time()
         self._step_began = 0.0
