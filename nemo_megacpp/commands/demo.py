@@ -18,6 +18,6 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: Namespace) -> int:
-    from nemo_megacpp.nemo.demo import demo
+    from nemo_megacpp.nemo.resume_demo import demo
 
     return demo(args.out)

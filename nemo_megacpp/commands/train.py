@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     recipe = read_recipe(args)  # a typing error is reported before NeMo's import, which takes long
-    from nemo_megacpp.nemo.train import train_recipe
+    from nemo_megacpp.nemo.start import train_recipe
 
     train_recipe(recipe, dry_run=args.dry_run)
     return 0

@@ -27,9 +27,10 @@ from nemo_megacpp.contract.memory import (
     saved_bytes,
     stage_memory,
 )
-from nemo_megacpp.contract.pipeline_cuts import choose_cuts, work_of, work_weight
+from nemo_megacpp.contract.pipeline_cuts import choose_cuts, work_weight
 from nemo_megacpp.contract.stages import BuiltParameter, BuiltStage, ComposedStages
 from nemo_megacpp.contract.traffic import traffic, whole_step
+from nemo_megacpp.contract.work import work_of
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ModelShape, ParallelLayout
 from nemo_megacpp.pattern import Family, HybridPattern

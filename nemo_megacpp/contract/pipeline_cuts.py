@@ -15,23 +15,17 @@ The rules, in order:
 All of it is exact, by dynamic programming over layers and chunks. With virtual stages the chunk is
 balanced, because in the interleaved schedule every turn waits for the heaviest chunk.
 
-A chunk's weight is its work: floating-point operations of the forward pass, for one token, in the
-whole model. The backward pass doubles all of them alike, and TP, CP and EP divide them by the same
-degrees in every stage, so that only their proportions matter. Counted are two operations for each
-weight that a token meets (of the routed experts the share that it is sent to), and the mixing of
-tokens. Not counted is what takes time without arithmetic: norms, routing, communication, and the
-sequential steps of R's recurrence.
+A chunk's weight is its work (:mod:`nemo_megacpp.contract.work`): floating-point operations of the
+forward pass, for one token, in the whole model. The backward pass doubles all of them alike, and
+TP, CP and EP divide them by the same degrees in every stage, so only their proportions matter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 
-from nemo_megacpp.contract.stages import BuiltParameter
-from nemo_megacpp.families import block_of
-from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.pattern import Family
 
 Weight = Callable[[int, int, int], int]
@@ -151,28 +145,3 @@ def _plan(
             used -= seam[first]
         end = first
     return least, tuple(reversed(cuts))
-
-
-def work_of(sizes: Sizes, places: Mapping[str, Sequence[BuiltParameter]]) -> dict[str, int]:
-    """Return the operations per token of each place.
-
-    Args:
-        sizes: of the model on one rank, without any parallelism.
-        places: the whole parameters of one layer of each family, by letter, of ``embedding`` and
-            of ``head``.
-    """
-    work = {place: _matrices(sizes, parameters) for place, parameters in places.items()}
-    work["embedding"] = sizes.h  # the look-up: one addition per element of its gradient
-    if sizes.config.share_embeddings_and_output_weights:
-        work["head"] = 2 * sizes.vocabulary * sizes.h
-    for letter in {*sizes.letters}:
-        mixing = block_of(Family(letter)).mixing
-        work[letter] += 0 if mixing is None else mixing(sizes)
-    return work
-
-
-def _matrices(sizes: Sizes, parameters: Sequence[BuiltParameter]) -> int:
-    matrices = [p for p in parameters if len(p.local_shape) > 1]
-    routed = sum(p.numel for p in matrices if p.is_expert)
-    others = sum(p.numel for p in matrices if not p.is_expert)
-    return 2 * others + (2 * routed * sizes.topk // sizes.experts if routed else 0)

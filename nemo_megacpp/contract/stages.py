@@ -147,13 +147,19 @@ def build_rank(job: Job, rank: int) -> BuiltStage:
         return BuiltStage(
             place.pp,
             tuple(
-                _read(chunk, layout.chunk_index(place.pp, virtual))
+                read_chunk(chunk, layout.chunk_index(place.pp, virtual))
                 for virtual, chunk in enumerate(chunks)
             ),
         )
 
 
-def _read(chunk: Any, index: int) -> BuiltChunk:
+def read_chunk(chunk: Any, index: int = 0) -> BuiltChunk:
+    """Return what a rank holds of a built model chunk.
+
+    Args:
+        chunk: without the wrappers of data parallelism and of precision.
+        index: in the order of depth.
+    """
     shapes: dict[int, tuple[int, tuple[int, ...]]] = {}
     state = chunk.sharded_state_dict(prefix="", metadata=sharding_metadata())
     for item in nested_values(state):

@@ -88,14 +88,16 @@ class Sizes:
 
     Attributes:
         job: the job.
+        built: the model's configuration, where one is built already.
     """
 
     job: Job
+    built: HybridConfig | None = None
 
     @cached_property
     def config(self) -> HybridConfig:
         """The model's configuration in the job's layout."""
-        return self.job.config()
+        return self.built or self.job.config()
 
     @property
     def letters(self) -> str:

@@ -19,7 +19,7 @@ from nemo_megacpp.megatron_args.model_options import model_options
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
-from nemo_megacpp.preflight.outputs import validate_loggers
+from nemo_megacpp.preflight.outputs import validate_loggers, validate_profile
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.training import Training
 
@@ -46,10 +46,12 @@ _TRAINING_OPTIONS = {
     "log_interval": ("--log-interval",),
     "seed": ("--seed",),
 }
+_PROFILE_OPTIONS = ("profile_step_start", "profile_step_end", "profile_ranks")
 _OTHER_TRAINING = frozenset(
     (
         *("precision", "use_distributed_optimizer", "lr_warmup_init", "lr_wsd_decay_style"),
-        *("tensorboard", "wandb_project", "wandb_name"),
+        *("tensorboard", "wandb_project", "wandb_name", "use_pytorch_profiler"),
+        *_PROFILE_OPTIONS,
     )
 )
 """They are written in another form."""
@@ -72,6 +74,7 @@ def megatron_arguments(
     """
     validate_recipe_layout(recipe)
     validate_loggers(recipe)
+    validate_profile(recipe)
     validate_model(recipe, device)
     recipe, sources = open_data(recipe)
     config = validate_model(recipe, device)
@@ -119,6 +122,8 @@ def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
                     f"pipeline stage {stage} of {len(stages)} without an E block: the script's log "
                     f"of auxiliary losses would sum tensors of unequal sizes"
                 )
+    if training.use_pytorch_profiler and not training.tensorboard:
+        found.append("use_pytorch_profiler with tensorboard=false: its traces go to that folder")
     known = {*_TRAINING_OPTIONS, *_OTHER_TRAINING}
     return found + [
         f"{field.name}={getattr(training, field.name)!r}"
@@ -175,6 +180,12 @@ def _training(training: Training) -> list[str]:
         words += ["--lr-warmup-init", str(training.first_lr)]
     if training.lr_decay_style == "WSD":
         words += ["--lr-wsd-decay-style", training.lr_wsd_decay_style]
+    if training.use_pytorch_profiler:
+        words += ["--profile", "--use-pytorch-profiler"]
+        for name in _PROFILE_OPTIONS:
+            value = getattr(training, name)
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     if training.use_distributed_optimizer:
         words.append("--use-distributed-optimizer")
     return words

@@ -1,32 +1,39 @@
 """NeMo recipe factories: ``nemo llm pretrain --factory nam56r``.
 
 The entry point group ``nemo_run.cli`` leads NeMo's command line here. A factory resolves a recipe
-of the catalogue, checks it as ``nemo-megacpp train`` does, and returns its NeMo-Run configuration.
+of the catalogue, validates it as ``nemo-megacpp train`` does, and returns its NeMo-Run
+configuration. All factories have the same parameters: the settings of a run, the degrees, and how
+many ranks to start.
 """
 
-# NeMo-Run reads a command-line value by its parameter's annotation at run time, and knows
-# Optional[int], but neither "int | None" nor postponed annotations.
 # ruff: noqa: UP007, UP045
 
 import dataclasses
 import inspect
+import re
 import sys
-from collections.abc import Callable
+import textwrap
+import typing
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Optional, Union
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.nemo.versions import describe_mismatch, requirement
-from nemo_megacpp.nemo.words import validate_not_repeated
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.layout.parallel import FIELD_OF, validate_given_once
+from nemo_megacpp.nemo.versions import REQUIREMENT, describe_mismatch
 from nemo_megacpp.preflight import preflight
 from nemo_megacpp.preflight.model_checks import validate_recipe_layout
 from nemo_megacpp.preflight.outputs import new_run_dir, validate_shared
 from nemo_megacpp.recipes.catalog import CATALOG
+from nemo_megacpp.recipes.describe import RUN_SETTINGS, meanings
+from nemo_megacpp.recipes.names import validate_not_empty
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping
+from nemo_megacpp.recipes.training import Training
 from nemo_megacpp.runtime.launch import launched
 
 
 def _refuse_to_load(reason: str) -> NoReturn:
-    """Say why there are no factories: NeMo-Run would go on to "No matching factory found"."""
+    """Say why there are no factories: NeMo-Run would report "No matching factory found"."""
     if _on_nemo_command_line() and any(name in word for word in sys.argv[1:] for name in CATALOG):
         print(f"nemo_megacpp: {reason}", file=sys.stderr)
         sys.exit(2)
@@ -34,15 +41,12 @@ def _refuse_to_load(reason: str) -> NoReturn:
 
 
 def _on_nemo_command_line() -> bool:
-    """Say whether this is the program ``nemo``, the only one that imports this module of NeMo-Run.
-
-    It makes exit code 1 of any exception; a script that calls a factory wants the exception.
-    """
+    """Return whether this is the program ``nemo``, which turns any exception into exit code 1."""
     return "nemo_run.__main__" in sys.modules
 
 
 if mismatch := describe_mismatch():
-    _refuse_to_load(f"{requirement()}, but {mismatch}.")
+    _refuse_to_load(f"{REQUIREMENT}, but {mismatch}.")
 try:
     import nemo_run as run
     from nemo.collections import llm
@@ -50,148 +54,83 @@ try:
 
     from nemo_megacpp.nemo.pretrain_task import to_pretrain
 except Exception as error:
-    _refuse_to_load(f"{requirement()}. They are installed but do not load: {error}")
+    _refuse_to_load(f"{REQUIREMENT}. They are installed but do not load: {error}")
+
+_RANKS = {
+    "num_nodes": "nodes; default: the launcher's, or 1",
+    "devices": "ranks per node; default: the launcher's, or what the layout needs",
+    "num_gpus_per_node": "devices, as NeMo's recipes name it",
+}
+_NEMO_NAMES = (
+    *("tensor_parallelism", "sequence_parallelism", "context_parallelism"),
+    *("pipeline_parallelism", "virtual_pipeline_parallelism", "expert_parallelism"),
+    "expert_tensor_parallelism",
+)
+_WIDTH = 54
+"""Of the docstrings' lines: ``nemo llm pretrain --help --docs`` cuts longer ones."""
 
 
-def factory_parameters(
-    *,
-    tensor_model_parallel_size: Optional[int] = None,
-    sequence_parallel: Optional[bool] = None,
-    context_parallel_size: Optional[int] = None,
-    pipeline_model_parallel_size: Optional[int] = None,
-    virtual_pipeline_model_parallel_size: Optional[int] = None,
-    expert_model_parallel_size: Optional[int] = None,
-    expert_tensor_parallel_size: Optional[int] = None,
-    tensor_parallelism: Optional[int] = None,
-    sequence_parallelism: Optional[bool] = None,
-    context_parallelism: Optional[int] = None,
-    pipeline_parallelism: Optional[int] = None,
-    virtual_pipeline_parallelism: Optional[int] = None,
-    expert_parallelism: Optional[int] = None,
-    expert_tensor_parallelism: Optional[int] = None,
-    num_nodes: Optional[int] = None,
-    devices: Optional[int] = None,
-    num_gpus_per_node: Optional[int] = None,
-    max_steps: Optional[int] = None,
-    stop_after: Optional[int] = None,
-    micro_batch_size: Optional[int] = None,
-    global_batch_size: Optional[int] = None,
-    seq_length: Optional[int] = None,
-    lr: Optional[float] = None,
-    min_lr: Optional[float] = None,
-    warmup_steps: Optional[int] = None,
-    lr_warmup_init: Optional[float] = None,
-    lr_decay_style: Optional[str] = None,
-    lr_wsd_decay_steps: Optional[int] = None,
-    lr_wsd_decay_style: Optional[str] = None,
-    weight_decay: Optional[float] = None,
-    adam_beta1: Optional[float] = None,
-    adam_beta2: Optional[float] = None,
-    adam_eps: Optional[float] = None,
-    clip_grad: Optional[float] = None,
-    use_distributed_optimizer: Optional[bool] = None,
-    precision: Optional[str] = None,
-    val_check_interval: Optional[int] = None,
-    limit_val_batches: Optional[int] = None,
-    save_interval: Optional[int] = None,
-    keep_latest: Optional[int] = None,
-    keep_every: Optional[int] = None,
-    async_save: Optional[bool] = None,
-    log_interval: Optional[int] = None,
-    tensorboard: Optional[bool] = None,
-    wandb_project: Optional[str] = None,
-    wandb_name: Optional[str] = None,
-    seed: Optional[int] = None,
-    data: Optional[Union[dict[str, float], list[str], str]] = None,
-    tokenizer: Optional[str] = None,
-    packed_documents: Optional[bool] = None,
-    run_dir: Optional[str] = None,
-    resume: Optional[str] = None,
-    init_from: Optional[str] = None,
-    verify_checkpoint: Optional[bool] = None,
-) -> dict[str, Any]:
-    """Return the parameters that are given: one signature and one text for every factory.
+def _parameters() -> dict[str, tuple[Any, str]]:
+    """Return type and meaning of every parameter of a factory, by name."""
+    types, known = typing.get_type_hints(Training), meanings()
+    degrees = {f.name: bool if f.name.startswith("sequence") else int for f in _degrees()}
+    found: dict[str, tuple[Any, str]] = {
+        name: (kind, "Megatron's field; default: the recipe's") for name, kind in degrees.items()
+    }
+    found["sequence_parallel"] = (bool, "TP's activation layout; default: on where TP > 1")
+    for name in _NEMO_NAMES:
+        found[name] = (degrees[FIELD_OF[name]], f"{FIELD_OF[name]}, as NeMo's recipes name it")
+    found |= {name: (int, meaning) for name, meaning in _RANKS.items()}
+    found["seq_length"] = (int, "tokens per row")
+    found |= {name: (str, meaning) for name, meaning in RUN_SETTINGS.items()}
+    found["data"] = (Union[dict[str, float], list[str], str], RUN_SETTINGS["data"])
+    return found | {name: (types[name], meaning) for name, meaning in known.items()}
 
-    Args:
-        tensor_model_parallel_size: TP. None, here and below: the recipe's own value.
-        sequence_parallel: TP's activation layout. None: on where TP is given and above 1.
-        context_parallel_size: CP.
-        pipeline_model_parallel_size: PP.
-        virtual_pipeline_model_parallel_size: chunks of the model per pipeline stage.
-        expert_model_parallel_size: EP.
-        expert_tensor_parallel_size: ETP, TP of each expert.
-        tensor_parallelism: TP as NeMo's recipes name it; the next six likewise.
-        sequence_parallelism: SP.
-        context_parallelism: CP.
-        pipeline_parallelism: PP.
-        virtual_pipeline_parallelism: chunks per stage.
-        expert_parallelism: EP.
-        expert_tensor_parallelism: ETP.
-        num_nodes: nodes. None: the launcher's; 1 without a launcher.
-        devices: ranks per node. None: the launcher's; what the layout needs without one.
-        num_gpus_per_node: ``devices`` as NeMo's recipes name it.
-        max_steps: optimizer steps, and the length of the learning-rate schedule.
-        stop_after: save and stop after this step, leaving the rest to a resume.
-        micro_batch_size: rows of ``seq_length`` tokens per forward pass.
-        global_batch_size: rows per optimizer step.
-        seq_length: tokens per row.
-        lr: peak learning rate.
-        min_lr: final learning rate.
-        warmup_steps: steps of linear warm-up.
-        lr_warmup_init: learning rate of its first step. None: lr / (warmup_steps + 1).
-        lr_decay_style: Megatron's schedule after it: constant, linear, cosine or WSD.
-        lr_wsd_decay_steps: with WSD, the last steps, in which the learning rate decays.
-        lr_wsd_decay_style: how it then decays: exponential, linear, cosine or minus_sqrt.
-        weight_decay: AdamW weight decay.
-        adam_beta1: AdamW beta1.
-        adam_beta2: AdamW beta2.
-        adam_eps: AdamW epsilon.
-        clip_grad: bound on the gradient's norm.
-        use_distributed_optimizer: shard optimizer state over data-parallel ranks.
-        precision: ``fp32`` or ``bf16``.
-        val_check_interval: steps between evaluations on held-out data.
-        limit_val_batches: global batches per evaluation.
-        save_interval: steps between checkpoints.
-        keep_latest: newest checkpoints to keep. None: all.
-        keep_every: steps whose multiples are kept beside them. None: none.
-        async_save: write checkpoints in the background. None: no.
-        log_interval: steps between progress lines.
-        tensorboard: write TensorBoard files. None: yes.
-        wandb_project: Weights & Biases project to log to. None: it is not used.
-        wandb_name: name of the run in Weights & Biases. None: the run folder's.
-        seed: seed of weights and data order.
-        data: folder of ``nemo-megacpp data prepare``, or a blend: a list of folders, weights by
-            folder, or Megatron's ``0.7 code 0.3 prose``. None: the built-in corpus.
-        tokenizer: folder of the tokenizer that the data must have been made with. None: its own.
-        packed_documents: start attention, M and R anew at each document of a row. None: no.
-        run_dir: where the run writes. None: a new folder under ``runs/``.
-        resume: checkpoint or run folder to resume, or ``auto`` for the newest in ``run_dir``.
-        init_from: checkpoint or run folder whose weights a new run starts from, at step 0.
-        verify_checkpoint: compare every byte of it with its manifest first. None: yes.
 
-    Returns:
-        Configuration of ``llm.pretrain``.
+def _degrees() -> list[Any]:
+    return [f for f in dataclasses.fields(ParallelLayout) if f.name != "world_size"]
 
-    Raises:
-        UserError: for an illegal layout, data or checkpoint; on NeMo's command line, exit code 2.
-    """
-    return {name: value for name, value in locals().items() if value is not None}
+
+def _optional(kind: Any) -> Any:
+    """Return a type as NeMo-Run parses it: ``Optional[int]``, where it rejects ``int | None``."""
+    options = [t for t in typing.get_args(kind) if t is not type(None)]
+    is_union = typing.get_origin(kind) not in (list, dict, typing.Literal)
+    return Optional[Union[tuple(options)]] if options and is_union else Optional[kind]
+
+
+PARAMETERS = _parameters()
+_SIGNATURE = inspect.Signature(
+    [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, (given, _) in PARAMETERS.items()
+        for kind in [_optional(given)]
+    ],
+    return_annotation=run.Partial,
+)
+
+
+def _docstring(summary: str) -> str:
+    """Return a docstring of Google's form for a factory."""
+    lines = [*textwrap.wrap(f"Pre-train {summary}.", _WIDTH), "", "Args:"]
+    for name, (_, meaning) in PARAMETERS.items():
+        entry = textwrap.wrap(f"{name}: {meaning}.", _WIDTH - 4, subsequent_indent="    ")
+        lines += [f"    {line}" for line in entry]
+    return "\n".join(lines)
 
 
 def _factory(name: str) -> Callable[..., run.Partial]:
     """Return the factory of recipe ``name``, registered with NeMo-Run."""
 
     def factory(**settings: Any) -> run.Partial:
-        return _pretrain(name, **factory_parameters(**settings))
+        _SIGNATURE.bind(**settings)
+        return _pretrain(name, **{k: v for k, v in settings.items() if v is not None})
 
     factory.__name__ = factory.__qualname__ = name
-    factory.__annotations__ = {**factory_parameters.__annotations__, "return": run.Partial}
-    # NeMo-Run reads names and types of parameters from the signature.
-    factory.__signature__ = inspect.signature(factory_parameters).replace(  # type: ignore[attr-defined]
-        return_annotation=run.Partial
-    )
-    _, rest = (factory_parameters.__doc__ or "").split("\n", 1)
-    factory.__doc__ = f"Pre-train {CATALOG[name].summary}.\n{rest}"
+    # NeMo-Run reads names and types of parameters from these.
+    factory.__annotations__ = {name: p.annotation for name, p in _SIGNATURE.parameters.items()}
+    factory.__annotations__["return"] = run.Partial
+    factory.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
+    factory.__doc__ = _docstring(CATALOG[name].summary)
     return run.cli.factory(factory, target=llm.pretrain, name=name)
 
 
@@ -235,15 +174,19 @@ def _pretrain(
 def _place(
     recipe: Recipe, devices: Optional[int], num_nodes: Optional[int]
 ) -> tuple[Recipe, int, int]:
-    """Lay the ranks out on nodes: the launcher's way if there is one, else as asked.
+    """Return the recipe with its number of ranks settled, ranks per node, and nodes.
 
-    Returns:
-        The recipe with its world settled, ranks per node, nodes.
+    A launcher decides on the ranks, if there is one.
     """
     if (here := launched()) is not None:
         nodes = here.world_size // here.local_world_size
-        _validate_launched("devices", devices, here.local_world_size)
-        _validate_launched("num_nodes", num_nodes, nodes)
+        found = {"devices": here.local_world_size, "num_nodes": nodes}
+        for name, given in (("devices", devices), ("num_nodes", num_nodes)):
+            if given not in (None, found[name]):
+                raise UserError(
+                    f"{name}={given}, but the launcher has started {found[name]}. Leave {name} "
+                    f"out, or change the launcher's number."
+                )
         validate_shared(recipe.run_dir, nodes)
         devices, num_nodes = here.local_world_size, nodes
     num_nodes = 1 if num_nodes is None else num_nodes
@@ -263,9 +206,32 @@ def _place(
     return recipe, devices, num_nodes
 
 
-def _validate_launched(name: str, asked: Optional[int], found: int) -> None:
-    if asked not in (None, found):
-        raise UserError(
-            f"{name}={asked} was asked for, and the launcher has started {found}. Leave {name} "
-            f"out, or start the job otherwise."
-        )
+_FACTORY = re.compile(r"(?:--factory=)?[\w.]+\((.*)\)", re.DOTALL)
+_SETTING = re.compile(r"[\w.\[\]]+=")  # not +=, which may be repeated
+
+
+def validate_not_repeated(words: Iterable[str]) -> None:
+    """Refuse a parameter, or an override in dots, that is given twice or empty.
+
+    NeMo's command line uses the last of two without a message.
+
+    Args:
+        words: ``--factory``, ``"nam56r(max_steps=20, data=…)"``, ``trainer.max_steps=2``, ….
+
+    Raises:
+        UserError: with both spellings.
+    """
+    overrides: dict[str, str] = {}
+    for word in words:
+        if factory := _FACTORY.fullmatch(word.strip()):
+            parameters: dict[str, str] = {}
+            for entry in factory[1].split(","):  # as NeMo-Run splits it
+                key, separator, value = (part.strip() for part in entry.partition("="))
+                if separator:
+                    name = FIELD_OF.get(key, key)
+                    validate_not_empty(name, key, value)
+                    validate_given_once(name, f"{key}={value}", parameters)
+        elif _SETTING.match(word):
+            key, _, value = word.partition("=")
+            validate_not_empty(key, key, value)
+            validate_given_once(key, word, overrides)

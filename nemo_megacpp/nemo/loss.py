@@ -1,4 +1,4 @@
-"""The mean that a run trains on: the same number, and the same gradients, in every layout."""
+"""The training loss: the same mean, and the same gradients, in every layout."""
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
@@ -16,14 +16,14 @@ _RECORD = "loss_sum_and_ub_size"
 class HybridLossReduction(MaskedTokenLossReduction):
     """Masked mean of the token losses, for any loss mask over any context-parallel split.
 
-    Without ``calculate_per_token_loss`` a microbatch counts by the mean over its unmasked tokens,
-    wherever they lie, and a step by the mean over the microbatches of the global batch. With it, a
-    step counts by the mean over all unmasked tokens of the global batch. Neither depends on the
-    layout, because a microbatch is ``micro_batch_size`` consecutive rows in all of them.
+    Without ``calculate_per_token_loss`` the loss of a step is the mean over microbatches of the
+    mean over their unmasked tokens. With it, it is the mean over all unmasked tokens of the global
+    batch. Neither depends on the layout, because a microbatch is ``micro_batch_size`` consecutive
+    rows in all of them.
 
     NeMo's ``MaskedTokenLossReduction``, like the loss function of Megatron's scripts, divides by
-    the tokens of one context-parallel rank and averages the ranks: another mean as soon as a mask
-    covers unequal parts of their shares.
+    the unmasked tokens of one context-parallel rank and averages over the ranks. That is another
+    mean as soon as the ranks have different numbers of them.
 
     Args:
         per_token: whether the model has ``calculate_per_token_loss``.

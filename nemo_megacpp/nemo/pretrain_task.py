@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nemo_run as run
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
@@ -14,18 +14,18 @@ from nemo.collections import llm
 
 from nemo_megacpp.checkpoint.folder import find_weights
 from nemo_megacpp.data.builtin import builtin_folder
-from nemo_megacpp.nemo.callbacks import RunRecorder
+from nemo_megacpp.nemo.callbacks import RunFolderWandbLogger, RunRecorder
 from nemo_megacpp.nemo.checkpointing import HybridCheckpoint
-from nemo_megacpp.nemo.data import HybridDataModule
-from nemo_megacpp.nemo.events import EventRecorder
+from nemo_megacpp.nemo.data_module import HybridDataModule
+from nemo_megacpp.nemo.hybrid_gpt import HybridGPTModel, HybridModelConfig
 from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
 from nemo_megacpp.nemo.lr_schedule import MegatronScheduler
-from nemo_megacpp.nemo.model import HybridModel, HybridModelConfig
+from nemo_megacpp.nemo.profiler import StepProfiler
 from nemo_megacpp.nemo.stops import StopAfter, StopOnNonFinite, StopOnSigterm
 from nemo_megacpp.nemo.strategy import HybridStrategy
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.views import dtype_of, model_settings
-from nemo_megacpp.runs.run_folder import METRICS_FILE
+from nemo_megacpp.runs.run_folder import PROFILE_FOLDER
 from nemo_megacpp.runtime.host import current_host
 
 
@@ -42,7 +42,7 @@ def to_pretrain(recipe: Recipe, run_dir: Path, *, devices: int, num_nodes: int =
     model = run.Config(HybridModelConfig, **model_settings(recipe, device))
     return run.Partial(
         llm.pretrain,
-        model=run.Config(HybridModel, config=model),
+        model=run.Config(HybridGPTModel, config=model),
         data=_data_module(recipe),
         trainer=run.Config(
             nl.Trainer,
@@ -155,15 +155,28 @@ def _optimizer(recipe: Recipe) -> run.Config:
 
 def _callbacks(recipe: Recipe, run_dir: Path) -> list[run.Config]:
     training = recipe.training
-    metrics = str(run_dir / METRICS_FILE)
     callbacks = [
-        run.Config(RunRecorder, path=metrics, log_interval=training.log_interval),
-        run.Config(EventRecorder, run_dir=str(run_dir), resumed=recipe.resume),
+        run.Config(
+            RunRecorder,
+            run_dir=str(run_dir),
+            log_interval=training.log_interval,
+            resumed=recipe.resume,
+        ),
         run.Config(StopOnNonFinite),
         run.Config(StopOnSigterm, run_dir=str(run_dir)),
     ]
     if training.stop_after is not None:
         callbacks.append(run.Config(StopAfter, step=training.stop_after))
+    if training.use_pytorch_profiler:
+        callbacks.append(
+            run.Config(
+                StepProfiler,
+                folder=str(run_dir / PROFILE_FOLDER),
+                start=training.profile_step_start,
+                end=training.profile_step_end,
+                ranks=training.profile_ranks,
+            )
+        )
     return callbacks
 
 
@@ -181,10 +194,10 @@ def _logger(recipe: Recipe, run_dir: Path) -> run.Config:
         ),
         wandb=(
             run.Config(
-                WandbLogger,
+                RunFolderWandbLogger,
                 project=training.wandb_project,
                 name=training.wandb_name or run_dir.name,
-                save_dir=".",
+                save_dir=str(run_dir),
             )
             if training.wandb_project is not None
             else None

@@ -7,7 +7,7 @@ its microbatches, our data step, forward step and loss reduction. ``docs/verify.
 differs from a user's run, each with its reason.
 """
 
-import nemo_megacpp.nemo.quietly  # noqa: F401  # isort: skip  (before NeMo is imported below)
+import nemo_megacpp.nemo.quiet_import  # noqa: F401  # isort: skip  (before NeMo is imported below)
 
 import contextlib
 import dataclasses
@@ -26,10 +26,10 @@ from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 from nemo.lightning.io import IOMixin
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.model import HybridModelConfig
+from nemo_megacpp.nemo.hybrid_gpt import HybridModelConfig
 from nemo_megacpp.nemo.pretrain_task import to_pretrain
 from nemo_megacpp.nemo.proof_probe import Done, Probe
-from nemo_megacpp.nemo.quietly import quiet_libraries
+from nemo_megacpp.nemo.quiet_import import quiet_libraries
 from nemo_megacpp.proof.case_kernels import kernels_here, use_kernels
 from nemo_megacpp.proof.case_runner import TrainingPath
 from nemo_megacpp.proof.gather import GlobalValues

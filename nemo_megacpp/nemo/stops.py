@@ -1,4 +1,4 @@
-"""What ends a run before its last step: a set step, SIGTERM, NaN or Inf."""
+"""What ends a run before its last step: a chosen step, SIGTERM, NaN or Inf."""
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
@@ -22,27 +22,21 @@ class StopAfter(pl.Callback, IOMixin):
         self.step = step
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         if trainer.global_step >= self.step:
             trainer.should_stop = True
 
 
 class StopOnSigterm(pl.Callback, IOMixin):
-    """Stop after the step in which SIGTERM has reached any rank; the checkpoint follows.
+    """Save and stop after the step in which SIGTERM has reached any rank.
 
-    An evaluation is broken off, as it may take longer than the time that a scheduler leaves.
-
-    In place of NeMo's ``PreemptionCallback``, which looks at rank 0 alone, saves only where a
-    ``-last`` checkpoint is asked for, and ends the process in the middle of its callbacks.
+    An evaluation is cut short, as it may take longer than the time that a scheduler leaves.
+    NeMo's ``PreemptionCallback`` looks at rank 0 alone, saves only where a ``-last`` checkpoint is
+    configured, and ends the process in the middle of its callbacks.
 
     Args:
-        run_dir: the run's folder, whose record says so.
+        run_dir: the run's folder, which records it.
     """
 
     def __init__(self, run_dir: str) -> None:
@@ -50,36 +44,15 @@ class StopOnSigterm(pl.Callback, IOMixin):
         self.stopping = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen here too: Lightning has taken the signal, to raise before anything is saved."""
+        """Listen again: Lightning has set a handler of its own, which raises before a save."""
         stopping.listen()
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        self._obey(trainer)
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._obey(trainer)
-        if self.stopping:
-            raise StopIteration  # by which Lightning's loop knows the end of its data
-
-    def _obey(self, trainer: pl.Trainer) -> None:
-        asked = torch.tensor(int(stopping.stop_asked()), device=torch.cuda.current_device())
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        if not asked.item():
+        here = torch.tensor(int(stopping.stop_asked()), device=torch.cuda.current_device())
+        torch.distributed.all_reduce(here, torch.distributed.ReduceOp.MAX)
+        if not here.item():
             return
         self.stopping = trainer.should_stop = True
         trainer.limit_val_batches = 0  # Lightning would evaluate before it stops
@@ -87,36 +60,38 @@ class StopOnSigterm(pl.Callback, IOMixin):
             print(f"step {trainer.global_step:>5}  SIGTERM: saving, then stopping", flush=True)
             record_event(self.run_dir, "sigterm", trainer.global_step)
 
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        self.on_train_batch_end(trainer, pl_module)
+        if self.stopping:
+            raise StopIteration  # which Lightning's loop takes for the end of the data
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so when the checkpoint is there: one that is saved in the background is awaited."""
+        """Print the end after the checkpoint is complete, if it is saved in the background too."""
         if self.stopping and trainer.is_global_zero:
             print("stopped by SIGTERM; resume it with resume=auto", flush=True)
 
 
 class StopOnNonFinite(pl.Callback, IOMixin):
-    """Stop with an error, before anything is saved, when loss or gradient norm is no number.
+    """Stop with an error, before anything is saved, when loss or gradient norm is NaN or Inf.
 
     A gradient that is not finite before it is reduced is found earlier, and on its rank: see
     :meth:`nemo_megacpp.nemo.strategy.HybridStrategy.training_step`.
     """
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         for name, key in (("loss", "reduced_train_loss"), ("gradient norm", "grad_norm")):
             value = trainer.callback_metrics.get(key)
             if value is not None and not math.isfinite(value):
-                raise UserError(told(trainer.global_step, f"the {name} is {float(value)}"))
+                raise non_finite(trainer.global_step, f"the {name} is {float(value)}")
 
 
-def told(step: int, what: str) -> str:
-    """Return the message of a run that ends because of a number."""
-    return (
+def non_finite(step: int, what: str) -> UserError:
+    """Return the error of a run that ends because of NaN or Inf."""
+    return UserError(
         f"Step {step}: {what}. The run stops and saves nothing of this step. Resume an earlier "
         f"checkpoint with a lower lr, or without the data of this step."
     )

@@ -1,4 +1,4 @@
-"""NeMo's Megatron strategy on whatever host there is, resumed exactly."""
+"""NeMo's Megatron strategy, with or without a GPU, with exact resumption."""
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
@@ -36,37 +36,37 @@ from nemo_megacpp.nemo.actual import (
 )
 from nemo_megacpp.nemo.checkpointing import AcrossBackends, AsyncCheckpointIO
 from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
-from nemo_megacpp.nemo.stops import told
+from nemo_megacpp.nemo.stops import non_finite
 from nemo_megacpp.preflight.resume import validate_optimizer_state
 from nemo_megacpp.runtime.host import ensure_host
 from nemo_megacpp.runtime.orphans import bind_helpers
 from nemo_megacpp.settings.validate import validate_config
 
 _NON_FINITE = re.compile(r"^Rank (\d+), .*found (NaN|Inf) in local grad norm", re.DOTALL)
-"""How Megatron's ``check_for_nan_in_grad`` puts it (``rerun_state_machine.py``)."""
+"""The message of Megatron's ``check_for_nan_in_grad`` (``rerun_state_machine.py``)."""
 
 _logger = logging.getLogger(__name__)
 
 
 class HybridStrategy(MegatronStrategy):
-    """``MegatronStrategy`` that prepares its process first, and whose runs go on exactly.
+    """``MegatronStrategy`` that prepares its process first and resumes runs exactly.
 
     However the run was started (our launcher, torchrun, NeMo's command line, a NeMo-Run executor),
-    every rank builds its strategy before it touches a device, so this is where the no-GPU host is
-    put in place when there is no GPU.
+    every rank builds its strategy before it touches a device, so the no-GPU host is installed here
+    if there is no GPU.
 
     NeMo saves no random state. Here each training step begins with the generators as the step
     before has left them, whatever was drawn in between (a data loader draws a seed whenever it is
-    started, for training or validation), and a checkpoint keeps that state.
+    started, for training or validation), and a checkpoint saves that state.
 
     Args:
         seed: of the weights and of dropout; NeMo's own is fixed.
-        kwargs: of ``MegatronStrategy``. ``ckpt_optim_fully_reshardable`` is without effect:
-            optimizer state is always saved so that any layout can load it.
+        kwargs: of ``MegatronStrategy``. ``ckpt_optim_fully_reshardable`` has no effect: optimizer
+            state is always saved so that any layout can load it.
 
     Raises:
-        UserError: another way to keep data-parallel replicas than Megatron's DDP, or a setting of
-            ``ddp`` that is neither proved nor neutral.
+        UserError: FSDP or a DDP other than Megatron's, or a setting of ``ddp`` that is neither
+            proved nor neutral.
     """
 
     def __init__(self, seed: int = 1234, **kwargs: Any):
@@ -99,11 +99,11 @@ class HybridStrategy(MegatronStrategy):
             )
 
     def connect(self, model: Any) -> None:
-        """Take the model, if it can be trained in this layout and on these data.
+        """Validate layout, model and data as they are after NeMo's overrides, and connect.
 
         Raises:
-            UserError: an override has made the layout illegal, or model and data unlike; or
-                a setting is neither proved nor neutral.
+            UserError: an illegal layout, data that do not fit the model, or a setting that is
+                neither proved nor neutral.
         """
         trainer = model.trainer
         layout = actual_layout(self.parallelism, trainer.world_size)
@@ -111,20 +111,20 @@ class HybridStrategy(MegatronStrategy):
         validate_actual(layout, model.config, trainer.datamodule, node)
         if model.optim is not None and not isinstance(model.optim, HybridOptimizer):
             raise UserError(
-                f"optim is a {type(model.optim).__name__}, which Megatron-Core 0.16 or our "
-                f"checkpoints do not know. Legal: HybridOptimizer "
+                f"optim is a {type(model.optim).__name__}, which does not work with Megatron-Core "
+                f"0.16 or our checkpoints. Legal: HybridOptimizer "
                 f"(nemo_megacpp.nemo.hybrid_optimizer)."
             )
         super().connect(model)
-        # The precision plugin and the strategy have by now had their say in all three.
+        # By now the precision plugin and the strategy have changed all three.
         validate_training(model.config, self.ddp_config, model.optim)
 
     def setup_distributed(self) -> None:
-        """Start the process groups, or use the caller's default one; then seed this rank."""
+        """Start the process groups, on the caller's default one if there is one; seed this rank."""
         bind_helpers()
         joined = torch.distributed.is_initialized()
         super().setup_distributed()
-        if joined:  # NeMo then leaves out what follows
+        if joined:  # NeMo then skips what follows
             init_model_parallel(self.model)
             if self.data_sampler:
                 self.data_sampler.setup(torch.distributed.get_rank())
@@ -144,7 +144,7 @@ class HybridStrategy(MegatronStrategy):
             if (found := _NON_FINITE.match(str(error))) is None:
                 raise
             step, (rank, value) = self.trainer.global_step + 1, found.groups()
-            raise UserError(told(step, f"the gradient is {value} on rank {rank}")) from None
+            raise non_finite(step, f"the gradient is {value} on rank {rank}") from None
         self._random_state = random_state()
         return output
 
@@ -155,14 +155,14 @@ class HybridStrategy(MegatronStrategy):
         return {**super().sharded_state_dict_metadata, **content_metadata(sharded)}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return nothing: NeMo saves the sharded state in the place of what it would be, which
-        Megatron cannot give where a pipeline stage has no experts, or before the first step."""
+        """Return nothing: NeMo saves the sharded state instead. Megatron cannot return the plain
+        state where a pipeline stage has no experts, or before the first step."""
         return {}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Save a checkpoint that keeps the random state."""
+        """Save a checkpoint with the random state."""
         state = self._random_state or random_state()
         checkpoint["random_state"] = sharded_random_state(state)
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -170,10 +170,10 @@ class HybridStrategy(MegatronStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, selective_restore: bool = False
     ) -> dict[str, Any]:
-        """Load a checkpoint of any backend, once its pickles are known to run nothing; where the
-        optimizer goes on, so do the random numbers.
+        """Load a checkpoint of any backend, after its pickles were checked to run no code.
 
-        Its bytes were compared with its manifest before the ranks were started.
+        Random state is restored along with optimizer state. The checkpoint's bytes were compared
+        with its manifest before the ranks started.
         """
         guard_load(Path(checkpoint_path), verify=False)
         config: Any = self.lightning_module.config
@@ -196,15 +196,15 @@ class HybridStrategy(MegatronStrategy):
             self._random_state = load_random_state(weights)
             if self._random_state is None:
                 _logger.info(
-                    "the checkpoint keeps no random state for this layout: dropout starts anew "
-                    "from the seed"
+                    "The checkpoint has no random state for this layout: dropout restarts from "
+                    "the seed."
                 )
         return checkpoint
 
 
 def _count_saving_step(checkpoint: dict[str, Any]) -> None:
-    """Lightning saves at the end of a step before it counts the step's batch as completed, and
-    takes back up what is not completed: every validation would come one step late."""
+    """Count the batch of the saving step as completed. Lightning saves before it counts it, and
+    would repeat its number: every validation would come one step late."""
     progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
     for counts in (progress.get("current"), progress.get("total")):
         if counts is not None:

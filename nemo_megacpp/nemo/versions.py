@@ -1,4 +1,4 @@
-"""Which NeMo and Megatron-Core the NeMo front end is written for."""
+"""The versions of NeMo and Megatron-Core that this package supports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 WANTED = {"nemo-toolkit": "2.7", "megatron-core": "0.16", "nemo_run": None}
 """Distribution and series; None: any."""
+REQUIREMENT = (
+    "nemo_megacpp's NeMo recipes need nemo-toolkit 2.7 with megatron-core 0.16 "
+    "(pip install 'nemo_megacpp[nemo]', or a container that has them)"
+)
 
 
 def describe_mismatch() -> str | None:
@@ -18,14 +22,6 @@ def describe_mismatch() -> str | None:
         elif series is not None and ".".join(found.split(".")[:2]) != series:
             wrong.append(f"{name} is {found}")
     return " and ".join(wrong) or None
-
-
-def requirement() -> str:
-    """Return what is needed, for an error message."""
-    return (
-        "nemo_megacpp's NeMo recipes need nemo-toolkit 2.7 with megatron-core 0.16 "
-        "(pip install 'nemo_megacpp[nemo]', or a container that has them)"
-    )
 
 
 def _installed(name: str) -> str | None:

@@ -24,7 +24,15 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
         devices: ranks on this node.
     """
     stopping.listen()
-    _import_nemo()
+    # Rank 0 prints our log on the terminal; NeMo's goes to the run's log file.
+    import nemo_megacpp.nemo.quiet_import  # noqa: F401
+
+    place = launched()
+    if place is None or place.rank == 0:
+        ours = logging.getLogger("nemo_megacpp")
+        ours.setLevel(logging.INFO)
+        ours.addHandler(logging.StreamHandler(sys.stdout))
+        ours.propagate = False
     from nemo_megacpp.runtime.host import ensure_host
 
     ensure_host(nemo=True)
@@ -36,18 +44,6 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
     fiddle.build(to_pretrain(recipe, run_dir, devices=devices, num_nodes=nodes))()
 
 
-def _import_nemo() -> None:
-    """Import NeMo; rank 0 shows our own log on the terminal, NeMo's goes to the run's log file."""
-    import nemo_megacpp.nemo.quietly  # noqa: F401
-
-    place = launched()
-    if place is None or place.rank == 0:
-        ours = logging.getLogger("nemo_megacpp")
-        ours.setLevel(logging.INFO)
-        ours.addHandler(logging.StreamHandler(sys.stdout))
-        ours.propagate = False
-
-
 def main() -> None:
     """Entry point of a rank: ``worker RECIPE.yaml RUN_DIR``."""
     end_with_parent()
@@ -55,7 +51,9 @@ def main() -> None:
         record_failure(_run_rank)()
     except UserError:
         sys.exit(2)
-    except KeyboardInterrupt:  # a terminal interrupts the ranks along with their launcher
+    except KeyboardInterrupt:  # during training, RunRecorder answers
+        if (place := launched()) is not None and place.rank == 0:
+            print("Interrupted before training began; nothing is lost.", flush=True)
         sys.exit(128 + signal.SIGINT)
 
 

@@ -16,7 +16,13 @@ from nemo_megacpp.preflight.model_checks import (
     validate_model,
     validate_recipe_layout,
 )
-from nemo_megacpp.preflight.outputs import new_run_dir, validate_loggers, validate_run_dir
+from nemo_megacpp.preflight.outputs import (
+    new_run_dir,
+    validate_loggers,
+    validate_profile,
+    validate_run_dir,
+    validate_wandb_login,
+)
 from nemo_megacpp.preflight.resume import (
     find_resume,
     validate_optimizer_state,
@@ -63,6 +69,8 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
         lambda: validate_recipe_layout(recipe),
         validate_what_is_built,
         lambda: validate_loggers(recipe),
+        lambda: validate_wandb_login(recipe),
+        lambda: validate_profile(recipe),
     )
     recipe, sources = open_data(recipe)
     validate_recipe_layout(recipe)  # again, with the vocabulary of the data

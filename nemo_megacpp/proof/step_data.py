@@ -71,7 +71,7 @@ def linear_form_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Return ``Σ_v c·logits`` of every token, ``[b, s/cp]``, in place of its cross entropy.
 
     A ``forward_step`` for NeMo's model, with the arguments of
-    :func:`nemo_megacpp.nemo.model.hybrid_forward_step`. The coefficients depend on the
+    :func:`nemo_megacpp.nemo.hybrid_gpt.hybrid_forward_step`. The coefficients depend on the
     number of the token (``batch["labels"]``, see :class:`Rows`) and on the index of the vocabulary,
     and on nothing else.
     """

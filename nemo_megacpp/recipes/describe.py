@@ -17,7 +17,7 @@ _LAYOUT = {
     "etp": "expert_tensor_parallel_size",
     "world": "world_size, all ranks; what the degrees leave is data-parallel",
 }
-_RUN = {
+RUN_SETTINGS = {
     "data": "folder of 'data prepare', a list, or weights by folder; null: the built-in corpus",
     "tokenizer": "folder of the tokenizer that the data must have been made with",
     "run_dir": "folder to write; default: a new one under runs/",
@@ -42,22 +42,34 @@ def settings_help() -> str:
     The named recipes have values of their own: ``nemo-megacpp recipes NAME`` prints them.
     """
     parts = ["settings, as key=value ('nemo-megacpp recipes NAME' prints a recipe's values):"]
-    for title, entries in (("layout", _LAYOUT), ("model", _MODEL), ("run", _RUN)):
+    for title, entries in (("layout", _LAYOUT), ("model", _MODEL), ("run", RUN_SETTINGS)):
         parts += [f"\n {title}", *(_line(name, text) for name, text in entries.items())]
     for title, names in groups().items():
-        parts += [f"\n {title}", *(_line(name, _meaning(name)) for name in names)]
+        parts += [
+            f"\n {title}",
+            *(_line(name, f"{_meaning(name)} [{_default(name)}]") for name in names),
+        ]
     return "\n".join(parts)
 
 
+def meanings() -> dict[str, str]:
+    """Return what each field of :class:`Training` means, with its choices or range."""
+    return {name: _meaning(name) for names in groups().values() for name in names}
+
+
+def _default(name: str) -> str:
+    field = Training.__pydantic_fields__[name]  # type: ignore[attr-defined]
+    default = field.get_default(call_default_factory=True)
+    text = "null" if default is None else str(default)
+    return text.lower() if isinstance(default, bool) else text
+
+
 def _meaning(name: str) -> str:
-    """Return description, choices or range, and default of a field of :class:`Training`."""
     field = Training.__pydantic_fields__[name]  # type: ignore[attr-defined]
     hint = field_hints(Training)[name]
     text = " ".join((field.description or "").replace("``", "").split()).rstrip(".")
     legal = ", ".join(choices(hint)) or bounds(hint)
-    default = "null" if field.default is None else str(field.default)
-    default = default.lower() if isinstance(field.default, bool) else default
-    return f"{text}{f' ({legal})' if legal else ''} [{default}]"
+    return f"{text}{f' ({legal})' if legal else ''}"
 
 
 def _line(name: str, text: str) -> str:

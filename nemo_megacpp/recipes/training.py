@@ -93,6 +93,16 @@ class Training:
     wandb_name: str | None = None
     """Name of the run in Weights & Biases; null: that of the run folder."""
 
+    # profiler
+    use_pytorch_profiler: bool = False
+    """Write a ``torch.profiler`` trace of the chosen steps into the run folder."""
+    profile_step_start: Annotated[int, Field(ge=0)] = 10
+    """Steps that are complete when the trace begins."""
+    profile_step_end: _Count = 12
+    """Steps that are complete when the trace ends."""
+    profile_ranks: list[int] = Field(default_factory=lambda: [0])
+    """Global ranks that write a trace."""
+
     # checkpoints
     save_interval: _Count = 500
     """Steps between checkpoints."""

@@ -1,4 +1,4 @@
-"""Read what runs recorded, and draw it."""
+"""The recorded metrics of runs, and plots of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Curve:
 
 
 def read_curve(run_dir: Path) -> Curve:
-    """Read the metrics of a run; a step recorded twice counts as last written."""
+    """Read the metrics of a run; of a step recorded twice, the later record counts."""
     steps: dict[int, dict[str, Any]] = {}
     heldout: dict[int, float] = {}
     for record in read_records(run_dir / METRICS_FILE):
@@ -41,12 +41,12 @@ def read_curve(run_dir: Path) -> Curve:
 
 
 def draw_phases(phases: list[tuple[str, Curve]], resumed_at: int, path: Path) -> None:
-    """Draw training and held-out loss of runs that follow each other, as PNG.
+    """Plot training and held-out loss of consecutive runs, as PNG.
 
     Args:
         phases: label and curve of each run.
         resumed_at: step of the checkpoint that the second run resumed.
-        path: of the PNG.
+        path: PNG to write.
     """
     figure, axes = _draw(phases)
     axes.axvline(resumed_at, color="0.4", ls=":")
@@ -63,12 +63,7 @@ def draw_phases(phases: list[tuple[str, Curve]], resumed_at: int, path: Path) ->
 
 
 def draw_runs(runs: list[tuple[str, Curve]], path: Path) -> None:
-    """Draw training and held-out loss of runs beside each other, as PNG.
-
-    Args:
-        runs: label and curve of each run.
-        path: of the PNG.
-    """
+    """Plot training and held-out loss of several runs, as PNG; see :func:`draw_phases`."""
     _draw(runs)[0].savefig(path, dpi=120)
 
 

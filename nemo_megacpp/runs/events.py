@@ -1,4 +1,4 @@
-"""What happened in a run, apart from its steps: starts, checkpoints, stops, failures."""
+"""Events of a run: starts, checkpoints, stops, failures."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Event:
     """One event.
 
     Attributes:
-        kind: ``started``, ``resumed``, ``checkpoint``, ``stopped``, ``failed``, ``finished``, or
-            ``sigterm``, or any other word.
-        step: steps that the run had made.
-        time: when, in UTC.
-        details: what there is to say.
+        kind: ``started``, ``resumed``, ``checkpoint``, ``sigterm``, ``stopped``, ``failed`` or
+            ``finished``; others may follow.
+        step: steps that were complete.
+        time: in UTC.
+        details: further values by name.
     """
 
     kind: str
@@ -36,7 +36,7 @@ def record_event(run_dir: Path, kind: str, step: int, **details: Any) -> None:
     Args:
         run_dir: the run's folder.
         kind, step: see :class:`Event`.
-        details: values that JSON holds.
+        details: values that JSON can represent.
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     append_record(
@@ -45,7 +45,7 @@ def record_event(run_dir: Path, kind: str, step: int, **details: Any) -> None:
 
 
 def read_events(run_dir: Path) -> list[Event]:
-    """Return the run's events in their order; none where it has recorded none."""
+    """Return the run's events, oldest first."""
     return [
         Event(
             record["kind"],
@@ -58,7 +58,7 @@ def read_events(run_dir: Path) -> list[Event]:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Append a line of JSON, on a line of its own even after one that a kill has cut short.
+    """Append a line of JSON, after a line break if a kill has truncated the last line.
 
     Raises:
         UserError: the file cannot be written.
@@ -76,7 +76,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines, without lines that a kill has cut short."""
+    """Return the records of a file of JSON lines, without lines that a kill has truncated."""
     records = []
     try:
         lines = path.read_bytes().splitlines()

@@ -1,4 +1,4 @@
-"""What a run has left behind."""
+"""What a run has written."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from nemo_megacpp.runs.summary import Summary, summarize
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run has left behind.
+    """What a run has written.
 
     Attributes:
         run_dir: its folder.
         summary, curve, events: what it recorded.
         recipe: what it trained, None for a run that NeMo's own command line started.
         recipe_text: the same as YAML.
-        checkpoints: folders and steps of those that are still there and whole.
+        checkpoints: steps and folders of the complete ones that exist now.
     """
 
     run_dir: Path
@@ -36,10 +36,10 @@ class RunRecord:
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Read what a run has left.
+    """Read what a run has written.
 
     Raises:
-        UserError: the folder is no run with a step, or holds damaged files.
+        UserError: the folder is not a run with a step, or holds damaged files.
     """
     if not run_dir.is_dir():
         what = "is not a folder" if run_dir.exists() else "does not exist"

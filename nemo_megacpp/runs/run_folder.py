@@ -1,9 +1,11 @@
-"""Where a run writes, and what it keeps there."""
+"""Where a run writes."""
 
 from __future__ import annotations
 
-# In a folder of their own: NeMo moves the files that it finds in a run folder out of the way.
+# In a folder of its own: NeMo moves the files that it finds in a run folder out of the way.
 RECORD = "record"
 RECIPE_FILE = f"{RECORD}/recipe.yaml"
 METRICS_FILE = f"{RECORD}/metrics.jsonl"
 EVENTS_FILE = f"{RECORD}/events.jsonl"
+SUMMARY_FILE = f"{RECORD}/summary.json"
+PROFILE_FOLDER = "profile"

@@ -217,6 +217,8 @@ def _panels(record: RunRecord) -> dict[str, dict[str, Points]]:
         "gradient norm": {"": of("grad_norm")},
         "learning rate": {"": of("lr")},
         "tokens per second": {"": of("tokens_per_second")},
+        "TFLOP/s per rank": {"": of("tflops_per_rank")},
+        "MFU": {"": of("mfu")},
         "peak memory of the fullest rank (GiB)": {"": of("memory", 2**30)},
     }
     found = {

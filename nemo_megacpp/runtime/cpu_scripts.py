@@ -7,8 +7,11 @@ Here the calls return what it needs to start; the rest of the package reads
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import importlib.util
 import os
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -107,6 +110,17 @@ def _skip_fused_kernels() -> None:
     kernels.load = _returns(None)
 
 
+def _print_no_stacks() -> None:
+    """Undo what Megatron's inference coordinator registers when it is imported: a stack on SIGTERM.
+
+    Helper processes get SIGTERM when a script ends, so the end of a good run looks like a crash.
+    """
+    with contextlib.suppress(ImportError):
+        from megatron.core.inference import data_parallel_inference_coordinator  # noqa: F401
+    for number in (signal.SIGTERM, signal.SIGINT):
+        faulthandler.unregister(number)
+
+
 def install() -> None:
     """Install the stand-ins. Called once, by :func:`nemo_megacpp.runtime.host.ensure_host`."""
     # Megatron's argument check requires it below compute capability 10.
@@ -116,3 +130,4 @@ def install() -> None:
     _use_compiled_helpers()
     _describe_a_device()
     _skip_fused_kernels()
+    _print_no_stacks()

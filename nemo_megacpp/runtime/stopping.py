@@ -5,6 +5,7 @@ Slurm sends it before it takes a node away, and so do container engines and torc
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 import threading
 
@@ -17,6 +18,9 @@ def listen() -> None:
     Only a main thread can; in others the signal keeps its handler.
     """
     if threading.current_thread() is threading.main_thread():
+        # Megatron's inference coordinator registers stacks on both, which look like a crash.
+        faulthandler.unregister(signal.SIGTERM)
+        faulthandler.unregister(signal.SIGINT)
         signal.signal(signal.SIGTERM, lambda *_: _asked.set())
 
 

@@ -22,7 +22,7 @@ from nemo_megacpp import cli
 from nemo_megacpp.checkpoint.identity import write_identity
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import RankFailed, UserError
-from nemo_megacpp.nemo import train
+from nemo_megacpp.nemo import start
 from nemo_megacpp.recipes.catalog import CATALOG, NAM56R_TINY_MODEL
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.runtime.workers import WorkerError
@@ -56,8 +56,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def launch(*_: object) -> None:
         pytest.fail("ranks were started")
 
-    monkeypatch.setattr(train, "launch", launch)
-    monkeypatch.setattr(train, "validate_device_count", lambda ranks: None)
+    monkeypatch.setattr(start, "launch", launch)
+    monkeypatch.setattr(start, "validate_device_count", lambda ranks: None)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["nemo-megacpp", *map(str, arguments)])
@@ -229,7 +229,7 @@ def test_recipes_prints_the_settings_that_are_given(run: Run) -> None:
 def test_a_dry_run_starts_and_writes_nothing(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(train, "launch", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(start, "launch", lambda *_: pytest.fail("ranks were started"))
     before = sorted(tmp_path.rglob("*"))
     code, out, _ = run("train", "nam56r_tiny", "--dry-run")
     assert code == 0 and out.endswith("everything is valid; nothing was started or written\n")
@@ -248,8 +248,8 @@ def test_train_asks_for_a_recipe_only(run: Run) -> None:
 def started(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sequence[str], int, Path]]:
     """What would have been launched."""
     calls: list[tuple[Sequence[str], int, Path]] = []
-    monkeypatch.setattr(train, "launch", lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(train, "ensure_builtin", lambda folder, vocab_size: None)
+    monkeypatch.setattr(start, "launch", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(start, "ensure_builtin", lambda folder, vocab_size: None)
     return calls
 
 
@@ -299,7 +299,7 @@ def test_a_rank_that_fails(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(train, "launch", fail)
+    monkeypatch.setattr(start, "launch", fail)
     assert run("train", "nam56r_tiny", "run_dir=out")[::2] == (code, "Rank 1 ended\n")
 
 
@@ -307,7 +307,7 @@ def test_too_few_devices(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(ranks: int) -> None:
         raise UserError(f"The layout needs {ranks} ranks and this machine has 1 GPUs.")
 
-    monkeypatch.setattr(train, "validate_device_count", refuse)
+    monkeypatch.setattr(start, "validate_device_count", refuse)
     code, _, err = run("train", "nam56r_tiny")
     assert (code, err) == (
         2,
@@ -320,7 +320,7 @@ def test_an_interrupt_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch)
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "preflight", interrupt)
+    monkeypatch.setattr(start, "preflight", interrupt)
     assert run("train", "nam56r_tiny") == (130, "", "")
 
 
@@ -482,7 +482,7 @@ def test_a_bare_installation_is_sent_to_the_doctor(
     def missing(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    monkeypatch.setattr(train, "train_recipe", missing)
+    monkeypatch.setattr(start, "train_recipe", missing)
     code, _, error = run("train", "nam56r_tiny")
     assert (code, error) == (2, "nemo-megacpp: No module named 'torch'; see nemo-megacpp doctor.\n")
 

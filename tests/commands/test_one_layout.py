@@ -14,7 +14,7 @@ from nemo_megacpp.checkpoint import rewrite
 from nemo_megacpp.cli import read_arguments
 from nemo_megacpp.commands import layouts as layouts_command
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo import train as training
+from nemo_megacpp.nemo import start
 from nemo_megacpp.proof import verification
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 
@@ -37,7 +37,7 @@ def _run(*words: str) -> None:
 
 
 def _train(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "train_recipe", lambda recipe, **_: seen.append(recipe.layout))
+    monkeypatch.setattr(start, "train_recipe", lambda recipe, **_: seen.append(recipe.layout))
     _run("train", *words)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from nemo_megacpp import cli
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.nemo import train
+from nemo_megacpp.nemo import start
 from nemo_megacpp.recipes.recipe import resolve
 
 
@@ -19,7 +19,7 @@ def test_without_psutil_no_rank_is_started(
     """With it missing, the first save would hang for ever."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "psutil", None)
-    monkeypatch.setattr(train, "launch", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(start, "launch", lambda *_: pytest.fail("ranks were started"))
     monkeypatch.setattr(sys, "argv", ["nemo-megacpp", "train", "nam56r_tiny"])
     with pytest.raises(SystemExit) as stop:
         cli.main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 
 from nemo_megacpp.checkpoint.folder import complete_checkpoints, newest_checkpoint
 from nemo_megacpp.checkpoint.manifest import check_manifest
+from nemo_megacpp.runs.events import read_events
 from tests.faults.conftest import Run
 
 pytestmark = pytest.mark.processes
@@ -133,6 +135,24 @@ def test_a_full_disk_is_one_line(start: Start, killed: tuple[Run, int]) -> None:
     assert said.endswith("Earlier checkpoints are unchanged.")
     assert "Traceback" not in run.output
     assert newest_step(run) == saved
+    assert not run.left_behind()
+
+
+@pytest.mark.slow
+def test_an_interrupt_says_what_is_lost_and_how_to_keep_it(start: Start) -> None:
+    """Ctrl-C, which a terminal sends to every process of the command."""
+    run = start("interrupted", "save_interval=4", start_new_session=True)
+    run.wait_until(lambda: run.losses() and max(run.losses()) >= 6)
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.end() == 130, run.output
+    said = run.output.splitlines()[-1]
+    step, saved = int(said.removeprefix("Interrupted at step ").partition(".")[0]), newest_step(run)
+    assert step >= max(run.losses()) > saved
+    assert f"Steps lost since the checkpoint of step {saved}: {step - saved}." in said
+    assert f"repeat the command with resume=auto run_dir={run.run_dir}." in said
+    assert f"send SIGTERM (here: kill {run.process.pid}) instead of Ctrl-C" in said
+    assert "Traceback" not in run.output and "most recent call" not in run.output
+    assert read_events(run.run_dir)[-1].kind == "failed"
     assert not run.left_behind()
 
 

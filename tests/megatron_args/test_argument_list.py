@@ -202,6 +202,19 @@ def test_the_schedule_and_the_optimizer() -> None:
     assert args.override_opt_param_scheduler, "the settings of the resumed run hold"
 
 
+def test_a_profile_is_the_scripts() -> None:
+    settings = ("use_pytorch_profiler=true", "profile_step_start=3", "profile_step_end=5")
+    read = _parse(_words("nam56r_tiny", *settings, "profile_ranks=[0,1]"))
+    assert (read.profile, read.use_pytorch_profiler) == (True, True)
+    assert (read.profile_step_start, read.profile_step_end) == ("3", "5")
+    assert read.profile_ranks == ["0", "1"]
+    assert not _parse(_words("nam56r_tiny")).profile
+    with pytest.raises(UserError, match="use_pytorch_profiler with tensorboard=false"):
+        _words("nam56r_tiny", *settings, "tensorboard=false")
+    with pytest.raises(UserError, match="profile_step_start=3, profile_step_end=3"):
+        _words("nam56r_tiny", *settings[:2], "profile_step_end=3")
+
+
 def test_a_blend(small_data: PreparedData, tmp_path: Path) -> None:
     (tmp_path / "second").symlink_to(small_data.root)
     first, second = str(small_data.root), str(tmp_path / "second")

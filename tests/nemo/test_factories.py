@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fiddle
 import pytest
 
 from nemo_megacpp.data.prepared import PreparedData
@@ -141,7 +143,7 @@ def test_a_launcher_decides_on_the_ranks(
 ) -> None:
     _launch(monkeypatch, rank=1, world_size=4, local=4)
     assert factories.nam56r_tiny().trainer.devices == 4, "TP=2 and DP=2"
-    with pytest.raises(UserError, match="devices=2 was asked for, and the launcher has started 4"):
+    with pytest.raises(UserError, match="devices=2, but the launcher has started 4"):
         factories.nam56r_tiny(devices=2)
     _launch(monkeypatch, rank=5, world_size=8, local=4)
     with pytest.raises(UserError, match="A run on 2 nodes needs run_dir"):
@@ -162,9 +164,35 @@ def test_all_factories_take_the_same_settings_and_all_are_known(factories: Any) 
     for recipe in CATALOG:
         factory = getattr(factories, recipe)
         assert inspect.signature(factory).parameters == first
-        assert factory.__doc__.startswith(f"Pre-train {CATALOG[recipe].summary}.\n")
+        assert factory.__doc__.startswith("Pre-train ")
         for name in first:
-            assert f"\n        {name}: " in factory.__doc__, f"{name} is not documented"
+            assert f"\n    {name}:" in factory.__doc__, f"{name} is not documented"
+
+
+def test_help_shows_what_a_factory_takes(
+    factories: Any, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``nemo llm pretrain --help --docs``; without ``--docs`` NeMo-Run prints names only."""
+    from nemo.collections import llm
+    from nemo_run.core.frontend.console.api import CONSOLE
+    from nemo_run.help import help_for_type
+
+    monkeypatch.setattr(CONSOLE, "width", 160)
+    help_for_type(llm.pretrain, CONSOLE, with_docs=True)
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if "nam56r" in line and "Pre-train" in line]
+    assert len(rows) == 4
+    shown = {line.strip(" │") for line in text.splitlines()}
+    for line in factories.nam56r.__doc__.splitlines()[1:]:
+        assert line.strip() in shown, "cut at the width of the column"
+
+
+def test_a_list_travels_as_a_factorys_parameter(factories: Any, here: Path) -> None:
+    task = factories.nam56r_tiny(use_pytorch_profiler=True, profile_ranks=[0, 1])
+    profiler = task.trainer.callbacks[-1]
+    assert (profiler.start, profiler.end, profiler.ranks) == (10, 12, [0, 1])
+    assert profiler.folder == f"{task.log.explicit_log_dir}/profile"
+    copy.deepcopy(fiddle.build(task.trainer.callbacks))  # as NeMo's trainer does
 
 
 def test_nemos_own_names(factories: Any, here: Path) -> None:
@@ -174,7 +202,7 @@ def test_nemos_own_names(factories: Any, here: Path) -> None:
     strategy = task.trainer.strategy
     assert (strategy.tensor_model_parallel_size, strategy.sequence_parallel) == (4, True)
     assert (strategy.expert_model_parallel_size, task.trainer.devices) == (2, 8)
-    both = "twice: tensor_model_parallel_size=4 and tensor_parallelism=2"
+    both = "twice: tensor_parallelism=2 and tensor_model_parallel_size=4"
     with pytest.raises(UserError, match=both):
         factories.nam52(tensor_parallelism=2, tensor_model_parallel_size=4)
     for name in ("data", "resume", "run_dir", "tokenizer"):
@@ -228,6 +256,7 @@ def test_nemos_command_line_keeps_no_last_of_two(
 def test_loggers_and_checkpoints(
     factories: Any, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     log = factories.nam56r_tiny().log
     assert (log.tensorboard.name, log.wandb) == ("tensorboard", None)
     assert (log.ckpt.keep_latest, log.ckpt.keep_every) == (None, None)

@@ -25,7 +25,7 @@ from nemo_megacpp.data import builtin
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.nemo import worker
-from nemo_megacpp.nemo.train import train_recipe
+from nemo_megacpp.nemo.start import train_recipe
 from nemo_megacpp.preflight import preflight
 from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
@@ -502,7 +502,7 @@ def test_a_launcher_decides_on_the_ranks_and_they_are_announced(
     [
         (2, (), "A run on 2 nodes needs run_dir=FOLDER"),
         (1, ("run_dir=here",), "does not fit the NVLink domain of 1 GPUs a node"),
-        (4, ("run_dir=here", "world_size=2"), "world_size=2 was asked for, and the launcher"),
+        (4, ("run_dir=here", "world_size=2"), "world_size=2, but the launcher"),
     ],
 )
 def test_a_job_on_several_nodes_is_held_to_what_they_share(
@@ -527,7 +527,8 @@ def test_an_interrupted_rank_leaves_its_launcher_to_speak(
     monkeypatch.setattr(sys, "argv", ["worker", "nam56r_tiny", "here"])
     with pytest.raises(SystemExit) as stop:
         worker.main()
-    assert (stop.value.code, capsys.readouterr().err) == (130, "")
+    said = ("Interrupted before training began; nothing is lost.\n", "")
+    assert (stop.value.code, capsys.readouterr()) == (130, said)
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "n\0"])

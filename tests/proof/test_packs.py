@@ -88,7 +88,7 @@ def test_packs_of_families_together_under_cp(
 
 def _dealt_as_one_document(spec: StepSpec, layout: ParallelLayout, weights: GlobalValues) -> Any:
     with mock.patch(
-        "nemo_megacpp.nemo.model.split_batch_for_cp",
+        "nemo_megacpp.nemo.hybrid_gpt.split_batch_for_cp",
         lambda batch, packed: split_batch_for_cp(batch),
     ):
         return run_step(spec, layout, weights)

@@ -32,7 +32,7 @@ class _NemosReduction(HybridLossReduction):
 
 
 BROKEN: dict[str, tuple[str, Any]] = {
-    "the mean of a rank": ("nemo_megacpp.nemo.model.HybridLossReduction", _NemosReduction),
+    "the mean of a rank": ("nemo_megacpp.nemo.hybrid_gpt.HybridLossReduction", _NemosReduction),
     "auxiliary losses of a rank": (
         "nemo_megacpp.mixers.experts._scale_auxiliary_losses",
         lambda config, shares: None,

@@ -11,7 +11,7 @@ import yaml
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo import demo
+from nemo_megacpp.nemo.resume_demo import MAX_STEPS
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping, resolve
@@ -458,7 +458,7 @@ def test_a_short_run_has_a_short_warm_up(name: str, max_steps: int, warmup: int 
 
 def test_the_demos_schedule_is_the_recipes() -> None:
     """Its 120 steps keep the warm-up of 20."""
-    recipe = demo._phase_one(Path("runs/demo"))
+    recipe = resolve("nam56r_tiny", [f"max_steps={MAX_STEPS}"])
     assert (recipe.training.max_steps, recipe.training.warmup_steps) == (120, 20)
 
 

@@ -164,7 +164,7 @@ def test_packs_over_cp_need_filled_documents(
 
 
 def _module(data: str, **options: Any) -> Any:
-    from nemo_megacpp.nemo.data import HybridDataModule
+    from nemo_megacpp.nemo.data_module import HybridDataModule
 
     module = HybridDataModule(data, 300, 32, num_workers=0, output_log=False, **options)
     module.build(16, 16, 4, 4)

@@ -20,7 +20,7 @@ from nemo_megacpp.runs.events import append_record, read_events, record_event
 from nemo_megacpp.runs.record import read_run
 from nemo_megacpp.runs.run_folder import EVENTS_FILE, METRICS_FILE, RECIPE_FILE
 from nemo_megacpp.runs.run_page import write_page
-from nemo_megacpp.runs.summary import show_seconds, summarize
+from nemo_megacpp.runs.summary import show_seconds, show_speed, summarize
 
 
 def step(number: int, **changes: Any) -> dict[str, Any]:
@@ -31,6 +31,8 @@ def step(number: int, **changes: Any) -> dict[str, Any]:
         "lr": 1e-3,
         "seconds": 0.5,
         "tokens_per_second": 100.0 * number,
+        "tflops_per_rank": 0.02,
+        "mfu": 0.25,
         "aux": {"seq_load_balancing_loss": 1.01},
     }
     return {**record, **changes}
@@ -46,7 +48,7 @@ def run_dir(tmp_path: Path) -> Path:
             append_record(
                 folder / METRICS_FILE, {"step": number, "heldout_loss": 6.2 - number / 10}
             )
-    record_event(folder, "started", 0, layout="TP=1", ranks=1)
+    record_event(folder, "started", 0, layout="TP=1", ranks=1, startup_seconds=20)
     record_event(folder, "checkpoint", 4, path="checkpoints/step=4")
     record_event(folder, "resumed", 4, layout="TP=2 <SP>", ranks=2, checkpoint="step=4")
     append_record(folder / METRICS_FILE, step(5, loss=5.25))
@@ -82,9 +84,17 @@ def test_summary(run_dir: Path) -> None:
     assert rows["loss"] == "5.9000 → 5.2500"
     assert rows["held-out loss"] == "6.0000 (step 2) → 5.8000 (step 4)"
     assert rows["peak memory"] == "4.00 GiB on the fullest rank"
+    assert rows["speed (medians)"] == "300 tokens/s, 20.0 GFLOP/s per rank, MFU 25.0%"
+    assert rows["time"] == "training 0 s (start-up 20 s)"
 
 
-def test_wall_time_is_that_of_all_sessions(run_dir: Path) -> None:
+def test_speed_of_runs_that_recorded_less(run_dir: Path) -> None:
+    assert show_speed({"tokens_per_second": 12345.6}) == ["12,346 tokens/s"]
+    fast = {"tokens_per_second": 1.0, "tflops_per_rank": 412.34, "mfu": 0.4168}
+    assert show_speed(fast, "GPU") == ["1 tokens/s", "412 TFLOP/s per GPU", "MFU 41.7%"]
+
+
+def test_training_time_is_that_of_all_sessions(run_dir: Path) -> None:
     (run_dir / EVENTS_FILE).unlink()
     for kind, minute in (
         ("started", 0),
@@ -97,7 +107,7 @@ def test_wall_time_is_that_of_all_sessions(run_dir: Path) -> None:
     summary = summarize(run_dir)
     assert summary is not None
     assert summary.seconds == 600
-    assert show_seconds(summary.seconds) == "10 min 00 s"
+    assert dict(summary.rows())["time"] == "training 10 min 00 s", "no start-up was recorded"
     assert show_seconds(7384) == "2 h 03 min"
 
 
@@ -127,7 +137,8 @@ def test_page(run_dir: Path) -> None:
     svg = re.findall("<svg.*?</svg>", text, re.DOTALL)[0]
     ElementTree.fromstring(svg)
     for title in ("loss (nats per token)", "held-out", "auxiliary loss", "gradient norm",
-                  "learning rate", "tokens per second", "peak memory"):  # fmt: skip
+                  "learning rate", "tokens per second", "TFLOP/s per rank", "MFU",
+                  "peak memory"):  # fmt: skip
         assert title in svg, title
 
 

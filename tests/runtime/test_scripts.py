@@ -67,6 +67,28 @@ def test_a_cuda_script_trains_on_two_gloo_ranks(tmp_path: Path) -> None:
     assert "arguments ['--lr', '3'] backend gloo True" in done.stdout
 
 
+HELPER = """
+import multiprocessing, time
+from megatron.core.inference import data_parallel_inference_coordinator
+multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True).start()
+time.sleep(0.5)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the script runs untouched")
+def test_the_end_of_helper_processes_does_not_look_like_a_crash(tmp_path: Path) -> None:
+    """Python ends them with SIGTERM, on which Megatron prints a stack."""
+    (tmp_path / "script.py").write_text(HELPER)
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_megacpp.runtime", str(tmp_path / "script.py")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "most recent call first" not in done.stderr
+
+
 def test_a_missing_script_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"There is no script .*nowhere\.py"):
         run_script(str(tmp_path / "nowhere.py"))

@@ -1,9 +1,10 @@
-"""The main job: train a hybrid model, stop, resume its checkpoint in another layout."""
+"""``nemo-megacpp demo``: train a hybrid model, stop, resume it in another layout, compare."""
 
 from __future__ import annotations
 
 import math
 import shutil
+import statistics
 import time
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from rich.table import Table
 
 from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.nemo.train import train_recipe
-from nemo_megacpp.recipes.recipe import Recipe, from_mapping
+from nemo_megacpp.nemo.start import train_recipe
+from nemo_megacpp.recipes.recipe import from_mapping
 from nemo_megacpp.runs.curves import Curve, draw_phases, read_curve
 
 MAX_STEPS = 120
@@ -21,33 +22,13 @@ CHECKPOINT_AT = 80
 OVERLAP = 5
 """Steps that both layouts run after the checkpoint, to be compared."""
 TOLERANCE = 1e-5
-"""Relative difference of two float32 losses that only rounding may explain."""
+"""Largest relative difference of two float32 losses that rounding explains."""
 FALL_TO = 0.7
 """Held-out loss must fall to this share of ln(vocabulary), the loss of a uniform guess."""
 
-_COMMON = {"recipe": "nam56r_tiny", "max_steps": MAX_STEPS, "save_interval": CHECKPOINT_AT}
-
-
-def _phase_one(out: Path) -> Recipe:
-    stop = {"stop_after": CHECKPOINT_AT + OVERLAP, "run_dir": str(out / "phase1-tp2")}
-    return from_mapping({**_COMMON, **stop, "tensor_parallel": 2, "expert_tensor_parallel": 1})
-
-
-def _phase_two(out: Path) -> Recipe:
-    checkpoint = out / "phase1-tp2" / "checkpoints" / f"step={CHECKPOINT_AT}"
-    return from_mapping(
-        {
-            **_COMMON,
-            "run_dir": str(out / "phase2-pp2"),
-            "resume": str(checkpoint),
-            "tensor_parallel": 1,
-            "pipeline_parallel": 2,
-        }
-    )
-
 
 def demo(out: str | Path) -> int:
-    """Run both phases under ``out`` and show what they prove.
+    """Run both phases under ``out`` and compare them.
 
     Returns:
         0, or 1 if a layout changed the numbers or the held-out loss did not fall.
@@ -55,7 +36,9 @@ def demo(out: str | Path) -> int:
     out, console = Path(out), Console()
     started = time.perf_counter()
     _clear(out)
-    one = _phase_one(out)
+    common = {"recipe": "nam56r_tiny", "max_steps": MAX_STEPS, "save_interval": CHECKPOINT_AT}
+    stop = {"stop_after": CHECKPOINT_AT + OVERLAP, "run_dir": str(out / "phase1-tp2")}
+    one = from_mapping({**common, **stop, "tp": 2, "etp": 1})
     vocab_size = one.model["vocab_size"]
     console.rule("data: torch's C++ headers, byte-level BPE, Megatron .bin/.idx")
     data = ensure_builtin(builtin_folder(vocab_size), vocab_size)
@@ -64,7 +47,9 @@ def demo(out: str | Path) -> int:
     trained = time.perf_counter()
     console.rule(f"phase one: {one.layout.describe()}")
     first = read_curve(train_recipe(one))
-    two = _phase_two(out)
+    checkpoint = out / "phase1-tp2" / "checkpoints" / f"step={CHECKPOINT_AT}"
+    resume = {"resume": str(checkpoint), "run_dir": str(out / "phase2-pp2")}
+    two = from_mapping({**common, **resume, "tp": 1, "pp": 2})
     console.rule(f"phase two: {two.layout.describe()}, from the checkpoint of phase one")
     second = read_curve(train_recipe(two))
     trained = time.perf_counter() - trained
@@ -76,12 +61,13 @@ def demo(out: str | Path) -> int:
     uniform = math.log(vocab_size)
     last = second.heldout[max(second.heldout)]
     fell = last < FALL_TO * uniform
+    rates = [r["tokens_per_second"] for curve in (first, second) for r in curve.steps.values()]
     console.print(
         f"first resumed step: losses differ by {worst:.1e} relative (allowed {TOLERANCE:.0e})\n"
         f"held-out loss: from ln({vocab_size}) = {uniform:.2f} to {last:.2f}, "
-        f"{last / uniform:.0%} of it (asked: below {FALL_TO:.0%})\n"
-        f"{_speed(first, second)}\n"
-        f"training took {trained:.0f} s, all of it {time.perf_counter() - started:.0f} s"
+        f"{last / uniform:.0%} of it (required: below {FALL_TO:.0%})\n"
+        f"median speed {statistics.median(rates):,.0f} tokens/s on two CPU ranks\n"
+        f"training took {trained:.0f} s, the whole demo {time.perf_counter() - started:.0f} s"
     )
     _next_commands(console, out, picture)
     if worst > TOLERANCE:
@@ -113,11 +99,6 @@ def _compare(console: Console, first: Curve, second: Curve) -> float:
         table.add_row(str(step), f"{a:.7f}", f"{b:.7f}", f"{differences[-1]:.1e}")
     console.print(table)
     return differences[0]
-
-
-def _speed(*curves: Curve) -> str:
-    rates = sorted(r["tokens_per_second"] for curve in curves for r in curve.steps.values())
-    return f"median speed {rates[len(rates) // 2]:,.0f} tokens/s on two CPU ranks"
 
 
 def _next_commands(console: Console, out: Path, picture: Path) -> None:

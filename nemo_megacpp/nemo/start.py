@@ -28,8 +28,8 @@ def train_recipe(recipe: Recipe, dry_run: bool = False) -> Path:
         The run's folder.
 
     Raises:
-        UserError: for anything that can be told before the ranks start; nothing is written.
-        RankFailed: if a rank fails later.
+        UserError: anything that is invalid before the ranks start; nothing is written.
+        RankFailed: a rank failed later.
     """
     here = launched()
     speaks = here is None or here.rank == 0
@@ -70,11 +70,11 @@ def _write_recipe(recipe: Recipe, run_dir: Path) -> Path:
 
 
 def _in_world(recipe: Recipe, here: Launched) -> Recipe:
-    """The launcher has decided the number of ranks: more of them are data-parallel."""
+    """Return the recipe on the launcher's ranks; those beyond the layout are data-parallel."""
     if recipe.layout.world_size not in (None, here.world_size):
         raise UserError(
-            f"world_size={recipe.layout.world_size} was asked for, and the launcher has started "
-            f"{here.world_size} ranks. Leave world_size out, or start the job otherwise."
+            f"world_size={recipe.layout.world_size}, but the launcher has started "
+            f"{here.world_size} ranks. Leave world_size out, or change the launcher's number."
         )
     nodes = here.world_size // here.local_world_size
     validate_shared(recipe.run_dir, nodes)

@@ -1,4 +1,4 @@
-"""NeMo, imported without its remarks: importing this module imports it."""
+"""Importing this module imports NeMo without its warnings on the terminal."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from nemo_megacpp.runtime.imports import importing
 
 
 def _import_quietly() -> None:
-    """Import NeMo, keeping the terminal for the run: its remarks go to the run's log file."""
+    """Import NeMo; its later messages go to the run's log file."""
     warnings.simplefilter("ignore")
-    # A real file: Megatron's import turns on faulthandler, which needs a descriptor. It stays open:
-    # the libraries' log handlers keep it.
-    remarks = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    # A file with a descriptor, for the faulthandler that Megatron's import enables. It stays open,
+    # as the libraries' log handlers write to it.
+    warned = tempfile.TemporaryFile("w+")  # noqa: SIM115
     try:
-        with contextlib.redirect_stderr(remarks), importing():
+        with contextlib.redirect_stderr(warned), importing():
             from nemo.collections import llm  # noqa: F401
     except ImportError:
-        remarks.seek(0)
-        print(remarks.read(), file=sys.stderr)
+        warned.seek(0)
+        print(warned.read(), file=sys.stderr)
         raise
-    faulthandler.enable()  # again, on the real stderr
+    faulthandler.enable()  # again, for the real stderr
     quiet_libraries()
 
 
 def quiet_libraries() -> None:
-    """Leave only errors of the libraries' logs; Lightning sets its own levels when imported."""
+    """Log only errors of the libraries; Lightning sets its own levels when it is imported."""
     from nemo.utils import logging as nemo_logging
 
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "megatron"):

@@ -1,4 +1,4 @@
-"""The model as NeMo trains it: our configuration inside NeMo's ``GPTModel``."""
+"""NeMo's ``GPTModel`` around a hybrid model, its data step and its forward step."""
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.backends import BackendSpecProvider
 from nemo.collections.llm.gpt.model.base import GPTModel, gpt_data_step
-from nemo.lightning import OptimizerModule, io
+from nemo.lightning import io
 
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.mixers.documents import packed_seq_params
@@ -22,12 +22,12 @@ from nemo_megacpp.specs.hybrid_model import build_hybrid_model
 def hybrid_data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
     """Return this rank's share of the next microbatch.
 
-    NeMo's ``gpt_data_step``, and the same for rows whose documents are marked
-    (:class:`nemo_megacpp.data.packed_rows.PackedDocuments`): the batch then carries
-    ``packed_seq_params``, on every pipeline stage.
+    This is NeMo's ``gpt_data_step``, extended to rows with marked documents
+    (:class:`nemo_megacpp.data.packed_rows.PackedDocuments`), whose batch carries
+    ``packed_seq_params`` on every pipeline stage.
 
     Raises:
-        UserError: marked rows, several in a microbatch; documents that CP cannot deal.
+        UserError: several marked rows in a microbatch, or documents that CP cannot split.
     """
     batch = next(dataloader_iter)
     if isinstance(batch, tuple) and len(batch) == 3:  # NeMo's loaders add two numbers
@@ -76,11 +76,11 @@ class HybridModelConfig(HybridConfig, io.IOMixin):
     ) -> torch.nn.Module:
         """Build this rank's pipeline chunk; NeMo calls this once per virtual stage."""
         assert tokenizer.vocab_size == self.vocab_size, (
-            f"tokenizer of {tokenizer.vocab_size}, model of {self.vocab_size}: the launcher checks"
+            f"tokenizer of {tokenizer.vocab_size}, model of {self.vocab_size}: validated earlier"
         )
         stages = self.virtual_pipeline_model_parallel_size or 1
         if vp_stage is None and stages > 1:
-            vp_stage = 0  # Lightning has the first chunk built, and does not know of stages
+            vp_stage = 0  # Lightning builds the first chunk without naming its stage
         if pre_process is None:
             pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
             pre_process = pre_process and (vp_stage or 0) == 0
@@ -96,11 +96,11 @@ class HybridModelConfig(HybridConfig, io.IOMixin):
         )
 
     def backend(self) -> BackendSpecProvider | None:
-        """Return where the modules come from; None for this installation's default."""
+        """Return the provider of modules; None for this installation's default."""
         return None
 
 
-class HybridModel(GPTModel):
+class HybridGPTModel(GPTModel):
     """NeMo's ``GPTModel`` around a hybrid A/M/E/R model.
 
     Args:
@@ -112,18 +112,9 @@ class HybridModel(GPTModel):
     _training_loss_reduction: Any
     _validation_loss_reduction: Any
 
-    def __init__(
-        self,
-        config: HybridModelConfig,
-        optim: OptimizerModule | None = None,
-        tokenizer: Any = None,
-        model_transform: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
-    ):
-        super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
-
     @property
     def training_loss_reduction(self) -> HybridLossReduction:
-        """What a training step averages over, and what it logs."""
+        """The mean that a training step minimizes and logs."""
         if not self._training_loss_reduction:
             self._training_loss_reduction = HybridLossReduction(
                 self.config.calculate_per_token_loss

@@ -17,7 +17,7 @@ from nemo_megacpp.errors import UserError
 
 
 class HybridDataModule(PreTrainingDataModule):
-    """``PreTrainingDataModule`` that knows its data by one folder.
+    """``PreTrainingDataModule`` over one folder of prepared data, or a blend of several.
 
     It makes no attention masks: without Transformer Engine NeMo turns them on, ``[1, s, s]`` for
     every sample, and a hybrid stack's attention is causal by its mask type.
@@ -27,14 +27,14 @@ class HybridDataModule(PreTrainingDataModule):
             use.
         vocab_size: of the model; must be the tokenizer's.
         seq_length: tokens per sample.
-        blend: weights by folder, to draw from several in Megatron's ``BlendedDataset``; None for
-            all of them: by their tokens. ``folder`` is then the first, whose tokenizer all share.
-        made_with: folder of the tokenizer that the data must have been made with; None for its own.
-        packed_documents: mark where documents begin in a row, so that the model resets there.
+        blend: weights by folder, for Megatron's ``BlendedDataset``; weights that are all None
+            follow the numbers of tokens. ``folder`` is then the first, whose tokenizer all share.
+        made_with: folder of the tokenizer that the data must have been made with, if given.
+        packed_documents: mark the starts of documents in a row, where the model then resets.
         kwargs: of ``PreTrainingDataModule``.
 
     Raises:
-        UserError: for data that is missing, unreadable, too short, or of another vocabulary or
+        UserError: data that are missing, unreadable, too short, or have another vocabulary or
             tokenizer.
     """
 
