@@ -21,7 +21,7 @@ def find_resume(recipe: Recipe, sources: list[PreparedData]) -> Recipe:
 
     Args:
         recipe: resolved.
-        sources: its data, of :func:`nemo_megacpp.preflight.data.open_data`.
+        sources: its data, of :func:`nemo_megacpp.preflight.recipe_data.open_data`.
 
     Raises:
         UserError: no such checkpoint, one of another model or tokenizer, or one that leaves no step

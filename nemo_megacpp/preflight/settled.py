@@ -8,11 +8,12 @@ from pathlib import Path
 
 from nemo_megacpp.checkpoint.dcp import require_psutil
 from nemo_megacpp.checkpoint.guard import inspect_before_load
+from nemo_megacpp.data.builtin import builtin_folder
 from nemo_megacpp.errors import validate_all
 from nemo_megacpp.layout import ParallelLayout, check_layout
-from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model import validate_host, validate_model, validate_recipe_layout
 from nemo_megacpp.preflight.outputs import new_run_dir, validate_loggers, validate_run_dir
+from nemo_megacpp.preflight.recipe_data import open_data
 from nemo_megacpp.preflight.resume import find_resume, validate_optimizer_state
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.shape import shape_of
@@ -77,6 +78,8 @@ def _announce(recipe: Recipe, run_dir: Path) -> None:
         print(f"defaults taken: {'; '.join(recipe.defaults)}")
     print(f"{recipe.name}: {recipe.pattern}")
     print(f"layout: {recipe.layout.describe()}; run folder: {run_dir}")
+    if recipe.data is None:
+        print(f"built-in corpus: {builtin_folder(recipe.model['vocab_size'])}")
     if resumed is not None:
         print(f"resuming {recipe.resume} ({resumed})")
     sys.stdout.flush()

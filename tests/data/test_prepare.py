@@ -52,7 +52,7 @@ def test_tokens_round_trip_through_megatron(prepared: PreparedData, texts: dict[
         len(held),
     )
     assert min(len(train), len(held)) >= 1
-    assert prepared.skipped == {"empty": 2, "binary": 1, "bad_utf8": 1, "huge": 0}
+    assert prepared.skipped == {"empty": 2, "binary": 1, "bad_utf8": 1}
     assert prepared.splits["heldout"].bytes == sum(len(text.encode()) for text in held)
     assert prepared.vocab_size == 300
     assert (
@@ -95,10 +95,10 @@ def test_a_folder_of_something_else_is_left_alone(
     corpus: Path, tmp_path: Path, overwrite: bool
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is not prepared data, so it is left alone"):
+    with pytest.raises(UserError, match="is not prepared data, so it is not replaced"):
         run(corpus, tmp_path, overwrite=overwrite)
     (tmp_path / "data.json").write_text('{"format": "another"}')
-    with pytest.raises(UserError, match="is not prepared data, so it is left alone"):
+    with pytest.raises(UserError, match="is not prepared data, so it is not replaced"):
         run(corpus, tmp_path, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -123,7 +123,7 @@ def test_existing_tokenizer(corpus: Path, prepared: PreparedData, tmp_path: Path
 def test_vocabulary_that_the_text_cannot_fill(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match=r"A vocabulary of 5000 asks .* give \d+ tokens"):
+    with pytest.raises(UserError, match=r"too short for a vocabulary of 5000: .* yield \d+ tokens"):
         run(corpus, tmp_path / "out", vocab_size=5000)
     data = run(corpus, tmp_path / "out", vocab_size=None)
     assert 258 < data.vocab_size < 5000
