@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
+import signal
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from nemo_megacpp.data.corpus import USUAL_DOCUMENT_BYTES
+from nemo_megacpp.data.corpus import USUAL_DOCUMENT_BYTES, Tally
 from nemo_megacpp.render import Table, make_console, print_table
 
 if TYPE_CHECKING:
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
 _WIDTH = 80
 _BAR_WIDTH = 40
 _SAMPLE_TOKENS = 80
-_NAMES = 3
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -136,7 +138,11 @@ def _run_prepare(args: argparse.Namespace) -> int:
     from nemo_megacpp.data.prepare import prepare
 
     names = inspect.signature(prepare).parameters.keys() & vars(args).keys()
-    data = prepare(**{name: getattr(args, name) for name in names})
+    try:
+        data = prepare(**{name: getattr(args, name) for name in names})
+    except KeyboardInterrupt:
+        # Threads of the tokenizers library panic when they meet an interpreter that is shut down.
+        os._exit(128 + signal.SIGINT)
     _print_counts(make_console(_WIDTH), data)
     return 0
 
@@ -203,21 +209,8 @@ def _print_counts(console: Console, data: PreparedData) -> None:
             f"Documents are padded to multiples of {data.document_multiple} tokens with "
             f"{padding:,} end tokens."
         )
-    limit = data.request.get("max_document_bytes") or 0
-    for kind, words in {
-        "empty": "Left out: {} empty",
-        "binary": "Left out: {} binary",
-        "not_utf8": "Left out: {} not UTF-8; decode with --encoding NAME",
-        "huge": f"Left out: {{}} larger than {limit:,} bytes",
-        "bad_utf8": "Repaired: {} not UTF-8, with bytes replaced; decode with --encoding NAME",
-        "bad_line": "Skipped: {} malformed lines",
-        "bad_file": "Skipped: {} bad files, or the bad part of them",
-    }.items():
-        if count := data.skipped.get(kind):
-            line, names = words.format(f"{count:,}"), data.skipped_names.get(kind, [])[:_NAMES]
-            more = f"and {count - len(names):,} more" if count > len(names) else ""
-            named = [*names, *([more] if more and names else [])]
-            print("\n  ".join([line + (":" if named else "."), *named]))
+    for line in Tally(Counter(data.skipped), data.skipped_names).describe():
+        print(line)
 
 
 def _print_lengths(console: Console, lengths: np.ndarray) -> None:

@@ -39,6 +39,17 @@ MAX_REPLACED = 0.1
 NAMED = 10
 """Files and lines of each kind that a `Tally` names."""
 
+KINDS = {
+    "empty": "Left out: {} empty",
+    "binary": "Left out: {} binary",
+    "not_utf8": "Left out: {} not UTF-8; decode with --encoding NAME",
+    "huge": "Left out: {} larger than --max-document-bytes",
+    "bad_utf8": "Repaired: {} not UTF-8, with bytes replaced; decode with --encoding NAME",
+    "bad_line": "Skipped: {} malformed lines",
+    "bad_file": "Skipped: {} bad files, or the bad part of them",
+}
+"""What a `Tally` counts."""
+
 _BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -107,11 +118,8 @@ class Reading:
 class Tally:
     """What reading left out or repaired.
 
-    The kinds are ``empty``, ``binary``, ``not_utf8``, ``huge``, ``bad_line`` (malformed JSONL) and
-    ``bad_file`` (unreadable, or with malformed lines); ``bad_utf8`` was repaired and is used.
-
     Attributes:
-        counts: files and lines of each kind.
+        counts: files and lines of each of `KINDS`.
         names: the first `NAMED` of each kind; of ``bad_file`` the reason as well.
     """
 
@@ -130,6 +138,18 @@ class Tally:
         self.counts += other.counts
         for kind, names in other.names.items():
             self.names[kind] = [*self.names.get(kind, []), *names][:NAMED]
+
+    def describe(self) -> list[str]:
+        """Return a line for each kind, and below it the first names."""
+        lines = []
+        for kind, words in KINDS.items():
+            if count := self.counts[kind]:
+                names = self.names.get(kind, [])[:3]
+                lines.append(words.format(f"{count:,}") + (":" if names else "."))
+                lines += [f"  {name}" for name in names]
+                if names and count > len(names):
+                    lines.append(f"  and {count - len(names):,} more")
+        return lines
 
 
 def torch_headers() -> Path:

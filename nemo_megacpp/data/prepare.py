@@ -145,12 +145,15 @@ def prepare(
             with workers(count) as run:
                 if (saved := stage.read("plan.json")) is None:
                     places = _survey(each, shards, reading, tally, skip_bad)
-                    plan = plan_split(
-                        places,
-                        held_out=held_out,
-                        max_bytes=max_bytes,
-                        tokenizer_bytes=TOKENIZER_BYTES,
-                    )
+                    try:
+                        plan = plan_split(
+                            places,
+                            held_out=held_out,
+                            max_bytes=max_bytes,
+                            tokenizer_bytes=TOKENIZER_BYTES,
+                        )
+                    except UserError as error:
+                        raise UserError("\n".join([str(error), *tally.describe()])) from error
                     stage.write("plan.json", {"plan": asdict(plan), "tally": vars(tally)})
                 else:
                     plan = SplitPlan(**saved["plan"])

@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +74,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    done: Future[None] = Future()
+
+    def train() -> None:
+        try:
+            done.set_result(tokenizer.train_from_iterator(texts, trainer))
+        except BaseException as error:
+            done.set_exception(error)
+
+    # The library answers Ctrl-C only when it has finished, so the main thread must be free for it.
+    threading.Thread(target=train, daemon=True).start()
+    done.result()
     return tokenizer
 
 

@@ -238,13 +238,17 @@ def test_shards_hold_every_document_once(
 
 
 @pytest.mark.processes
-def test_torch_headers_without_importing_torch() -> None:
+def test_preparing_loads_neither_torch_nor_megatron(corpus: Path, tmp_path: Path) -> None:
     assert (torch_headers() / "torch").is_dir()
     code = (
         "import sys, nemo_megacpp.commands.data\n"
         "from nemo_megacpp.data.corpus import torch_headers\n"
         "torch_headers()\n"
-        "print({'torch', 'tokenizers', 'megatron', 'numpy'} & set(sys.modules) or 'none')"
+        "print({'torch', 'tokenizers', 'megatron', 'numpy'} & set(sys.modules) or 'none')\n"
+        "from nemo_megacpp.data.prepare import prepare\n"
+        "prepare(sys.argv[1:2], sys.argv[2], vocab_size=300, progress=False)\n"
+        "print({'torch', 'megatron'} & set(sys.modules) or 'none')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "none"
+    command = [sys.executable, "-c", code, str(corpus), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["none", "none"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,35 @@ def test_interrupt_keeps_what_is_done(
     prepare([corpus], out, **OPTIONS)
     assert "1 of " in capsys.readouterr().out
     assert files(out) == files(prepared.root)
+
+
+@pytest.mark.processes
+def test_ctrl_c_while_the_tokenizer_is_trained(tmp_path: Path) -> None:
+    """The library cannot be interrupted, and trains for long on text without a pattern."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    letters = random.Random(0)
+    for number in range(4):
+        words = ("".join(letters.choices("abcdefghijklmnop", k=24)) for _ in range(40_000))
+        (source / f"{number}.txt").write_text(" ".join(words))
+    command = ["data", "prepare", str(source), "--out", str(out), "--vocab-size", "30000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nemo_megacpp.cli", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    stage = tmp_path / ".out.partial"
+    while process.poll() is None and not (stage / "plan.json").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not (stage / "tokenizer").exists(), "the training ended before the interrupt"
+    message = f"Interrupted. Run the same command to resume; progress is saved in {stage}.\n"
+    assert message in shown and "Traceback" not in shown and "panicked" not in shown
+    assert not out.exists()
 
 
 @pytest.mark.processes
