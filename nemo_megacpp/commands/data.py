@@ -40,9 +40,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     prepare.add_argument("paths", nargs="+", metavar="PATH", help="file or folder of text or JSONL")
     prepare.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     prepare.add_argument(
-        "--vocab-size", type=int, metavar="N", help="tokens of the BPE to train (default 8192)"
-    )
-    prepare.add_argument(
         "--tokenizer", metavar="DIR", help="use this Hugging Face tokenizer instead of training one"
     )
     prepare.add_argument(
@@ -59,29 +56,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="skip, count and name unreadable files and malformed JSONL lines instead of failing",
     )
-    prepare.add_argument("--max-bytes", type=int, metavar="N", help="use no more text than this")
-    prepare.add_argument(
-        "--max-document-bytes",
-        type=int,
-        default=USUAL_DOCUMENT_BYTES,
-        metavar="N",
-        help="leave out (and count) larger documents (default %(default)s)",
-    )
-    prepare.add_argument(
-        "--document-multiple",
-        type=int,
-        default=1,
-        metavar="N",
-        help="pad each document with end tokens to a multiple of N, which packed_documents with "
-        "CP > 1 needs: N = 2 CP (default 1: no padding)",
-    )
-    prepare.add_argument(
-        "--workers",
-        dest="num_workers",
-        type=int,
-        metavar="N",
-        help="processes (default: one for a small corpus, else one per core)",
-    )
+    for option, default, text in (
+        ("vocab-size", None, "tokens of the BPE to train (default 8192)"),
+        ("max-bytes", None, "use no more text than this"),
+        (
+            "max-document-bytes",
+            USUAL_DOCUMENT_BYTES,
+            "leave out larger documents (default %(default)s)",
+        ),
+        (
+            "document-multiple",
+            1,
+            "pad each document with end tokens to a multiple of N, which "
+            "packed_documents with CP > 1 needs: N = 2 CP (default 1: no padding)",
+        ),
+        ("workers", None, "processes (default: one for a small corpus, else one per core)"),
+    ):
+        prepare.add_argument(f"--{option}", type=int, default=default, metavar="N", help=text)
     prepare.set_defaults(run=_run_prepare)
 
     adopt = commands.add_parser(
@@ -137,6 +128,7 @@ def _run_adopt(args: argparse.Namespace) -> int:
 def _run_prepare(args: argparse.Namespace) -> int:
     from nemo_megacpp.data.prepare import prepare
 
+    args.num_workers = args.workers
     names = inspect.signature(prepare).parameters.keys() & vars(args).keys()
     try:
         data = prepare(**{name: getattr(args, name) for name in names})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from nemo_megacpp.data.prepared import MANIFEST, PreparedData
@@ -32,6 +33,21 @@ def builtin_folder(vocab_size: int) -> Path:
     return cache / "nemo_megacpp" / f"torch-{torch}-headers-{vocab_size}"
 
 
+def torch_headers() -> Path:
+    """Return the folder of C++ headers in the installed torch, without importing torch.
+
+    Raises:
+        UserError: torch or its headers are not installed.
+    """
+    spec = find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("torch is not installed, so its C++ headers cannot be the corpus.")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "include"
+    if not folder.is_dir():
+        raise UserError(f"This torch has no C++ headers: {folder} is missing.")
+    return folder
+
+
 def ensure_builtin(vocab_size: int, progress: bool = True) -> PreparedData:
     """Open the built-in corpus, and prepare it first if it is missing.
 
@@ -45,7 +61,6 @@ def ensure_builtin(vocab_size: int, progress: bool = True) -> PreparedData:
         UserError: this text does not yield such a vocabulary (nothing is written then), or the
             cache cannot be written.
     """
-    from nemo_megacpp.data.corpus import torch_headers
     from nemo_megacpp.data.prepare import prepare
 
     folder = builtin_folder(vocab_size)

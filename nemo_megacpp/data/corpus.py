@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,13 +85,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Document:
-    """One document.
-
-    Attributes:
-        key: what the split hashes: the file's key, with the line number for JSONL.
-        text: without a byte-order mark.
-        size: bytes of ``text`` in UTF-8.
-    """
+    """One document; ``key`` is the file's, with the line number for JSONL, ``size`` in UTF-8."""
 
     key: str
     text: str
@@ -150,21 +143,6 @@ class Tally:
                 if names and count > len(names):
                     lines.append(f"  and {count - len(names):,} more")
         return lines
-
-
-def torch_headers() -> Path:
-    """Return the folder of C++ headers in the installed torch, without importing torch.
-
-    Raises:
-        UserError: torch or its headers are not installed.
-    """
-    spec = find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("torch is not installed, so its C++ headers cannot be the corpus.")
-    folder = Path(next(iter(spec.submodule_search_locations))) / "include"
-    if not folder.is_dir():
-        raise UserError(f"This torch has no C++ headers: {folder} is missing.")
-    return folder
 
 
 def find_files(

@@ -42,7 +42,7 @@ from nemo_megacpp.data.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
-from nemo_megacpp.errors import UserError, raise_violations, validate_all
+from nemo_megacpp.errors import UserError, validate_all
 
 DEFAULT_VOCAB_SIZE = 8192
 TOKENIZER_BYTES = 200_000_000
@@ -50,7 +50,7 @@ TOKENIZER_BYTES = 200_000_000
 MAX_BAD = 1000
 """The survey stops at so many bad files and lines: the cause is then one for all."""
 
-_Each = Callable[[str, Callable[[Shard], Any], list[Shard]], Iterator[Any]]
+_Each = Callable[..., Iterator[Any]]
 
 
 def prepare(
@@ -97,8 +97,13 @@ def prepare(
             ``out`` that cannot be written or holds something else.
     """
     out, paths = Path(out), list(paths)
-    _validate_arguments(
-        vocab_size, held_out, max_bytes, max_document_bytes, document_multiple, num_workers
+    validate_all(
+        lambda: None if vocab_size is None else check_vocab_size(vocab_size),
+        lambda: check_held_out(held_out),
+        lambda: _check_range("max_bytes", max_bytes),
+        lambda: _check_range("max_document_bytes", max_document_bytes, MAX_DOCUMENT_BYTES),
+        lambda: _check_range("document_multiple", document_multiple),
+        lambda: _check_range("workers", num_workers),
     )
     reading = Reading(text_key, max_document_bytes, encoding and check_encoding(encoding))
     known = load_tokenizer(tokenizer) if tokenizer is not None else None
@@ -200,37 +205,10 @@ def prepare(
     return PreparedData.open(out)
 
 
-def _validate_arguments(
-    vocab_size: int | None,
-    held_out: float,
-    max_bytes: int | None,
-    max_document_bytes: int,
-    document_multiple: int,
-    num_workers: int | None,
-) -> None:
-    def validate_numbers() -> None:
-        wrong = {
-            f"The size cap is {max_bytes} bytes; it must be positive.": (
-                max_bytes is not None and max_bytes < 1
-            ),
-            f"The largest document is set to {max_document_bytes:,} bytes; it must be positive and "
-            f"at most {MAX_DOCUMENT_BYTES:,}, what Megatron's index can hold.": (
-                not 0 < max_document_bytes <= MAX_DOCUMENT_BYTES
-            ),
-            f"The document multiple is {document_multiple}; it must be at least 1.": (
-                document_multiple < 1
-            ),
-            f"The number of workers is {num_workers}; it must be at least 1.": (
-                num_workers is not None and num_workers < 1
-            ),
-        }
-        raise_violations(message for message, applies in wrong.items() if applies)
-
-    validate_all(
-        lambda: None if vocab_size is None else check_vocab_size(vocab_size),
-        lambda: check_held_out(held_out),
-        validate_numbers,
-    )
+def _check_range(name: str, value: int | None, highest: int | None = None) -> None:
+    if value is not None and (value < 1 or (highest is not None and value > highest)):
+        upper = "" if highest is None else f" and at most {highest:,}, Megatron's limit"
+        raise UserError(f"{name} is {value:,}; it must be at least 1{upper}.")
 
 
 def _survey(

@@ -159,12 +159,12 @@ class PreparedData:
 
     @property
     def train_prefix(self) -> str:
-        """Megatron's data prefix (the path without ``.bin``), absolute."""
+        """Megatron's data prefix, absolute: the path without ``.bin``."""
         return str((self.root / "train").absolute())
 
     @property
     def heldout_prefix(self) -> str:
-        """Megatron's data prefix (the path without ``.bin``), absolute."""
+        """Megatron's data prefix, absolute."""
         return str((self.root / "heldout").absolute())
 
     @property

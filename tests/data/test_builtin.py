@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_megacpp.data import builtin, corpus
-from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
+from nemo_megacpp.data import builtin
+from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin, torch_headers
 from nemo_megacpp.data.staging import lock_file
 from nemo_megacpp.errors import UserError
 
@@ -23,7 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number in range(20):
         text = "".join(f"int function_{number}_{n}(int x);\n" for n in range(50))
         (headers / f"{number}.h").write_text(text)
-    monkeypatch.setattr(corpus, "torch_headers", lambda: headers)
+    monkeypatch.setattr(builtin, "torch_headers", lambda: headers)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -41,11 +41,15 @@ def test_one_folder_for_each_user_torch_and_vocabulary(
     assert builtin_folder(2048) == Path("/home/someone/.cache/nemo_megacpp") / name
 
 
+def test_headers_are_found() -> None:
+    assert (torch_headers() / "torch").is_dir()
+
+
 def test_it_is_prepared_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ensure_builtin(300, progress=False)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(corpus, "torch_headers", lambda: pytest.fail("it was prepared again"))
+    monkeypatch.setattr(builtin, "torch_headers", lambda: pytest.fail("it was prepared again"))
     assert ensure_builtin(300, progress=False) == first
     assert first.root == builtin_folder(300)
     assert list(Path().iterdir()) == []

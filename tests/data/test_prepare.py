@@ -251,11 +251,11 @@ def test_failed_overwrite_keeps_the_old_data(
     [
         ({"held_out": 0.0}, "held-out share is 0.0"),
         ({"held_out": 1.0}, "held-out share is 1.0"),
-        ({"max_bytes": 0}, "size cap is 0"),
+        ({"max_bytes": 0}, "max_bytes is 0; it must be at least 1"),
         ({"vocab_size": 10}, "vocabulary of 10 is too small"),
-        ({"max_document_bytes": 1 << 31}, "at most 1,073,741,824"),
-        ({"document_multiple": 0}, "document multiple is 0"),
-        ({"num_workers": 0}, "number of workers is 0"),
+        ({"max_document_bytes": 1 << 31}, "at most 1,073,741,824, Megatron"),
+        ({"document_multiple": 0}, "document_multiple is 0"),
+        ({"num_workers": 0}, "workers is 0"),
     ],
 )
 def test_bad_arguments(corpus: Path, tmp_path: Path, options: dict, message: str) -> None:

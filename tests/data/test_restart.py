@@ -167,9 +167,11 @@ def test_ctrl_c_while_the_tokenizer_is_trained(tmp_path: Path) -> None:
         time.sleep(0.05)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, shown = process.communicate(timeout=60)
+    try:
+        _, shown = process.communicate(timeout=6)  # the training takes 15 s
+    finally:
+        process.kill()
     assert process.returncode == 130
-    assert not (stage / "tokenizer").exists(), "the training ended before the interrupt"
     message = f"Interrupted. Run the same command to resume; progress is saved in {stage}.\n"
     assert message in shown and "Traceback" not in shown and "panicked" not in shown
     assert not out.exists()
