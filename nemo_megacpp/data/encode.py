@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,51 +35,44 @@ def sample(reading: Reading, plan: SplitPlan, shard: Shard) -> list[str]:
     return [document.text for document in documents if plan.trains_tokenizer(document.key)]
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """Writes the tokens of a shard into a folder of its own, which is complete or missing.
+def encode(
+    reading: Reading,
+    plan: SplitPlan,
+    tokenizer: Path,
+    dtype: type[np.generic],
+    document_multiple: int,
+    parts: Path,
+    shard: Shard,
+) -> None:
+    """Write the tokens of a shard into its `part_folder`, which is complete or missing.
 
-    Attributes:
-        reading, plan: what to read, and the split.
-        tokenizer: folder.
-        dtype: of a token id.
-        document_multiple: documents end in as many EOS as make their length a multiple of this.
-        parts: folder of the parts.
+    Documents end in as many EOS as make their length a multiple of ``document_multiple``.
     """
-
-    reading: Reading
-    plan: SplitPlan
-    tokenizer: Path
-    dtype: type[np.generic]
-    document_multiple: int
-    parts: Path
-
-    def __call__(self, shard: Shard) -> None:
-        part = part_folder(self.parts, shard)
-        begun = part.with_name(f".{part.name}-{os.getpid()}")
-        shutil.rmtree(begun, ignore_errors=True)
-        begun.mkdir(parents=True)
-        loaded = load_tokenizer(self.tokenizer)
-        lengths: dict[Split, list[int]] = {split: [] for split in SPLITS}
-        padding = dict.fromkeys(SPLITS, 0)
-        files = {split: (begun / f"{split}.bin").open("wb") for split in SPLITS}
-        for batch in _batches(iter_documents(shard.files, self.reading), self.plan):
-            encodings = loaded.tokenizer.encode_batch_fast(
-                [document.text for _, document in batch], add_special_tokens=False
-            )
-            for (split, _), encoding in zip(batch, encodings, strict=True):
-                filling = -(len(encoding.ids) + 1) % self.document_multiple
-                ids = [*encoding.ids, *[loaded.eos_id] * (1 + filling)]
-                files[split].write(np.array(ids, self.dtype).tobytes())
-                lengths[split].append(len(ids))
-                padding[split] += filling
-        for split, file in files.items():
-            file.close()
-            write_index(begun / f"{split}.idx", self.dtype, np.array(lengths[split], np.int32))
-        np.array([padding[split] for split in SPLITS]).tofile(begun / "padding")
-        for path in begun.iterdir():
-            sync(path)
-        begun.rename(part)
+    part = part_folder(parts, shard)
+    begun = part.with_name(f".{part.name}-{os.getpid()}")
+    shutil.rmtree(begun, ignore_errors=True)
+    begun.mkdir(parents=True)
+    loaded = load_tokenizer(tokenizer)
+    lengths: dict[Split, list[int]] = {split: [] for split in SPLITS}
+    padding = dict.fromkeys(SPLITS, 0)
+    files = {split: (begun / f"{split}.bin").open("wb") for split in SPLITS}
+    for batch in _batches(iter_documents(shard.files, reading), plan):
+        encodings = loaded.tokenizer.encode_batch_fast(
+            [document.text for _, document in batch], add_special_tokens=False
+        )
+        for (split, _), encoding in zip(batch, encodings, strict=True):
+            filling = -(len(encoding.ids) + 1) % document_multiple
+            ids = [*encoding.ids, *[loaded.eos_id] * (1 + filling)]
+            files[split].write(np.array(ids, dtype).tobytes())
+            lengths[split].append(len(ids))
+            padding[split] += filling
+    for split, file in files.items():
+        file.close()
+        write_index(begun / f"{split}.idx", dtype, np.array(lengths[split], np.int32))
+    np.array([padding[split] for split in SPLITS]).tofile(begun / "padding")
+    for path in begun.iterdir():
+        sync(path)
+    begun.rename(part)
 
 
 def part_folder(parts: Path, shard: Shard) -> Path:

@@ -29,7 +29,7 @@ from nemo_megacpp.data.corpus import (
     check_encoding,
     find_files,
 )
-from nemo_megacpp.data.encode import Encoding, join_parts, part_folder, sample, survey
+from nemo_megacpp.data.encode import encode, join_parts, part_folder, sample, survey
 from nemo_megacpp.data.indexed import token_dtype
 from nemo_megacpp.data.prepared import PreparedData, SplitCounts, reusable
 from nemo_megacpp.data.shards import Shard, cut, usual_workers, workers
@@ -177,8 +177,8 @@ def prepare(
                 # Loaded from where it will be read, so the fingerprint is that of the written file.
                 loaded = load_tokenizer(folder)
                 dtype = token_dtype(loaded.vocab_size)
-                encode = Encoding(reading, plan, folder, dtype, document_multiple, stage.parts)
-                for _ in each("encoding", encode, missing):
+                options = (reading, plan, folder, dtype, document_multiple, stage.parts)
+                for _ in each("encoding", partial(encode, *options), missing):
                     pass
                 counts = join_parts(stage.parts, shards, dtype, stage.whole)
         except KeyboardInterrupt:

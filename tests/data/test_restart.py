@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from nemo_megacpp.data import prepare as prepare_module
 from nemo_megacpp.data import shards
-from nemo_megacpp.data.encode import Encoding
+from nemo_megacpp.data.encode import encode
 from nemo_megacpp.data.prepare import prepare
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
@@ -60,13 +61,12 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The shards that this process encodes, by number."""
     numbers: list[int] = []
-    whole = Encoding.__call__
 
-    def spy(self: Encoding, shard: shards.Shard) -> int:
-        numbers.append(shard.number)
-        return whole(self, shard)
+    def spy(*options: Any) -> None:
+        numbers.append(options[-1].number)
+        encode(*options)
 
-    monkeypatch.setattr(Encoding, "__call__", spy)
+    monkeypatch.setattr(prepare_module, "encode", spy)
     return numbers
 
 
@@ -129,14 +129,13 @@ def test_interrupt_keeps_what_is_done(
 ) -> None:
     out = tmp_path / "deep" / "out"
     with monkeypatch.context() as patch:
-        encode = Encoding.__call__
 
-        def interrupted(self: Encoding, shard: shards.Shard) -> int:
-            if shard.number == 1:
+        def interrupted(*options: Any) -> None:
+            if options[-1].number == 1:
                 raise KeyboardInterrupt
-            return encode(self, shard)
+            encode(*options)
 
-        patch.setattr(Encoding, "__call__", interrupted)
+        patch.setattr(prepare_module, "encode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare([corpus], out, **OPTIONS)
     assert "Interrupted. Run the same command to resume" in capsys.readouterr().err
