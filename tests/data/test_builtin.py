@@ -82,20 +82,16 @@ def test_a_vocabulary_that_is_too_large_writes_nothing(cache: Path) -> None:
 
 
 def test_a_lock_that_its_holder_removed_is_not_shared(tmp_path: Path) -> None:
-    path, entered = tmp_path / "lock", threading.Event()
+    path, excluded = tmp_path / "lock", threading.Event()
 
     def second() -> None:
-        with lock_file(path):
-            entered.set()
+        with lock_file(path), pytest.raises(BlockingIOError), lock_file(path, wait=False):
+            pass
+        excluded.set()
 
     with lock_file(path):
         waiting = threading.Thread(target=second, daemon=True)
         waiting.start()
-        assert not entered.wait(0.2)
+        assert not excluded.wait(0.2)
         path.unlink()
-        with lock_file(path, wait=False):  # another process has come first
-            pass
-    assert entered.wait(10)
-    waiting.join()
-    with path.open() as file:  # the second took the file that has the name now
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert excluded.wait(10)
