@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ import torch
 from nemo_megacpp.runtime.workers import WorkerPool
 
 pytest_plugins = ["tests.shared_data", "tests.reference"]
+
+CACHE = Path(__file__).parents[1] / "data"
+"""Ignored by Git, removed by ``make clean``."""
 
 _MARKERS = {"ranks": "ranks", "interpreter": "processes"}
 """Marker by fixture, of the fixtures that start processes."""
@@ -31,8 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """Suspend the collector while the tests, and all that they import, are collected."""
+    """Suspend the collector while the tests, and all that they import, are collected.
+
+    Caches, such as the built-in corpus, are written into the checkout and not into the home folder.
+    """
     gc.disable()
+    os.environ["XDG_CACHE_HOME"] = str(CACHE)
 
 
 def pytest_collection_finish() -> None:

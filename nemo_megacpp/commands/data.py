@@ -1,11 +1,15 @@
-"""``nemo-megacpp data``: prepare, adopt and inspect."""
+"""``nemo-megacpp data``: prepares, adopts and inspects training data."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
+import os
+import signal
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from nemo_megacpp.data.corpus import USUAL_DOCUMENT_BYTES
+from nemo_megacpp.data.corpus import USUAL_DOCUMENT_BYTES, Tally
 from nemo_megacpp.render import Table, make_console, print_table
 
 if TYPE_CHECKING:
@@ -28,51 +32,52 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     prepare = commands.add_parser(
         "prepare",
         help="text or JSONL to Megatron .bin/.idx, with a tokenizer",
-        description="Split documents into train and held-out, train a byte-level BPE (or take one) "
-        "and write Megatron .bin/.idx. A text file is a document; so is each line of a .jsonl "
-        "file. Folders are searched recursively, hidden files left out; .gz, .bz2, .xz and .zst "
-        "are decompressed. If it is interrupted or killed, the same command resumes it.",
+        description="Split documents into train and held-out, train a byte-level BPE (or use an "
+        "existing one) and write Megatron .bin/.idx. A text file is a document; so is each line of "
+        "a .jsonl file. Folders are searched recursively, hidden files ignored; .gz, .bz2, .xz and "
+        ".zst are decompressed. After an interrupt or a kill, the same command resumes.",
     )
     prepare.add_argument("paths", nargs="+", metavar="PATH", help="file or folder of text or JSONL")
     prepare.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     prepare.add_argument(
-        "--vocab-size", type=int, metavar="N", help="tokens of the BPE to train (default 8192)"
-    )
-    prepare.add_argument(
         "--tokenizer", metavar="DIR", help="use this Hugging Face tokenizer instead of training one"
     )
-    _add_held_out(prepare)
     prepare.add_argument(
         "--text-key", default="text", metavar="K", help="JSONL field with the text (default text)"
     )
-    prepare.add_argument("--max-bytes", type=int, metavar="N", help="use no more text than this")
     prepare.add_argument(
-        "--max-document-bytes",
-        type=int,
-        default=USUAL_DOCUMENT_BYTES,
-        metavar="N",
-        help="leave out (and count) larger documents (default %(default)s)",
+        "--encoding",
+        metavar="NAME",
+        help="encoding of text that is not UTF-8, such as latin-1 (UTF-16 and UTF-32 with a "
+        "byte-order mark need none)",
     )
     prepare.add_argument(
-        "--document-multiple",
-        type=int,
-        default=1,
-        metavar="N",
-        help="fill each document with end tokens to a multiple of N, which packed_documents with "
-        "CP > 1 needs: N = 2 CP (default 1: no filling)",
+        "--skip-bad",
+        action="store_true",
+        help="skip, count and name unreadable files and malformed JSONL lines instead of failing",
     )
-    prepare.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes (default: the cores where there is much text, else one)",
-    )
-    prepare.add_argument("--overwrite", action="store_true", help="replace prepared data in DIR")
+    for option, default, text in (
+        ("vocab-size", None, "tokens of the BPE to train (default 8192)"),
+        ("max-bytes", None, "use no more text than this"),
+        (
+            "max-document-bytes",
+            USUAL_DOCUMENT_BYTES,
+            "leave out larger documents (default %(default)s)",
+        ),
+        (
+            "document-multiple",
+            1,
+            "pad each document with end tokens to a multiple of N, which "
+            "packed_documents with CP > 1 needs: N = 2 CP (default 1: no padding)",
+        ),
+        ("workers", None, "processes (default: one for a small corpus, else one per core)"),
+    ):
+        prepare.add_argument(f"--{option}", type=int, default=default, metavar="N", help=text)
     prepare.set_defaults(run=_run_prepare)
 
     adopt = commands.add_parser(
         "adopt",
-        help="train on .bin/.idx that Megatron's preprocess_data.py made, without a copy",
+        help="train on .bin/.idx of Megatron's preprocess_data.py, without a copy",
         description="Make a folder of prepared data over PREFIX.bin and PREFIX.idx: an index for "
         "each split and links to the tokens, each of which is checked once.",
     )
@@ -82,70 +87,54 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer that made them"
     )
     held_out = adopt.add_mutually_exclusive_group()
-    _add_held_out(held_out)
     held_out.add_argument(
         "--held-out-prefix", metavar="PREFIX", help="files to hold out instead of a share"
     )
-    adopt.add_argument("--overwrite", action="store_true", help="replace prepared data in DIR")
     adopt.set_defaults(run=_run_adopt)
+    for command, group in ((prepare, prepare), (adopt, held_out)):
+        group.add_argument(
+            "--held-out",
+            type=float,
+            default=0.05,
+            metavar="F",
+            help="share of documents to hold out (default %(default)s)",
+        )
+        command.add_argument("--overwrite", action="store_true", help="replace data in DIR")
 
-    inspect = commands.add_parser(
+    inspection = commands.add_parser(
         "inspect", help="check prepared data; show counts, document lengths and samples"
     )
-    inspect.add_argument("folder", metavar="DIR", help="folder made by data prepare")
-    inspect.add_argument(
+    inspection.add_argument("folder", metavar="DIR", help="folder made by data prepare")
+    inspection.add_argument(
         "--samples", type=int, default=3, metavar="N", help="documents to show (default 3)"
     )
-    inspect.add_argument(
+    inspection.add_argument(
         "--rows", type=int, default=0, metavar="N", help="training rows to show, by their documents"
     )
-    inspect.add_argument(
+    inspection.add_argument(
         "--seq-length", type=int, default=4096, metavar="S", help="tokens of a row (default 4096)"
     )
-    inspect.set_defaults(run=_run_inspect)
-
-
-def _add_held_out(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--held-out",
-        type=float,
-        default=0.05,
-        metavar="F",
-        help="share of documents (default %(default)s)",
-    )
+    inspection.set_defaults(run=_run_inspect)
 
 
 def _run_adopt(args: argparse.Namespace) -> int:
     from nemo_megacpp.data.adopt import adopt
 
-    data = adopt(
-        args.prefix,
-        args.out,
-        tokenizer=args.tokenizer,
-        held_out=args.held_out,
-        held_out_prefix=args.held_out_prefix,
-        overwrite=args.overwrite,
-    )
-    _print_counts(make_console(_WIDTH), data)
+    names = ("prefix", "out", "tokenizer", "held_out", "held_out_prefix", "overwrite")
+    _print_counts(make_console(_WIDTH), adopt(**{name: getattr(args, name) for name in names}))
     return 0
 
 
 def _run_prepare(args: argparse.Namespace) -> int:
     from nemo_megacpp.data.prepare import prepare
 
-    data = prepare(
-        args.paths,
-        args.out,
-        vocab_size=args.vocab_size,
-        tokenizer=args.tokenizer,
-        held_out=args.held_out,
-        text_key=args.text_key,
-        max_bytes=args.max_bytes,
-        max_document_bytes=args.max_document_bytes,
-        document_multiple=args.document_multiple,
-        num_workers=args.workers,
-        overwrite=args.overwrite,
-    )
+    args.num_workers = args.workers
+    names = inspect.signature(prepare).parameters.keys() & vars(args).keys()
+    try:
+        data = prepare(**{name: getattr(args, name) for name in names})
+    except KeyboardInterrupt:
+        # Threads of the tokenizers library panic when they meet an interpreter that is shut down.
+        os._exit(128 + signal.SIGINT)
     _print_counts(make_console(_WIDTH), data)
     return 0
 
@@ -177,19 +166,19 @@ def _run_inspect(args: argparse.Namespace) -> int:
 def _print_rows(
     console: Console, data: PreparedData, tokenizer: Tokenizer, rows: int, seq_length: int
 ) -> None:
-    """Show which documents training rows hold, in the order of an epoch with the usual seed."""
-    from nemo_megacpp.data.rows import read_rows
+    """Show which documents training rows hold, in the order of an epoch with the default seed."""
+    from nemo_megacpp.data.packed_rows import read_rows
 
-    for row in read_rows(data, rows, seq_length):
-        title = f"train row {row.number}: {len(row.pieces)} documents in {seq_length:,} tokens"
+    for number, parts in enumerate(read_rows(data, rows, seq_length)):
+        title = f"train row {number}: {len(parts)} documents in {seq_length:,} tokens"
         table = Table(("<positions", "tokens", "document", "of its tokens", "<begins"), title)
-        for piece in row.pieces:
-            begins = tokenizer.decode(piece.ids[:_SAMPLE_TOKENS], skip_special_tokens=False)
+        for start, stop, document, offset, ids in parts:
+            begins = tokenizer.decode(ids[:_SAMPLE_TOKENS], skip_special_tokens=False)
             table.add(
-                f"{piece.start:,} – {piece.stop - 1:,}",
-                f"{piece.stop - piece.start:,}",
-                f"{piece.document:,}",
-                f"{piece.offset:,} – {piece.offset + piece.stop - piece.start - 1:,}",
+                f"{start:,} – {stop - 1:,}",
+                f"{stop - start:,}",
+                f"{document:,}",
+                f"{offset:,} – {offset + stop - start - 1:,}",
                 " ".join(begins.split())[:_BAR_WIDTH],
             )
         print_table(console, table)
@@ -206,23 +195,14 @@ def _print_counts(console: Console, data: PreparedData) -> None:
             size, ratio = f"{split.bytes:,}", f"{split.bytes / split.tokens:.2f}"
         table.add(name, f"{split.documents:,}", f"{split.tokens:,}", size, ratio)
     print_table(console, table)
-    left_out = {
-        "empty": "empty",
-        "binary": "binary",
-        "bad_utf8": "repaired UTF-8",
-        "huge": f"larger than {data.request.get('max_document_bytes', 0):,} bytes",
-    }
-    noted = [
-        f"{data.skipped[key]:,} {word}" for key, word in left_out.items() if data.skipped.get(key)
-    ]
     if data.document_multiple > 1:
         padding = sum(split.padding for split in data.splits.values())
         console.print(
-            f"Documents are filled to multiples of {data.document_multiple} tokens with "
+            f"Documents are padded to multiples of {data.document_multiple} tokens with "
             f"{padding:,} end tokens."
         )
-    if noted:
-        console.print("Left out or repaired: " + ", ".join(noted) + ".")
+    for line in Tally(Counter(data.skipped), data.skipped_names).describe():
+        print(line)
 
 
 def _print_lengths(console: Console, lengths: np.ndarray) -> None:

@@ -1,8 +1,8 @@
-"""Train on what Megatron's ``preprocess_data.py`` made, without copying it.
+"""Train on the output of Megatron's ``preprocess_data.py``, without copying it.
 
-The folder that is made has the tokenizer, an index for each split, and links to the ``.bin`` that
-is there. Every token is read once: with TP, Megatron embeds an id beyond the vocabulary as zeros
-and says nothing.
+The new folder has the tokenizer, an index for each split, and links to the existing ``.bin``.
+Every token is read once: with TP, Megatron embeds an id beyond the vocabulary as zeros and reports
+no error.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import numpy as np
 
 from nemo_megacpp.data.indexed import IndexedTokens, write_index
 from nemo_megacpp.data.prepared import PreparedData, SplitCounts, file_state, reusable
-from nemo_megacpp.data.progress import bars
 from nemo_megacpp.data.split import SPLITS, Split, check_held_out
-from nemo_megacpp.data.staging import staging
+from nemo_megacpp.data.staging import bars, staging
 from nemo_megacpp.data.tokenizer import LoadedTokenizer, copy_tokenizer, load_tokenizer
 from nemo_megacpp.errors import UserError
 
 _PIECE = 1 << 24
-"""Tokens that are read at once."""
+"""Tokens that are read at a time."""
 _SEED = 1234
 
 
@@ -43,19 +42,23 @@ def adopt(
         out: the folder to make.
         tokenizer: folder of the Hugging Face tokenizer that made them.
         held_out: share of documents to hold out, chosen by their number.
-        held_out_prefix: files to hold out instead; then ``prefix`` is for training, whole.
+        held_out_prefix: files to hold out instead; all of ``prefix`` is then for training.
         overwrite: replace prepared data in ``out``.
         progress: draw bars on standard error.
 
     Raises:
-        UserError: files that are missing or damaged, that are of another tokenizer, or whose
-            documents do not end in its end token; an ``out`` that may not be written.
+        UserError: files that are missing, damaged or of another tokenizer, documents that do not
+            end in its end token, or an ``out`` that cannot be written or holds something else.
     """
     out = Path(out)
     check_held_out(held_out)
     loaded = load_tokenizer(tokenizer)
-    named = [prefix] if held_out_prefix is None else [prefix, held_out_prefix]
-    prefixes = [_absolute(name) for name in named]
+    # A user may name one of the two files as well.
+    paths = [Path(name) for name in (prefix, held_out_prefix) if name is not None]
+    prefixes = [
+        str((path.with_suffix("") if path.suffix in (".bin", ".idx") else path).absolute())
+        for path in paths
+    ]
     sources = [IndexedTokens.open(name) for name in prefixes]
     request = {
         "adopted": [file_state(source.path) for source in sources],
@@ -70,7 +73,7 @@ def adopt(
         ends = [_check(source, loaded, lambda n: drawn.advance(task, n)) for source in sources]
     chosen = _choose(sources, held_out)
     lengths = np.concatenate([source.lengths for source in sources])
-    # An end token inside a text begins a document anew, so that lengths say nothing.
+    # An end token inside a text starts a new document in packed rows, whatever the lengths are.
     multiple = int(np.gcd.reduce(lengths)) if sum(ends) == len(lengths) else 1
     with staging(out, request) as stage:
         for split, (source, numbers) in chosen.items():
@@ -78,7 +81,7 @@ def adopt(
             write_index(index, source.dtype, source.lengths[numbers], source.offsets[numbers])
             index.with_suffix(".bin").symlink_to(source.path)
         copy_tokenizer(Path(tokenizer), stage.whole / "tokenizer")
-        data = PreparedData(
+        PreparedData(
             root=out,
             vocab_size=loaded.vocab_size,
             eos_id=loaded.eos_id,
@@ -95,19 +98,12 @@ def adopt(
             source={"adopted": prefixes},
             request=request,
             document_multiple=multiple,
-        )
-        data.write_manifest(stage.whole)
+        ).write_manifest(stage.whole)
     return PreparedData.open(out)
 
 
-def _absolute(prefix: str | os.PathLike[str]) -> str:
-    # A user may as well have named one of the two files.
-    path = Path(prefix)
-    return str((path.with_suffix("") if path.suffix in (".bin", ".idx") else path).absolute())
-
-
 def _check(source: IndexedTokens, loaded: LoadedTokenizer, advance: Callable[[int], None]) -> int:
-    """Read every token, and return how many end tokens there are.
+    """Read every token, and return the number of end tokens.
 
     Raises:
         UserError: no documents, an id beyond the vocabulary, an empty document, or one without an
@@ -116,7 +112,7 @@ def _check(source: IndexedTokens, loaded: LoadedTokenizer, advance: Callable[[in
     if not len(source.lengths):
         raise UserError(f"{source.path} has no documents.")
     if not source.lengths.all():
-        raise UserError(f"{source.path} has a document without a token.")
+        raise UserError(f"{source.path} has a document without tokens.")
     ids = np.memmap(source.path, source.dtype, "r")
     found = 0
     for start in range(0, len(ids), _PIECE):
@@ -124,8 +120,8 @@ def _check(source: IndexedTokens, loaded: LoadedTokenizer, advance: Callable[[in
         lowest, highest = int(piece.min()), int(piece.max())
         if lowest < 0 or highest >= loaded.vocab_size:
             raise UserError(
-                f"{source.path} has the token {lowest if lowest < 0 else highest}, and the "
-                f"tokenizer has {loaded.vocab_size}: it was made with another."
+                f"{source.path} has token id {lowest if lowest < 0 else highest}, but the "
+                f"tokenizer has {loaded.vocab_size} tokens: another tokenizer made it."
             )
         found += int((piece == loaded.eos_id).sum())
         advance(piece.nbytes)
@@ -153,7 +149,7 @@ def _choose(
             f"{source.path} has {len(source.lengths)} document; at least 2 are needed, one to "
             f"train on and one to hold out."
         )
-    # A document's place follows from its number: files that grow keep theirs.
+    # Its number alone decides a document's split, so appended documents change no other's.
     places = np.random.default_rng(_SEED).random(len(source.lengths))
     held = places < np.clip(held_out, np.nextafter(places.min(), 1), places.max())
     return {"train": (source, np.flatnonzero(~held)), "heldout": (source, np.flatnonzero(held))}

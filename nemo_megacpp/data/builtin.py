@@ -1,11 +1,14 @@
-"""The built-in corpus: the C++ headers that every torch installation carries."""
+"""The built-in corpus: the C++ headers of the torch installation, prepared once per user."""
 
 from __future__ import annotations
 
-import fcntl
+import os
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
-from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.data.prepared import MANIFEST, PreparedData
+from nemo_megacpp.data.staging import lock_file
 from nemo_megacpp.data.tokenizer import check_vocab_size
 from nemo_megacpp.errors import UserError
 
@@ -16,27 +19,52 @@ MAX_VOCAB_SIZE = 32768
 
 
 def builtin_folder(vocab_size: int) -> Path:
-    """Return where the built-in corpus with a vocabulary of this size is kept: ``data/`` here."""
-    return Path("data") / f"torch-headers-{vocab_size}"
+    """Return the folder of the built-in corpus with a vocabulary of this size.
+
+    It lies in the user's cache: ``$XDG_CACHE_HOME/nemo_megacpp``, by default
+    ``~/.cache/nemo_megacpp``.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one is ignored, by its standard
+    cache = given if given.is_absolute() else Path("~/.cache").expanduser()
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = "none"
+    return cache / "nemo_megacpp" / f"torch-{torch}-headers-{vocab_size}"
 
 
-def ensure_builtin(folder: Path, vocab_size: int, progress: bool = True) -> PreparedData:
-    """Open the built-in corpus, and prepare it first if it is not there.
-
-    Several ranks may call at once: one prepares, the others wait for it.
-
-    Args:
-        folder: normally :func:`builtin_folder`.
-        vocab_size: size of the byte-level BPE vocabulary.
-        progress: show a progress bar.
+def torch_headers() -> Path:
+    """Return the folder of C++ headers in the installed torch, without importing torch.
 
     Raises:
-        UserError: a vocabulary that this text cannot yield; nothing is written.
+        UserError: torch or its headers are not installed.
     """
-    from nemo_megacpp.data.corpus import torch_headers
+    spec = find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("torch is not installed, so its C++ headers cannot be the corpus.")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "include"
+    if not folder.is_dir():
+        raise UserError(f"This torch has no C++ headers: {folder} is missing.")
+    return folder
+
+
+def ensure_builtin(vocab_size: int, progress: bool = True) -> PreparedData:
+    """Open the built-in corpus, and prepare it first if it is missing.
+
+    Ranks of several nodes may call this at once: one prepares it, the others wait.
+
+    Args:
+        vocab_size: size of the byte-level BPE vocabulary.
+        progress: draw a progress bar.
+
+    Raises:
+        UserError: this text does not yield such a vocabulary (nothing is written then), or the
+            cache cannot be written.
+    """
     from nemo_megacpp.data.prepare import prepare
 
-    if not (folder / "data.json").exists():
+    folder = builtin_folder(vocab_size)
+    if not (folder / MANIFEST).exists():
         check_vocab_size(vocab_size)
         if vocab_size > MAX_VOCAB_SIZE:
             raise UserError(
@@ -44,15 +72,20 @@ def ensure_builtin(folder: Path, vocab_size: int, progress: bool = True) -> Prep
                 f"{vocab_size}. Prepare text of your own (nemo-megacpp data prepare PATH… --out "
                 f"DIR) and give data=DIR, or choose a smaller vocab_size."
             )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / "data.json").exists():
-                prepare(
-                    [torch_headers()],
-                    folder,
-                    vocab_size=vocab_size,
-                    max_bytes=MAX_BYTES,
-                    progress=progress,
-                )
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with lock_file(folder.with_name(f".{folder.name}.once")):
+                if not (folder / MANIFEST).exists():
+                    prepare(
+                        [torch_headers()],
+                        folder,
+                        vocab_size=vocab_size,
+                        max_bytes=MAX_BYTES,
+                        progress=progress,
+                    )
+        except OSError as error:
+            raise UserError(
+                f"Cannot write the built-in corpus to {folder}: {error.strerror}. Set "
+                f"XDG_CACHE_HOME to a folder that can be written, or give data=DIR."
+            ) from error
     return PreparedData.open(folder)

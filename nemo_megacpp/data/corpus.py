@@ -1,13 +1,14 @@
 """Find text on disk and read it one document at a time.
 
 A text file is one document; each line of a JSONL file is one document. `.gz`, `.bz2`, `.xz` and
-`.zst` are decompressed on the way. Nothing here imports torch, and no more than one document is
-held in memory.
+`.zst` are decompressed while they are read. Nothing here imports torch, and no more than one
+document is held in memory.
 """
 
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -16,10 +17,10 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from nemo_megacpp.errors import UserError, nearest
 
@@ -27,12 +28,33 @@ MAX_DOCUMENT_BYTES = 1 << 30
 """A byte is at most one token, and Megatron's index holds a document's length as an int32."""
 
 USUAL_DOCUMENT_BYTES = 100_000_000
-"""What a document may have unless asked otherwise: tokenizing takes 30 times its memory."""
+"""Default size limit of a document: tokenizing takes 30 times its memory."""
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 MAX_REPLACED = 0.1
-"""Above this share of undecodable characters a file is not text in UTF-8, but something else."""
+"""A text with a larger share of undecodable characters is left out as not UTF-8."""
+
+NAMED = 10
+"""Files and lines of each kind that a `Tally` names."""
+
+KINDS = {
+    "empty": "Left out: {} empty",
+    "binary": "Left out: {} binary",
+    "not_utf8": "Left out: {} not UTF-8; decode with --encoding NAME",
+    "huge": "Left out: {} larger than --max-document-bytes",
+    "bad_utf8": "Repaired: {} not UTF-8, with bytes replaced; decode with --encoding NAME",
+    "bad_line": "Skipped: {} malformed lines",
+    "bad_file": "Skipped: {} bad files, or the bad part of them",
+}
+"""What a `Tally` counts."""
+
+_BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 @dataclass(frozen=True)
@@ -40,10 +62,10 @@ class SourceFile:
     """A file to read, or a span of lines of a plain ``.jsonl`` file.
 
     Attributes:
-        key: its path below the root that the user named, with ``/``.
-        path, size, mtime_ns: of the file; ``size`` of the span.
-        start, first_line: where the span begins, in bytes, and the number of its first line.
-        stop: where it ends; None for the end of the file.
+        key: path relative to the root that the user named, with ``/``.
+        path, size, mtime_ns: of the file; ``size`` of the span, in bytes.
+        start, first_line: first byte of the span, and the number of its first line.
+        stop: byte after the span; None for the end of the file.
     """
 
     key: str
@@ -63,71 +85,113 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Document:
-    """One document. ``key`` names it for the split: the file's key, and the line for JSONL."""
+    """One document; ``key`` is the file's, with the line number for JSONL, ``size`` in UTF-8."""
 
     key: str
     text: str
     size: int
-    """Bytes of ``text`` in UTF-8."""
 
 
-def torch_headers() -> Path:
-    """Return the folder of C++ headers in the installed torch, without importing torch.
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read.
 
-    Raises:
-        UserError: torch is not installed, or its headers are not.
+    Attributes:
+        text_key: field of a JSONL line that holds the text.
+        max_document_bytes: larger documents are left out (of a JSONL line: with its JSON).
+        encoding: of text that is not UTF-8 and has no byte-order mark; None leaves it out.
     """
-    spec = find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("torch is not installed, so its C++ headers cannot be the corpus.")
-    folder = Path(next(iter(spec.submodule_search_locations))) / "include"
-    if not folder.is_dir():
-        raise UserError(f"This torch has no C++ headers: {folder} is missing.")
-    return folder
+
+    text_key: str = "text"
+    max_document_bytes: int = USUAL_DOCUMENT_BYTES
+    encoding: str | None = None
+
+
+@dataclass
+class Tally:
+    """What reading left out or repaired.
+
+    Attributes:
+        counts: files and lines of each of `KINDS`.
+        names: the first `NAMED` of each kind; of ``bad_file`` the reason as well.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, kind: str, name: str, raw: bytes = b"") -> None:
+        """Count a file or line; ``raw`` is text for which an encoding can be suggested."""
+        self.counts[kind] += 1
+        named = self.names.setdefault(kind, [])
+        if len(named) < NAMED:
+            named.append(name + (_suggest_encoding(raw) if raw else ""))
+
+    def add(self, other: Tally) -> None:
+        """Add what another part of the corpus gave."""
+        self.counts += other.counts
+        for kind, names in other.names.items():
+            self.names[kind] = [*self.names.get(kind, []), *names][:NAMED]
+
+    def describe(self) -> list[str]:
+        """Return a line for each kind, and below it the first names."""
+        lines = []
+        for kind, words in KINDS.items():
+            if count := self.counts[kind]:
+                names = self.names.get(kind, [])[:3]
+                lines.append(words.format(f"{count:,}") + (":" if names else "."))
+                lines += [f"  {name}" for name in names]
+                if names and count > len(names):
+                    lines.append(f"  and {count - len(names):,} more")
+        return lines
 
 
 def find_files(
-    paths: Iterable[str | os.PathLike[str]], exclude: Path | None = None
+    paths: Iterable[str | os.PathLike[str]], tally: Tally, exclude: Path | None = None
 ) -> list[SourceFile]:
     """List the files to read, in a stable order, each once.
 
-    Folders are searched recursively; hidden files and folders in them are left out. A file that is
-    named is always taken.
+    Folders are searched recursively; hidden files and folders in them are ignored. A file that is
+    named is always read.
 
     Args:
-        paths: Files and folders.
-        exclude: A folder to pass over, such as the output.
+        paths: files and folders.
+        tally: counts what cannot be read, as ``bad_file``.
+        exclude: folder to ignore, such as the output.
 
     Raises:
-        UserError: No path was given, a path is missing, or nothing was found.
+        UserError: no path was given, paths do not exist, or nothing was found.
     """
     roots = [Path(path) for path in paths]
     if not roots:
         raise UserError("No input: name at least one file or folder.")
+    missing = [repr(str(root)) for root in roots if not root.exists()]
+    if missing:
+        verb = "does" if len(missing) == 1 else "do"
+        raise UserError(f"Input {', '.join(missing)} {verb} not exist.")
     skip = exclude.resolve() if exclude is not None else None
     found: dict[Path, SourceFile] = {}
+
+    def note(error: OSError) -> None:
+        tally.note("bad_file", f"Cannot read {error.filename!r}: {error.strerror}.")
+
     for root in roots:
-        if not root.exists():
-            raise UserError(f"Input {str(root)!r} does not exist.")
-        for path in _walk(root, skip) if root.is_dir() else [root]:
+        for path in _walk(root, skip, note) if root.is_dir() else [root]:
             key = path.relative_to(root).as_posix() if path != root else root.name
             try:
                 stat = path.stat()
             except OSError as error:
-                raise UserError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
-            source = SourceFile(key, path, stat.st_size, stat.st_mtime_ns)
-            found.setdefault(path.resolve(), source)
-    if not found:
+                note(error)
+            else:
+                source = SourceFile(key, path, stat.st_size, stat.st_mtime_ns)
+                found.setdefault(path.resolve(), source)
+    if not found and not tally.counts:
         named = ", ".join(repr(str(root)) for root in roots)
-        raise UserError(f"No files in {named} (hidden files and folders are left out).")
+        raise UserError(f"No files in {named} (hidden files and folders are ignored).")
     return list(found.values())
 
 
-def _walk(root: Path, skip: Path | None) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise UserError(f"Cannot read {error.filename!r}: {error.strerror}.") from error
-
-    for folder, folders, names in os.walk(root, onerror=refuse):
+def _walk(root: Path, skip: Path | None, note: Callable[[OSError], None]) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root, onerror=note):
         here = Path(folder)
         folders[:] = sorted(
             name
@@ -136,48 +200,69 @@ def _walk(root: Path, skip: Path | None) -> Iterator[Path]:
         )
         for name in sorted(names):
             path = here / name
-            # A dangling link is kept so that reading it says so; pipes and sockets are no input.
+            # A dangling link is yielded so that it is reported; pipes and sockets are ignored.
             if not name.startswith(".") and (path.is_file() or path.is_symlink()):
                 yield path
 
 
+def check_encoding(name: str) -> str:
+    """Return Python's name of an encoding.
+
+    Raises:
+        UserError: Python does not know it, or it writes all text in ASCII bytes, so that it cannot
+            be told from UTF-8.
+    """
+    try:
+        sample = "é日ф".encode(name, errors="ignore")
+    except (LookupError, UnicodeError):
+        known = ("latin-1", "cp1250", "cp1251", "cp1252", "shift_jis", "gb18030", "utf-16-le")
+        raise UserError(
+            f"--encoding {name} is not a text encoding that Python knows.{nearest(name, known)} "
+            f"Examples: {', '.join(known)}."
+        ) from None
+    if sample and sample.isascii():
+        raise UserError(
+            f"--encoding {name} writes text in ASCII bytes, which are valid UTF-8 as well. Convert "
+            f"the files to UTF-8 first, for example with iconv."
+        )
+    return codecs.lookup(name).name
+
+
 def iter_documents(
-    files: Iterable[SourceFile],
-    *,
-    text_key: str = "text",
-    max_document_bytes: int = USUAL_DOCUMENT_BYTES,
-    counts: Counter[str] | None = None,
+    files: Iterable[SourceFile], reading: Reading, tally: Tally | None = None
 ) -> Iterator[Document]:
     """Read the documents of ``files``, in their order.
 
-    Args:
-        files: As found by `find_files`, or spans of them.
-        text_key: The field of a JSONL line that holds the text.
-        max_document_bytes: Leave out what is larger (of a JSONL line: with its JSON).
-        counts: Where to count what was left out (``empty``, ``binary``, ``huge``) and what was kept
-            with replacement characters (``bad_utf8``).
+    A malformed line is skipped; of a broken compressed stream, the lines before the break are read.
 
-    Raises:
-        UserError: A file is unreadable, a compressed stream is broken, or a JSONL line is not an
-            object with a string in ``text_key``.
+    Args:
+        files: as found by `find_files`, or spans of them.
+        reading: how to read them.
+        tally: counts and names what is left out or repaired.
     """
-    tally: Counter[str] = Counter() if counts is None else counts
+    tally = Tally() if tally is None else tally
     for source in files:
+        reasons: list[str] = []  # the first malformed line, and why the file cannot be read
+        lines = tally.counts["bad_line"]
         try:
             with _open(source.path) as stream:
                 if source.is_jsonl:
-                    yield from _json_lines(stream, source, text_key, max_document_bytes, tally)
+                    yield from _json_lines(stream, source, reading, tally, reasons)
                 else:
-                    yield from _whole_file(stream, source, max_document_bytes, tally)
+                    yield from _whole_file(stream, source, reading, tally)
         # A cut or broken stream: gzip's EOFError and zlib.error, lzma.LZMAError, bz2's EOFError.
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error, lzma.LZMAError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"Cannot read {str(source.path)!r}: {reason}.") from error
+            reasons.append(f"Cannot read {str(source.path)!r}: {reason.rstrip('.')}.")
+        if (more := tally.counts["bad_line"] - lines - 1) > 0:
+            reasons[0] += f" ({more:,} more malformed lines in this file)"
+        if reasons:
+            tally.note("bad_file", " ".join(reasons))
 
 
-def _open(path: Path) -> BinaryIO:
-    name = path.name.lower()
-    if name.endswith(".zst"):
+def _open(path: Path) -> io.BufferedReader:
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
         try:
             import pyarrow
         except ImportError:
@@ -185,93 +270,170 @@ def _open(path: Path) -> BinaryIO:
                 f"Reading {str(path)!r} needs pyarrow, which is not installed; decompress it, or "
                 f"install pyarrow."
             ) from None
-        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(path, compression="zstd")))
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
     readers: dict[str, Callable[..., Any]] = {
         ".gz": gzip.open,
         ".bz2": bz2.open,
         ".xz": lzma.open,
     }
-    return cast(BinaryIO, readers.get(path.suffix.lower(), open)(path, "rb"))
+    return cast(io.BufferedReader, readers.get(suffix, open)(path, "rb"))
 
 
 def _whole_file(
-    stream: BinaryIO, source: SourceFile, max_bytes: int, tally: Counter[str]
+    stream: io.BufferedReader, source: SourceFile, reading: Reading, tally: Tally
 ) -> Iterator[Document]:
-    raw = stream.read(max_bytes + 1)
-    if len(raw) > max_bytes:
-        tally["huge"] += 1
-        return
-    text = None if b"\0" in raw else _decode(raw, tally)
-    if text is None:
-        tally["binary"] += 1
-    elif not text.strip():
-        tally["empty"] += 1
-    else:
+    raw = stream.read(reading.max_document_bytes + 1)
+    text, kind = None, "huge"
+    if len(raw) <= reading.max_document_bytes:
+        text, kind = _decode(raw, reading.encoding)
+    if text is not None and not text.strip():
+        text, kind = None, "empty"
+    if kind:
+        tally.note(kind, str(source.path), raw if kind.endswith("utf8") else b"")
+    if text is not None:
         yield Document(source.key, text, len(text.encode()))
 
 
 def _json_lines(
-    stream: BinaryIO, source: SourceFile, text_key: str, max_bytes: int, tally: Counter[str]
+    stream: io.BufferedReader,
+    source: SourceFile,
+    reading: Reading,
+    tally: Tally,
+    reasons: list[str],
 ) -> Iterator[Document]:
-    number, position = source.first_line - 1, source.start
-    if position:
-        stream.seek(position)
-    while source.stop is None or position < source.stop:
-        raw = stream.readline(max_bytes + 1)
-        if not raw:
-            break
-        number, position = number + 1, position + len(raw)
-        if len(raw) > max_bytes:
-            tally["huge"] += 1
-            while raw and not raw.endswith(b"\n"):
-                raw = stream.readline(max_bytes)
-                position += len(raw)
-            continue
+    for number, raw in _lines(stream, source, reading):
         where = f"{source.path}:{number}"
+        if len(raw) > reading.max_document_bytes:
+            tally.note("huge", where)
+            continue
         if not raw.strip():
             continue
-        line = _decode(raw, tally)
-        if line is None:
-            tally["binary"] += 1
+        line, kind = _decode(raw, reading.encoding)
+        if line is None and kind == "not_utf8":
+            tally.note(kind, where, raw)
             continue
-        text = _text_field(line, text_key, where)
+        try:
+            text = _text_field(line, reading.text_key)
+        except ValueError as error:
+            tally.counts["bad_line"] += 1
+            if not reasons:
+                reasons.append(f"{where} {error}")
+            continue
         try:
             size = len(text.encode())
         except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; UTF-8 cannot.
-            tally["bad_utf8"] += 1
-            text = text.encode(errors="replace").decode()
+            kind, text = "bad_utf8", text.encode(errors="replace").decode()
             size = len(text.encode())
-        if text.strip():
+        if not text.strip():
+            kind = "empty"
+        if kind:
+            tally.note(kind, where)
+        if kind != "empty":
             yield Document(f"{source.key}:{number}", text, size)
-        else:
-            tally["empty"] += 1
 
 
-def _text_field(line: str, text_key: str, where: str) -> str:
+def _lines(
+    stream: io.BufferedReader, source: SourceFile, reading: Reading
+) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a span with their numbers; of a line that is too large, its beginning."""
+    limit = reading.max_document_bytes + 1
+    if source.start:
+        stream.seek(source.start)
+    wide = wide_encoding(stream.peek(4)[:4], reading.encoding)
+    if wide is not None:  # its newlines are several bytes, one of which other characters have too
+        with io.TextIOWrapper(stream, wide, newline="\n") as text:
+            number = 0
+            while line := text.readline(limit):
+                number += 1
+                yield number, line.encode()
+                while len(line) == limit and not line.endswith("\n"):
+                    line = text.readline(limit)
+        return
+    number, position = source.first_line - 1, source.start
+    while source.stop is None or position < source.stop:
+        raw = stream.readline(limit)
+        if not raw:
+            break
+        number, position = number + 1, position + len(raw)
+        yield number, raw
+        while len(raw) == limit and not raw.endswith(b"\n"):
+            raw = stream.readline(limit)
+            position += len(raw)
+
+
+def wide_encoding(head: bytes, encoding: str | None) -> str | None:
+    """Return the encoding of a file in UTF-16 or UTF-32, from its first 4 bytes; else None."""
+    for mark, name in _BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            return name
+    return (
+        encoding if encoding and encoding.startswith(("utf-16", "utf-32")) and 0 in head else None
+    )
+
+
+def _text_field(line: str | None, text_key: str) -> str:
+    """Return the text of a JSONL line.
+
+    Raises:
+        ValueError: what is wrong with the line.
+    """
+    if line is None:
+        raise ValueError("is not JSON: it has NUL bytes.")
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}.") from error
+        record = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg} in column {error.colno}.") from error
+    except RecursionError as error:
+        raise ValueError("is not JSON: it is nested too deeply.") from error
     if not isinstance(record, dict):
-        raise UserError(f"{where} is a JSON {type(record).__name__}, not an object with a text.")
+        raise ValueError(f"is a JSON {type(record).__name__}, not an object with a text.")
     if text_key not in record:
         keys = ", ".join(sorted(record)) or "none"
         hint = nearest(text_key, record)
-        raise UserError(f"{where} has no field {text_key!r}; its fields: {keys}.{hint}")
+        raise ValueError(f"has no field {text_key!r}; its fields: {keys}.{hint}")
     text = record[text_key]
     if not isinstance(text, str):
-        kind = type(text).__name__
-        raise UserError(f"{where}: field {text_key!r} is a {kind}, not a string.")
+        raise ValueError(f"has a {type(text).__name__} in field {text_key!r}, not a string.")
     return text
 
 
-def _decode(raw: bytes, tally: Counter[str]) -> str | None:
-    """Return the text without a byte-order mark, or None where ``raw`` is not UTF-8 text."""
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = raw.decode("utf-8-sig", errors="replace")
+def _decode(raw: bytes, encoding: str | None) -> tuple[str | None, str]:
+    """Decode text, without its byte-order mark.
+
+    Returns:
+        The text, or None where ``raw`` is not text; the kind to count it as, or an empty string.
+    """
+    wide = wide_encoding(raw[:4], encoding)
+    if wide is not None:
+        candidates = [wide]
+    elif b"\0" in raw:
+        return None, "binary"
+    else:
+        candidates = ["utf-8-sig", *([encoding] if encoding else [])]
+    for name in candidates:
+        with suppress(UnicodeDecodeError):
+            text = raw.decode(name)
+            return (None, "binary") if "\0" in text else (text, "")
+    if wide is not None:
+        return None, "binary"
+    text = raw.decode("utf-8-sig", errors="replace")
     if text.count("\ufffd") > MAX_REPLACED * len(text):
-        return None
-    tally["bad_utf8"] += 1
-    return text
+        return None, "not_utf8"
+    return text, "bad_utf8"
+
+
+def _suggest_encoding(raw: bytes) -> str:
+    """Return `` (perhaps NAME)`` for text that is not UTF-8, or an empty string.
+
+    Only a suggestion: of 16 short texts in 13 encodings, the library named two wrongly.
+    """
+    try:
+        from charset_normalizer import from_bytes
+    except ImportError:
+        return ""
+    match = from_bytes(raw[: 1 << 14]).best()
+    if match is None:
+        return ""
+    names = [match.encoding, *match.could_be_from_charset]
+    usual = (name for name in ("cp1252", "latin_1") if name in names)
+    return f" (perhaps {next(usual, match.encoding)})"

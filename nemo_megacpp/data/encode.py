@@ -1,158 +1,111 @@
-"""The three things that are done to every shard: survey it, sample it, encode it.
+"""The three passes over a shard: survey it, sample it, encode it.
 
-Each works on one shard alone, so that several processes can; their results are put together in the
-order of the shards, so how many processes there were does not show.
+Each reads one shard alone, so several processes can share the work. Their results are joined in the
+order of the shards, so the number of processes changes nothing in the output.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from nemo_megacpp.data.corpus import Document, iter_documents
+from nemo_megacpp.data.corpus import Document, Reading, Tally, iter_documents
+from nemo_megacpp.data.indexed import IndexedTokens, write_index
 from nemo_megacpp.data.shards import Shard
-from nemo_megacpp.data.split import SPLITS, Places, Split, SplitPlan
+from nemo_megacpp.data.split import SPLITS, Split, SplitPlan, hash_documents
+from nemo_megacpp.data.staging import sync
 from nemo_megacpp.data.tokenizer import load_tokenizer
-from nemo_megacpp.errors import UserError
 
 _BATCH_BYTES = 1 << 22
-_PART = "part.json"
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How documents are read; see `iter_documents`."""
-
-    text_key: str
-    max_document_bytes: int
-
-    def documents(self, shard: Shard, counts: Counter[str] | None = None) -> Iterator[Document]:
-        """Read a shard."""
-        return iter_documents(
-            shard.files,
-            text_key=self.text_key,
-            max_document_bytes=self.max_document_bytes,
-            counts=counts,
-        )
-
-    def survey(self, shard: Shard) -> tuple[Places, Counter[str]]:
-        """Return where the shard's documents fall, and what was left out."""
-        counts: Counter[str] = Counter()
-        return Places.of(self.documents(shard, counts)), counts
+def survey(reading: Reading, shard: Shard) -> tuple[np.ndarray, Tally]:
+    """Return the hashes and sizes of the shard's documents, and what was left out."""
+    tally = Tally()
+    return hash_documents(iter_documents(shard.files, reading, tally)), tally
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """The texts of a shard that a BPE is trained on."""
-
-    reading: Reading
-    plan: SplitPlan
-
-    def __call__(self, shard: Shard) -> list[str]:
-        documents = self.reading.documents(shard)
-        return [d.text for d in documents if self.plan.trains_tokenizer(d.key)]
+def sample(reading: Reading, plan: SplitPlan, shard: Shard) -> list[str]:
+    """Return the texts of a shard that a BPE is trained on."""
+    documents = iter_documents(shard.files, reading)
+    return [document.text for document in documents if plan.trains_tokenizer(document.key)]
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """Writes the tokens of a shard into a folder of its own, which is there whole or not at all.
+def encode(
+    reading: Reading,
+    plan: SplitPlan,
+    tokenizer: Path,
+    dtype: type[np.generic],
+    document_multiple: int,
+    parts: Path,
+    shard: Shard,
+) -> None:
+    """Write the tokens of a shard into its `part_folder`, which is complete or missing.
 
-    Attributes:
-        reading, plan: what to read, and where it goes.
-        tokenizer: folder.
-        dtype: of a token id.
-        document_multiple: end documents with as many EOS as make their length a multiple of this.
-        parts: folder of the parts.
+    Documents end in as many EOS as make their length a multiple of ``document_multiple``.
     """
-
-    reading: Reading
-    plan: SplitPlan
-    tokenizer: Path
-    dtype: type[np.generic]
-    document_multiple: int
-    parts: Path
-
-    def __call__(self, shard: Shard) -> int:
-        """Encode a shard; return its number of bytes on the disk."""
-        part = part_folder(self.parts, shard)
-        begun = part.with_name(f".{part.name}-{os.getpid()}")
-        shutil.rmtree(begun, ignore_errors=True)
-        begun.mkdir(parents=True)
-        loaded = load_tokenizer(self.tokenizer)
-        lengths: dict[Split, list[int]] = {name: [] for name in SPLITS}
-        padding = dict.fromkeys(SPLITS, 0)
-        files = {name: (begun / f"{name}.bin").open("wb") for name in SPLITS}
-        for batch in _batches(self.reading.documents(shard), self.plan):
-            encodings = loaded.tokenizer.encode_batch_fast(
-                [document.text for _, document in batch], add_special_tokens=False
-            )
-            for (name, _), encoding in zip(batch, encodings, strict=True):
-                ids = [*encoding.ids, loaded.eos_id]
-                more = -len(ids) % self.document_multiple
-                ids += [loaded.eos_id] * more
-                files[name].write(np.array(ids, self.dtype).tobytes())
-                lengths[name].append(len(ids))
-                padding[name] += more
-        for name, file in files.items():
-            _to_disk(file)
-            with (begun / f"{name}.lengths").open("wb") as of_lengths:
-                of_lengths.write(np.array(lengths[name], np.int32).tobytes())
-                _to_disk(of_lengths)
-        with (begun / _PART).open("w", encoding="utf-8") as of_padding:
-            json.dump({"padding": padding}, of_padding)
-            _to_disk(of_padding)
-        begun.rename(part)
-        return shard.size
+    part = part_folder(parts, shard)
+    begun = part.with_name(f".{part.name}-{os.getpid()}")
+    shutil.rmtree(begun, ignore_errors=True)
+    begun.mkdir(parents=True)
+    loaded = load_tokenizer(tokenizer)
+    lengths: dict[Split, list[int]] = {split: [] for split in SPLITS}
+    padding = dict.fromkeys(SPLITS, 0)
+    files = {split: (begun / f"{split}.bin").open("wb") for split in SPLITS}
+    for batch in _batches(iter_documents(shard.files, reading), plan):
+        encodings = loaded.tokenizer.encode_batch_fast(
+            [document.text for _, document in batch], add_special_tokens=False
+        )
+        for (split, _), encoding in zip(batch, encodings, strict=True):
+            filling = -(len(encoding.ids) + 1) % document_multiple
+            ids = [*encoding.ids, *[loaded.eos_id] * (1 + filling)]
+            files[split].write(np.array(ids, dtype).tobytes())
+            lengths[split].append(len(ids))
+            padding[split] += filling
+    for split, file in files.items():
+        file.close()
+        write_index(begun / f"{split}.idx", dtype, np.array(lengths[split], np.int32))
+    np.array([padding[split] for split in SPLITS]).tofile(begun / "padding")
+    for path in begun.iterdir():
+        sync(path)
+    begun.rename(part)
 
 
 def part_folder(parts: Path, shard: Shard) -> Path:
-    """Return where the tokens of a shard are once they are all there."""
+    """Return the folder that holds the tokens of a shard, once they are complete."""
     return parts / f"{shard.number:06}"
 
 
 def join_parts(
-    parts: Path, shards: Iterable[Shard], dtype: type[np.generic], out: Path
+    parts: Path, shards: Sequence[Shard], dtype: type[np.generic], out: Path
 ) -> dict[Split, tuple[int, int]]:
     """Write ``train`` and ``heldout`` in ``.bin/.idx`` from all parts, in order.
 
     Returns:
         Tokens of each split, and how many of them are padding.
-    """
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builders = {
-        name: IndexedDatasetBuilder(str(out / f"{name}.bin"), dtype=dtype) for name in SPLITS
-    }
-    tokens, padding = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-    for shard in shards:
-        folder = part_folder(parts, shard)
-        told = json.loads((folder / _PART).read_text(encoding="utf-8"))
-        for name, builder in builders.items():
-            lengths = np.fromfile(folder / f"{name}.lengths", np.int32)
-            there = (folder / f"{name}.bin").stat().st_size // np.dtype(dtype).itemsize
-            if there != lengths.sum(dtype=np.int64):
-                raise UserError(
-                    f"{folder / name}.bin holds {there:,} tokens, and {lengths.sum():,} were "
-                    f"written. Remove {parts.parent} and prepare again."
-                )
-            # As the builder's own add_index does, for parts that have no index.
-            with (folder / f"{name}.bin").open("rb") as file:
-                shutil.copyfileobj(file, builder.data_file)
-            documents = len(builder.sequence_lengths)
-            builder.sequence_lengths.extend(lengths.tolist())
-            builder.document_indices.extend(range(documents + 1, documents + len(lengths) + 1))
-            tokens[name] += int(there)
-            padding[name] += told["padding"][name]
-    for name, builder in builders.items():
-        builder.finalize(str(out / f"{name}.idx"))
-    return {name: (tokens[name], padding[name]) for name in SPLITS}
+    Raises:
+        UserError: a part is damaged.
+    """
+    folders = [part_folder(parts, shard) for shard in shards]
+    padding = np.sum([np.fromfile(folder / "padding", np.int64) for folder in folders], axis=0)
+    counts: dict[Split, tuple[int, int]] = {}
+    for number, split in enumerate(SPLITS):
+        lengths = []
+        with (out / f"{split}.bin").open("wb") as joined:
+            for folder in folders:
+                part = IndexedTokens.open(folder / split)
+                lengths.append(part.lengths)
+                with part.path.open("rb") as file:
+                    shutil.copyfileobj(file, joined, 1 << 20)
+        joined_lengths = np.concatenate(lengths)
+        write_index(out / f"{split}.idx", dtype, joined_lengths)
+        counts[split] = int(joined_lengths.sum(dtype=np.int64)), int(padding[number])
+    return counts
 
 
 def _batches(
@@ -162,20 +115,13 @@ def _batches(
     batch: list[tuple[Split, Document]] = []
     size = 0
     for document in documents:
-        name = plan.split(document.key)
-        if name is None:
+        split = plan.split(document.key)
+        if split is None:
             continue
-        batch.append((name, document))
+        batch.append((split, document))
         size += document.size
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _to_disk(file: object) -> None:
-    """Close a file once its content would survive the machine's end."""
-    file.flush()  # type: ignore[attr-defined]
-    os.fsync(file.fileno())  # type: ignore[attr-defined]
-    file.close()  # type: ignore[attr-defined]

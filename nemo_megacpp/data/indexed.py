@@ -91,18 +91,19 @@ class IndexedTokens:
 
 
 def write_index(
-    path: Path, dtype: type[np.generic], lengths: np.ndarray, offsets: np.ndarray
+    path: Path, dtype: type[np.generic], lengths: np.ndarray, offsets: np.ndarray | None = None
 ) -> None:
-    """Write an index of documents that lie anywhere in their ``.bin``.
-
-    Megatron's own writer has no offsets: it takes documents to lie end to end.
+    """Write an index as Megatron's ``IndexedDatasetBuilder`` does, one sequence a document.
 
     Args:
         path: of the ``.idx``.
         dtype: of a token id in the ``.bin``.
         lengths: tokens of each document, ``[documents]``.
-        offsets: bytes before each document, ``[documents]``.
+        offsets: bytes before each document, ``[documents]``; default one after the other, the only
+            order that Megatron's builder can write.
     """
+    if offsets is None:
+        offsets = (np.cumsum(lengths, dtype=np.int64) - lengths) * np.dtype(dtype).itemsize
     code = next(code for code, known in _DTYPES.items() if known is dtype)
     with path.open("wb") as file:
         file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))

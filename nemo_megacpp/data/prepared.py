@@ -1,4 +1,4 @@
-"""A folder of prepared data: what it holds, and whether it is whole.
+"""A folder of prepared data: what it holds, and whether it is complete.
 
 ::
 
@@ -12,9 +12,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from nemo_megacpp.data.indexed import IndexedTokens
 from nemo_megacpp.data.split import SPLITS, Split
@@ -33,9 +37,9 @@ class SplitCounts:
     """Size of one split.
 
     Attributes:
-        documents: how many.
+        documents: number of them.
         tokens: of all documents, with EOS and padding.
-        bytes: of the text in UTF-8; None where the text was not seen.
+        bytes: of the text in UTF-8; None for adopted data, whose text is not known.
         padding: EOS tokens beyond the one that ends each document.
     """
 
@@ -47,45 +51,66 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A prepared folder, as its manifest describes it."""
+    """A prepared folder, as its ``data.json`` describes it.
+
+    Attributes:
+        root: the folder.
+        skipped: files and lines that were left out or repaired, by the kinds of
+            `nemo_megacpp.data.corpus.Tally`.
+        skipped_names: the first of each kind.
+        source: where the text came from, for people.
+        request: the arguments; an equal request reuses the folder.
+        document_multiple: every document, with its EOS and padding, has a multiple of this of
+            tokens.
+    """
 
     root: Path
     vocab_size: int
     eos_id: int
     tokenizer_fingerprint: str
-    splits: dict[Split, SplitCounts]
+    splits: Annotated[dict[Split, SplitCounts], Field(min_length=len(SPLITS))]
     skipped: dict[str, int]
-    """Files and lines left out (``empty``, ``binary``) or kept with replacements (``bad_utf8``);
-    documents left out for their size (``huge``)."""
     source: dict[str, Any]
-    """Where the text came from, for people."""
     request: dict[str, Any]
-    """What was asked for; the same request reuses the folder."""
     document_multiple: int = 1
-    """Every document, with its EOS and further ones after it, has a multiple of this of tokens."""
+    skipped_names: dict[str, list[str]] = Field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> PreparedData:
         """Open a folder and check it: manifest, files, sizes, tokenizer.
 
         Raises:
-            UserError: The folder is missing, is not prepared data, or is damaged.
+            UserError: the folder is missing, is not prepared data, or is damaged.
         """
         root = Path(folder)
-        data = cls._from_manifest(root, read_manifest(root))
+        manifest = read_manifest(root)
+        if manifest.get("version") != VERSION:
+            raise UserError(
+                f"{root / MANIFEST} has format version {manifest.get('version')}; this release "
+                f"reads version {VERSION}. Make it again: {COMMAND} --overwrite"
+            )
+        try:
+            data = TypeAdapter(cls).validate_python({**manifest, "root": root})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(
+                f"{root / MANIFEST} is damaged ({where}: {first['msg']}). "
+                f"Make it again: {COMMAND} --overwrite"
+            ) from error
         try:
             for state in data.request.get("adopted", []):
                 if file_state(Path(state[0])) != state:
                     raise UserError(f"{state[0]} was changed since it was adopted.")
-            for name in SPLITS:
-                found, said = IndexedTokens.open(root / name), data.splits[name]
+            for split in SPLITS:
+                found, said = IndexedTokens.open(root / split), data.splits[split]
                 if (len(found.lengths), found.tokens) != (said.documents, said.tokens):
                     raise UserError(
-                        f"{root / name}.idx holds {len(found.lengths):,} documents and "
+                        f"{root / split}.idx holds {len(found.lengths):,} documents and "
                         f"{found.tokens:,} tokens; {MANIFEST} says {said.documents:,} and "
                         f"{said.tokens:,}."
                     )
-            data.check_tokenizer(data.tokenizer_dir)
+            data.validate_tokenizer(data.tokenizer_dir)
         except UserError as error:
             again = ADOPT if "adopted" in data.request else COMMAND
             raise UserError(
@@ -94,45 +119,18 @@ class PreparedData:
             ) from error
         return data
 
-    @classmethod
-    def _from_manifest(cls, root: Path, manifest: dict[str, Any]) -> PreparedData:
-        if manifest.get("version") != VERSION:
-            raise UserError(
-                f"{root / MANIFEST} has format version {manifest.get('version')}; this release "
-                f"reads version {VERSION}. Make it again: {COMMAND} --overwrite"
-            )
-        try:
-            return cls(
-                root=root,
-                vocab_size=manifest["vocab_size"],
-                eos_id=manifest["eos_id"],
-                tokenizer_fingerprint=manifest["tokenizer_fingerprint"],
-                splits={name: SplitCounts(**manifest["splits"][name]) for name in SPLITS},
-                skipped=manifest["skipped"],
-                source=manifest["source"],
-                request=manifest["request"],
-                document_multiple=manifest.get("document_multiple", 1),
-            )
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{root / MANIFEST} is damaged ({error}). Make it again: {COMMAND} --overwrite"
-            ) from error
-
     def write_manifest(self, folder: Path) -> None:
-        """Write ``data.json`` into ``folder``, which may still be on its way to ``root``."""
+        """Write ``data.json`` into ``folder``, which may have another name until it is complete."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         del content["root"]
         text = json.dumps(content, indent=2) + "\n"
         (folder / MANIFEST).write_text(text, encoding="utf-8")
 
-    def check_tokenizer(self, other: str | os.PathLike[str]) -> None:
-        """Refuse a tokenizer other than the one that made the data.
+    def validate_tokenizer(self, other: str | os.PathLike[str]) -> None:
+        """Raise a UserError for another tokenizer than the one that made the data.
 
         Args:
-            other: A fingerprint, or a tokenizer folder.
-
-        Raises:
-            UserError: The tokenizers differ, or the folder has none.
+            other: a fingerprint, or the folder of a tokenizer.
         """
         is_fingerprint = isinstance(other, str) and re.fullmatch("[0-9a-f]{64}", other)
         identity = str(other) if is_fingerprint else fingerprint(other)
@@ -144,14 +142,29 @@ class PreparedData:
                 f"Use {str(self.tokenizer_dir)!r}, or make the data again with --tokenizer DIR."
             )
 
+    def validate_samples(self, vocab_size: int, seq_length: int) -> None:
+        """Raise a UserError for a model of another vocabulary, or less than one sample a split."""
+        if self.vocab_size != vocab_size:
+            raise UserError(
+                f"{self.root} was made with a vocabulary of {self.vocab_size}, but vocab_size="
+                f"{vocab_size}. Leave vocab_size out to use the data's, or prepare the data with "
+                f"--vocab-size {vocab_size}."
+            )
+        for split, counts in self.splits.items():
+            if counts.tokens <= seq_length:
+                raise UserError(
+                    f"The {split} split of {self.root} has {counts.tokens} tokens; one sample of "
+                    f"seq_length={seq_length} needs {seq_length + 1}."
+                )
+
     @property
     def train_prefix(self) -> str:
-        """Megatron's data prefix (the path without ``.bin``), absolute."""
+        """Megatron's data prefix, absolute: the path without ``.bin``."""
         return str((self.root / "train").absolute())
 
     @property
     def heldout_prefix(self) -> str:
-        """Megatron's data prefix (the path without ``.bin``), absolute."""
+        """Megatron's data prefix, absolute."""
         return str((self.root / "heldout").absolute())
 
     @property
@@ -165,8 +178,31 @@ class PreparedData:
         return self.splits["train"].tokens
 
 
+def open_blend(blend: dict[str, float | None]) -> list[PreparedData]:
+    """Open every folder of a blend.
+
+    Raises:
+        UserError: data that is missing or damaged, or made with another tokenizer than the first.
+    """
+    first, *others = opened = [PreparedData.open(Path(folder)) for folder in blend]
+    for data in others:
+        if data.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise UserError(
+                f"{data.root} and {first.root} were made with different tokenizers, so their "
+                f"token ids differ in meaning. Make one with the other's: nemo-megacpp data "
+                f"prepare PATH… --out DIR --tokenizer {first.tokenizer_dir}"
+            )
+    return opened
+
+
+def weighted_prefixes(prefixes: list[str], weights: Iterable[float | None]) -> list[str]:
+    """Return prefixes as Megatron and NeMo take them: each after its weight, if they have any."""
+    pairs = zip(weights, prefixes, strict=True)
+    return [str(item) for pair in pairs for item in pair if item is not None]
+
+
 def file_state(path: Path) -> list[Any] | None:
-    """Return what shows that a file was changed, as `make` sees it; None if it is not there."""
+    """Return path, size and time of a file, which `make` compares too; None if it is missing."""
     try:
         stat = path.stat()
     except OSError:
@@ -175,16 +211,16 @@ def file_state(path: Path) -> list[Any] | None:
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """Read ``data.json``, whatever its version.
+    """Read ``data.json`` of any version.
 
     Raises:
-        UserError: The folder is missing or is not prepared data.
+        UserError: the folder is missing or is not prepared data.
     """
     if not root.is_dir():
         if Path(f"{root}.idx").exists():
             raise UserError(
-                f"{str(root)!r} are files of Megatron's preprocess_data.py. Take them as they are, "
-                f"once: {ADOPT.replace('PREFIX', str(root))}; then data=DIR."
+                f"{str(root)!r} are files of Megatron's preprocess_data.py. Adopt them without a "
+                f"copy: {ADOPT.replace('PREFIX', str(root))}; then data=DIR."
             )
         what = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"Prepared data {str(root)!r} {what}. Make it: {COMMAND}")
@@ -208,7 +244,7 @@ def reusable(out: Path, request: dict[str, Any], overwrite: bool) -> PreparedDat
     """Return data in ``out`` that an equal request made; None if ``out`` may be written.
 
     Raises:
-        UserError: ``out`` holds something else, or what another request made.
+        UserError: ``out`` holds something else, or data of another request.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -216,22 +252,27 @@ def reusable(out: Path, request: dict[str, Any], overwrite: bool) -> PreparedDat
         read_manifest(out)
     except UserError as error:
         raise UserError(
-            f"{str(out)!r} exists and is not prepared data, so it is left alone; name another "
+            f"{str(out)!r} exists and is not prepared data, so it is not replaced; name another "
             "folder."
         ) from error
     if overwrite:
         return None
     data = PreparedData.open(out)
-    changed = [name for name, value in request.items() if data.request.get(name) != value]
+    # An argument of a later release is missing in older data, and then has its default.
+    changed = [
+        name
+        for name in {**request, **data.request}
+        if (data.request.get(name) or None) != (request.get(name) or None)
+    ]
     if changed:
         details = ", ".join(
             "the source files"
             if name in ("files", "adopted")
-            else f"{name} {data.request.get(name)} (now {request[name]})"
+            else f"{name} {data.request.get(name)} (now {request.get(name)})"
             for name in changed
         )
         raise UserError(
-            f"{str(out)!r} holds data prepared otherwise; different: {details}. "
+            f"{str(out)!r} holds data of another request; different: {details}. "
             "Name another folder, or replace it with --overwrite."
         )
     print(f"Reusing {out}: {data.tokens:,} tokens prepared earlier from the same files.")

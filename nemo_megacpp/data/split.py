@@ -1,12 +1,12 @@
 """Which documents train, which are held out, and which are left out by a size cap.
 
-Each document's place follows from a hash of its key alone, so it is the same on every machine and
-does not move when other documents come or go (but for the last resort in `plan_split`).
+A hash of a document's key alone decides, so a document has the same split on every machine and
+keeps it when other documents are added or removed (but for the last resort in `plan_split`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal
@@ -19,16 +19,19 @@ from nemo_megacpp.errors import UserError
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
+PLACE = np.dtype([("cap", np.uint64), ("split", np.uint64), ("size", np.int64)])
+"""A document's two hashes, and the bytes of its text: 24 bytes a document."""
+
 _END = 1 << 64
 
 
 def check_held_out(share: float) -> None:
-    """Refuse a share of documents to hold out that leaves nothing on one side."""
+    """Raise a UserError for a share of documents that leaves nothing in one split."""
     if not 0 < share < 1:
         raise UserError(f"The held-out share is {share}; it must lie between 0 and 1.")
 
 
-def _place(key: str, purpose: bytes) -> int:
+def _hash(key: str, purpose: bytes) -> int:
     """Return a number in [0, 2^64). Two purposes give independent numbers: a cap is unbiased."""
     digest = blake2b(key.encode(errors="surrogateescape"), digest_size=8, person=purpose).digest()
     return int.from_bytes(digest, "big")
@@ -36,7 +39,13 @@ def _place(key: str, purpose: bytes) -> int:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """Three thresholds in hash space, and what they select."""
+    """Three thresholds of hashes, and what they select.
+
+    Attributes:
+        held_out_below, kept_below, tokenizer_below: thresholds.
+        documents, bytes: of each split.
+        tokenizer_bytes: of the text that a BPE is trained on.
+    """
 
     held_out_below: int
     kept_below: int
@@ -47,52 +56,24 @@ class SplitPlan:
 
     def split(self, key: str) -> Split | None:
         """Return the document's split, or None where the size cap leaves it out."""
-        if _place(key, b"cap") >= self.kept_below:
+        if _hash(key, b"cap") >= self.kept_below:
             return None
-        return "heldout" if _place(key, b"split") < self.held_out_below else "train"
+        return "heldout" if _hash(key, b"split") < self.held_out_below else "train"
 
     def trains_tokenizer(self, key: str) -> bool:
-        """Return whether a BPE may see the document: never a held-out one."""
-        return _place(key, b"cap") < self.tokenizer_below and self.split(key) == "train"
+        """Return whether a BPE is trained on the document: never on a held-out one."""
+        return _hash(key, b"cap") < self.tokenizer_below and self.split(key) == "train"
 
 
-@dataclass(frozen=True)
-class Places:
-    """The places of documents in hash space, and their sizes: 24 bytes a document.
-
-    Attributes:
-        caps, splits: ``[documents]``, uint64.
-        sizes: bytes of text, ``[documents]``, int64.
-    """
-
-    caps: np.ndarray
-    splits: np.ndarray
-    sizes: np.ndarray
-
-    @classmethod
-    def of(cls, documents: Iterable[Document]) -> Places:
-        """Read documents, keeping nothing else of them."""
-        caps, splits, sizes = [], [], []
-        for document in documents:
-            caps.append(_place(document.key, b"cap"))
-            splits.append(_place(document.key, b"split"))
-            sizes.append(document.size)
-        return cls(
-            np.array(caps, np.uint64), np.array(splits, np.uint64), np.array(sizes, np.int64)
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence[Places]) -> Places:
-        """Return the places of all parts, in their order."""
-        return cls(
-            np.concatenate([part.caps for part in parts]),
-            np.concatenate([part.splits for part in parts]),
-            np.concatenate([part.sizes for part in parts]),
-        )
+def hash_documents(documents: Iterable[Document]) -> np.ndarray:
+    """Read documents and return their `PLACE`, ``[documents]``; nothing else is held in memory."""
+    return np.fromiter(
+        ((_hash(d.key, b"cap"), _hash(d.key, b"split"), d.size) for d in documents), PLACE
+    )
 
 
 def plan_split(
-    documents: Places,
+    places: np.ndarray,
     *,
     held_out: float,
     max_bytes: int | None = None,
@@ -100,18 +81,18 @@ def plan_split(
 ) -> SplitPlan:
     """Plan the split.
 
-    Where chance puts every document on one side, the one nearest to the threshold changes sides.
+    Where the hashes put every document into one split, the one nearest to the threshold changes.
 
     Args:
-        documents: All documents.
-        held_out: The share of documents to hold out, between 0 and 1.
-        max_bytes: Keep no more text than this, taking documents in hash order.
-        tokenizer_bytes: Show a BPE trainer about this much of the training text, at most.
+        places: of all documents, `PLACE`, ``[documents]``.
+        held_out: share of documents to hold out, between 0 and 1.
+        max_bytes: use no more text than this, taking documents in the order of their hashes.
+        tokenizer_bytes: train a BPE on no more text than this.
 
     Raises:
-        UserError: Fewer than two documents, in all or under the cap.
+        UserError: fewer than two documents, in all or under the cap.
     """
-    cap, place, size = documents.caps, documents.splits, documents.sizes
+    cap, place, size = places["cap"], places["split"], places["size"]
     if len(size) < 2:
         raise UserError(
             f"{len(size)} document(s) of text found; at least 2 are needed, one to train on and "
@@ -148,7 +129,7 @@ def plan_split(
 
 
 def _below(cap: np.ndarray, size: np.ndarray, limit: int) -> int:
-    """Return the threshold under which documents, in hash order, sum to at most ``limit``."""
+    """Return the threshold below which documents sum to at most ``limit`` bytes."""
     order = np.argsort(cap, kind="stable")
     fit = int(np.searchsorted(np.cumsum(size[order]), limit, side="right"))
     return _END if fit == len(order) else int(cap[order[fit]])

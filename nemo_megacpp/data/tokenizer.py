@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers in Hugging Face's format: train, save, load, tell apart.
+"""Byte-level BPE tokenizers in Hugging Face's format: train, save, load, compare.
 
 A folder holds ``tokenizer.json`` and ``tokenizer_config.json``, so that transformers, and with it
 NeMo's ``AutoTokenizer``, load it offline and add no token: the vocabulary stays as trained.
@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EOS_TOKEN = "<|endoftext|>"
-# Megatron masks the loss at padding. It needs an id of its own: one shared with EOS is ignored with
-# a warning, and none at all breaks the padding of a last, partial validation sequence.
+# Megatron masks the loss at padding. Padding needs an id of its own: one shared with EOS is ignored
+# with a warning, and without one a last, partial validation sequence cannot be padded.
 PAD_TOKEN = "<|padding|>"
 SPECIAL_TOKENS = [EOS_TOKEN, PAD_TOKEN]
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -34,7 +36,7 @@ _FAMILY = (_FILE, _CONFIG, "special_tokens_map.json", "added_tokens.json", "chat
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer ready to encode documents: whole, unpadded, no special tokens from text."""
+    """A tokenizer that neither truncates nor pads nor makes special tokens from text."""
 
     tokenizer: Tokenizer
     vocab_size: int
@@ -43,7 +45,7 @@ class LoadedTokenizer:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Refuse a vocabulary that cannot hold every byte and the special tokens."""
+    """Raise a UserError for a vocabulary that cannot hold every byte and the special tokens."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
             f"A vocabulary of {vocab_size} is too small: a byte-level BPE needs at least "
@@ -52,10 +54,9 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE (GPT-2's pre-tokenizer). The same texts give the same tokenizer.
+    """Train a byte-level BPE (GPT-2's pre-tokenizer); the same texts give the same tokenizer.
 
-    Returns:
-        The tokenizer; its vocabulary is below ``vocab_size`` where the text runs out of pairs.
+    Its vocabulary is smaller than ``vocab_size`` if the text has too few pairs.
 
     Raises:
         UserError: ``vocab_size`` is below `MIN_VOCAB_SIZE`.
@@ -72,7 +73,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    done: Future[None] = Future()
+
+    def train() -> None:
+        try:
+            done.set_result(tokenizer.train_from_iterator(texts, trainer))
+        except BaseException as error:
+            done.set_exception(error)
+
+    # The library answers Ctrl-C only when it has finished, so the main thread must be free for it.
+    threading.Thread(target=train, daemon=True).start()
+    done.result()
     return tokenizer
 
 
@@ -84,7 +95,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the files that make a tokenizer, and nothing else that lies beside them."""
+    """Copy the files of a tokenizer, and no others in its folder."""
     target.mkdir(parents=True, exist_ok=True)
     for name in _FAMILY:
         if (source / name).is_file():
@@ -97,8 +108,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> LoadedTokenizer:
     """Load a tokenizer folder.
 
     Raises:
-        UserError: The folder or its ``tokenizer.json`` is missing or unreadable, no token ends a
-            document, or the ids have holes.
+        UserError: ``tokenizer.json`` is missing or unreadable, no token ends a document, or the
+            ids have holes.
     """
     from tokenizers import Tokenizer
 
@@ -131,13 +142,13 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> LoadedTokenizer:
 
 
 def fingerprint(folder: str | os.PathLike[str]) -> str:
-    """Return the SHA-256, in hex, of what decides a tokenizer's ids.
+    """Return the SHA-256, in hex, of what determines a tokenizer's ids.
 
     That is ``tokenizer.json`` in canonical JSON, without truncation and padding, which libraries
-    set in passing when they save a tokenizer again.
+    change when they save a tokenizer again.
 
     Raises:
-        UserError: The file is missing or is not JSON.
+        UserError: the file is missing or is not JSON.
     """
     content = _read_json(Path(folder) / _FILE)
     for passing in ("truncation", "padding"):

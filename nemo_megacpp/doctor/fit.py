@@ -9,8 +9,8 @@ from nemo_megacpp.data.builtin import MAX_VOCAB_SIZE
 from nemo_megacpp.doctor.machine import Finding, nvlink_domain
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.pattern import Family
-from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.recipe_data import open_data
 from nemo_megacpp.recipes.recipe import Recipe
 
 
@@ -61,7 +61,9 @@ def _data(recipe: Recipe) -> Finding:
     except UserError as error:
         return Finding("data", folders, "broken", str(error))
     if sources:
-        found = ", ".join(f"{data.root}: {data.tokens:,} tokens" for data in sources)
+        named = [data.root if recipe.data else "built-in" for data in sources]
+        counts = [f"{data.tokens:,} tokens" for data in sources]
+        found = ", ".join(f"{name}: {count}" for name, count in zip(named, counts, strict=True))
         return Finding("data", found)
     vocab_size = recipe.model["vocab_size"]
     if vocab_size > MAX_VOCAB_SIZE:

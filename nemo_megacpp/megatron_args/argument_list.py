@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 from nemo_megacpp.config import HybridConfig
-from nemo_megacpp.data.blend import weighted_prefixes
-from nemo_megacpp.data.prepared import PreparedData
+from nemo_megacpp.data.prepared import PreparedData, weighted_prefixes
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.megatron_args.dialect import Dialect
 from nemo_megacpp.megatron_args.model_options import model_options
 from nemo_megacpp.pattern import Family
-from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
 from nemo_megacpp.preflight.outputs import validate_loggers, validate_profile
+from nemo_megacpp.preflight.recipe_data import open_data
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.training import Training
 

@@ -2,18 +2,15 @@
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
-from pathlib import Path
 from typing import Any, Optional
 
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 
-from nemo_megacpp.data.blend import open_blend, weighted_prefixes
-from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
+from nemo_megacpp.data.builtin import ensure_builtin
 from nemo_megacpp.data.packed_rows import PackedDocuments
-from nemo_megacpp.data.prepared import PreparedData
-from nemo_megacpp.errors import UserError
+from nemo_megacpp.data.prepared import PreparedData, open_blend, weighted_prefixes
 
 
 class HybridDataModule(PreTrainingDataModule):
@@ -23,8 +20,8 @@ class HybridDataModule(PreTrainingDataModule):
     every sample, and a hybrid stack's attention is causal by its mask type.
 
     Args:
-        folder: written by ``nemo-megacpp data prepare``; the built-in corpus is prepared on first
-            use.
+        folder: written by ``nemo-megacpp data prepare``; None for the built-in corpus, which is
+            prepared on first use.
         vocab_size: of the model; must be the tokenizer's.
         seq_length: tokens per sample.
         blend: weights by folder, for Megatron's ``BlendedDataset``; weights that are all None
@@ -40,7 +37,7 @@ class HybridDataModule(PreTrainingDataModule):
 
     def __init__(
         self,
-        folder: str,
+        folder: Optional[str],  # noqa: UP045
         vocab_size: int,
         seq_length: int,
         blend: Optional[dict[str, Optional[float]]] = None,  # noqa: UP045
@@ -48,17 +45,16 @@ class HybridDataModule(PreTrainingDataModule):
         packed_documents: bool = False,
         **kwargs: Any,
     ):
-        self.folder = Path(folder)
         if blend is not None:
             sources = open_blend(blend)
-        elif self.folder == builtin_folder(vocab_size):
-            sources = [ensure_builtin(self.folder, vocab_size)]
+        elif folder is None:
+            sources = [ensure_builtin(vocab_size)]
         else:
-            sources = [PreparedData.open(self.folder)]
+            sources = [PreparedData.open(folder)]
         for data in sources:
-            validate_data_module(data, data.root, vocab_size, seq_length)
+            data.validate_samples(vocab_size, seq_length)
             if made_with is not None:
-                data.check_tokenizer(made_with)
+                data.validate_tokenizer(made_with)
         weights = list((blend or {}).values()) or [None]
         train = weighted_prefixes([data.train_prefix for data in sources], weights)
         heldout = weighted_prefixes([data.heldout_prefix for data in sources], weights)
@@ -73,25 +69,3 @@ class HybridDataModule(PreTrainingDataModule):
         )
         self.create_attention_mask = False
         self.tokenizer_fingerprint = prepared.tokenizer_fingerprint
-
-
-def validate_data_module(
-    data: PreparedData, folder: Path, vocab_size: int, seq_length: int
-) -> None:
-    """Refuse data whose vocabulary is not the model's, or that does not fill one sample.
-
-    Raises:
-        UserError: with both numbers.
-    """
-    if data.vocab_size != vocab_size:
-        raise UserError(
-            f"{folder} was made with a vocabulary of {data.vocab_size}, the model has "
-            f"vocab_size={vocab_size}. Leave vocab_size out to take the data's, or prepare the "
-            f"data with --vocab-size {vocab_size}."
-        )
-    for split, counts in data.splits.items():
-        if counts.tokens <= seq_length:
-            raise UserError(
-                f"The {split} split of {folder} has {counts.tokens} tokens; one sample of "
-                f"seq_length={seq_length} needs {seq_length + 1}."
-            )

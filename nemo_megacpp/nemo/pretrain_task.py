@@ -13,7 +13,6 @@ from nemo import lightning as nl
 from nemo.collections import llm
 
 from nemo_megacpp.checkpoint.folder import find_weights
-from nemo_megacpp.data.builtin import builtin_folder
 from nemo_megacpp.nemo.callbacks import RunFolderWandbLogger, RunRecorder
 from nemo_megacpp.nemo.checkpointing import HybridCheckpoint
 from nemo_megacpp.nemo.data_module import HybridDataModule
@@ -81,16 +80,16 @@ def _initial_weights(recipe: Recipe) -> run.Config | None:
 
 
 def _data_module(recipe: Recipe) -> run.Config:
-    training, vocab_size = recipe.training, recipe.model["vocab_size"]
+    training = recipe.training
     blend = recipe.data if isinstance(recipe.data, dict) else None
     folder = next(iter(blend)) if blend else recipe.data
     return run.Config(
         HybridDataModule,
-        folder=folder or str(builtin_folder(vocab_size)),
+        folder=folder,
         blend=blend,
         made_with=recipe.tokenizer,
         packed_documents=training.packed_documents,
-        vocab_size=vocab_size,
+        vocab_size=recipe.model["vocab_size"],
         seq_length=recipe.model["seq_length"],
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
+from nemo_megacpp.data.builtin import ensure_builtin
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.nemo.start import train_recipe
 from nemo_megacpp.recipes.recipe import from_mapping
@@ -41,7 +41,7 @@ def demo(out: str | Path) -> int:
     one = from_mapping({**common, **stop, "tp": 2, "etp": 1})
     vocab_size = one.model["vocab_size"]
     console.rule("data: torch's C++ headers, byte-level BPE, Megatron .bin/.idx")
-    data = ensure_builtin(builtin_folder(vocab_size), vocab_size)
+    data = ensure_builtin(vocab_size)
     for split, counts in data.splits.items():
         console.print(f"{split}: {counts.documents:,} documents, {counts.tokens:,} tokens")
     trained = time.perf_counter()

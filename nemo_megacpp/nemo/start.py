@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin
+from nemo_megacpp.data.builtin import ensure_builtin
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.preflight import preflight
 from nemo_megacpp.preflight.model_checks import validate_recipe_layout
@@ -51,8 +51,7 @@ def train_recipe(recipe: Recipe, dry_run: bool = False) -> Path:
         run_recipe(recipe, run_dir, devices=here.local_world_size)
         return run_dir
     if recipe.data is None:
-        vocab_size = recipe.model["vocab_size"]
-        ensure_builtin(builtin_folder(vocab_size), vocab_size)
+        ensure_builtin(recipe.model["vocab_size"])
     file = _write_recipe(recipe, run_dir)
     launch(
         ["-m", "nemo_megacpp.nemo.worker", str(file), str(run_dir)],

@@ -24,7 +24,7 @@ def find_resume(recipe: Recipe, sources: list[PreparedData]) -> Recipe:
 
     Args:
         recipe: resolved.
-        sources: its data, of :func:`nemo_megacpp.preflight.data.open_data`.
+        sources: its data, of :func:`nemo_megacpp.preflight.recipe_data.open_data`.
 
     Raises:
         UserError: no such checkpoint, one of another model or tokenizer, or one to resume that

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from nemo_megacpp.checkpoint.dcp import require_psutil
 from nemo_megacpp.checkpoint.guard import inspect_before_load
+from nemo_megacpp.data.builtin import builtin_folder
 from nemo_megacpp.errors import validate_all
 from nemo_megacpp.layout import ParallelLayout, check_layout
-from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model_checks import (
     validate_host,
     validate_model,
@@ -23,6 +23,7 @@ from nemo_megacpp.preflight.outputs import (
     validate_run_dir,
     validate_wandb_login,
 )
+from nemo_megacpp.preflight.recipe_data import open_data
 from nemo_megacpp.preflight.resume import (
     find_resume,
     validate_optimizer_state,
@@ -93,6 +94,8 @@ def _announce(recipe: Recipe, run_dir: Path) -> None:
         print(f"defaults taken: {'; '.join(recipe.defaults)}")
     print(f"{recipe.name}: {recipe.pattern}")
     print(f"layout: {recipe.layout.describe()}; run folder: {run_dir}")
+    if recipe.data is None:
+        print(f"built-in corpus: {builtin_folder(recipe.model['vocab_size'])}")
     if start is not None:
         what = "resuming" if recipe.resume else "starting from the weights of"
         print(f"{what} {start} ({verified})")

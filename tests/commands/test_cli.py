@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 import nemo_megacpp
 from nemo_megacpp import cli
 from nemo_megacpp.checkpoint.identity import write_identity
+from nemo_megacpp.data.builtin import builtin_folder
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import RankFailed, UserError
 from nemo_megacpp.nemo import start
@@ -249,7 +250,7 @@ def started(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sequence[st
     """What would have been launched."""
     calls: list[tuple[Sequence[str], int, Path]] = []
     monkeypatch.setattr(start, "launch", lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(start, "ensure_builtin", lambda folder, vocab_size: None)
+    monkeypatch.setattr(start, "ensure_builtin", lambda vocab_size: None)
     return calls
 
 
@@ -263,6 +264,7 @@ def test_the_articles_yaml_starts_the_tiny_run(run: Run, started: list[Any]) -> 
         "data: torch's C++ headers",
         "nam56r_tiny: AEMEAEMEAEMR",
         "layout: TP=2 SP CP=1 EP=1 ETP=1 PP=1 (2 ranks: DP=1, expert DP=2); run folder: out",
+        f"built-in corpus: {builtin_folder(2048)}",
     ]
     ((arguments, ranks, logs),) = started
     assert (ranks, logs) == (2, Path("out/logs"))
@@ -385,7 +387,7 @@ def littered(run: Run, small_data: Path) -> Path:
         ),
         ("train nam56r_tiny data=folder", r"'folder' is not prepared data"),
         ("train nam56r_tiny data=damaged", r"'damaged' is damaged\. .*heldout\.bin has 0 bytes"),
-        ("train nam56r_tiny data=data vocab_size=2048", r"vocabulary of 300, and vocab_size=2048"),
+        ("train nam56r_tiny data=data vocab_size=2048", r"vocabulary of 300, but vocab_size=2048"),
         ("train nam56r_tiny data=data seq_length=999998", r"one sample of seq_length=999998"),
         ("train nam56r_tiny vocab_size=257", r"vocabulary of 257 is too small"),
         ("train nam56r", r"enough text for a vocabulary of 32768, not of 65536"),

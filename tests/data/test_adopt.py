@@ -105,11 +105,11 @@ def test_lengths_allow_for_context_parallelism_if_no_text_has_an_end_token(
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
-        ([[5, 300, 0], [6, 0]], r"has the token 300, and the tokenizer has 300: it was made with"),
+        ([[5, 300, 0], [6, 0]], r"has token id 300, but the tokenizer has 300 tokens: another"),
         ([[5, 0], [6, 7], [8, 9]], r"2 of the 3 documents .* first number 1, do not end in .* 0:"),
         ([[5, 0]], r"has 1 document; at least 2 are needed"),
         ([], r"web\.bin has no documents"),
-        ([[5, 0], [], [6, 0]], r"has a document without a token"),
+        ([[5, 0], [], [6, 0]], r"has a document without tokens"),
     ],
 )
 def test_files_of_another_tokenizer_are_refused(

@@ -52,7 +52,7 @@ def test_tokens_round_trip_through_megatron(prepared: PreparedData, texts: dict[
         len(held),
     )
     assert min(len(train), len(held)) >= 1
-    assert prepared.skipped == {"empty": 2, "binary": 1, "bad_utf8": 1, "huge": 0}
+    assert prepared.skipped == {"empty": 2, "binary": 1, "bad_utf8": 1}
     assert prepared.splits["heldout"].bytes == sum(len(text.encode()) for text in held)
     assert prepared.vocab_size == 300
     assert (
@@ -95,10 +95,10 @@ def test_a_folder_of_something_else_is_left_alone(
     corpus: Path, tmp_path: Path, overwrite: bool
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is not prepared data, so it is left alone"):
+    with pytest.raises(UserError, match="is not prepared data, so it is not replaced"):
         run(corpus, tmp_path, overwrite=overwrite)
     (tmp_path / "data.json").write_text('{"format": "another"}')
-    with pytest.raises(UserError, match="is not prepared data, so it is left alone"):
+    with pytest.raises(UserError, match="is not prepared data, so it is not replaced"):
         run(corpus, tmp_path, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -123,11 +123,92 @@ def test_existing_tokenizer(corpus: Path, prepared: PreparedData, tmp_path: Path
 def test_vocabulary_that_the_text_cannot_fill(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match=r"A vocabulary of 5000 asks .* give \d+ tokens"):
+    with pytest.raises(UserError, match=r"too short for a vocabulary of 5000: .* yield \d+ tokens"):
         run(corpus, tmp_path / "out", vocab_size=5000)
     data = run(corpus, tmp_path / "out", vocab_size=None)
     assert 258 < data.vocab_size < 5000
     assert f"Vocabulary: {data.vocab_size} tokens" in capsys.readouterr().out
+
+
+@pytest.fixture
+def bad(corpus: Path, tmp_path: Path) -> Path:
+    """`corpus` with bad files among the good ones."""
+    folder = tmp_path / "bad"
+    shutil.copytree(corpus, folder)
+    whole = (folder / "more.jsonl.gz").read_bytes()
+    (folder / "cut.jsonl.gz").write_bytes(whole[:-9])
+    (folder / "gone").symlink_to(folder / "nowhere")
+    for number in range(12):
+        lines = [f'{{"text": "line of file {number}"}}', "{", '{"text": 1}']
+        (folder / f"lines{number:02}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_all_bad_files_are_named_at_once(bad: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        run(bad, tmp_path / "out")
+    first, *listed, more, advice = str(refused.value).splitlines()
+    assert first == "14 input files are unreadable or malformed:"
+    assert listed[0] == f"  Cannot read '{bad}/gone': No such file or directory."
+    assert listed[1].startswith(f"  Cannot read '{bad}/cut.jsonl.gz': ")
+    in_json = "is not JSON: Expecting property name enclosed in double quotes in column 2."
+    assert listed[2:] == [
+        f"  {bad}/lines{number:02}.jsonl:2 {in_json} (1 more malformed lines in this file)"
+        for number in range(8)
+    ]
+    assert more == "  and 4 more"
+    assert advice == "Repair them, or skip what is bad in them with --skip-bad."
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+
+
+def test_bad_files_are_skipped_counted_and_named(
+    bad: Path, prepared: PreparedData, texts: dict[str, str], tmp_path: Path
+) -> None:
+    data = run(bad, tmp_path / "out", skip_bad=True)
+    found = decoded(data, data.train_prefix) + decoded(data, data.heldout_prefix)
+    more = [f"line of file {number}" for number in range(12)]
+    assert sorted(found) == sorted([*texts.values(), *more])
+    assert data.skipped == {**prepared.skipped, "bad_file": 14, "bad_line": 24}
+    assert data.skipped_names["bad_file"][0].startswith(f"Cannot read '{bad}/gone'")
+    assert run(bad, tmp_path / "out", skip_bad=True) == data
+    with pytest.raises(UserError, match=r"different: skip_bad True \(now False\)"):
+        run(bad, tmp_path / "out")
+
+
+def test_a_cause_of_very_many_bad_files_ends_the_survey_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemo_megacpp.data.shards.SHARD_BYTES", 200)
+    monkeypatch.setattr(prepare_module, "MAX_BAD", 20)
+    for number in range(30):
+        (tmp_path / f"{number:02}.jsonl").write_text('{"body": "some text"}\n' * 5)
+    with pytest.raises(UserError, match=r"(?s)At least 4 input files are .* has no field 'text'"):
+        run(tmp_path, tmp_path / "out")
+    assert run(tmp_path, tmp_path / "out", text_key="body", vocab_size=260).tokens
+
+
+def test_an_encoding(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        (tmp_path / "in" / f"{number}.txt").write_bytes(f"Größe {number} äöü".encode("cp1252"))
+    with pytest.raises(
+        UserError, match=r"(?s)0 document\(s\) of text found; .*Left out: 4 not UTF-8; decode with"
+    ):
+        run(tmp_path / "in", tmp_path / "out")
+    data = run(tmp_path / "in", tmp_path / "out", encoding="windows-1252", vocab_size=260)
+    found = decoded(data, data.train_prefix) + decoded(data, data.heldout_prefix)
+    assert sorted(found) == [f"Größe {number} äöü" for number in range(4)]
+    assert data.request["encoding"] == "cp1252"
+
+
+def test_index_is_that_of_megatrons_builder(prepared: PreparedData, tmp_path: Path) -> None:
+    theirs = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.uint16)
+    for ids in indexed_dataset.IndexedDataset(prepared.train_prefix):
+        theirs.add_document(ids, [len(ids)])
+    theirs.finalize(str(tmp_path / "x.idx"))
+    for suffix in ("bin", "idx"):
+        ours = Path(f"{prepared.train_prefix}.{suffix}").read_bytes()
+        assert ours == (tmp_path / f"x.{suffix}").read_bytes()
 
 
 def test_size_cap(corpus: Path, tmp_path: Path) -> None:
@@ -170,11 +251,11 @@ def test_failed_overwrite_keeps_the_old_data(
     [
         ({"held_out": 0.0}, "held-out share is 0.0"),
         ({"held_out": 1.0}, "held-out share is 1.0"),
-        ({"max_bytes": 0}, "size cap is 0"),
+        ({"max_bytes": 0}, "max_bytes is 0; it must be at least 1"),
         ({"vocab_size": 10}, "vocabulary of 10 is too small"),
-        ({"max_document_bytes": 1 << 31}, "at most 1,073,741,824"),
-        ({"document_multiple": 0}, "document multiple is 0"),
-        ({"num_workers": 0}, "number of workers is 0"),
+        ({"max_document_bytes": 1 << 31}, "at most 1,073,741,824, Megatron"),
+        ({"document_multiple": 0}, "document_multiple is 0"),
+        ({"num_workers": 0}, "workers is 0"),
     ],
 )
 def test_bad_arguments(corpus: Path, tmp_path: Path, options: dict, message: str) -> None:

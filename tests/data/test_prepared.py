@@ -23,8 +23,8 @@ def test_opens_anywhere(prepared: PreparedData, copy: Path) -> None:
     assert data.splits == prepared.splits
     assert data.train_prefix == str(copy / "train")
     assert data.heldout_prefix == str(copy / "heldout")
-    data.check_tokenizer(prepared.tokenizer_dir)
-    data.check_tokenizer(prepared.tokenizer_fingerprint)
+    data.validate_tokenizer(prepared.tokenizer_dir)
+    data.validate_tokenizer(prepared.tokenizer_fingerprint)
 
 
 def test_missing_folder_says_how_to_make_it(tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_changed_tokenizer_is_refused(prepared: PreparedData, copy: Path) -> Non
     with pytest.raises(UserError, match=rf"made with another tokenizer .*: {was}… made it"):
         PreparedData.open(copy)
     with pytest.raises(UserError, match="made with another tokenizer"):
-        prepared.check_tokenizer(copy / "tokenizer")
+        prepared.validate_tokenizer(copy / "tokenizer")
     with pytest.raises(UserError, match="made with another tokenizer"):
-        prepared.check_tokenizer("0" * 64)
+        prepared.validate_tokenizer("0" * 64)
     path.unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
         PreparedData.open(copy)
@@ -85,7 +85,7 @@ def test_changed_tokenizer_is_refused(prepared: PreparedData, copy: Path) -> Non
     ("change", "message"),
     [
         ({"version": 99}, "format version 99; this release reads version 1"),
-        ({"splits": {}}, r"data\.json is damaged \('train'\)"),
+        ({"splits": {}}, r"data\.json is damaged \(splits: .* at least 2 items"),
         ({"format": "other"}, "does not describe prepared data"),
     ],
 )
@@ -124,7 +124,12 @@ def test_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     args = parser.parse_args(["data", "prepare", str(corpus), "--out", out, *options])
     assert args.run(args) == 0
     shown = capsys.readouterr()
-    assert "1 binary, 1 repaired UTF-8" in shown.out
+    for line in (
+        "Left out: 2 empty:\n  {}/empty.txt\n  {}/lines.jsonl:4\n",
+        "Left out: 1 binary:\n  {}/picture.png\n",
+        "Repaired: 1 not UTF-8, with bytes replaced; decode with --encoding NAME:\n  {}/lat",
+    ):
+        assert line.replace("{}", str(corpus)) in shown.out
     assert "encoding" in shown.err
     args = parser.parse_args(["data", "inspect", out, "--samples", "2"])
     assert args.run(args) == 0

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import fcntl
-import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_megacpp.data import prepare as prepare_module
 from nemo_megacpp.data import shards
-from nemo_megacpp.data.encode import Encoding
+from nemo_megacpp.data.encode import encode
 from nemo_megacpp.data.prepare import prepare
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
@@ -59,13 +61,12 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The shards that this process encodes, by number."""
     numbers: list[int] = []
-    whole = Encoding.__call__
 
-    def spy(self: Encoding, shard: shards.Shard) -> int:
-        numbers.append(shard.number)
-        return whole(self, shard)
+    def spy(*options: Any) -> None:
+        numbers.append(options[-1].number)
+        encode(*options)
 
-    monkeypatch.setattr(Encoding, "__call__", spy)
+    monkeypatch.setattr(prepare_module, "encode", spy)
     return numbers
 
 
@@ -81,7 +82,7 @@ def test_two_workers_give_the_same_files(
 ) -> None:
     prepare([corpus], tmp_path / "out", **OPTIONS | {"num_workers": 2})
     assert files(tmp_path / "out") == files(prepared.root)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 @pytest.mark.processes
@@ -94,17 +95,17 @@ def test_killed_midway_goes_on(
 ) -> None:
     out = tmp_path / "out"
     killed(corpus, out)
-    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", ".out.partial"]
     with pytest.raises(UserError, match="is not prepared data"):
         PreparedData.open(tmp_path / ".out.partial")
     with pytest.raises(UserError, match="does not exist"):
         PreparedData.open(out)
 
     prepare([corpus], out, **OPTIONS)
-    assert "Going on with an interrupted preparation: 2 of " in capsys.readouterr().out
+    assert "Resuming an interrupted preparation: 2 of " in capsys.readouterr().out
     assert encoded[0] == 2  # two shards were there, the third was not whole
     assert files(out) == files(prepared.root)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 @pytest.mark.processes
@@ -116,7 +117,7 @@ def test_another_request_starts_clean(
     data = prepare([corpus], out, **OPTIONS | {"vocab_size": 290})
     assert encoded[0] == 0
     assert data.vocab_size == 290
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_interrupt_keeps_what_is_done(
@@ -128,21 +129,51 @@ def test_interrupt_keeps_what_is_done(
 ) -> None:
     out = tmp_path / "deep" / "out"
     with monkeypatch.context() as patch:
-        encode = Encoding.__call__
 
-        def interrupted(self: Encoding, shard: shards.Shard) -> int:
-            if shard.number == 1:
+        def interrupted(*options: Any) -> None:
+            if options[-1].number == 1:
                 raise KeyboardInterrupt
-            return encode(self, shard)
+            encode(*options)
 
-        patch.setattr(Encoding, "__call__", interrupted)
+        patch.setattr(prepare_module, "encode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare([corpus], out, **OPTIONS)
-    assert "Interrupted. Run the same command to resume" in capsys.readouterr().out
+    assert "Interrupted. Run the same command to resume" in capsys.readouterr().err
     assert not out.exists()
     prepare([corpus], out, **OPTIONS)
     assert "1 of " in capsys.readouterr().out
     assert files(out) == files(prepared.root)
+
+
+@pytest.mark.processes
+def test_ctrl_c_while_the_tokenizer_is_trained(tmp_path: Path) -> None:
+    """The library cannot be interrupted, and trains for long on text without a pattern."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    letters = random.Random(0)
+    for number in range(4):
+        words = ("".join(letters.choices("abcdefghijklmnop", k=24)) for _ in range(40_000))
+        (source / f"{number}.txt").write_text(" ".join(words))
+    command = ["data", "prepare", str(source), "--out", str(out), "--vocab-size", "30000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nemo_megacpp.cli", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    stage = tmp_path / ".out.partial"
+    while process.poll() is None and not (stage / "plan.json").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    try:
+        _, shown = process.communicate(timeout=6)  # the training takes 15 s
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    message = f"Interrupted. Run the same command to resume; progress is saved in {stage}.\n"
+    assert message in shown and "Traceback" not in shown and "panicked" not in shown
+    assert not out.exists()
 
 
 @pytest.mark.processes
@@ -151,7 +182,7 @@ def test_a_damaged_part_is_not_taken_for_whole(corpus: Path, tmp_path: Path) -> 
     killed(corpus, out)
     part = max(stage.glob("parts/00000[01]/*.bin"), key=lambda path: path.stat().st_size)
     part.write_bytes(part.read_bytes()[:-2])
-    with pytest.raises(UserError, match=r"00000[01]/\w+\.bin holds .* were written"):
+    with pytest.raises(UserError, match=r"00000[01]/\w+\.bin has .* bytes; its index says"):
         prepare([corpus], out, **OPTIONS)
     prepare([corpus], out, **OPTIONS)  # the refusal has cleared the stage away
 
@@ -159,10 +190,10 @@ def test_a_damaged_part_is_not_taken_for_whole(corpus: Path, tmp_path: Path) -> 
 def test_one_process_at_a_time(corpus: Path, tmp_path: Path) -> None:
     stage = tmp_path / ".out.partial"
     stage.mkdir()
-    descriptor = os.open(stage, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    lock = (tmp_path / ".out.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(UserError, match="out' is being prepared by another process"):
         prepare([corpus], tmp_path / "out", **OPTIONS)
     assert stage.exists()
-    os.close(descriptor)
+    lock.close()
     prepare([corpus], tmp_path / "out", **OPTIONS)

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from nemo_megacpp.data.corpus import Document
-from nemo_megacpp.data.split import Places, SplitPlan, plan_split
+from nemo_megacpp.data.split import SplitPlan, hash_documents, plan_split
 from nemo_megacpp.errors import UserError
 
 KEYS = [f"folder/file{i}.h" for i in range(2000)]
@@ -12,7 +13,7 @@ KEYS = [f"folder/file{i}.h" for i in range(2000)]
 def plan(keys: list[str], **options) -> SplitPlan:
     documents = [Document(key, "x" * 10, 10) for key in keys]
     half = len(documents) // 2  # surveyed in two shards
-    places = Places.joined([Places.of(documents[:half]), Places.of(documents[half:])])
+    places = np.concatenate([hash_documents(documents[:half]), hash_documents(documents[half:])])
     return plan_split(places, **{"held_out": 0.05, "tokenizer_bytes": 10**9} | options)
 
 

@@ -38,7 +38,12 @@ _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _BAR = re.compile(r"[━╸╺]{3,}.*\d+:\d\d:\d\d")
 _LONGEST = 40
 
-_ENVIRONMENT = {"COLUMNS": "100", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+_ENVIRONMENT = {
+    "COLUMNS": "100",
+    "OMP_NUM_THREADS": "1",
+    "NO_COLOR": "1",
+    "XDG_CACHE_HOME": str(ROOT / "data"),  # the built-in corpus is prepared once for all
+}
 _ONLY_PRINTS = re.compile(
     r"nemo-megacpp (recipes|plan|layouts|compare|settings|report|doctor"
     r"|megatron-args|checkpoint (inspect|verify)|data (inspect|adopt)) "
@@ -177,8 +182,7 @@ def refresh(page: Path, folder: Path) -> None:
 
 def workplace(folder: Path) -> Path:
     """Make ``folder`` look like a checkout in which a reader types."""
-    (ROOT / "data").mkdir(exist_ok=True)  # the built-in corpus is prepared once for all
-    for name in ("data", "examples", "README.md"):
+    for name in ("examples", "README.md"):
         link = folder / name
         if not link.exists():
             link.symlink_to(ROOT / name)

@@ -33,6 +33,7 @@ def _by_part(findings: Any) -> dict[str, Finding]:
 def test_this_machine_can_train(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     code, document = _doctor(capsys, "nam56r_tiny", "--json")
     found = {finding["part"]: finding for finding in document["findings"]}
@@ -49,6 +50,7 @@ def test_this_machine_can_train(
 def test_a_recipe_that_cannot_be_trained(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     code, text = _doctor(capsys, "nam56r", "--layout", "tp=3")
     assert code == 1
@@ -166,6 +168,7 @@ def test_a_recipe_against_the_machine(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fit.importlib.util, "find_spec", lambda name: None)
     finding = _by_part(fit.recipe_findings(resolve("nam56r", overrides), gpus=8))[part]

@@ -41,7 +41,8 @@ DIALECT, _ = choose("core_v0.16.1")
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty working directory: no built-in corpus, nothing to write over."""
+    """An empty working directory and cache: no built-in corpus, nothing to write over."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
 
 

@@ -27,8 +27,8 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.nemo import worker
 from nemo_megacpp.nemo.start import train_recipe
 from nemo_megacpp.preflight import preflight
-from nemo_megacpp.preflight.data import open_data
 from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
+from nemo_megacpp.preflight.recipe_data import open_data
 from nemo_megacpp.preflight.resume import find_resume
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.recipes.views import shape_of
@@ -39,7 +39,8 @@ Save = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The built-in corpus is looked for in the working directory."""
+    """An empty working directory, and an empty cache for the built-in corpus."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -201,7 +202,7 @@ def test_the_model_takes_the_vocabulary_of_its_data(small_data: PreparedData) ->
 
 def test_data_of_another_vocabulary_than_the_one_asked_for(small_data: PreparedData) -> None:
     message = refusal(open_data, f"data={small_data.root}", "vocab_size=2048")
-    assert "made with a vocabulary of 300, and vocab_size=2048 was asked for" in message
+    assert "made with a vocabulary of 300, but vocab_size=2048" in message
     assert "--vocab-size 2048" in message
 
 
@@ -212,7 +213,7 @@ def test_too_little_data(small_data: PreparedData) -> None:
     for length in (tokens, tokens + 1):
         message = refusal(open_data, f"data={small_data.root}", f"seq_length={length}")
         assert f"The heldout split of {small_data.root} has {tokens} tokens" in message
-        assert f"seq_length={length} needs one more" in message
+        assert f"seq_length={length} needs {length + 1}" in message
 
 
 def test_missing_and_damaged_data(small_data: PreparedData, elsewhere: Path) -> None:
@@ -251,7 +252,7 @@ def test_a_vocabulary_that_the_built_in_corpus_cannot_give(
     vocab_size: int, message: str, elsewhere: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        builtin.ensure_builtin(builtin.builtin_folder(vocab_size), vocab_size)
+        builtin.ensure_builtin(vocab_size)
     assert list(elsewhere.iterdir()) == []
 
 

@@ -13,8 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from nemo_megacpp.checkpoint.dcp import load_model
+from nemo_megacpp.data.packed_rows import open_epoch
 from nemo_megacpp.data.prepare import prepare
-from nemo_megacpp.data.rows import open_epoch
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.documents import packed_seq_params
 from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_megacpp.data.packed_rows import read_rows
 from nemo_megacpp.data.prepare import prepare
 from nemo_megacpp.data.prepared import PreparedData
-from nemo_megacpp.data.rows import read_rows
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.preflight.data import open_data
+from nemo_megacpp.preflight.recipe_data import open_data
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping, resolve
 from nemo_megacpp.runtime.host import Host
 
@@ -131,7 +131,7 @@ def test_the_tokenizer_that_is_asked_for(
     blend = [str(small_data.root), str(other.root)]
     recipe, _ = open_data(recipe_of(data=blend, tokenizer=mine))
     assert from_mapping(recipe.to_mapping()).tokenizer == mine
-    with pytest.raises(UserError, match=r"no data is given\. Make some with it: .* --tokenizer"):
+    with pytest.raises(UserError, match=r"no data is given\. Prepare data with it: .* --tokenizer"):
         open_data(recipe_of(tokenizer=mine))
     tokenizer = json.loads((small_data.tokenizer_dir / "tokenizer.json").read_text())
     tokenizer["model"]["merges"].pop()
@@ -149,7 +149,7 @@ def test_packs_over_cp_need_filled_documents(
 ) -> None:
     settings: dict[str, Any] = {"packed_documents": True, "tp": 1, "cp": 2, "mode": "mamba3"}
     settings |= {"mamba_num_heads": 56}
-    message = r"multiple of 4 tokens, and those of .* have multiples of 1\. .*--document-multiple 4"
+    message = r"multiple of 4 tokens, but those of .* have multiples of 1\. .*--document-multiple 4"
     with pytest.raises(UserError, match=message):
         open_data(recipe_of(data=str(small_data.root), **settings))
     open_data(recipe_of(data=str(other.root), **settings))
@@ -157,7 +157,8 @@ def test_packs_over_cp_need_filled_documents(
         open_data(recipe_of(data=str(other.root), **settings | {"cp": 4}))
     native = recipe_of(data=str(other.root), **settings | {"mode": "nemo_native"})
     open_data(native)  # the no-GPU host tells Megatron's mixer the order of a pack
-    monkeypatch.setattr("nemo_megacpp.preflight.data.current_host", lambda: Host("cuda", "nccl"))
+    gpu_host = "nemo_megacpp.preflight.recipe_data.current_host"
+    monkeypatch.setattr(gpu_host, lambda: Host("cuda", "nccl"))
     monkeypatch.setattr("megatron.core.ssm.mamba_context_parallel.tex", None)
     with pytest.raises(UserError, match=r"CP=2: Megatron's MambaMixer .* mode='mamba3'"):
         open_data(native)
@@ -184,6 +185,6 @@ def test_blend_and_packs_through_nemo(small_data: PreparedData, other: PreparedD
 
 def test_inspected_rows_are_those_of_a_run(small_data: PreparedData) -> None:
     module = _module(str(small_data.root), packed_documents=True)
-    for row, sample in zip(read_rows(small_data, 5, 32), module._train_ds, strict=False):
-        ids = [token for piece in row.pieces for token in piece.ids]
+    for parts, sample in zip(read_rows(small_data, 5, 32), module._train_ds, strict=False):
+        ids = [token for part in parts for token in part.ids]
         assert torch.equal(sample["tokens"], torch.tensor(ids))
