@@ -65,7 +65,6 @@ def test_wandb_with_a_login_or_offline_is_accepted(
     ("settings", "message"),
     [
         ("profile_step_start=12", "profile_step_start=12, profile_step_end=12: .* 0 ≤ start"),
-        ("profile_step_start=-1", "profile_step_start=-1"),
         ("profile_step_end=11 max_steps=10", "start < end ≤ 10, the last step"),
         ("stop_after=11", "start < end ≤ 11, the last step"),
         ("profile_ranks=[2]", r"profile_ranks=\[2\]: give each rank once, from 0 to 1"),
