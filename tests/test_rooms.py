@@ -22,8 +22,8 @@ FRONT_ENDS = {"nemo", "megatron_args"}
 """They do not import each other."""
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """Yield every module of this package that a file imports, wherever in the file."""
+def _imports(path: Path, package: str = "nemo_megacpp") -> Iterator[str]:
+    """Yield every module of a package that a file imports, wherever in the file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -32,7 +32,7 @@ def _imports(path: Path) -> Iterator[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        yield from (name for name in names if name.split(".")[0] == "nemo_megacpp")
+        yield from (name for name in names if name.split(".")[0] == package)
 
 
 def _name(path: Path) -> str:
@@ -104,3 +104,14 @@ def test_a_command_is_one_file() -> None:
     files = {name.rpartition(".")[2] for name in FILES if _room(name) == "commands"}
     names = {command.__name__.rpartition(".")[2] for command in COMMANDS}
     assert files - {"commands", "arguments"} == names
+
+
+def test_no_test_imports_from_another() -> None:
+    """What two test files use is in a file of its own."""
+    imported = {
+        f"{path.name} imports {name}"
+        for path in Path(__file__).parent.rglob("*.py")
+        for name in _imports(path, "tests")
+        if any(part.startswith("test_") for part in name.split("."))
+    }
+    assert not imported

@@ -11,7 +11,7 @@ from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
-from tests.contract.test_recorded import BALANCED, EXAMPLE, SELECTIVE, job_of, recorded
+from tests.contract.recorded_jobs import BALANCED, EXAMPLE, SELECTIVE, job_of, recorded
 from tests.selection import slow_if
 
 WITHIN = 0.05

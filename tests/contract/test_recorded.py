@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,16 +22,11 @@ from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.placement import group_of
 from nemo_megacpp.proof.small_models import tiny_model
-from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
-from tests.record import Recorded, record_step
+from tests.contract.recorded_jobs import BALANCED, EXAMPLE, SELECTIVE, job_of, recorded
+from tests.record import Recorded
 from tests.selection import slow_if
 
-EXAMPLE = str(Path(__file__).parents[2] / "examples" / "short_conv.py")
-
-BALANCED = {"moe_router_topk": 8}  # every token to every expert: routing sends equal shares
-
-SELECTIVE = {"recompute_granularity": "selective"}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 MANY = {"global_batch_size": 8}
 
@@ -77,32 +71,6 @@ def messages_of_rank(
         add(collectives, layers * sizes.job.num_microbatches)
     add(step_collectives(sizes, stage, stage_buffers(sizes.job, stage)), 1)
     return found
-
-
-def job_of(model: dict[str, Any], layout: ParallelLayout, **changes: Any) -> Job:
-    replicas = layout.data_parallel_size
-    return Job(
-        model,
-        layout,
-        **{
-            "micro_batch_size": 2,
-            "global_batch_size": 4 * replicas,
-            "precision": "fp32",
-            "kernels": "torch",
-            **changes,
-        },
-    )
-
-
-def recorded(ranks: WorkerPool, job: Job) -> list[Recorded]:
-    spec = StepSpec(
-        job.model,
-        micro_batch_size=job.micro_batch_size,
-        global_batch_size=job.global_batch_size,
-        dtype="float32" if job.precision == "fp32" else "bfloat16",
-        use_distributed_optimizer=job.use_distributed_optimizer,
-    )
-    return ranks.run(job.layout.world, record_step, spec, job.layout)
 
 
 def as_on_gloo(collective: Collective) -> Collective:

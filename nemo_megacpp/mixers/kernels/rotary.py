@@ -25,21 +25,6 @@ def check_pairs(pairs: str, state_dim: int, num_angles: int) -> None:
         )
 
 
-def rotate(x: Tensor, angle: Tensor, pairs: Pairs) -> Tensor:
-    """Rotate the first ``s`` pairs of the last axis of ``x [..., n]`` by ``angle [..., s]`` (rad).
-
-    Pair ``i`` is ``(2i, 2i+1)`` for ``'interleaved'`` and ``(i, i + n/2)`` for ``'halves'``.
-    """
-    grouped = x.unflatten(-1, (-1, 2) if pairs == "interleaved" else (2, -1))
-    first, second = grouped.unbind(-1 if pairs == "interleaved" else -2)
-    count = angle.shape[-1]
-    a, b = first[..., :count], second[..., :count]
-    cos, sin = angle.cos(), angle.sin()
-    first = torch.cat([a * cos - b * sin, first[..., count:]], dim=-1)
-    second = torch.cat([a * sin + b * cos, second[..., count:]], dim=-1)
-    return torch.stack([first, second], dim=-1 if pairs == "interleaved" else -2).flatten(-2)
-
-
 def to_halves(x: Tensor, pairs: Pairs) -> Tensor:
     """Reorder the last axis so that the pairs of ``x`` are those of ``'halves'``."""
     return x if pairs == "halves" else x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

@@ -12,9 +12,24 @@ from torch import Tensor
 from nemo_megacpp.mixer_settings import Mamba3Dimensions, Pairs
 from nemo_megacpp.mixers.kernels.mamba3_state import Mamba3State, starting_state
 from nemo_megacpp.mixers.kernels.packing import accumulation_dtype
-from nemo_megacpp.mixers.kernels.rotary import TWO_PI, rotate
+from nemo_megacpp.mixers.kernels.rotary import TWO_PI
 from nemo_megacpp.mixers.kernels.ssd import Output, skip_and_gate, step_size
 from nemo_megacpp.mixers.mamba3_rows import rows_of_group_state, rows_per_head, split_rows
+
+
+def rotate(x: Tensor, angle: Tensor, pairs: Pairs) -> Tensor:
+    """Rotate the first ``s`` pairs of the last axis of ``x [..., n]`` by ``angle [..., s]`` (rad).
+
+    Pair ``i`` is ``(2i, 2i+1)`` for ``'interleaved'`` and ``(i, i + n/2)`` for ``'halves'``.
+    """
+    grouped = x.unflatten(-1, (-1, 2) if pairs == "interleaved" else (2, -1))
+    first, second = grouped.unbind(-1 if pairs == "interleaved" else -2)
+    count = angle.shape[-1]
+    a, b = first[..., :count], second[..., :count]
+    cos, sin = angle.cos(), angle.sin()
+    first = torch.cat([a * cos - b * sin, first[..., count:]], dim=-1)
+    second = torch.cat([a * sin + b * cos, second[..., count:]], dim=-1)
+    return torch.stack([first, second], dim=-1 if pairs == "interleaved" else -2).flatten(-2)
 
 
 def causal_conv1d_naive(

@@ -9,53 +9,41 @@ import torch
 from benchmarks.m2rnn import m2rnn_naive
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_scan
+from tests.mixers.kernels.inputs import m2rnn_inputs
 
 DTYPE = torch.float64
-
-
-def make(batch=2, length=37, heads=3, key=4, value=3, per_head=False, dtype=DTYPE, seed=0):
-    torch.manual_seed(seed)
-    head_axis = (heads,) if per_head else ()
-    return {
-        "q": torch.randn(batch, length, *head_axis, key, dtype=dtype),
-        "k": torch.randn(batch, length, *head_axis, key, dtype=dtype),
-        "v": torch.randn(batch, length, heads, value, dtype=dtype),
-        "forget": torch.rand(batch, length, heads, dtype=dtype),
-        "W": torch.eye(value, dtype=dtype) + 0.3 * torch.randn(heads, value, value, dtype=dtype),
-        "initial_state": torch.randn(batch, heads, key, value, dtype=dtype),
-    }
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
 @pytest.mark.parametrize("per_head", [False, True])
 def test_form_matches_reference(hold_to, length, per_head):
-    hold_to(m2rnn_naive, m2rnn_scan, make(length=length, per_head=per_head), 1e-10)
+    hold_to(m2rnn_naive, m2rnn_scan, m2rnn_inputs(length=length, per_head=per_head), 1e-10)
 
 
 @pytest.mark.parametrize("checkpoint_every", [1, 5, 37, 100])
 def test_checkpoints_change_nothing(hold_to, packed, checkpoint_every):
     options = {"seq_idx": packed([[12, 25], [37]])}
     form_options = {"checkpoint_every": checkpoint_every}
-    hold_to(m2rnn_naive, m2rnn_scan, make(), 1e-10, options, form_options)
+    hold_to(m2rnn_naive, m2rnn_scan, m2rnn_inputs(), 1e-10, options, form_options)
 
 
 @pytest.mark.parametrize("rows", [[[32, 5], [37]], [[1, 1, 35], [1] * 37]])
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_packed_documents(hold_to, packed, rows, clip):
     options = {"seq_idx": packed(rows), "state_gradient_clip": clip}
-    hold_to(m2rnn_naive, m2rnn_scan, make(), 1e-10, options)
+    hold_to(m2rnn_naive, m2rnn_scan, m2rnn_inputs(), 1e-10, options)
 
 
 @pytest.mark.parametrize("clip_order", ["before_output", "after_output"])
 @pytest.mark.parametrize("clip", [0.2, 1.0])
 def test_clipped_state_gradient(hold_to, clip_order, clip):
     options = {"state_gradient_clip": clip, "clip_order": clip_order}
-    hold_to(m2rnn_naive, m2rnn_scan, make(), 1e-10, options)
-    hold_to(m2rnn_naive, m2rnn_scan, make(), 1e-10, options, {"checkpoint_every": 7})
+    hold_to(m2rnn_naive, m2rnn_scan, m2rnn_inputs(), 1e-10, options)
+    hold_to(m2rnn_naive, m2rnn_scan, m2rnn_inputs(), 1e-10, options, {"checkpoint_every": 7})
 
 
 def test_float32(hold_to, packed):
-    tensors = make(length=65, heads=4, key=16, value=8, dtype=torch.float32)
+    tensors = m2rnn_inputs(length=65, heads=4, key=16, value=8, dtype=torch.float32)
     # A contracting W: with a larger one the recurrence is chaotic, and any rounding grows.
     tensors["W"] = 0.3 * tensors["W"]
     options = {"seq_idx": packed([[20, 45], [65]]), "state_gradient_clip": 1.0}
@@ -65,7 +53,7 @@ def test_float32(hold_to, packed):
 @pytest.mark.parametrize("scale", [1e-1, 1e-2, 1e-3])
 def test_float32_of_small_inputs(hold_to, scale):
     """A new model's keys and values are small: the state is accurate relative to itself."""
-    tensors = make(length=33, heads=4, key=16, value=8, dtype=torch.float32)
+    tensors = m2rnn_inputs(length=33, heads=4, key=16, value=8, dtype=torch.float32)
     tensors |= {name: scale * tensors[name] for name in ("q", "k", "v")}
     tensors |= {"W": 0.3 * tensors["W"], "initial_state": scale**2 * tensors["initial_state"]}
     hold_to(m2rnn_naive, m2rnn_scan, tensors, 1e-5, {}, reference_dtype=torch.float64)
@@ -73,7 +61,7 @@ def test_float32_of_small_inputs(hold_to, scale):
 
 def test_gradients_are_finite_differences(packed):
     """Without the reference: the hand-written backward against the function itself."""
-    tensors = make(batch=2, length=5, heads=2, key=2, value=2)
+    tensors = m2rnn_inputs(batch=2, length=5, heads=2, key=2, value=2)
     seq_idx = packed([[2, 3], [5]])
     leaves = [t.requires_grad_() for t in tensors.values()]
 
@@ -156,7 +144,7 @@ def test_published_equations(hold_to, packed, function, rows, clip_order, clip):
     def reference(**t):
         return Published.apply(*t.values(), starts, clip, clip_order)
 
-    tensors = make(length=11, heads=2)
+    tensors = m2rnn_inputs(length=11, heads=2)
     hold_to(reference, lambda **t: function(**t, **options), tensors, 1e-10)
 
 
@@ -200,7 +188,7 @@ def test_where_the_clip_acts(function, clip_order):
 
 
 def test_a_row_cut_in_two_has_the_same_values_and_gradients():
-    t = {k: v.requires_grad_() for k, v in make().items()}
+    t = {k: v.requires_grad_() for k, v in m2rnn_inputs().items()}
     options = {"state_gradient_clip": 0.3}
     y, final = m2rnn_scan(**t, **options)
     parts, state = [], t["initial_state"]
@@ -218,7 +206,7 @@ def test_a_row_cut_in_two_has_the_same_values_and_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_slice_of_heads_is_bit_identical(dtype):
-    t = make(heads=6, key=16, value=4, dtype=dtype)
+    t = m2rnn_inputs(heads=6, key=16, value=4, dtype=dtype)
     part = {
         "q": t["q"],
         "k": t["k"],
@@ -234,7 +222,7 @@ def test_a_slice_of_heads_is_bit_identical(dtype):
 
 
 def test_bfloat16_accumulates_in_float32():
-    t = make(dtype=torch.bfloat16)
+    t = m2rnn_inputs(dtype=torch.bfloat16)
     y, final = m2rnn_scan(**t)
     exact, exact_final = m2rnn_naive(**{k: v.float() for k, v in t.items()})
     assert y.dtype == torch.bfloat16 and final.dtype == torch.float32
@@ -256,4 +244,4 @@ def test_bfloat16_accumulates_in_float32():
 )
 def test_refusals_name_the_argument(change, word):
     with pytest.raises(UserError, match=word):
-        m2rnn_scan(**(make() | change))
+        m2rnn_scan(**(m2rnn_inputs() | change))

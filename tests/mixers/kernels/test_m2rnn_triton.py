@@ -22,7 +22,7 @@ from nemo_megacpp.mixers import kernels as package
 from nemo_megacpp.mixers.kernels import m2rnn_triton as triton_form
 from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
 from tests.mixers.kernels.conftest import assert_same, run_with_gradients
-from tests.mixers.kernels.test_m2rnn_scan import make
+from tests.mixers.kernels.inputs import m2rnn_inputs
 
 Tensors = dict[str, Tensor]
 
@@ -38,7 +38,7 @@ def interpreted(interpreter: ProcessPoolExecutor) -> Callable[[Tensors, dict[str
 
 
 def small(dtype: torch.dtype = torch.float32, **sizes: Any) -> Tensors:
-    tensors = make(**({"batch": 1, "length": 9, "heads": 2} | sizes), dtype=torch.float32)
+    tensors = m2rnn_inputs(**({"batch": 1, "length": 9, "heads": 2} | sizes), dtype=torch.float32)
     # A contracting W: with a larger one the recurrence is chaotic, and any rounding grows.
     tensors["W"] = 0.3 * tensors["W"]
     return {name: t.to(dtype) for name, t in tensors.items()}
