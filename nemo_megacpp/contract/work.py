@@ -39,7 +39,7 @@ def work_of(sizes: Sizes, places: Mapping[str, Sequence[BuiltParameter]]) -> dic
     """
     work = {
         letter: _matrices(sizes, places[letter]) + _mixing(sizes, letter)
-        for letter in {*sizes.letters}
+        for letter in dict.fromkeys(sizes.letters)
     }
     # The look-up: one addition per element of its gradient.
     return {**work, "embedding": sizes.h, "head": _head(sizes, places["head"])}

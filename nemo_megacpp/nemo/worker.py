@@ -10,6 +10,7 @@ from pathlib import Path
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.runtime import stopping
+from nemo_megacpp.runtime.imports import importing
 from nemo_megacpp.runtime.launch import launched
 from nemo_megacpp.runtime.orphans import end_with_parent
 from nemo_megacpp.runtime.rank_errors import record_failure
@@ -60,7 +61,9 @@ def main() -> None:
 def _run_rank() -> None:
     place = launched()
     assert place is not None, "a rank is started by a launcher"
-    run_recipe(resolve(sys.argv[1]), Path(sys.argv[2]), place.local_world_size)
+    with importing():  # Megatron, for the names of its settings
+        recipe = resolve(sys.argv[1])
+    run_recipe(recipe, Path(sys.argv[2]), place.local_world_size)
 
 
 if __name__ == "__main__":

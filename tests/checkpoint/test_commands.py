@@ -297,7 +297,7 @@ def test_a_run_folder_means_its_newest_complete_checkpoint(
         ("num_layers", "4", "num_layers: '4' is not a whole number"),
         ("num_layers", 10**12, "num_layers is 1000000000000; at most 100000"),
         ("hidden_size", 10**30, "hidden_size is larger than"),
-        ("hybrid_pattern", 3, "hybrid_pattern: 3 is not a text"),
+        ("hybrid_pattern", 3, "hybrid_pattern: 3 is not a string"),
         ("mode", "other", "mode: 'other' is not"),
     ],
 )

@@ -161,6 +161,7 @@ def missing(shown: list[str], printed: list[str]) -> list[str]:
 
 def _form(line: str) -> str:
     # The width of a number changes the spaces around it, in tables too.
+    line = re.sub(r"(\d+ (h|min) )+\d+ (min|s)\b", "0 s", line)  # a duration of any length
     return re.sub(r"[\s─━]+", " ", _NUMBER.sub("#", line)).strip()
 
 

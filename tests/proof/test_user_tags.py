@@ -20,8 +20,9 @@ from tests.bare import build_chunks, make_config
 from tests.reference import Reference
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "short_conv.py"
-_TAG = "        set_tensor_model_parallel_attributes(self.{0}, True, 0, 1)\n"
-_GAIN = """\
+_WEIGHT = "        self.conv_weight = self.split_parameter(channels, settings.taps)\n"
+_TAGGED = "        self.gain = self.split_parameter(channels, fill=1.0)\n"
+_UNTAGGED = """\
         self.gain = torch.nn.Parameter(torch.ones(channels, dtype=config.params_dtype))
 """
 _SCALED = "self.out_proj(heads_to_sequence(c * y * (1 + 1e-3 * self.gain), self.cp_group, order))"
@@ -30,9 +31,8 @@ _SCALED = "self.out_proj(heads_to_sequence(c * y * (1 + 1e-3 * self.gain), self.
 def _family(folder: Path, tagged: bool) -> str:
     """Write a user's family: the example with a gain per channel that has a small gradient."""
     text = EXAMPLE.read_text()
-    gain = _GAIN + (_TAG.format("gain") if tagged else "")
     for old, new in (
-        (_TAG.format("conv_weight"), _TAG.format("conv_weight") + gain),
+        (_WEIGHT, _WEIGHT + (_TAGGED if tagged else _UNTAGGED)),
         ("self.out_proj(heads_to_sequence(c * y, self.cp_group, order))", _SCALED),
     ):
         assert text.count(old) == 1

@@ -129,6 +129,6 @@ def test_torchrun_names_the_root_cause(tmp_path: Path) -> None:
     assert "exitcode  : 2" in summary, done.stderr
     (error,) = tmp_path.glob("**/error.json")
     message = json.loads(error.read_text())["message"]["message"]
-    assert message.startswith("world_size=3 ")
+    assert message.startswith("world_size=3, ")
     assert message.splitlines()[0] in summary
     assert "Traceback" not in summary
