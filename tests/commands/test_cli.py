@@ -211,7 +211,7 @@ def test_usage_errors(arguments: tuple[str, ...], run: Run) -> None:
     ("arguments", "message"),
     [
         (("trian", "nam56r_tiny"), "there is no command 'trian'. Did you mean 'train'? Commands: "),
-        (("train", "nam56r_tiny", "--tp", "2"), "--tp 2. tp is a setting: write tp=VALUE"),
+        (("train", "nam56r_tiny", "--tp", "2"), "--tp 2. tp is a setting: write tp=2"),
         (("train", "nam56r_tiny", "--max-steps=2"), "max_steps is a setting: write max_steps=2"),
         (("train", "nam56r_tiny", "--fast"), "unrecognized arguments: --fast\n"),
     ],
