@@ -108,12 +108,14 @@ def _as_setting(strange: Sequence[str]) -> str:
     """Return how to write a setting that was given as an option, such as ``--tp 2``."""
     from nemo_megacpp.recipes.names import full_name
 
-    for word in strange:
-        name, _, value = word.lstrip("-").replace("-", "_").partition("=")
+    for word, following in itertools.pairwise([*strange, "--"]):
+        name, _, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
         if word.startswith("--"):
+            value = value or ("VALUE" if following.startswith("--") else following)
             with contextlib.suppress(UserError):
                 full_name(name)
-                return f". {name} is a setting: write {name}={value or 'VALUE'}"
+                return f". {name} is a setting: write {name}={value}"
     return ""
 
 

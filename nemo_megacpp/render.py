@@ -27,8 +27,8 @@ svg { max-width: 100%; height: auto; } svg .t { font: 13px system-ui, sans-serif
 fill: currentColor; } svg .b { font-weight: 600; } svg .s { font-size: 11px; }
 svg .on { fill: #fff; } table { border-collapse: collapse; font-size: 13px; }
 th { text-align: left; border-bottom: 2px solid var(--line); padding: 3px 14px 3px 0; }
-td { border-bottom: 1px solid var(--line); padding: 3px 14px 3px 0; vertical-align: top;
-overflow-wrap: anywhere; }
+td { border-bottom: 1px solid var(--line); padding: 3px 14px 3px 0; vertical-align: top; }
+td:last-child { overflow-wrap: anywhere; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr.total td { font-weight: 600; }
 .legend .key { margin-right: 1.4em; white-space: nowrap; } .legend i { display: inline-block;

@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_megacpp.commands.arguments import add_recipe, print_json, read_recipe
-from nemo_megacpp.doctor.machine import Finding
 from nemo_megacpp.render import Table, Tone, Toned, make_console, print_table
+
+if TYPE_CHECKING:
+    from nemo_megacpp.doctor.machine import Finding
 
 _WIDTH = 110
 _TONES: dict[str, Tone] = {"limited": "warning", "broken": "bad"}
@@ -42,6 +44,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     from nemo_megacpp.doctor.machine import (
+        Finding,
         count_gpus,
         disk_finding,
         machine_findings,

@@ -74,7 +74,7 @@ def page(record: RunRecord) -> str:
     parts += ["<h2>Events</h2>", _events(record)]
     if record.checkpoints:
         rows = [(f"step {step:,}", str(path)) for step, path in record.checkpoints]
-        parts += ["<h2>Checkpoints there now</h2>", html_pairs(rows)]
+        parts += ["<h2>Checkpoints on disk</h2>", html_pairs(rows)]
     if record.recipe_text:
         parts += [
             "<h2>Recipe</h2>",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,12 +124,16 @@ def test_loads_nothing_heavy_in_under_half_a_second(
     loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "nemo_megacpp" in loaded
     assert loaded.isdisjoint(HEAVY)
-    seconds = []
-    for _ in range(3):  # the machine may be busy: the best of three
-        started = time.perf_counter()
-        python(*arguments, cwd=tmp_path)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.5
+    assert min(_cpu_seconds(arguments, tmp_path) for _ in range(3)) < 0.5
+
+
+def _cpu_seconds(arguments: Sequence[str], folder: Path) -> float:
+    """Return the CPU time of a Python process: the machine may be busy."""
+    started = subprocess.Popen([sys.executable, *arguments], cwd=folder, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(started.pid, 0)
+    started.returncode = os.waitstatus_to_exitcode(status)
+    assert started.returncode == 0
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.processes
@@ -207,7 +211,7 @@ def test_usage_errors(arguments: tuple[str, ...], run: Run) -> None:
     ("arguments", "message"),
     [
         (("trian", "nam56r_tiny"), "there is no command 'trian'. Did you mean 'train'? Commands: "),
-        (("train", "nam56r_tiny", "--tp", "2"), "--tp 2. tp is a setting: write tp=VALUE"),
+        (("train", "nam56r_tiny", "--tp", "2"), "--tp 2. tp is a setting: write tp=2"),
         (("train", "nam56r_tiny", "--max-steps=2"), "max_steps is a setting: write max_steps=2"),
         (("train", "nam56r_tiny", "--fast"), "unrecognized arguments: --fast\n"),
     ],
