@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.printable import cut, shown
 
 _WORDS = {
     bool: "true or false",
@@ -50,8 +51,8 @@ def read_value(owner: type, key: str, value: Any, name: str = "") -> Any:
         except (TypeError, ValueError):  # a date
             kinds = set()
     if any(kind.startswith(("greater_than", "less_than")) for kind in kinds):
-        raise UserError(f"{name or key}: {value} must be {range_}.")
-    raise UserError(f"{name or key}: {value!r} is not {words}.")
+        raise UserError(f"{name or key}: {cut(str(value))} must be {range_}.")
+    raise UserError(f"{name or key}: {shown(value)} is not {words}.")
 
 
 @cache

@@ -33,6 +33,7 @@ _NOT_THE_MODEL = (_OPTIMIZER, "random_state.")
 """Prefixes of what is saved beside the model's tensors."""
 _AXES = ("tp", "cp", "pp", "ep", "etp")
 _LARGEST_DEGREE = 64
+_MOST_DIGITS = 10
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,7 @@ class CheckpointContent:
             UserError: it is missing, damaged or unsafe.
         """
         path = self.weights / COMMON
-        try:
-            with path.open("rb") as stream:
-                held = read_torch_file(stream, str(path))
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        held = read_torch_file(path)
         if not isinstance(held, dict):
             raise UserError(f"{path} is damaged: it holds a {type(held).__name__}.")
         return held
@@ -175,7 +172,10 @@ class CheckpointContent:
 
 def _order(name: str) -> list[tuple[int, str]]:
     """Sort numbers in names as numbers: layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [
+        (int(part), "") if part.isdecimal() and len(part) < _MOST_DIGITS else (-1, part)
+        for part in name.split(".")
+    ]
 
 
 def saved_shape(directory: Path, identity: Identity) -> ModelShape:
