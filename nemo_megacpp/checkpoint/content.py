@@ -31,6 +31,7 @@ _WRAPPERS = ("module.", "model.")
 _OPTIMIZER = "optimizer."
 _NOT_THE_MODEL = (_OPTIMIZER, "random_state.")
 """Prefixes of what is saved beside the model's tensors."""
+_SHOWN = ("num_layers", "hidden_size", "vocab_size", "mode")
 _AXES = ("tp", "cp", "pp", "ep", "etp")
 _LARGEST_DEGREE = 64
 _MOST_DIGITS = 10
@@ -208,7 +209,11 @@ def describe(path: Path) -> dict[str, Any]:
     """
     content = CheckpointContent(path)
     identity = content.identity
-    shape = None if identity is None else saved_shape(content.directory, identity)
+    shape = model = None
+    if identity is not None:
+        fields, _ = saved_model(content.directory, identity)
+        model = {**{name: fields[name] for name in _SHOWN}, **identity["model"]}
+        shape = saved_shape(content.directory, identity)
     try:
         manifest = check_manifest(content.directory, full=False)
     except UserError as damage:
@@ -218,7 +223,7 @@ def describe(path: Path) -> dict[str, Any]:
     return {
         "checkpoint": str(content.directory),
         "step": content.step,
-        "model": None if identity is None else identity["model"],
+        "model": model,
         "pattern": None if shape is None else shape.pattern.letters,
         "layout": None if identity is None else identity.get("layout"),
         "tokenizer": None if identity is None else identity["tokenizer"],

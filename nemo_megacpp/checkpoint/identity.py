@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.json_files import Count, Text, read_json
+from nemo_megacpp.printable import cut
 
 if TYPE_CHECKING:
     from nemo_megacpp.pattern import HybridPattern
@@ -80,7 +81,12 @@ def read_identity(directory: Path) -> Identity | None:
     path = directory / FILE
     if not path.exists():
         return None
-    return read_json(path, TypeAdapter(Identity), _LIMIT)
+    identity = read_json(path, TypeAdapter(Identity), _LIMIT)
+    try:
+        json.dumps(identity["model"], allow_nan=False)
+    except ValueError:
+        raise UserError(f"{path} is damaged: model holds a number that is not finite.") from None
+    return identity
 
 
 def saved_model(directory: Path, identity: Identity) -> tuple[dict[str, Any], HybridPattern]:
@@ -137,12 +143,14 @@ def validate_same_model(
     defaults = {field.name: field.default for field in dataclasses.fields(HybridConfig)}
     model = {**defaults, **model}
     differences = [
-        f"{name} is {saved.get(name)} there and {model.get(name)} here"
+        f"{name} is {cut(str(saved.get(name)))} there and {model.get(name)} here"
         for name in STRUCTURE
         if saved.get(name) != model.get(name)
     ]
     if pattern.letters != letters:
-        differences.append(f"the pattern is {pattern.letters} there and {letters} here")
+        differences.append(
+            f"the pattern is {cut(pattern.letters, 200)} there and {cut(letters, 200)} here"
+        )
     other = identity["tokenizer"]
     if tokenizer is not None and other is not None and other != tokenizer:
         differences.append(
