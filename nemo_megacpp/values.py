@@ -22,6 +22,7 @@ _WORDS = {
     type(None): "null",
 }
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_LARGEST = 2**53
 _CONFIG = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
@@ -38,6 +39,8 @@ def read_value(owner: type, key: str, value: Any, name: str = "") -> Any:
         UserError: ``value`` is of another type or out of range, or YAML cannot write the type (a
             dtype, a function).
     """
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise UserError(f"{name or key}: {shown(value)} is beyond ±2^53, which no setting reaches.")
     hint = field_hints(owner)[key]
     words, range_ = type_words(hint), bounds(hint)
     if words in ("", "null"):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from nemo_megacpp.errors import UserError
+from nemo_megacpp.errors import UserError, raise_violations
+from nemo_megacpp.hybrid_fields import size_violations
 from nemo_megacpp.json_files import Count, Text, read_json
 from nemo_megacpp.printable import cut
 
@@ -22,7 +23,6 @@ FILE = "nemo_megacpp.json"
 
 _LIMIT = 1 << 20
 """Most bytes of the file."""
-_MOST_LAYERS = 100_000
 _LARGEST = 2**53
 
 # fmt: off
@@ -112,8 +112,9 @@ def saved_model(directory: Path, identity: Identity) -> tuple[dict[str, Any], Hy
                 raise UserError(f"{name} is larger than {_LARGEST}.")
             known = name in read and name in fields
             fields[name] = read_value(HybridConfig, name, value) if known else value
-        if not 0 <= fields["num_layers"] <= _MOST_LAYERS:
-            raise UserError(f"num_layers is {fields['num_layers']}; at most {_MOST_LAYERS}.")
+        raise_violations(size_violations(fields))
+        if fields["num_layers"] < 0:
+            raise UserError(f"num_layers is {fields['num_layers']}.")
         pattern = HybridPattern.parse(fields["hybrid_pattern"], depth=fields["num_layers"] or None)
     except UserError as error:
         raise UserError(f"{directory / FILE} is damaged: model: {error}") from None

@@ -94,7 +94,7 @@ def validate_metadata(path: Path, metadata: Metadata) -> None:
         name = place.relative_path
         if Path(name).name != name or name == "..":
             raise UserError(
-                f"{path} is refused: it places {shown(index.fqn)} in the file {shown(name)}, "
+                f"{path} is refused: it places {shown(index.fqn)} in {shown(name)}, which is "
                 f"outside the checkpoint."
             )
         offset = None if index.offset is None else tuple(index.offset)

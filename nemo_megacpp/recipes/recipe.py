@@ -11,7 +11,7 @@ from typing import Any
 from nemo_megacpp.data.builtin import MAX_VOCAB_SIZE
 from nemo_megacpp.errors import UserError, collect_violations, nearest, raise_violations
 from nemo_megacpp.families import load_families
-from nemo_megacpp.hybrid_fields import HybridFields
+from nemo_megacpp.hybrid_fields import HybridFields, size_violations
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import CUT, HybridPattern
 from nemo_megacpp.printable import shown
@@ -152,6 +152,7 @@ def from_mapping(settings: Mapping[str, Any], changes: Mapping[str, Any] | None 
     for degrees in (said, changes):
         with collect_violations(messages):
             layout = layout.changed({k: v for k, v in degrees.items() if owners[k] == "layout"})
+    messages += size_violations(model)
     training = {key: value for key, value in given.items() if owners[key] == "training"}
     followed = _following(base.training, training)
     with collect_violations(messages):
