@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from nemo_megacpp import __version__
 from nemo_megacpp.commands import (
@@ -30,6 +30,7 @@ from nemo_megacpp.commands import (
     verify,
 )
 from nemo_megacpp.errors import RankFailed, UserError, nearest
+from nemo_megacpp.printable import screenful
 from nemo_megacpp.runtime.imports import importing
 
 COMMANDS = (
@@ -63,6 +64,9 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.register("action", None, _Once)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(screenful(message))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -139,15 +143,15 @@ def main() -> None:
             code = _run(args)
         sys.stdout.flush()
     except UserError as error:
-        print(f"nemo-megacpp: {error}", file=sys.stderr)
+        print(screenful(f"nemo-megacpp: {error}"), file=sys.stderr)
         code = 2
     except RankFailed as failure:
-        print(failure, file=sys.stderr)
+        print(screenful(str(failure)), file=sys.stderr)
         code = 2 if failure.user_error else 1
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _STACK:
             raise
-        print(f"nemo-megacpp: {error}; see nemo-megacpp doctor.", file=sys.stderr)
+        print(screenful(f"nemo-megacpp: {error}; see nemo-megacpp doctor."), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -157,7 +161,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"nemo-megacpp: {error.filename}: {error.strerror}.", file=sys.stderr)
+        print(screenful(f"nemo-megacpp: {error.filename}: {error.strerror}."), file=sys.stderr)
         code = 2
     sys.exit(code)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nemo_megacpp.errors import collect_violations, raise_violations
 from nemo_megacpp.families import load_families
-from nemo_megacpp.hybrid_fields import HybridFields
+from nemo_megacpp.hybrid_fields import HybridFields, size_violations
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Settings
 from nemo_megacpp.pattern import Family, HybridPattern
@@ -59,6 +59,7 @@ class HybridConfig(HybridFields, TransformerConfig):
     def finalize(self) -> None:
         """Validate the hybrid fields, and derive what follows from them."""
         load_families(self.family_modules)
+        raise_violations(size_violations(vars(self)))
         depth: int = self.num_layers
         pattern = HybridPattern.parse(self.hybrid_pattern, depth=depth or None)
         self.num_layers: int = len(pattern)

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+_LONGEST = 200
+"""Characters of a name that is looked up."""
+
 
 class UserError(ValueError):
     """A request that cannot be met.
@@ -76,5 +79,5 @@ class RankFailed(RuntimeError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest of ``known``, or an empty string."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = get_close_matches(name[:_LONGEST], list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -4,8 +4,9 @@
 # Optional[int], but neither "int | None" nor postponed annotations.
 # ruff: noqa: UP045
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 from nemo_megacpp.mixer_settings import (
     AActivation,
@@ -18,6 +19,30 @@ from nemo_megacpp.mixer_settings import (
 )
 
 Mode = Literal["nemo_native", "mamba3"]
+
+LARGEST = {
+    **dict.fromkeys(("hidden_size", "seq_length"), 2**24),
+    "vocab_size": 2**26,
+    "num_layers": 2**16,
+    **dict.fromkeys(("ffn_hidden_size", "moe_ffn_hidden_size"), 2**26),
+    "moe_shared_expert_intermediate_size": 2**26,
+    **dict.fromkeys(("num_attention_heads", "num_query_groups", "kv_channels"), 2**20),
+    **dict.fromkeys(("num_moe_experts", "moe_router_topk"), 2**16),
+    **dict.fromkeys(("mamba_num_heads", "mamba_head_dim", "mamba_state_dim"), 2**20),
+    **dict.fromkeys(("mamba_num_groups", "m2rnn_num_heads"), 2**20),
+    **dict.fromkeys(("m2rnn_key_head_dim", "m2rnn_value_head_dim"), 2**16),
+    **dict.fromkeys(("m2rnn_conv_kernel", "mamba3_mimo_rank"), 2**10),
+    "make_vocab_size_divisible_by": 2**24,
+}
+"""The largest sizes of a model, far beyond any that was trained: what follows counts with them."""
+
+
+def size_violations(model: Mapping[str, Any]) -> Iterator[str]:
+    """Yield sizes of a model that are beyond reason."""
+    for name, most in LARGEST.items():
+        value = model.get(name)
+        if isinstance(value, int) and value > most:
+            yield f"{name}: {value:,} is more than {most:,}, the largest that is accepted."
 
 
 @dataclass

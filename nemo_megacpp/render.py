@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich import table as rich_table
 from rich.console import Console
 from rich.text import Text
 
+from nemo_megacpp.printable import cut, printable
+
 Tone = Literal["good", "warning", "bad"]
+_CELL = 2000
+"""Most characters of a cell in a terminal."""
 _COLOURS: dict[Tone, str] = {"good": "green", "warning": "yellow", "bad": "red"}
 
 _STYLE = """
@@ -74,23 +78,30 @@ class Table:
         self.rows.append(cells)
 
 
+class _Console(Console):
+    """Writes control characters of the strings that it prints as escapes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
 def make_console(width: int, *, stderr: bool = False) -> Console:
     """Return a console of at least ``width`` columns.
 
     A narrower terminal wraps the lines of wide tables rather than lose numbers.
     """
-    console = Console(stderr=stderr)
-    return console if console.width >= width else Console(width=width, stderr=stderr)
+    console = _Console(stderr=stderr)
+    return console if console.width >= width else _Console(width=width, stderr=stderr)
 
 
 def print_table(console: Console, table: Table) -> None:
     """Print a table in a terminal."""
     if table.title:  # a line of its own: the title of a narrow table would be wrapped to its width
-        console.print(Text(table.title, style="italic"))
+        console.print(Text(printable(table.title), style="italic"))
     shown = rich_table.Table(box=None, header_style="bold", padding=(0, 1))
     for column in table.columns:
         justify: Literal["left", "right"] = "left" if column.startswith("<") else "right"
-        shown.add_column(Text(column.lstrip("<")), justify=justify, overflow="fold")
+        shown.add_column(_text(column.lstrip("<")), justify=justify, overflow="fold")
     for row in table.rows:
         shown.add_row(*map(_text, row))
     if table.total is not None:
@@ -99,7 +110,13 @@ def print_table(console: Console, table: Table) -> None:
 
 
 def _text(cell: Cell) -> Text:
-    return Text(cell) if isinstance(cell, str) else Text(cell.text, style=_COLOURS[cell.tone])
+    text, style = (cell, "") if isinstance(cell, str) else (cell.text, _COLOURS[cell.tone])
+    return Text(printable(cut(text, _CELL)), style=style)
+
+
+def html_text(text: str) -> str:
+    """Return a text as HTML, without control characters."""
+    return escape(printable(text))
 
 
 def html_table(table: Table) -> str:
@@ -110,7 +127,7 @@ def html_table(table: Table) -> str:
         row = "".join(f"<{tag}{r}>{cell}</{tag}>" for r, cell in zip(right, cells, strict=True))
         return f"<tr{name}>{row}</tr>"
 
-    lines = [line("th", (escape(column.lstrip("<")) for column in table.columns))]
+    lines = [line("th", (html_text(column.lstrip("<")) for column in table.columns))]
     lines += [line("td", map(_html, row)) for row in table.rows]
     if table.total is not None:
         lines.append(line("td", map(_html, table.total), ' class="total"'))
@@ -119,13 +136,15 @@ def html_table(table: Table) -> str:
 
 def _html(cell: Cell) -> str:
     if isinstance(cell, str):
-        return escape(cell)
-    return f'<span class="{cell.tone}">{escape(cell.text)}</span>'
+        return html_text(cell)
+    return f'<span class="{cell.tone}">{html_text(cell.text)}</span>'
 
 
 def html_pairs(rows: Iterable[tuple[str, str]]) -> str:
     """Return names and values as a table without a heading."""
-    lines = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    lines = (
+        f"<tr><th>{html_text(name)}</th><td>{html_text(value)}</td></tr>" for name, value in rows
+    )
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -137,13 +156,13 @@ def html_list(items: Iterable[str]) -> str:
 def html_details(summary: str, content: str, is_open: bool = False) -> str:
     """Return a part that folds; ``content`` is HTML."""
     start = "<details open>" if is_open else "<details>"
-    return f"{start}<summary>{escape(summary)}</summary>{content}</details>"
+    return f"{start}<summary>{html_text(summary)}</summary>{content}</details>"
 
 
 def html_page(title: str, parts: Iterable[str]) -> str:
     """Return a page; ``parts`` are HTML."""
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html_text(title)}'
         f'</title><meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
         f"\n<body>{''.join(parts)}</body></html>\n"
     )

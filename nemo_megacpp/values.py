@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.printable import cut, shown
 
 _WORDS = {
     bool: "true or false",
@@ -21,6 +22,7 @@ _WORDS = {
     type(None): "null",
 }
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_LARGEST = 2**53
 _CONFIG = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
@@ -37,6 +39,8 @@ def read_value(owner: type, key: str, value: Any, name: str = "") -> Any:
         UserError: ``value`` is of another type or out of range, or YAML cannot write the type (a
             dtype, a function).
     """
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise UserError(f"{name or key}: {shown(value)} is beyond ±2^53, which no setting reaches.")
     hint = field_hints(owner)[key]
     words, range_ = type_words(hint), bounds(hint)
     if words in ("", "null"):
@@ -50,8 +54,8 @@ def read_value(owner: type, key: str, value: Any, name: str = "") -> Any:
         except (TypeError, ValueError):  # a date
             kinds = set()
     if any(kind.startswith(("greater_than", "less_than")) for kind in kinds):
-        raise UserError(f"{name or key}: {value} must be {range_}.")
-    raise UserError(f"{name or key}: {value!r} is not {words}.")
+        raise UserError(f"{name or key}: {cut(str(value))} must be {range_}.")
+    raise UserError(f"{name or key}: {shown(value)} is not {words}.")
 
 
 @cache

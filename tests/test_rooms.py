@@ -12,7 +12,8 @@ import nemo_megacpp
 ROOT = Path(nemo_megacpp.__file__).parent
 
 ROOMS = (
-    *("errors", "json_files", "values", "render", "mixer_settings", "hybrid_fields"),
+    *("printable", "errors", "json_files", "yaml_files", "values", "render"),
+    *("mixer_settings", "hybrid_fields"),
     *("pattern", "families", "layout", "settings", "config"),
     *("mixers", "formulas", "specs", "runtime", "checkpoint", "contract", "proof", "data"),
     *("recipes", "preflight", "runs", "nemo", "megatron_args", "doctor", "commands", "cli"),

@@ -31,8 +31,10 @@ _WRAPPERS = ("module.", "model.")
 _OPTIMIZER = "optimizer."
 _NOT_THE_MODEL = (_OPTIMIZER, "random_state.")
 """Prefixes of what is saved beside the model's tensors."""
+_SHOWN = ("num_layers", "hidden_size", "vocab_size", "mode")
 _AXES = ("tp", "cp", "pp", "ep", "etp")
 _LARGEST_DEGREE = 64
+_MOST_DIGITS = 10
 
 
 @dataclass(frozen=True)
@@ -136,11 +138,7 @@ class CheckpointContent:
             UserError: it is missing, damaged or unsafe.
         """
         path = self.weights / COMMON
-        try:
-            with path.open("rb") as stream:
-                held = read_torch_file(stream, str(path))
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        held = read_torch_file(path)
         if not isinstance(held, dict):
             raise UserError(f"{path} is damaged: it holds a {type(held).__name__}.")
         return held
@@ -175,7 +173,10 @@ class CheckpointContent:
 
 def _order(name: str) -> list[tuple[int, str]]:
     """Sort numbers in names as numbers: layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [
+        (int(part), "") if part.isdecimal() and len(part) < _MOST_DIGITS else (-1, part)
+        for part in name.split(".")
+    ]
 
 
 def saved_shape(directory: Path, identity: Identity) -> ModelShape:
@@ -208,7 +209,11 @@ def describe(path: Path) -> dict[str, Any]:
     """
     content = CheckpointContent(path)
     identity = content.identity
-    shape = None if identity is None else saved_shape(content.directory, identity)
+    shape = model = None
+    if identity is not None:
+        fields, _ = saved_model(content.directory, identity)
+        model = {**{name: fields[name] for name in _SHOWN}, **identity["model"]}
+        shape = saved_shape(content.directory, identity)
     try:
         manifest = check_manifest(content.directory, full=False)
     except UserError as damage:
@@ -218,7 +223,7 @@ def describe(path: Path) -> dict[str, Any]:
     return {
         "checkpoint": str(content.directory),
         "step": content.step,
-        "model": None if identity is None else identity["model"],
+        "model": model,
         "pattern": None if shape is None else shape.pattern.letters,
         "layout": None if identity is None else identity.get("layout"),
         "tokenizer": None if identity is None else identity["tokenizer"],

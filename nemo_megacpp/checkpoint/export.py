@@ -36,6 +36,7 @@ from nemo_megacpp.checkpoint.identity import Identity
 from nemo_megacpp.checkpoint.manifest import write_manifest
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.json_files import Text, read_json
+from nemo_megacpp.printable import shown
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +139,7 @@ def read_export(source: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(places.values()):
         if Path(file).name != file:
-            raise UserError(f"{path} is damaged: it names a file {file!r}.")
+            raise UserError(f"{path} is damaged: it names a file {shown(file)}.")
         try:
             tensors |= load_file(source / file)
         except (OSError, SafetensorError) as error:

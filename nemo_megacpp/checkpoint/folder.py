@@ -12,12 +12,15 @@ from nemo_megacpp.checkpoint import manifest
 from nemo_megacpp.checkpoint.identity import read_identity
 from nemo_megacpp.checkpoint.safe_pickle import COMMON, METADATA
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.json_files import read_limited
+from nemo_megacpp.printable import printable, shown
 
 WEIGHTS = "weights"
 DELETING = ".deleting"
 """Suffix of the name of a checkpoint that is being removed."""
 
 _TRACKER = "latest_checkpointed_iteration.txt"
+_TRACKER_LIMIT = 80
 _MOST_DIGITS = 12
 
 _log = logging.getLogger(__name__)
@@ -60,10 +63,9 @@ def find_checkpoint(path: Path) -> Path:
         return path.parent
     tracker = path / _TRACKER
     if tracker.is_file():
-        with tracker.open(encoding="utf-8", errors="replace") as stream:
-            text = stream.read(80).strip()
+        text = read_limited(tracker, _TRACKER_LIMIT).decode(errors="replace").strip()
         if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
-            raise UserError(f"{tracker} names no iteration: {text[:40]!r}.")
+            raise UserError(f"{tracker} names no iteration: {shown(text[:40])}.")
         path = path / f"iter_{int(text):07d}"
     elif not (path / METADATA).is_file() and not (path / WEIGHTS).is_dir():
         for folder in (path / "checkpoints", path):
@@ -107,7 +109,7 @@ def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
         if is_complete_checkpoint(path):
             found.append((identity["step"], path))
         elif (path / manifest.FILE).exists():
-            _log.warning("Skipping %s: it does not match its manifest.", path)
+            _log.warning("Skipping %s: it does not match its manifest.", printable(str(path)))
     return sorted(found)
 
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from nemo_megacpp.errors import UserError
+from nemo_megacpp.errors import UserError, raise_violations
+from nemo_megacpp.hybrid_fields import size_violations
 from nemo_megacpp.json_files import Count, Text, read_json
+from nemo_megacpp.printable import cut
 
 if TYPE_CHECKING:
     from nemo_megacpp.pattern import HybridPattern
@@ -21,7 +23,6 @@ FILE = "nemo_megacpp.json"
 
 _LIMIT = 1 << 20
 """Most bytes of the file."""
-_MOST_LAYERS = 100_000
 _LARGEST = 2**53
 
 # fmt: off
@@ -80,7 +81,12 @@ def read_identity(directory: Path) -> Identity | None:
     path = directory / FILE
     if not path.exists():
         return None
-    return read_json(path, TypeAdapter(Identity), _LIMIT)
+    identity = read_json(path, TypeAdapter(Identity), _LIMIT)
+    try:
+        json.dumps(identity["model"], allow_nan=False)
+    except ValueError:
+        raise UserError(f"{path} is damaged: model holds a number that is not finite.") from None
+    return identity
 
 
 def saved_model(directory: Path, identity: Identity) -> tuple[dict[str, Any], HybridPattern]:
@@ -106,8 +112,9 @@ def saved_model(directory: Path, identity: Identity) -> tuple[dict[str, Any], Hy
                 raise UserError(f"{name} is larger than {_LARGEST}.")
             known = name in read and name in fields
             fields[name] = read_value(HybridConfig, name, value) if known else value
-        if not 0 <= fields["num_layers"] <= _MOST_LAYERS:
-            raise UserError(f"num_layers is {fields['num_layers']}; at most {_MOST_LAYERS}.")
+        raise_violations(size_violations(fields))
+        if fields["num_layers"] < 0:
+            raise UserError(f"num_layers is {fields['num_layers']}.")
         pattern = HybridPattern.parse(fields["hybrid_pattern"], depth=fields["num_layers"] or None)
     except UserError as error:
         raise UserError(f"{directory / FILE} is damaged: model: {error}") from None
@@ -137,12 +144,14 @@ def validate_same_model(
     defaults = {field.name: field.default for field in dataclasses.fields(HybridConfig)}
     model = {**defaults, **model}
     differences = [
-        f"{name} is {saved.get(name)} there and {model.get(name)} here"
+        f"{name} is {cut(str(saved.get(name)))} there and {model.get(name)} here"
         for name in STRUCTURE
         if saved.get(name) != model.get(name)
     ]
     if pattern.letters != letters:
-        differences.append(f"the pattern is {pattern.letters} there and {letters} here")
+        differences.append(
+            f"the pattern is {cut(pattern.letters, 200)} there and {cut(letters, 200)} here"
+        )
     other = identity["tokenizer"]
     if tokenizer is not None and other is not None and other != tokenizer:
         differences.append(

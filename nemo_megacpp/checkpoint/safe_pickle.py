@@ -16,9 +16,20 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
+from typing_extensions import TypedDict
+
+from nemo_megacpp.checkpoint.metadata_shape import validate_metadata, validate_places
+from nemo_megacpp.checkpoint.pickle_limits import (
+    limited_memory,
+    validate_pickle,
+    validate_torch_file,
+    validate_values,
+)
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.json_files import Count, read_json, read_limited
+from nemo_megacpp.printable import cut, printable
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -54,6 +65,19 @@ _FP8_RECIPE = (
 # fmt: on
 _REFUSED = re.compile(r"GLOBAL (\S+)")
 """How torch's unpickler, and :class:`_Unpickler` like it, reports a name that is not allowed."""
+_CONFIG = "metadata.json"
+_LIMIT = 1 << 30
+"""Most bytes of a pickle."""
+_CONFIG_LIMIT = 1 << 16
+
+
+class _Config(TypedDict):
+    """Megatron's ``CheckpointingConfig``."""
+
+    sharded_backend: Literal["torch_dist"]
+    sharded_backend_version: NotRequired[Count]
+    common_backend: NotRequired[Literal["torch"]]
+    common_backend_version: NotRequired[Count]
 
 
 class _Inert:
@@ -70,6 +94,7 @@ def _load_nested(content: bytes) -> Any:
     """Stands for ``torch.storage._load_from_bytes``, which loads with ``weights_only=False``."""
     import torch
 
+    validate_torch_file(content)
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
@@ -119,8 +144,14 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _guarded(load: Callable[[], Any], what: str) -> Any:
-    """Return what ``load`` returns, under our lists and nothing else that the process allows."""
+def _guarded(load: Callable[[], Any], what: str, size: int) -> Any:
+    """Return what ``load`` returns, under our lists and nothing else that the process allows.
+
+    Args:
+        load: reads a pickle.
+        what: its name, for the error.
+        size: in bytes.
+    """
     from megatron.core.safe_globals import SAFE_GLOBALS
     from torch import serialization
 
@@ -130,17 +161,19 @@ def _guarded(load: Callable[[], Any], what: str) -> Any:
     additions = [(found, name) for name, found in _additions().items()]
     serialization.add_safe_globals([*SAFE_GLOBALS, *additions])
     try:
-        return load()
-    except OSError:
-        raise
+        with limited_memory(size):
+            held = load()
+            validate_values(held, size)
+            return held
     except Exception as error:  # damaged bytes make an unpickler raise anything
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
         if isinstance(error, pickle.UnpicklingError) and (refused := _REFUSED.search(reason)):
             raise UserError(
-                f"{what} is refused: loading it would call {refused[1]}, which is not among the "
-                f"classes that a checkpoint's data needs. Nothing in it was run."
+                f"{what} is refused: loading it would call {cut(printable(refused[1]), 200)}, "
+                f"which is not among the classes that a checkpoint's data needs. Nothing in it was "
+                f"run."
             ) from None
-        reason = (reason or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = cut((reason or type(error).__name__).splitlines()[0].rstrip("."), 200)
         raise UserError(f"{what} cannot be read: {reason}.") from None
     finally:
         serialization.clear_safe_globals()
@@ -156,29 +189,37 @@ def read_metadata(weights: Path) -> Metadata:
     from torch.distributed.checkpoint.metadata import Metadata
 
     path = weights / METADATA
-    try:
-        with path.open("rb") as stream:
-            metadata = _guarded(_Unpickler(stream).load, str(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+    content = read_limited(path, _LIMIT)
+
+    def load() -> Any:
+        validate_pickle(content)
+        return _Unpickler(io.BytesIO(content)).load()
+
+    metadata = _guarded(load, str(path), len(content))
+    if not isinstance(metadata, Metadata):
         raise UserError(f"{path} is damaged: it holds no checkpoint metadata.")
+    validate_metadata(path, metadata)
     return metadata
 
 
-def read_torch_file(stream: IO[bytes], what: str) -> Any:
+def read_torch_file(path: Path) -> Any:
     """Return what a ``torch.save`` file holds, read by torch's weights-only unpickler.
 
-    Args:
-        stream: seekable, the whole file.
-        what: its name, for the error.
-
     Raises:
-        UserError: it is damaged or TorchScript, or names something that is not allowed.
+        UserError: it is missing, too large, damaged or TorchScript, or names something that is not
+            allowed.
     """
+    return _read_torch(read_limited(path, _LIMIT), str(path))
+
+
+def _read_torch(content: bytes, what: str) -> Any:
     import torch
 
-    return _guarded(lambda: torch.load(stream, map_location="cpu", weights_only=True), what)
+    def load() -> Any:
+        validate_torch_file(content)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+    return _guarded(load, what, len(content))
 
 
 def _scan_extra_state(held: Any) -> None:
@@ -190,6 +231,7 @@ def _scan_extra_state(held: Any) -> None:
             _load_nested(value.getvalue())
         elif isinstance(value, torch.Tensor) and value.numel():
             content = value.contiguous().view(torch.uint8).numpy().tobytes()
+            validate_pickle(content)
             _Unpickler(io.BytesIO(content)).load()
 
 
@@ -214,6 +256,7 @@ def scan_checkpoint(weights: Path, share: int = 0, of: int = 1) -> int:
     Raises:
         UserError: naming the file, the object and the name.
     """
+    from pydantic import TypeAdapter
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
     if (weights / _MODELOPT).exists():
@@ -221,30 +264,32 @@ def scan_checkpoint(weights: Path, share: int = 0, of: int = 1) -> int:
             f"{weights / _MODELOPT} is refused: NeMo would load this ModelOpt state with an "
             f"unrestricted unpickler. Remove the folder to load only the weights."
         )
+    if (config := weights / _CONFIG).exists():
+        read_json(config, TypeAdapter(_Config), _CONFIG_LIMIT)
     metadata = read_metadata(weights)
+    validate_places(weights, metadata)
     places = [
         (index.fqn, place)
         for index, place in metadata.storage_data.items()
-        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata)
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata)
     ][share::of]
     files = sorted(weights.rglob("*.pt"))
-    try:
-        for path in files:
-            with path.open("rb") as stream:
-                held = read_torch_file(stream, str(path))
-            if any(EXTRA_STATE in key for key in _keys(held)):
-                raise UserError(f"{path} is refused: {EXTRA_STATE} does not belong in this file.")
-        for name, place in places:
-            file, what = weights / place.relative_path, f"{weights / place.relative_path} ({name})"
-            if Path(place.relative_path).name != place.relative_path:
-                raise UserError(f"{what} is refused: the file is outside the checkpoint.")
-            if getattr(place, "transform_descriptors", None):
-                raise UserError(f"{what} is refused: transformed storage is not supported.")
+    for path in files:
+        if any(EXTRA_STATE in key for key in _keys(read_torch_file(path))):
+            raise UserError(f"{path} is refused: {EXTRA_STATE} does not belong in this file.")
+    for name, place in places:
+        file, what = weights / place.relative_path, f"{weights / place.relative_path} ({name})"
+        if place.transform_descriptors:
+            raise UserError(f"{what} is refused: transformed storage is not supported.")
+        if place.length > _LIMIT:
+            raise UserError(f"{what} is damaged: it is larger than {_LIMIT:,} bytes.")
+        try:
             with file.open("rb") as stream:
                 stream.seek(place.offset)
-                held = read_torch_file(io.BytesIO(stream.read(place.length)), what)
-            if EXTRA_STATE in name:
-                _guarded(functools.partial(_scan_extra_state, held), what)
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from None
+                content = stream.read(place.length)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}.") from None
+        held = _read_torch(content, what)
+        if EXTRA_STATE in name:
+            _guarded(functools.partial(_scan_extra_state, held), what, len(content))
     return 1 + len(files) + len(places)

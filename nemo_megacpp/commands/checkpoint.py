@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.commands.arguments import print_json
+from nemo_megacpp.printable import cut, printable, say
+
+_NAME = 200
+"""Most characters of a tensor's name in a table."""
+_VALUE = 2000
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -77,7 +81,7 @@ def _find(directory: Path) -> Path:
 
     found = find_checkpoint(directory)
     if found != directory:
-        print(f"{directory}: taking the checkpoint {found}", file=sys.stderr)
+        say(f"{directory}: taking the checkpoint {found}", error=True)
     return found
 
 
@@ -85,7 +89,7 @@ def _verify(args: argparse.Namespace) -> int:
     from nemo_megacpp.checkpoint.guard import inspect_before_load
 
     directory = _find(args.directory)
-    print(f"{directory}: {inspect_before_load(directory)}; its pickles hold data only")
+    say(f"{directory}: {inspect_before_load(directory)}; its pickles hold data only")
     return 0
 
 
@@ -97,7 +101,7 @@ def _reshard(args: argparse.Namespace) -> int:
     layout = target_layout(directory, args.layout)
     split, whole = reshard(directory, args.out, layout, WorkerPool, verify=not args.no_verify)
     kept = f", {whole} kept whole" if whole else ""
-    print(f"{args.out}: {split} tensors as {layout.describe()} splits them{kept}")
+    say(f"{args.out}: {split} tensors as {layout.describe()} splits them{kept}")
     return 0
 
 
@@ -108,12 +112,12 @@ def _export(args: argparse.Namespace) -> int:
 
     content = CheckpointContent(_find(args.directory))
     if not args.no_verify:
-        print(f"{content.directory}: {check_manifest(content.directory)}")
+        say(f"{content.directory}: {check_manifest(content.directory)}")
     index = export(content.directory, args.out)
     files = len(set(index["weight_map"].values()))
     others = len(content.other_tensors) + len(content.objects)
     left_out = f"; {others} tensors and objects of optimizer and random state left out"
-    print(
+    say(
         f"{args.out}: {len(index['weight_map'])} tensors, {index['metadata']['total_size']:,} "
         f"bytes, in {files} file{'s' if files > 1 else ''}{left_out if others else ''}"
     )
@@ -125,7 +129,7 @@ def _import(args: argparse.Namespace) -> int:
     from nemo_megacpp.runtime.workers import WorkerPool
 
     count = import_safetensors(args.directory, args.out, WorkerPool, verify=not args.no_verify)
-    print(f"{args.out}: {count} tensors; the weights only, without an optimizer")
+    say(f"{args.out}: {count} tensors; the weights only, without an optimizer")
     return 0
 
 
@@ -160,16 +164,17 @@ def _print(found: dict[str, Any]) -> None:
         )
         lines[""] = "(one axis at a time, up to 64; several together as the layout rules allow)"
     for name, value in lines.items():
-        print(f"{name:<10}  {value}")
-    width = max(map(len, found["tensors"]), default=0)
-    for name, info in found["tensors"].items():
+        say(f"{name:<10}  {cut(str(value), _VALUE)}")
+    rows = [(cut(printable(name), _NAME), info) for name, info in found["tensors"].items()]
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, info in rows:
         shape = "×".join(map(str, info["shape"])) or "scalar"
         print(f"  {name:<{width}}  {shape:>16}  {info['dtype']:<8}  {info['shards']:>3} shards")
-    print(f"{len(found['tensors'])} tensors, {found['parameters']:,} elements")
+    say(f"{len(found['tensors'])} tensors, {found['parameters']:,} elements")
 
 
 def _model_line(model: dict[str, Any]) -> str:
     return (
         f"{model['num_layers']} layers, hidden {model['hidden_size']}, vocabulary "
-        f"{model['vocab_size']}, mode {model.get('mode', 'nemo_native')}"
+        f"{model['vocab_size']}, mode {model['mode']}"
     )

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from nemo_megacpp.data.corpus import USUAL_DOCUMENT_BYTES, Tally
+from nemo_megacpp.printable import printable, say
 from nemo_megacpp.render import Table, make_console, print_table
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
         number = sample * len(train.lengths) // count
         ids = train.document(number, _SAMPLE_TOKENS)
         console.rule(f"train document {number}, {train.lengths[number]:,} tokens", align="left")
-        console.print(Text(tokenizer.decode(ids.tolist(), skip_special_tokens=False)))
+        console.print(Text(printable(tokenizer.decode(ids.tolist(), skip_special_tokens=False))))
     if args.rows:
         _print_rows(console, data, tokenizer, args.rows, args.seq_length)
     return 0
@@ -202,7 +203,7 @@ def _print_counts(console: Console, data: PreparedData) -> None:
             f"{padding:,} end tokens."
         )
     for line in Tally(Counter(data.skipped), data.skipped_names).describe():
-        print(line)
+        say(line)
 
 
 def _print_lengths(console: Console, lengths: np.ndarray) -> None:

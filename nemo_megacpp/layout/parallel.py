@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nemo_megacpp.errors import UserError, nearest
+from nemo_megacpp.printable import cut, shown
 
 # Megatron's field name -> the names accepted for it; the first is the short one.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -37,6 +39,7 @@ _BOOLEANS = {
 
 MAX_RANKS = 2**20
 """The largest world that is planned: more ranks than any machine has."""
+_DEGREE = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,7 @@ def read_degrees(text: str) -> dict[str, str]:
         name, separator, value = (part.strip() for part in entry.partition("="))
         if not (name and separator and value):
             raise UserError(
-                f"{entry.strip()!r} in layout {text!r} is not name=value; "
+                f"{shown(entry.strip())} in layout {shown(text)} is not name=value; "
                 f"write a layout as 'tp=2,cp=2,etp=1'."
             )
         validate_given_once(_field(name), entry.strip(), spelled)
@@ -285,7 +288,8 @@ def validate_given_once(name: str, spelling: str, spelled: dict[str, str]) -> No
         UserError: with both spellings.
     """
     if name in spelled:
-        raise UserError(f"{name} is given twice: {spelled[name]} and {spelling}. Give it once.")
+        both = f"{cut(spelled[name])} and {cut(spelling)}"
+        raise UserError(f"{name} is given twice: {both}. Give it once.")
     spelled[name] = spelling
 
 
@@ -305,13 +309,13 @@ def _read(field: str, name: str, value: object) -> int | bool | None:
     text = str(value).strip().lower()
     if field == "sequence_parallel":
         if text not in _BOOLEANS:
-            raise UserError(f"{name} must be true or false; got {value!r}.")
+            raise UserError(f"{name} must be true or false; got {shown(value)}.")
         return _BOOLEANS[text]
     if field in _OPTIONAL and text in ("none", "null"):
         return None
-    if isinstance(value, bool) or not (text.isascii() and text.isdecimal() and int(text) > 0):
+    if isinstance(value, bool) or not (_DEGREE.fullmatch(text) and int(text)):
         choices = "a positive whole number" + (" or none" if field in _OPTIONAL else "")
-        raise UserError(f"{name} must be {choices}; got {value!r}.")
+        raise UserError(f"{name} must be {choices}; got {shown(value)}.")
     return int(text)
 
 
@@ -320,7 +324,7 @@ def _field(name: str) -> str:
     field = FIELD_OF.get(name.lower())
     if field is None:
         known = [names[0] for names in _NAMES.values()]
-        message = f"A layout has no {name!r}; it has {', '.join(known)}."
+        message = f"A layout has no {shown(name)}; it has {', '.join(known)}."
         if name.lower() in ("dp", "data_parallel", "data_parallel_size"):
             message += " Data parallelism follows from them: it is world / (tp x cp x pp)."
             raise UserError(message)

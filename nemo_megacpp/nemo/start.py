@@ -10,6 +10,7 @@ import yaml
 from nemo_megacpp.data.builtin import ensure_builtin
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.preflight import preflight
+from nemo_megacpp.preflight.machine_memory import validate_memory
 from nemo_megacpp.preflight.model_checks import validate_recipe_layout
 from nemo_megacpp.preflight.outputs import validate_shared
 from nemo_megacpp.recipes.recipe import Recipe
@@ -39,6 +40,7 @@ def train_recipe(recipe: Recipe, dry_run: bool = False) -> Path:
     recipe, run_dir = settled.recipe, settled.run_dir
     if here is None:
         validate_device_count(recipe.layout.world)
+    validate_memory(recipe, recipe.layout.world if here is None else here.local_world_size)
     if dry_run:
         if speaks:
             print("dry run: everything is valid; nothing was started or written")

@@ -29,6 +29,7 @@ from nemo_megacpp.preflight.resume import (
     validate_optimizer_state,
     validate_weights,
 )
+from nemo_megacpp.printable import say
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.views import shape_of
 from nemo_megacpp.runtime.launch import launched
@@ -98,5 +99,5 @@ def _announce(recipe: Recipe, run_dir: Path) -> None:
         print(f"built-in corpus: {builtin_folder(recipe.model['vocab_size'])}")
     if start is not None:
         what = "resuming" if recipe.resume else "starting from the weights of"
-        print(f"{what} {start} ({verified})")
+        say(f"{what} {start} ({verified})")
     sys.stdout.flush()

@@ -10,19 +10,11 @@ from typing import Any
 import yaml
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.json_files import read_limited
 from nemo_megacpp.layout.parallel import read_degrees, validate_given_once
+from nemo_megacpp.printable import shown
 from nemo_megacpp.recipes.names import TEXTS, full_name, validate_not_empty
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys, of which YAML's own loader takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"gives {key} twice.")
-        return super().construct_mapping(node, deep)
+from nemo_megacpp.yaml_files import LIMIT, parse_yaml, reason
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -32,17 +24,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, holds something else, or has a key twice or without a
             value.
     """
+    if not path.exists():
+        raise UserError(f"There is no file {path}.")
+    content = read_limited(path, LIMIT)
     try:
-        text = path.read_text(encoding="utf-8")
-        settings = yaml.load(text, Loader=_Loader)
-        lines = yaml.compose(text, Loader=yaml.SafeLoader)
-    except FileNotFoundError:
-        raise UserError(f"There is no file {path}.") from None
+        settings, lines = parse_yaml(content.decode())
     except UserError as error:
         raise UserError(f"{path} {error}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: an impossible date
-        raise UserError(f"{path} cannot be read as YAML: {error}") from None
-    if not isinstance(settings, dict):
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, an impossible date
+        raise UserError(f"{path} cannot be read as YAML: {reason(error)}") from None
+    if not (isinstance(settings, dict) and isinstance(lines, yaml.MappingNode)):
         found = "nothing" if settings is None else f"a {type(settings).__name__}"
         raise UserError(f"{path} must hold key: value lines; it holds {found}.")
     for key, value in lines.value:
@@ -72,7 +63,7 @@ def read_command_line(
         key, separator, value = override.partition("=")
         key = key.strip()
         if not separator or not key:
-            raise UserError(f"{override!r} is not a setting: write key=value.")
+            raise UserError(f"{shown(override)} is not a setting: write key=value.")
         name = full_name(key)
         validate_not_empty(name, key, value)
         validate_given_once(name, override, spelled)
@@ -88,14 +79,16 @@ def read_command_line(
 
 def _read(name: str, key: str, value: str) -> Any:
     try:
-        read = yaml.load(value, Loader=_Loader)
+        read, _ = parse_yaml(value)
         if isinstance(read, list | dict):
             _validate_no_gaps(key, value)
     except UserError as error:
         raise UserError(f"{key} {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         if name not in TEXTS:
-            raise UserError(f"{key}: cannot read {value!r} as a YAML value: {error}") from None
+            raise UserError(
+                f"{key}: cannot read {shown(value)} as a YAML value: {reason(error)}"
+            ) from None
         return value
     # A name is taken as typed, although YAML reads 0123 as the number 83.
     return value if name in TEXTS and not isinstance(read, str | None) else read
@@ -107,4 +100,4 @@ def _validate_no_gaps(key: str, value: str) -> None:
     ends = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
     for token, after in itertools.pairwise(tokens):
         if isinstance(token, yaml.FlowEntryToken) and isinstance(after, ends):
-            raise UserError(f"has nothing after the last comma of {value!r}.")
+            raise UserError(f"has nothing after the last comma of {shown(value)}.")

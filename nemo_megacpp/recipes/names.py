@@ -10,6 +10,7 @@ from nemo_megacpp.errors import UserError, nearest
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.parallel import FIELD_OF, validate_given_once
+from nemo_megacpp.printable import cut, printable, shown
 from nemo_megacpp.recipes.training import Training
 from nemo_megacpp.settings.transformer_verdicts import TRANSFORMER
 
@@ -51,6 +52,7 @@ _WITHOUT = {
     "init_from": "random initial weights",
 }
 """What null means."""
+_LONGEST_PATH = 4096
 
 
 def full_name(key: str) -> str:
@@ -67,7 +69,7 @@ def full_name(key: str) -> str:
     owners = field_owners()
     if key not in owners:
         known = [*owners, *ALIASES, *FIELD_OF]
-        raise UserError(f"There is no setting {key!r}.{nearest(key, known)}")
+        raise UserError(f"There is no setting {shown(key)}.{nearest(key, known)}")
     return key
 
 
@@ -87,7 +89,7 @@ def full_names(
     spelled: dict[str, str] = {}
     for key, value in settings.items():
         name = full_name(str(key))
-        validate_given_once(name, f"{key}={value}", spelled)
+        validate_given_once(name, f"{key}={cut(str(value))}", spelled)
         if isinstance(value, str):
             validate_not_empty(name, str(key), value)
         given[name] = value
@@ -106,6 +108,20 @@ def validate_not_empty(name: str, key: str, text: str) -> None:
     if not text.strip():
         null = f", or write {key}=null for {_WITHOUT[name]}" if name in _WITHOUT else ""
         raise UserError(f"{key} is empty. Leave {key} out for the recipe's own value{null}.")
+
+
+def validate_path(key: str, path: str) -> str:
+    """Return ``path``; refuse one that no file can have or that a terminal would obey.
+
+    Raises:
+        UserError: it is too long, or has control characters in it.
+    """
+    if len(path) > _LONGEST_PATH or printable(path) != path or "\n" in path:
+        raise UserError(
+            f"{key}: {shown(path)} cannot be used: a path or name has at most {_LONGEST_PATH:,} "
+            f"characters, and no control characters."
+        )
+    return path
 
 
 def field_owners() -> dict[str, str]:

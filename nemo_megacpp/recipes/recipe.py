@@ -11,12 +11,13 @@ from typing import Any
 from nemo_megacpp.data.builtin import MAX_VOCAB_SIZE
 from nemo_megacpp.errors import UserError, collect_violations, nearest, raise_violations
 from nemo_megacpp.families import load_families
-from nemo_megacpp.hybrid_fields import HybridFields
+from nemo_megacpp.hybrid_fields import HybridFields, size_violations
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import CUT, HybridPattern
+from nemo_megacpp.printable import shown
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.given import read_command_line, read_yaml
-from nemo_megacpp.recipes.names import RUN_KEYS, field_owners, full_names
+from nemo_megacpp.recipes.names import RUN_KEYS, field_owners, full_names, validate_path
 from nemo_megacpp.recipes.sources import Sources, read_sources
 from nemo_megacpp.recipes.training import Training, read_training
 from nemo_megacpp.values import read_value
@@ -106,7 +107,7 @@ def resolve(
         settings = read_yaml(Path(source))
     else:
         raise UserError(
-            f"There is no recipe {source!r}.{nearest(source, CATALOG)} The recipes are "
+            f"There is no recipe {shown(source)}.{nearest(source, CATALOG)} The recipes are "
             f"{', '.join(CATALOG)}; a YAML file's name ends in .yaml."
         )
     return from_mapping(settings, read_command_line(overrides, layout, world_size))
@@ -133,8 +134,8 @@ def from_mapping(settings: Mapping[str, Any], changes: Mapping[str, Any] | None 
         defaults.append(f"recipe: {base_name}")
     if str(base_name) not in CATALOG:
         raise UserError(
-            f"There is no recipe {base_name!r} to build on.{nearest(str(base_name), CATALOG)} The "
-            f"recipes are {', '.join(CATALOG)}."
+            f"There is no recipe {shown(base_name)} to build on."
+            f"{nearest(str(base_name), CATALOG)} The recipes are {', '.join(CATALOG)}."
         )
     base, owners = CATALOG[base_name], field_owners()
     model, layout, settled = dict(base.model), base.layout, base.training
@@ -151,6 +152,7 @@ def from_mapping(settings: Mapping[str, Any], changes: Mapping[str, Any] | None 
     for degrees in (said, changes):
         with collect_violations(messages):
             layout = layout.changed({k: v for k, v in degrees.items() if owners[k] == "layout"})
+    messages += size_violations(model)
     training = {key: value for key, value in given.items() if owners[key] == "training"}
     followed = _following(base.training, training)
     with collect_violations(messages):
@@ -198,8 +200,10 @@ def _read_model_field(key: str, value: Any, name: str) -> Any:
 
 def _read_text(key: str, value: Any) -> str | None:
     if not isinstance(value, str | None):
-        raise UserError(f"{key}: {value!r} is not a string; put it in quotes if that is its name.")
-    return value
+        raise UserError(
+            f"{key}: {shown(value)} is not a string; put it in quotes if that is its name."
+        )
+    return value if value is None else validate_path(key, value)
 
 
 def _following(base: Training, given: Mapping[str, Any]) -> dict[str, int]:

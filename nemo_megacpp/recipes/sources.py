@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.printable import shown
+from nemo_megacpp.recipes.names import validate_path
 
 Sources = str | dict[str, float | None]
 """A folder, or weights by folder: all numbers, or all None (in proportion to the tokens)."""
@@ -28,11 +30,11 @@ def read_sources(value: Any) -> Sources | None:
         value = _read_list(value)
     if not isinstance(value, dict | str | None):
         raise UserError(
-            f"data: {value!r} is neither a folder nor a blend. If it is the name of a folder, put "
-            f"it in quotes."
+            f"data: {shown(value)} is neither a folder nor a blend. If it is the name of a "
+            f"folder, put it in quotes."
         )
     if not isinstance(value, dict):
-        return value
+        return value if value is None else validate_path("data", value)
     if not value:
         raise UserError("data is an empty blend; name at least one folder, or leave it out.")
     blend = {_folder(folder): _weight(str(folder), weight) for folder, weight in value.items()}
@@ -66,13 +68,15 @@ def _read_list(items: list[Any]) -> dict[str, Any]:
 def _folder(name: Any) -> str:
     if name is None or not str(name).strip():
         raise UserError("data has a folder without a name; leave it out of the blend.")
-    return str(name)
+    if isinstance(name, list | tuple | dict | set):
+        raise UserError(f"data: {shown(name)} is not the name of a folder.")
+    return validate_path("data", str(name))
 
 
 def _number(item: Any) -> float | None:
     try:
         return float(item)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -80,5 +84,7 @@ def _weight(folder: str, weight: Any) -> float | None:
     if weight is None:
         return None
     if type(weight) not in (int, float) or not 0 < weight < math.inf:
-        raise UserError(f"data: {folder} has the weight {weight!r}; it must be a positive number.")
+        raise UserError(
+            f"data: {folder} has the weight {shown(weight)}; it must be a positive number."
+        )
     return float(weight)

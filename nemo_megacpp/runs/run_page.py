@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from html import escape
 from pathlib import Path
 
 from nemo_megacpp.contract.layout_plan import make_plan
@@ -19,6 +18,7 @@ from nemo_megacpp.render import (
     html_page,
     html_pairs,
     html_table,
+    html_text,
     show_bytes,
 )
 from nemo_megacpp.runs.record import RunRecord
@@ -61,8 +61,8 @@ def page(record: RunRecord) -> str:
     tone = _TONES.get(status, "")
     pattern = str(record.recipe.pattern) if record.recipe else _at_start(record, "pattern")
     parts = [
-        f'<h1>{escape(name)} <span class="pill {tone}">{escape(status)}</span></h1>',
-        f'<p class="mono">{escape(pattern)}</p>',
+        f'<h1>{html_text(name)} <span class="pill {tone}">{html_text(status)}</span></h1>',
+        f'<p class="mono">{html_text(pattern)}</p>',
         html_pairs(record.summary.rows()),
         "<h2>Curves</h2>",
         _curves(record),
@@ -80,7 +80,7 @@ def page(record: RunRecord) -> str:
             "<h2>Recipe</h2>",
             html_details(
                 str(record.run_dir / RECIPE_FILE),
-                f"<pre>{escape(record.recipe_text)}</pre>",
+                f"<pre>{html_text(record.recipe_text)}</pre>",
                 is_open=True,
             ),
         ]
@@ -93,7 +93,7 @@ def _plan(recipe: Recipe, summary: Summary) -> str:
     try:
         plan = make_plan(job_of(recipe, kernels=kernels))
     except UserError as reason:
-        return f"<p>{escape(str(reason))}</p>"
+        return f"<p>{html_text(str(reason))}</p>"
     return plan_summary(plan) + _memory(plan.fullest.memory.total, summary)
 
 
@@ -190,7 +190,7 @@ def _curves(record: RunRecord) -> str:
         figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
     lines_at = ", ".join(f"{event.kind} at step {event.step:,}" for event in marked)
-    note = f"<p>Dotted: {escape(lines_at)}.</p>" if marked else ""
+    note = f"<p>Dotted: {html_text(lines_at)}.</p>" if marked else ""
     return text[text.index("<svg") :] + note
 
 

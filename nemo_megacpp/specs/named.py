@@ -21,7 +21,9 @@ from nemo_megacpp.errors import UserError, nearest
 from nemo_megacpp.hybrid_fields import HybridFields, Mode
 from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Settings
 from nemo_megacpp.pattern import Family
+from nemo_megacpp.printable import shown
 from nemo_megacpp.values import read_value
+from nemo_megacpp.yaml_files import parse_yaml, reason
 
 SPEC_MODULE = "nemo_megacpp.specs"
 MODES: dict[str, Mode] = {"hybrid_stack_spec": "nemo_native", "hybrid_mamba3_stack_spec": "mamba3"}
@@ -65,20 +67,23 @@ def read_spec_name(name: str) -> HybridFields:
     match = _WITH_SETTINGS.fullmatch(name)
     base, text = (match[1], match[2]) if match else (name, "")
     if base not in MODES:
-        raise UserError(f"There is no spec {name!r}.{nearest(base, MODES)}")
+        raise UserError(f"There is no spec {shown(name)}.{nearest(base, MODES)}")
     settings: dict[str, Any] = {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
         key, separator, value = entry.partition("=")
         if not separator:
-            raise UserError(f"{entry!r} in spec {name!r} is not name=value.")
+            raise UserError(f"{shown(entry)} in spec {shown(name)} is not name=value.")
         if key not in CARRIED:
             raise UserError(
-                f"Spec {name!r} cannot carry {key!r}.{nearest(key, CARRIED)} It carries "
+                f"Spec {shown(name)} cannot carry {shown(key)}.{nearest(key, CARRIED)} It carries "
                 f"what Megatron has no option for: {', '.join(CARRIED)}."
             )
         if key.startswith("mamba3_") and MODES[base] != "mamba3":
-            raise UserError(f"Spec {name!r}: {key} is a setting of hybrid_mamba3_stack_spec.")
-        settings[key] = read_value(HybridConfig, key, yaml.safe_load(value))
+            raise UserError(f"Spec {shown(name)}: {key} is a setting of hybrid_mamba3_stack_spec.")
+        try:
+            settings[key] = read_value(HybridConfig, key, parse_yaml(value)[0])
+        except (UserError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"Spec {shown(name)}: {key}: {reason(error)}") from None
     return HybridFields(mode=MODES[base], **settings)
 
 

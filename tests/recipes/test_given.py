@@ -72,7 +72,7 @@ def test_what_an_empty_value_would_mean_can_be_asked_for() -> None:
     [
         ("[data/a, ]", "nothing after the last comma"),
         ("{data/a: 0.7, }", "nothing after the last comma"),
-        ("{data/a: 0.7, data/a: 0.3}", "data gives data/a twice."),
+        ("{data/a: 0.7, data/a: 0.3}", "data gives data/a twice, again in line 1."),
         ("[data/a, '']", "data has a folder without a name"),
         ("{'': 0.7}", "data has a folder without a name"),
         ("[]", "data is an empty blend"),
