@@ -34,12 +34,22 @@ def validate_run_dir(run_dir: Path, resume: str | None, resumes: bool) -> None:
         raise UserError(
             f"{run_dir} already holds a run. Resume it with resume=auto, or choose another run_dir."
         )
+    validate_newest(run_dir, resume)
+
+
+def validate_newest(run_dir: Path, resume: str | None) -> None:
+    """Refuse to write newer checkpoints over those of a folder.
+
+    Raises:
+        UserError: the folder's newest checkpoint is not ``resume``.
+    """
     newest = newest_checkpoint(run_dir / "checkpoints")
     if newest is not None and newest.resolve() != Path(str(resume)).resolve():
+        how = "starts anew" if resume is None else f"resumes {resume}"
         raise UserError(
             f"{run_dir} already holds a run, whose newest checkpoint is {newest.name}: a run that "
-            f"resumes {resume} would overwrite it. Resume the newest with "
-            f"resume=auto, or choose another run_dir."
+            f"{how} would overwrite it. Resume the newest with resume=auto, or choose another "
+            f"run_dir."
         )
 
 
