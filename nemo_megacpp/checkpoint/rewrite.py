@@ -23,6 +23,7 @@ from nemo_megacpp.checkpoint.export import read_config, read_export
 from nemo_megacpp.checkpoint.folder import WEIGHTS, find_checkpoint, new_folder
 from nemo_megacpp.checkpoint.guard import inspect_before_load
 from nemo_megacpp.checkpoint.identity import Identity, read_identity, write_identity
+from nemo_megacpp.checkpoint.manifest import FILE as MANIFEST
 from nemo_megacpp.checkpoint.manifest import check_manifest, write_manifest
 from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.errors import UserError
@@ -56,7 +57,13 @@ def target_layout(source: Path, degrees: str) -> ParallelLayout:
 
 
 def reshard(
-    source: Path, out: Path, layout: ParallelLayout, start: StartRanks, *, verify: bool = True
+    source: Path,
+    out: Path,
+    layout: ParallelLayout,
+    start: StartRanks,
+    *,
+    verify: bool = True,
+    say: Callable[[str], object] = str,
 ) -> tuple[int, int]:
     """Save a checkpoint again as a job in ``layout`` would have saved it.
 
@@ -68,6 +75,7 @@ def reshard(
         layout: whose ranks save it.
         start: starts that many ranks on this machine.
         verify: compare the source with its manifest first.
+        say: is called with what was verified, before anything is written.
 
     Returns:
         How many tensors were split as the layout splits them, and how many were saved whole.
@@ -89,7 +97,7 @@ def reshard(
             f"a checkpoint names. A checkpoint of any layout loads into any other without it."
         )
     validate_layout(layout, saved_shape(content.directory, content.identity))
-    inspect_before_load(content.directory, verify=verify)
+    say(f"{content.directory}: {inspect_before_load(content.directory, verify=verify)}")
     with new_folder(out) as folder:
         weights = folder / content.weights.relative_to(content.directory)
         weights.mkdir(exist_ok=True)
@@ -106,10 +114,18 @@ def reshard(
     return counts[0]
 
 
-def import_safetensors(source: Path, out: Path, start: StartRanks, *, verify: bool = True) -> int:
+def import_safetensors(
+    source: Path,
+    out: Path,
+    start: StartRanks,
+    *,
+    verify: bool = True,
+    say: Callable[[str], object] = str,
+) -> int:
     """Make a checkpoint of a folder that ``export`` wrote.
 
-    It has the weights under the names they had, and no optimizer.
+    It has the weights under the names they had, and no optimizer. For ``verify`` and ``say`` see
+    :func:`reshard`.
 
     Returns:
         Number of tensors.
@@ -119,7 +135,12 @@ def import_safetensors(source: Path, out: Path, start: StartRanks, *, verify: bo
     """
     config = read_config(source)
     if verify:
-        check_manifest(source)
+        if not (source / MANIFEST).exists():
+            raise UserError(
+                f"{source} has no manifest ({MANIFEST}), which export writes last: it was removed, "
+                f"or the export did not end. --no-verify imports it unverified."
+            )
+        say(f"{source}: {check_manifest(source)}")
     names = len(read_export(source))
     with new_folder(out) as folder:
         weights = folder / WEIGHTS
@@ -132,7 +153,7 @@ def import_safetensors(source: Path, out: Path, start: StartRanks, *, verify: bo
 
 def _finish(folder: Path, identity: Identity | None) -> None:
     if identity is not None:
-        write_identity(folder, identity, identity["step"])
+        write_identity(folder, {**identity, "manifest": MANIFEST}, identity["step"])
     write_manifest(folder)
 
 

@@ -26,6 +26,7 @@ from nemo_megacpp.checkpoint.lifecycle import (
     clear_leftovers,
     finish_checkpoint,
     prune,
+    set_damaged_aside,
 )
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.errors import UserError
@@ -67,6 +68,13 @@ class HybridCheckpoint(ModelCheckpoint):
             for line in clear_leftovers(Path(str(self.dirpath))):
                 print(line, flush=True)
         super().setup(trainer, *args, **kwargs)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set damaged checkpoints aside, now that every rank has loaded the one to resume."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero:
+            for line in set_damaged_aside(Path(str(self.dirpath)), trainer.global_step):
+                print(line, flush=True)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any

@@ -172,7 +172,9 @@ def _pretrain(
             raise
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    return to_pretrain(settled.recipe, settled.run_dir, devices=devices, num_nodes=num_nodes)
+    config = to_pretrain(settled.recipe, settled.run_dir, devices=devices, num_nodes=num_nodes)
+    config.log.skipped = [str(path) for path in settled.skipped]
+    return config
 
 
 def _place(

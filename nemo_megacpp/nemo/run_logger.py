@@ -2,9 +2,9 @@
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from nemo import lightning as nl
 
@@ -21,6 +21,7 @@ class RunLogger(nl.NeMoLogger):
 
     Args:
         resumed: the checkpoint that the run resumes.
+        skipped: damaged ones, newer than that.
         locks: whether to take the lock; false for a folder that no other run can know.
 
     Raises:
@@ -28,7 +29,8 @@ class RunLogger(nl.NeMoLogger):
             was prepared.
     """
 
-    resumed: str | None = None
+    resumed: Optional[str] = None  # noqa: UP045
+    skipped: list[str] = field(default_factory=list)
     locks: bool = True
 
     def setup(self, trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -36,6 +38,6 @@ class RunLogger(nl.NeMoLogger):
         if self.locks and trainer.global_rank == 0:
             assert self.explicit_log_dir is not None
             run_dir = Path(self.explicit_log_dir)
-            hold_run_to_exit(run_dir)
-            validate_newest(run_dir, self.resumed)
+            if hold_run_to_exit(run_dir):
+                validate_newest(run_dir, self.resumed, [Path(path) for path in self.skipped])
         return super().setup(trainer, *args, **kwargs)

@@ -51,7 +51,7 @@ def train_recipe(recipe: Recipe, dry_run: bool = False) -> Path:
     with hold_run(run_dir) if speaks else contextlib.nullcontext():
         if speaks:
             # Again: another run may have held the folder until now.
-            validate_run_dir(run_dir, recipe.resume, resumes)
+            validate_run_dir(run_dir, recipe.resume, resumes, settled.skipped)
             file = _write_recipe(recipe, run_dir)
         if here is not None:
             from nemo_megacpp.nemo.worker import run_recipe

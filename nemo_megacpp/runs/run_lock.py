@@ -75,10 +75,16 @@ def hold_run(run_dir: Path) -> Iterator[None]:
             _release(run_dir)
 
 
-def hold_run_to_exit(run_dir: Path) -> None:
-    """Hold the lock of a run folder until this process ends; see :func:`hold_run`."""
-    if _take(run_dir):
+def hold_run_to_exit(run_dir: Path) -> bool:
+    """Hold the lock of a run folder until this process ends; see :func:`hold_run`.
+
+    Returns:
+        False where this job held it already.
+    """
+    taken = _take(run_dir)
+    if taken:
         atexit.register(_release, run_dir)
+    return taken
 
 
 def validate_not_running(run_dir: Path) -> None:
