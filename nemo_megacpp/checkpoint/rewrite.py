@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,13 @@ from nemo_megacpp.checkpoint.guard import inspect_before_load
 from nemo_megacpp.checkpoint.identity import Identity, read_identity, write_identity
 from nemo_megacpp.checkpoint.manifest import FILE as MANIFEST
 from nemo_megacpp.checkpoint.manifest import check_manifest, write_manifest
+from nemo_megacpp.checkpoint.save_errors import save_errors
 from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, validate_layout
 from nemo_megacpp.layout.parallel import read_degrees
 from nemo_megacpp.runtime.distributed import start_model_parallel
+from nemo_megacpp.runtime.workers import WorkerError
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 
 _CONTENT_METADATA = "content_metadata"
@@ -101,15 +104,9 @@ def reshard(
     with new_folder(out) as folder:
         weights = folder / content.weights.relative_to(content.directory)
         weights.mkdir(exist_ok=True)
-        with start(layout.world) as ranks:
-            counts = ranks.run(
-                layout.world,
-                rewrite_on_rank,
-                content.weights,
-                weights,
-                content.identity["model"],
-                layout,
-            )
+        arguments = (content.weights, weights, content.identity["model"], layout)
+        with start(layout.world) as ranks, _refusals(weights, out):
+            counts = ranks.run(layout.world, rewrite_on_rank, *arguments)
         _finish(folder, {**content.identity, "layout": layout.short()})
     return counts[0]
 
@@ -145,10 +142,21 @@ def import_safetensors(
     with new_folder(out) as folder:
         weights = folder / WEIGHTS
         weights.mkdir()
-        with start(1) as ranks:
+        with start(1) as ranks, _refusals(weights, out):
             ranks.run(1, import_on_rank, source, weights, config["prefix"])
         _finish(folder, config["identity"])
     return names
+
+
+@contextlib.contextmanager
+def _refusals(written: Path, out: Path) -> Iterator[None]:
+    """Raise what a rank refused as a UserError of this process, which names ``out``."""
+    try:
+        yield
+    except WorkerError as error:
+        if error.refusal is None:
+            raise
+        raise UserError(error.refusal.replace(str(written), str(out))) from None
 
 
 def _finish(folder: Path, identity: Identity | None) -> None:
@@ -177,7 +185,8 @@ def import_on_rank(source: Path, out: Path, prefix: str) -> None:
         prefix + name: ShardedTensor.from_rank_offsets(prefix + name, tensor)
         for name, tensor in read_export(source).items()
     }
-    dist_checkpointing.save(sharded, str(out))
+    with save_errors(out, f"{source} is unchanged."):
+        dist_checkpointing.save(sharded, str(out))
 
 
 def rewrite(source: Path, out: Path, chunks: list[torch.nn.Module]) -> tuple[int, int]:
@@ -224,7 +233,8 @@ def rewrite(source: Path, out: Path, chunks: list[torch.nn.Module]) -> tuple[int
     common = {key: value for key, value in loaded.items() if key not in wanted}
     saved = {key: replace(wanted[key], data=loaded[key]) for key in wanted}
     metadata = common.pop(_CONTENT_METADATA, None)
-    dist_checkpointing.save({**common, **saved}, str(out), content_metadata=metadata)
+    with save_errors(out, f"{source} is unchanged."):
+        dist_checkpointing.save({**common, **saved}, str(out), content_metadata=metadata)
     return split, len(content.tensors) - split
 
 

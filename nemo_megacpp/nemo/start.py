@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 
 import yaml
@@ -48,6 +49,8 @@ def train_recipe(recipe: Recipe, dry_run: bool = False) -> Path:
         if speaks:
             print("dry run: everything is valid; nothing was started or written")
         return run_dir
+    if here is None and recipe.data is None:
+        ensure_builtin(recipe.model["vocab_size"])
     with hold_run(run_dir) if speaks else contextlib.nullcontext():
         if speaks:
             # Again: another run may have held the folder until now.
@@ -58,10 +61,8 @@ def train_recipe(recipe: Recipe, dry_run: bool = False) -> Path:
 
             run_recipe(recipe, run_dir, devices=here.local_world_size)
             return run_dir
-        if recipe.data is None:
-            ensure_builtin(recipe.model["vocab_size"])
         launch(
-            ["-m", "nemo_megacpp.nemo.worker", str(file), str(run_dir)],
+            ["-m", "nemo_megacpp.nemo.worker", str(file), str(run_dir), str(os.getpid())],
             recipe.layout.world,
             run_dir / "logs",
         )

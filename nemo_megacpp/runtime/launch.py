@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_megacpp.errors import RankFailed, UserError
+from nemo_megacpp.runtime.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import PContext, ProcessFailure
@@ -94,10 +95,10 @@ def launch(arguments: Sequence[str], ranks: int, log_dir: Path) -> None:
     logs = Path(tempfile.mkdtemp(prefix="attempt-", dir=log_dir))
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     # Not in the run's folder, whose disk may be what is full.
-    with tempfile.TemporaryDirectory(prefix="nemo-megacpp-ranks-") as errors, _own_handlers():
+    with scratch_folder() as errors, _own_handlers():
         sigterm = threading.Event()
         try:
-            context = _start(arguments, ranks, logs, Path(errors), store.port)
+            context = _start(arguments, ranks, logs, errors, store.port)
             _pass_on_sigterm(context, sigterm)
             failures, alive = _wait(context)
         except SignalException as error:
@@ -105,7 +106,7 @@ def launch(arguments: Sequence[str], ranks: int, log_dir: Path) -> None:
                 raise KeyboardInterrupt from None
             sys.exit(128 + error.sigval)
         if failures:
-            raise _root_cause(failures, alive, Path(errors), logs, sigterm.is_set())
+            raise _root_cause(failures, alive, errors, logs, sigterm.is_set())
 
 
 def _start(arguments: Sequence[str], ranks: int, logs: Path, errors: Path, port: int) -> PContext:

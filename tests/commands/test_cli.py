@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import shutil
@@ -268,7 +269,8 @@ def test_the_articles_yaml_starts_the_tiny_run(run: Run, started: list[Any]) -> 
     ]
     ((arguments, ranks, logs),) = started
     assert (ranks, logs) == (2, Path("out/logs"))
-    assert arguments == ["-m", "nemo_megacpp.nemo.worker", "out/record/recipe.yaml", "out"]
+    words = ["-m", "nemo_megacpp.nemo.worker", "out/record/recipe.yaml", "out", str(os.getpid())]
+    assert arguments == words
     ranks_read = resolve("out/record/recipe.yaml")
     assert ranks_read == resolve("my.yaml", ["run_dir=out"])
 

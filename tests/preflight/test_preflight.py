@@ -610,8 +610,8 @@ def test_an_interrupted_rank_leaves_its_launcher_to_speak(
 
     _start(monkeypatch, 0, 2, 2)
     monkeypatch.setattr(worker, "run_recipe", interrupted)
-    monkeypatch.setattr(worker, "end_with_parent", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["worker", "nam56r_tiny", "here"])
+    monkeypatch.setattr(worker, "end_with_parent", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["worker", "nam56r_tiny", "here", "1"])
     with pytest.raises(SystemExit) as stop:
         worker.main()
     said = ("Interrupted before training began; nothing is lost.\n", "")
