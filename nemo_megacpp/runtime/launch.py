@@ -25,6 +25,8 @@ _TAIL = 12
 """Lines of a log that the message quotes."""
 _POLL = 0.1
 """Seconds between two looks at the ranks."""
+_RUN_ID = "nemo_megacpp"
+"""Of the ranks that our launcher starts."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """torch's handlers for them raise SignalException."""
 
@@ -50,6 +52,14 @@ def launched() -> Launched | None:
         return None
 
 
+def speaks_for_job() -> bool:
+    """Whether this process tells the user what a job reads: it is our launcher or no rank at all,
+    or rank 0 of another launcher."""
+    place = launched()
+    ours = os.environ.get("TORCHELASTIC_RUN_ID") == _RUN_ID
+    return place is None or (place.rank == 0 and not ours)
+
+
 def rank_environment(rank: int, world: int, port: int = 0) -> dict[str, str]:
     """Return the variables that torchrun sets for a rank, of a job on one node.
 
@@ -63,7 +73,7 @@ def rank_environment(rank: int, world: int, port: int = 0) -> dict[str, str]:
         **{name: str(value) for name, value in place.items()},
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "nemo_megacpp",
+        "TORCHELASTIC_RUN_ID": _RUN_ID,
     }
 
 
