@@ -71,8 +71,11 @@ def train_recipe(recipe: Recipe, dry_run: bool = False) -> Path:
 
 def _write_recipe(recipe: Recipe, run_dir: Path) -> Path:
     file = run_dir / RECIPE_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(recipe.to_mapping(), sort_keys=False), encoding="utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(recipe.to_mapping(), sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}.") from None
     return file
 
 

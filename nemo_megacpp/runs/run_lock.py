@@ -125,6 +125,7 @@ def _take(run_dir: Path) -> bool:
     except (Timeout, LeaseSettingsMismatch):
         raise _refusal(run_dir) from None
     except OSError as error:
+        _release(run_dir)
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
     return True
 
