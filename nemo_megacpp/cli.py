@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import itertools
 import os
 import signal
@@ -41,6 +42,8 @@ COMMANDS = (
 
 _STACK = ("torch", "megatron", "nemo", "nemo_run", "lightning", "einops")
 """Packages that a bare installation does not have."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a write, which names no file."""
 
 
 class _Once(argparse.Action):
@@ -159,9 +162,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _FULL:
             raise
-        print(screenful(f"nemo-megacpp: {error.filename}: {error.strerror}."), file=sys.stderr)
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(screenful(f"nemo-megacpp: {where}{error.strerror}."), file=sys.stderr)
         code = 2
     sys.exit(code)
 

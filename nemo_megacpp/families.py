@@ -115,18 +115,26 @@ def block_of(family: Family) -> BlockFamily:
     return _registered[family.value]
 
 
-def load_families(modules: Sequence[str] | None) -> None:
+def load_families(
+    modules: Sequence[str] | None, say: Callable[[str], object] | None = None
+) -> None:
     """Import the modules that register families, each once per process.
 
     Args:
         modules: importable names (``mypackage.family``) or paths of Python files.
+        say: is called before a module is imported, which runs its code; a door through which names
+            of modules come into the process gives it.
 
     Raises:
         UserError: a module does not exist, cannot be imported, or registers no family.
     """
     for name in modules or ():
+        is_file = name.endswith(".py")
+        if say is not None and (_file_name(Path(name)) if is_file else name) not in sys.modules:
+            shown = name if name.isprintable() else ascii(name)
+            say(f"family module {shown}: its code runs in this process")
         try:
-            module = _from_file(Path(name)) if name.endswith(".py") else import_module(name)
+            module = _from_file(Path(name)) if is_file else import_module(name)
         except UserError:
             raise
         except Exception as error:
@@ -140,12 +148,17 @@ def load_families(modules: Sequence[str] | None) -> None:
             )
 
 
+def _file_name(path: Path) -> str:
+    """Return the name under which a file is imported."""
+    return "nemo_megacpp_family_" + "_".join(path.resolve().with_suffix("").parts[1:])
+
+
 def _from_file(path: Path) -> ModuleType:
     """Import a file once, under a name made from its path."""
     path = path.resolve()
     if not path.is_file():
         raise UserError(f"family_modules: file not found: {path}.")
-    name = "nemo_megacpp_family_" + "_".join(path.with_suffix("").parts[1:])
+    name = _file_name(path)
     if name in sys.modules:
         return sys.modules[name]
     spec = spec_from_file_location(name, path)

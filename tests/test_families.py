@@ -70,3 +70,45 @@ def test_modules_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         load_families([str(tmp_path / "missing.py")])
     with pytest.raises(UserError, match="cannot be imported: ModuleNotFoundError"):
         load_families(["no_such_package.family"])
+
+
+def test_a_module_is_named_before_its_code_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stderr, once in a process, by the first rank of a job."""
+    from nemo_megacpp.recipes.recipe import resolve
+
+    loud = "import sys\nprint('RUNS', file=sys.stderr)\n"
+    paths = [tmp_path / f"{name}.py" for name in ("one", "two", "three")]
+    for path in paths:
+        path.write_text(loud)
+    for path in paths[:2]:
+        with pytest.raises(UserError, match="registers no family"):
+            resolve("nam56r_tiny", [f"family_modules=[{path}]"])
+        said = capsys.readouterr().err.splitlines()
+        assert said == [f"family module {path}: its code runs in this process", "RUNS"]
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="registers no family"):
+        resolve("nam56r_tiny", [f"family_modules=[{paths[2]}]"])
+    assert capsys.readouterr().err == "RUNS\n"
+
+
+def test_a_recorded_recipe_names_its_module_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe in a run folder is a file as any other: ``report`` reads it."""
+    from nemo_megacpp.runs.record import read_run
+
+    module, record = tmp_path / "module\x1b[2J.py", tmp_path / "run" / "record"
+    module.write_text("import sys\nprint('RUNS', file=sys.stderr)\n")
+    record.mkdir(parents=True)
+    step = '{"step": 1, "loss": 1.0, "seconds": 1.0, "tokens_per_second": 1.0, "aux": {}}'
+    (record / "metrics.jsonl").write_text(f"{step}\n")
+    escaped = str(module).replace("\x1b", "\\x1b")
+    (record / "recipe.yaml").write_text(f'recipe: nam56r_tiny\nfamily_modules: ["{escaped}"]\n')
+    with pytest.raises(UserError, match="registers no family"):
+        read_run(tmp_path / "run")
+    line = f"family module '{escaped}': its code runs in this process"
+    assert capsys.readouterr().err.splitlines() == [line, "RUNS"]

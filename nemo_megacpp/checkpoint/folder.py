@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from nemo_megacpp.checkpoint import manifest
-from nemo_megacpp.checkpoint.identity import read_identity
+from nemo_megacpp.checkpoint.identity import FILE as IDENTITY
+from nemo_megacpp.checkpoint.identity import Identity, read_identity
 from nemo_megacpp.checkpoint.safe_pickle import COMMON, METADATA
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.json_files import read_limited
-from nemo_megacpp.printable import printable, shown
+from nemo_megacpp.printable import shown
 
 WEIGHTS = "weights"
 DELETING = ".deleting"
 """Suffix of the name of a checkpoint that is being removed."""
+DAMAGED = ".damaged"
+"""Suffix of the name of a checkpoint that a resumed run has set aside."""
+UNFINISHED = "-unfinished"
+"""NeMo's mark, a file beside the checkpoint's folder: saving has started and not ended."""
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _TRACKER_LIMIT = 80
 _MOST_DIGITS = 12
-
-_log = logging.getLogger(__name__)
+_STEP = re.compile(r"step=(\d{1,12})")
+NO_STEP = 10**12
+"""Counts as the newest: what cannot say its step is not overlooked."""
 
 
 def find_weights(directory: Path) -> Path:
@@ -54,10 +61,10 @@ def find_checkpoint(path: Path) -> Path:
     Args:
         path: a checkpoint (NeMo's, with ``weights/`` in it; Megatron's ``iter_0000100``; a bare
             folder of weights), the ``weights/`` of one, the folder into which Megatron's script
-            saves, or a run folder, whose newest complete checkpoint is meant.
+            saves, or a run folder, whose newest checkpoint is meant.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the newest of a run is damaged.
     """
     if path.name == WEIGHTS and (path / METADATA).is_file():
         return path.parent
@@ -67,10 +74,8 @@ def find_checkpoint(path: Path) -> Path:
         if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
             raise UserError(f"{tracker} names no iteration: {shown(text[:40])}.")
         path = path / f"iter_{int(text):07d}"
-    elif not (path / METADATA).is_file() and not (path / WEIGHTS).is_dir():
-        for folder in (path / "checkpoints", path):
-            if (found := newest_checkpoint(folder)) is not None:
-                return found
+    elif (folder := run_checkpoints(path)) is not None:
+        return newest_undamaged(folder)
     find_weights(path)
     return path
 
@@ -79,44 +84,94 @@ def is_complete_checkpoint(directory: Path) -> bool:
     """Whether a checkpoint of ours was saved completely, and still has all its files.
 
     Its manifest decides. An old identity names no manifest, and was itself written last.
-
-    Raises:
-        UserError: the identity is damaged.
     """
-    identity = read_identity(directory)
-    if identity is None:
+    try:
+        identity = read_identity(directory)
+        return identity is not None and _damage(directory, identity) is None
+    except UserError:
         return False
+
+
+class Saved(NamedTuple):
+    """A checkpoint in a run's folder.
+
+    Attributes:
+        step: optimizer steps that it holds; where it cannot say so, of its name.
+        path: its folder.
+        damage: why it cannot be used, in a sentence; None for one that is complete. Contents are
+            not read.
+    """
+
+    step: int
+    path: Path
+    damage: str | None
+
+
+def saved_checkpoints(folder: Path) -> list[Saved]:
+    """Return the checkpoints that were saved into ``folder``, by step, damaged ones included.
+
+    A save that has not ended, or that a crash has cut short, is none: NeMo's mark is beside it.
+    """
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.startswith(".") or path.name.endswith((DELETING, DAMAGED)):
+            continue
+        if not path.is_dir() or path.with_name(path.name + UNFINISHED).exists():
+            continue
+        name = _STEP.fullmatch(path.name)
+        step = int(name[1]) if name else NO_STEP
+        try:
+            identity = read_identity(path)
+        except UserError as error:
+            found.append(Saved(step, path, str(error)))
+            continue
+        if identity is not None:
+            found.append(Saved(identity["step"], path, _damage(path, identity)))
+        elif name and (path / WEIGHTS).exists():
+            found.append(Saved(step, path, f"The checkpoint {path} has lost its {IDENTITY}."))
+    return sorted(found)
+
+
+def _damage(directory: Path, identity: Identity) -> str | None:
     if "manifest" in identity or (directory / manifest.FILE).exists():
-        return manifest.is_complete(directory)
-    return True
+        try:
+            manifest.check_manifest(directory, full=False)
+        except UserError as error:
+            return str(error)
+    return None
 
 
 def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Return step and path of every complete checkpoint in ``folder``, oldest first.
-
-    One that does not match its manifest is skipped, and logged.
-
-    Raises:
-        UserError: an identity is damaged.
-    """
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if not path.is_dir() or path.name.endswith(DELETING):
-            continue
-        identity = read_identity(path)
-        if identity is None:
-            continue
-        if is_complete_checkpoint(path):
-            found.append((identity["step"], path))
-        elif (path / manifest.FILE).exists():
-            _log.warning("Skipping %s: it does not match its manifest.", printable(str(path)))
-    return sorted(found)
+    """Return step and path of every complete checkpoint in ``folder``, oldest first."""
+    return [(step, path) for step, path, damage in saved_checkpoints(folder) if damage is None]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the complete checkpoint in ``folder`` with the largest step."""
     found = complete_checkpoints(folder)
     return found[-1][1] if found else None
+
+
+def run_checkpoints(path: Path) -> Path | None:
+    """Return the folder with a run's checkpoints if ``path`` is that, or the run's."""
+    if (path / METADATA).is_file() or (path / WEIGHTS).is_dir() or (path / _TRACKER).is_file():
+        return None
+    folders = (path / "checkpoints", path)
+    return next((folder for folder in folders if saved_checkpoints(folder)), None)
+
+
+def newest_undamaged(folder: Path) -> Path:
+    """Return the newest checkpoint in a folder with at least one.
+
+    Raises:
+        UserError: it is damaged; the message names the newest that is not.
+    """
+    saved = saved_checkpoints(folder)
+    if saved[-1].damage is None:
+        return saved[-1].path
+    intact = newest_checkpoint(folder)
+    other = f"name {intact} to take the newest that is complete" if intact else "none is complete"
+    raise UserError(f"{saved[-1].damage} It is the newest in {folder}; {other}.")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,20 @@
-"""Before a checkpoint is loaded: verify its bytes, and refuse pickles that would run code."""
+"""Before a checkpoint is loaded: verify its bytes, and refuse pickles that would run code.
+
+What is loaded at all, and what is said, depends on what a folder says of itself:
+
+==============================  ====================================================================
+intact manifest                 every byte is compared; one that differs is refused
+an identity that names a        refused: the manifest was removed, or the save did not end.
+manifest, and no manifest       ``verify_checkpoint=false`` or ``--no-verify`` load it
+an identity of an old version,  loaded, and a line says that nothing was verified
+no manifest
+neither: from elsewhere         loaded likewise, but only by its own path, never as a run's newest;
+(Megatron's, NeMo's)            ``reshard`` refuses it, as it does not say its model
+an export without a manifest    ``import`` refuses it; ``--no-verify`` imports it
+==============================  ====================================================================
+
+The pickles are scanned in every case. ``inspect`` loads nothing and prints what it finds.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +44,18 @@ def inspect_before_load(directory: Path, *, verify: bool = True) -> str:
     return found
 
 
-def guard_load(directory: Path, *, verify: bool) -> None:
+def guard_load(directory: Path, *, verify: bool) -> Path:
     """Validate on all ranks of the default process group, right before they load.
 
     Rank 0 compares the checkpoint with its manifest; the ranks divide the pickles.
 
     Args:
-        directory: the checkpoint, or its weights.
+        directory: the checkpoint, or its weights. That of rank 0 counts: it has read the contents,
+            and may have chosen an older one than the other ranks.
         verify: whether to compare every byte with the manifest.
+
+    Returns:
+        The ``directory`` of rank 0, which all ranks load.
 
     Raises:
         UserError: on every rank, whichever found it.
@@ -43,7 +63,9 @@ def guard_load(directory: Path, *, verify: bool) -> None:
     import torch.distributed as dist
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    refusal = None
+    chosen = [str(directory)]
+    dist.broadcast_object_list(chosen, src=0)
+    directory, refusal = Path(chosen[0]), None
     try:
         if verify and rank == 0:
             check_manifest(directory)
@@ -54,3 +76,4 @@ def guard_load(directory: Path, *, verify: bool) -> None:
     dist.all_gather_object(refusals, refusal)
     for refusal in filter(None, refusals):
         raise UserError(refusal)
+    return directory

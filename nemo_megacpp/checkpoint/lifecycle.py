@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.checkpoint import manifest
-from nemo_megacpp.checkpoint.folder import DELETING, complete_checkpoints, is_complete_checkpoint
+from nemo_megacpp.checkpoint.folder import (
+    DAMAGED,
+    DELETING,
+    UNFINISHED,
+    complete_checkpoints,
+    is_complete_checkpoint,
+    saved_checkpoints,
+)
 from nemo_megacpp.checkpoint.identity import write_identity
 from nemo_megacpp.errors import UserError
-
-UNFINISHED = "-unfinished"
-"""NeMo's mark, a file beside the checkpoint's folder: saving has started and not ended."""
 
 
 def begin_checkpoint(directory: Path) -> None:
@@ -92,6 +96,28 @@ def prune(folder: Path, saved: Path, keep_latest: int, keep_every: int | None = 
     for path in doomed:
         remove_checkpoint(path)
     return doomed
+
+
+def set_damaged_aside(folder: Path, step: int) -> list[str]:
+    """Rename the damaged checkpoints of a folder, so that a run may save those steps again.
+
+    Args:
+        folder: of the run's checkpoints.
+        step: of the checkpoint that the run resumes; newer ones were found damaged.
+
+    Returns:
+        A line for each.
+    """
+    lines = []
+    for found in saved_checkpoints(folder):
+        if found.damage is not None or found.step > step:
+            aside, count = found.path.with_name(found.path.name + DAMAGED), 1
+            while aside.exists():
+                count += 1
+                aside = found.path.with_name(f"{found.path.name}.{count}{DAMAGED}")
+            found.path.rename(aside)
+            lines.append(f"renamed the damaged checkpoint {found.path} to {aside.name}")
+    return lines
 
 
 def clear_leftovers(folder: Path) -> list[str]:

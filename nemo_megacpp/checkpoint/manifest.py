@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from typing_extensions import TypedDict
 
+from nemo_megacpp.checkpoint.identity import read_identity
 from nemo_megacpp.checkpoint.safe_pickle import METADATA, read_metadata
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.json_files import Count, Text, parse_json, read_limited
@@ -140,14 +141,20 @@ def check_manifest(directory: Path, *, full: bool = True) -> str:
         full: also read every byte; otherwise names and sizes only.
 
     Returns:
-        One phrase that says what was verified, or that there is no manifest.
+        One phrase that says what was verified, or that a checkpoint from elsewhere has no manifest.
 
     Raises:
         UserError: naming each file that was changed, truncated, is missing or foreign, and the
-            tensors whose bytes are affected.
+            tensors whose bytes are affected; or the identity says that there was a manifest.
     """
     path = directory / FILE
     if not path.exists():
+        if "manifest" in (read_identity(directory) or {}):
+            raise UserError(
+                f"The checkpoint {directory} has no manifest, and was saved with one: {FILE} was "
+                f"removed, or the save did not end. verify_checkpoint=false (of 'checkpoint': "
+                f"--no-verify) loads it unverified."
+            )
         return "no manifest: nothing to verify it against"
     files = _listed(path)
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,15 @@ from nemo_megacpp.checkpoint.export import read_config, read_export
 from nemo_megacpp.checkpoint.folder import WEIGHTS, find_checkpoint, new_folder
 from nemo_megacpp.checkpoint.guard import inspect_before_load
 from nemo_megacpp.checkpoint.identity import Identity, read_identity, write_identity
+from nemo_megacpp.checkpoint.manifest import FILE as MANIFEST
 from nemo_megacpp.checkpoint.manifest import check_manifest, write_manifest
+from nemo_megacpp.checkpoint.save_errors import save_errors
 from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, validate_layout
 from nemo_megacpp.layout.parallel import read_degrees
 from nemo_megacpp.runtime.distributed import start_model_parallel
+from nemo_megacpp.runtime.workers import WorkerError
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 
 _CONTENT_METADATA = "content_metadata"
@@ -56,7 +60,13 @@ def target_layout(source: Path, degrees: str) -> ParallelLayout:
 
 
 def reshard(
-    source: Path, out: Path, layout: ParallelLayout, start: StartRanks, *, verify: bool = True
+    source: Path,
+    out: Path,
+    layout: ParallelLayout,
+    start: StartRanks,
+    *,
+    verify: bool = True,
+    say: Callable[[str], object] = str,
 ) -> tuple[int, int]:
     """Save a checkpoint again as a job in ``layout`` would have saved it.
 
@@ -68,6 +78,7 @@ def reshard(
         layout: whose ranks save it.
         start: starts that many ranks on this machine.
         verify: compare the source with its manifest first.
+        say: is called with what was verified, before anything is written.
 
     Returns:
         How many tensors were split as the layout splits them, and how many were saved whole.
@@ -89,27 +100,29 @@ def reshard(
             f"a checkpoint names. A checkpoint of any layout loads into any other without it."
         )
     validate_layout(layout, saved_shape(content.directory, content.identity))
-    inspect_before_load(content.directory, verify=verify)
+    say(f"{content.directory}: {inspect_before_load(content.directory, verify=verify)}")
     with new_folder(out) as folder:
         weights = folder / content.weights.relative_to(content.directory)
         weights.mkdir(exist_ok=True)
-        with start(layout.world) as ranks:
-            counts = ranks.run(
-                layout.world,
-                rewrite_on_rank,
-                content.weights,
-                weights,
-                content.identity["model"],
-                layout,
-            )
+        arguments = (content.weights, weights, content.identity["model"], layout)
+        with start(layout.world) as ranks, _refusals(weights, out):
+            counts = ranks.run(layout.world, rewrite_on_rank, *arguments)
         _finish(folder, {**content.identity, "layout": layout.short()})
     return counts[0]
 
 
-def import_safetensors(source: Path, out: Path, start: StartRanks, *, verify: bool = True) -> int:
+def import_safetensors(
+    source: Path,
+    out: Path,
+    start: StartRanks,
+    *,
+    verify: bool = True,
+    say: Callable[[str], object] = str,
+) -> int:
     """Make a checkpoint of a folder that ``export`` wrote.
 
-    It has the weights under the names they had, and no optimizer.
+    It has the weights under the names they had, and no optimizer. For ``verify`` and ``say`` see
+    :func:`reshard`.
 
     Returns:
         Number of tensors.
@@ -119,20 +132,36 @@ def import_safetensors(source: Path, out: Path, start: StartRanks, *, verify: bo
     """
     config = read_config(source)
     if verify:
-        check_manifest(source)
+        if not (source / MANIFEST).exists():
+            raise UserError(
+                f"{source} has no manifest ({MANIFEST}), which export writes last: it was removed, "
+                f"or the export did not end. --no-verify imports it unverified."
+            )
+        say(f"{source}: {check_manifest(source)}")
     names = len(read_export(source))
     with new_folder(out) as folder:
         weights = folder / WEIGHTS
         weights.mkdir()
-        with start(1) as ranks:
+        with start(1) as ranks, _refusals(weights, out):
             ranks.run(1, import_on_rank, source, weights, config["prefix"])
         _finish(folder, config["identity"])
     return names
 
 
+@contextlib.contextmanager
+def _refusals(written: Path, out: Path) -> Iterator[None]:
+    """Raise what a rank refused as a UserError of this process, which names ``out``."""
+    try:
+        yield
+    except WorkerError as error:
+        if error.refusal is None:
+            raise
+        raise UserError(error.refusal.replace(str(written), str(out))) from None
+
+
 def _finish(folder: Path, identity: Identity | None) -> None:
     if identity is not None:
-        write_identity(folder, identity, identity["step"])
+        write_identity(folder, {**identity, "manifest": MANIFEST}, identity["step"])
     write_manifest(folder)
 
 
@@ -156,7 +185,8 @@ def import_on_rank(source: Path, out: Path, prefix: str) -> None:
         prefix + name: ShardedTensor.from_rank_offsets(prefix + name, tensor)
         for name, tensor in read_export(source).items()
     }
-    dist_checkpointing.save(sharded, str(out))
+    with save_errors(out, f"{source} is unchanged."):
+        dist_checkpointing.save(sharded, str(out))
 
 
 def rewrite(source: Path, out: Path, chunks: list[torch.nn.Module]) -> tuple[int, int]:
@@ -203,7 +233,8 @@ def rewrite(source: Path, out: Path, chunks: list[torch.nn.Module]) -> tuple[int
     common = {key: value for key, value in loaded.items() if key not in wanted}
     saved = {key: replace(wanted[key], data=loaded[key]) for key in wanted}
     metadata = common.pop(_CONTENT_METADATA, None)
-    dist_checkpointing.save({**common, **saved}, str(out), content_metadata=metadata)
+    with save_errors(out, f"{source} is unchanged."):
+        dist_checkpointing.save({**common, **saved}, str(out), content_metadata=metadata)
     return split, len(content.tensors) - split
 
 

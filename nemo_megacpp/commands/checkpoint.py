@@ -58,7 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         (back, _import),
     ):
         command.set_defaults(run=run)
-        what = "a checkpoint, or a run folder, whose newest complete checkpoint is taken"
+        what = "a checkpoint, or a run folder, whose newest checkpoint is taken"
         if command is back:
             what = "a folder that export wrote"
         command.add_argument("directory", type=Path, metavar="DIR", help=what)
@@ -99,7 +99,9 @@ def _reshard(args: argparse.Namespace) -> int:
 
     directory = _find(args.directory)
     layout = target_layout(directory, args.layout)
-    split, whole = reshard(directory, args.out, layout, WorkerPool, verify=not args.no_verify)
+    split, whole = reshard(
+        directory, args.out, layout, WorkerPool, verify=not args.no_verify, say=say
+    )
     kept = f", {whole} kept whole" if whole else ""
     say(f"{args.out}: {split} tensors as {layout.describe()} splits them{kept}")
     return 0
@@ -128,7 +130,9 @@ def _import(args: argparse.Namespace) -> int:
     from nemo_megacpp.checkpoint.rewrite import import_safetensors
     from nemo_megacpp.runtime.workers import WorkerPool
 
-    count = import_safetensors(args.directory, args.out, WorkerPool, verify=not args.no_verify)
+    count = import_safetensors(
+        args.directory, args.out, WorkerPool, verify=not args.no_verify, say=say
+    )
     say(f"{args.out}: {count} tensors; the weights only, without an optimizer")
     return 0
 

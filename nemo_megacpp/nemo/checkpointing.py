@@ -3,8 +3,7 @@
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
 import contextlib
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,7 +15,6 @@ from nemo.lightning.io.pl import MegatronCheckpointIO
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
-from torch.distributed.checkpoint import CheckpointException
 
 from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
 from nemo_megacpp.checkpoint.dcp import require_psutil
@@ -26,11 +24,14 @@ from nemo_megacpp.checkpoint.lifecycle import (
     clear_leftovers,
     finish_checkpoint,
     prune,
+    set_damaged_aside,
 )
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
-from nemo_megacpp.errors import UserError
+from nemo_megacpp.checkpoint.save_errors import save_errors
 from nemo_megacpp.nemo.actual import actual_layout, actual_model, tokenizer_of
 from nemo_megacpp.runs.events import record_event
+
+_KEPT = "Earlier checkpoints are unchanged."
 
 
 class HybridCheckpoint(ModelCheckpoint):
@@ -68,6 +69,13 @@ class HybridCheckpoint(ModelCheckpoint):
                 print(line, flush=True)
         super().setup(trainer, *args, **kwargs)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set damaged checkpoints aside, now that every rank has loaded the one to resume."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero:
+            for line in set_damaged_aside(Path(str(self.dirpath)), trainer.global_step):
+                print(line, flush=True)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
@@ -92,7 +100,7 @@ class HybridCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         directory = ckpt_to_dir(filepath)
-        with _save_errors(directory):
+        with save_errors(directory, _KEPT):
             self.set_checkpoint_unfinished_marker(filepath)  # clear_leftovers finds it
             if trainer.is_global_zero:
                 begin_checkpoint(directory)
@@ -193,37 +201,5 @@ class AsyncCheckpointIO(AsyncFinalizableCheckpointIO):
         Raises:
             UserError: a save has failed.
         """
-        with _save_errors(self._directory):
+        with save_errors(self._directory, _KEPT):
             return super().maybe_finalize_save_checkpoint(blocking)
-
-
-@contextlib.contextmanager
-def _save_errors(directory: Path) -> Iterator[None]:
-    """Raise the file system's error in one line, as a UserError.
-
-    It gives the free space as well: torch's writer reports a full disk as a wrong position.
-    """
-    try:
-        yield
-    except (OSError, CheckpointException) as error:
-        told = [_reason(error)]
-        if isinstance(error, CheckpointException):  # all ranks have it; rank 0 knows why
-            torch.distributed.broadcast_object_list(told, src=0)
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(directory.parent).free
-            told.append(f"{free / 1e6:,.1f} MB are free on that disk")
-        raise UserError(
-            f"The checkpoint {directory} could not be saved: {'; '.join(told)}. Earlier "
-            f"checkpoints are unchanged."
-        ) from None
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        failures = [failure for failure, _ in error.failures.values()]
-        return _reason(failures[0]) if failures else "another rank could not write"
-    if isinstance(error.__cause__, OSError):
-        return _reason(error.__cause__)
-    if "unexpected pos" in str(error):  # torch's writer, of a file that did not grow
-        return "writing a file failed (a full disk, a quota, or a limit on file sizes)"
-    return str(error).rstrip(".")

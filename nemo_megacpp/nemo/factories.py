@@ -15,6 +15,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn, Optional, Union
 
 from nemo_megacpp.errors import UserError
@@ -29,6 +30,7 @@ from nemo_megacpp.recipes.describe import RUN_SETTINGS, meanings
 from nemo_megacpp.recipes.names import validate_not_empty
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping
 from nemo_megacpp.recipes.training import Training
+from nemo_megacpp.runs.run_lock import validate_not_running
 from nemo_megacpp.runtime.launch import launched
 
 
@@ -162,13 +164,17 @@ def _pretrain(
         if recipe.run_dir is None and recipe.resume != "auto":
             by_parent = launched() is not None or not is_global_rank_zero()
             recipe = dataclasses.replace(recipe, run_dir=new_run_dir(name, by_parent))
+        if recipe.run_dir is not None and is_global_rank_zero():
+            validate_not_running(Path(recipe.run_dir))
         settled = preflight(recipe, announce=is_global_rank_zero())
     except UserError as error:
         if not _on_nemo_command_line():
             raise
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    return to_pretrain(settled.recipe, settled.run_dir, devices=devices, num_nodes=num_nodes)
+    config = to_pretrain(settled.recipe, settled.run_dir, devices=devices, num_nodes=num_nodes)
+    config.log.skipped = [str(path) for path in settled.skipped]
+    return config
 
 
 def _place(

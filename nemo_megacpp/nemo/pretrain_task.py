@@ -20,6 +20,7 @@ from nemo_megacpp.nemo.hybrid_gpt import HybridGPTModel, HybridModelConfig
 from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
 from nemo_megacpp.nemo.lr_schedule import MegatronScheduler
 from nemo_megacpp.nemo.profiler import StepProfiler
+from nemo_megacpp.nemo.run_logger import RunLogger
 from nemo_megacpp.nemo.stops import StopAfter, StopOnNonFinite, StopOnSigterm
 from nemo_megacpp.nemo.strategy import HybridStrategy
 from nemo_megacpp.recipes.recipe import Recipe
@@ -182,8 +183,9 @@ def _callbacks(recipe: Recipe, run_dir: Path) -> list[run.Config]:
 def _logger(recipe: Recipe, run_dir: Path) -> run.Config:
     training = recipe.training
     return run.Config(
-        nl.NeMoLogger,
+        RunLogger,
         explicit_log_dir=str(run_dir),
+        resumed=recipe.resume,
         use_datetime_version=False,
         log_global_rank_0_only=True,
         tensorboard=(

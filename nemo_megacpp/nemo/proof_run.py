@@ -173,7 +173,7 @@ def _pretrain(
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         config = _configuration(spec, layout, Path(run_dir or scratch), world)
-        config.log.ckpt.prints = False
+        config.log.locks = config.log.ckpt.prints = False
         config.log.ckpt.every_n_train_steps = save_interval or _NEVER
         config.resume.resume_from_path = resume
         pretrain = fiddle.build(config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
 
 import yaml
@@ -12,9 +14,10 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.preflight import preflight
 from nemo_megacpp.preflight.machine_memory import validate_memory
 from nemo_megacpp.preflight.model_checks import validate_recipe_layout
-from nemo_megacpp.preflight.outputs import validate_shared
+from nemo_megacpp.preflight.outputs import validate_run_dir, validate_shared
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.runs.run_folder import RECIPE_FILE
+from nemo_megacpp.runs.run_lock import hold_run, validate_not_running
 from nemo_megacpp.runtime.launch import Launched, launch, launched, validate_device_count
 
 
@@ -36,6 +39,9 @@ def train_recipe(recipe: Recipe, dry_run: bool = False) -> Path:
     speaks = here is None or here.rank == 0
     if here is not None:
         recipe = _in_world(recipe, here)
+    if speaks and recipe.run_dir is not None:
+        validate_not_running(Path(recipe.run_dir))
+    resumes = recipe.resume is not None
     settled = preflight(recipe, announce=speaks)
     recipe, run_dir = settled.recipe, settled.run_dir
     if here is None:
@@ -45,28 +51,33 @@ def train_recipe(recipe: Recipe, dry_run: bool = False) -> Path:
         if speaks:
             print("dry run: everything is valid; nothing was started or written")
         return run_dir
-    if here is not None:
-        from nemo_megacpp.nemo.worker import run_recipe
-
-        if speaks:
-            _write_recipe(recipe, run_dir)
-        run_recipe(recipe, run_dir, devices=here.local_world_size)
-        return run_dir
-    if recipe.data is None:
+    if here is None and recipe.data is None:
         ensure_builtin(recipe.model["vocab_size"])
-    file = _write_recipe(recipe, run_dir)
-    launch(
-        ["-m", "nemo_megacpp.nemo.worker", str(file), str(run_dir)],
-        recipe.layout.world,
-        run_dir / "logs",
-    )
+    with hold_run(run_dir) if speaks else contextlib.nullcontext():
+        if speaks:
+            # Again: another run may have held the folder until now.
+            validate_run_dir(run_dir, recipe.resume, resumes, settled.skipped)
+            file = _write_recipe(recipe, run_dir)
+        if here is not None:
+            from nemo_megacpp.nemo.worker import run_recipe
+
+            run_recipe(recipe, run_dir, devices=here.local_world_size)
+            return run_dir
+        launch(
+            ["-m", "nemo_megacpp.nemo.worker", str(file), str(run_dir), str(os.getpid())],
+            recipe.layout.world,
+            run_dir / "logs",
+        )
     return run_dir
 
 
 def _write_recipe(recipe: Recipe, run_dir: Path) -> Path:
     file = run_dir / RECIPE_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(recipe.to_mapping(), sort_keys=False), encoding="utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(recipe.to_mapping(), sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}.") from None
     return file
 
 

@@ -175,7 +175,7 @@ class HybridStrategy(MegatronStrategy):
         Random state is restored along with optimizer state. The checkpoint's bytes were compared
         with its manifest before the ranks started.
         """
-        guard_load(Path(checkpoint_path), verify=False)
+        checkpoint_path = guard_load(Path(checkpoint_path), verify=False)
         config: Any = self.lightning_module.config
         tokenizer = tokenizer_of(self.lightning_module.trainer.datamodule)
         model, letters = actual_model(config, ()), config.pattern.letters

@@ -46,8 +46,8 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
 
 
 def main() -> None:
-    """Entry point of a rank: ``worker RECIPE.yaml RUN_DIR``."""
-    end_with_parent()
+    """Entry point of a rank: ``worker RECIPE.yaml RUN_DIR LAUNCHER``, whose process id that is."""
+    end_with_parent(int(sys.argv[3]))
     try:
         record_failure(_run_rank)()
     except UserError:

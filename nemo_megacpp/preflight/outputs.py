@@ -6,11 +6,12 @@ import datetime
 import importlib.util
 import itertools
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
 
-from nemo_megacpp.checkpoint.folder import newest_checkpoint
+from nemo_megacpp.checkpoint.folder import complete_checkpoints
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.runtime.launch import launched
@@ -18,13 +19,16 @@ from nemo_megacpp.runtime.launch import launched
 _calls = itertools.count(1)
 
 
-def validate_run_dir(run_dir: Path, resume: str | None, resumes: bool) -> None:
+def validate_run_dir(
+    run_dir: Path, resume: str | None, resumes: bool, skipped: Collection[Path] = ()
+) -> None:
     """Validate the folder of a run.
 
     Args:
         run_dir: the folder.
         resume: the checkpoint that the run resumes, if it resumes one.
         resumes: whether ``resume`` was given, even if ``resume=auto`` has found no checkpoint.
+        skipped: damaged checkpoints, which do not count.
 
     Raises:
         UserError: it cannot be created or written, or holds another run, or newer checkpoints.
@@ -34,12 +38,24 @@ def validate_run_dir(run_dir: Path, resume: str | None, resumes: bool) -> None:
         raise UserError(
             f"{run_dir} already holds a run. Resume it with resume=auto, or choose another run_dir."
         )
-    newest = newest_checkpoint(run_dir / "checkpoints")
+    validate_newest(run_dir, resume, skipped)
+
+
+def validate_newest(run_dir: Path, resume: str | None, skipped: Collection[Path] = ()) -> None:
+    """Refuse to write newer checkpoints over those of a folder.
+
+    Raises:
+        UserError: the folder's newest checkpoint, apart from ``skipped``, is not ``resume``.
+    """
+    ignored = {path.resolve() for path in skipped}
+    complete = (path for _, path in complete_checkpoints(run_dir / "checkpoints"))
+    newest = next((path for path in [*complete][::-1] if path.resolve() not in ignored), None)
     if newest is not None and newest.resolve() != Path(str(resume)).resolve():
+        how = "starts anew" if resume is None else f"resumes {resume}"
         raise UserError(
             f"{run_dir} already holds a run, whose newest checkpoint is {newest.name}: a run that "
-            f"resumes {resume} would overwrite it. Resume the newest with "
-            f"resume=auto, or choose another run_dir."
+            f"{how} would overwrite it. Resume the newest with resume=auto, or choose another "
+            f"run_dir."
         )
 
 

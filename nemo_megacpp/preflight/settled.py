@@ -25,6 +25,8 @@ from nemo_megacpp.preflight.outputs import (
 )
 from nemo_megacpp.preflight.recipe_data import open_data
 from nemo_megacpp.preflight.resume import (
+    Newest,
+    choose_newest,
     find_resume,
     validate_optimizer_state,
     validate_weights,
@@ -42,10 +44,12 @@ class Settled:
     Attributes:
         recipe: with its vocabulary and the checkpoint to resume.
         run_dir: the folder that the run will write.
+        skipped: damaged checkpoints, newer than the one to resume.
     """
 
     recipe: Recipe
     run_dir: Path
+    skipped: tuple[Path, ...] = ()
 
 
 def preflight(recipe: Recipe, announce: bool = True) -> Settled:
@@ -77,19 +81,23 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
     recipe, sources = open_data(recipe)
     validate_recipe_layout(recipe)  # again, with the vocabulary of the data
     resumes = recipe.resume is not None
-    recipe = find_resume(recipe, sources)
+    newest = choose_newest(recipe, decides=announce)
+    skipped = newest.skipped if newest is not None else ()
+    recipe = find_resume(recipe, sources, newest)
     run_dir = Path(recipe.run_dir or new_run_dir(recipe.name, launched() is not None))
-    validate_run_dir(run_dir, recipe.resume, resumes)
+    validate_run_dir(run_dir, recipe.resume, resumes, skipped)
     if announce:
-        _announce(recipe, run_dir)
-    return Settled(recipe, run_dir)
+        _announce(recipe, run_dir, newest)
+    return Settled(recipe, run_dir, skipped)
 
 
-def _announce(recipe: Recipe, run_dir: Path) -> None:
+def _announce(recipe: Recipe, run_dir: Path, newest: Newest | None) -> None:
     start = recipe.resume or recipe.init_from
     if start is not None:
         checkpoint = Path(start)
-        verified = inspect_before_load(checkpoint, verify=recipe.training.verify_checkpoint)
+        known = newest.verified if newest is not None and recipe.resume else None
+        verify = recipe.training.verify_checkpoint and known is None
+        verified = inspect_before_load(checkpoint, verify=verify)
         (validate_optimizer_state if recipe.resume else validate_weights)(checkpoint)
     if recipe.defaults:
         print(f"defaults taken: {'; '.join(recipe.defaults)}")
@@ -99,5 +107,7 @@ def _announce(recipe: Recipe, run_dir: Path) -> None:
         print(f"built-in corpus: {builtin_folder(recipe.model['vocab_size'])}")
     if start is not None:
         what = "resuming" if recipe.resume else "starting from the weights of"
-        say(f"{what} {start} ({verified})")
+        say(f"{what} {start} ({known or verified})")
+        for line in newest.lines if newest is not None else ():
+            say(line)
     sys.stdout.flush()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.errors import UserError
@@ -17,6 +15,7 @@ from nemo_megacpp.proof.case_kernels import kernels_for
 from nemo_megacpp.proof.case_runner import CaseResult, CaseRunner, TrainingPath
 from nemo_megacpp.proof.small_models import proxy_model
 from nemo_megacpp.proof.step_spec import Dtype
+from nemo_megacpp.runtime.scratch import scratch_folder
 from nemo_megacpp.runtime.workers import WorkerPool, device_for
 
 MAX_RANKS = 16
@@ -62,7 +61,7 @@ def verify_layout(
         training["documents"] = (2 * quarter, quarter, quarter)
     validate_layout(layout, shape_of(small))
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stack.enter_context(scratch_folder())
         if pool is None:
             pool = stack.enter_context(WorkerPool(layout.world, device=device))
         runner = CaseRunner(pool, path, folder, small, training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from nemo_megacpp.recipes.given import read_command_line, read_yaml
 from nemo_megacpp.recipes.names import RUN_KEYS, field_owners, full_names, validate_path
 from nemo_megacpp.recipes.sources import Sources, read_sources
 from nemo_megacpp.recipes.training import Training, read_training
+from nemo_megacpp.runtime.launch import speaks_for_job
 from nemo_megacpp.values import read_value
 
 DEFAULT_BASE = "nam56r_tiny"
@@ -159,7 +161,7 @@ def from_mapping(settings: Mapping[str, Any], changes: Mapping[str, Any] | None 
         settled = read_training(base.training, {**training, **followed}, names)
     raise_violations(messages)
 
-    load_families(model.get("family_modules"))
+    load_families(model.get("family_modules"), say=_say)
     if "hybrid_pattern" in given and "num_layers" not in given:
         # The string is a unit to tile, which may end with a cut.
         unit = HybridPattern.parse(given["hybrid_pattern"].rstrip().removesuffix(CUT))
@@ -184,6 +186,12 @@ def from_mapping(settings: Mapping[str, Any], changes: Mapping[str, Any] | None 
         defaults=tuple(defaults),
         **run,
     )
+
+
+def _say(line: str) -> None:
+    """Print a line on stderr, once per job."""
+    if speaks_for_job():
+        print(line, file=sys.stderr, flush=True)
 
 
 def _read_model_field(key: str, value: Any, name: str) -> Any:

@@ -114,6 +114,9 @@ class Training:
     """With ``keep_latest``: also keep the checkpoints of multiples of this step."""
     verify_checkpoint: bool = True
     """Compare every byte of a checkpoint with its manifest before loading it."""
+    damaged_checkpoint: Literal["skip", "stop"] = "skip"
+    """Where the newest checkpoint of a run to resume is damaged: skip it, resume the newest
+    undamaged one and log the steps that are lost, or stop."""
 
     @property
     def first_lr(self) -> float:

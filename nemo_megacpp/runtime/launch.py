@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_megacpp.errors import RankFailed, UserError
+from nemo_megacpp.runtime.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import PContext, ProcessFailure
@@ -24,6 +25,8 @@ _TAIL = 12
 """Lines of a log that the message quotes."""
 _POLL = 0.1
 """Seconds between two looks at the ranks."""
+_RUN_ID = "nemo_megacpp"
+"""Of the ranks that our launcher starts."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """torch's handlers for them raise SignalException."""
 
@@ -49,6 +52,14 @@ def launched() -> Launched | None:
         return None
 
 
+def speaks_for_job() -> bool:
+    """Whether this process tells the user what a job reads: it is our launcher or no rank at all,
+    or rank 0 of another launcher."""
+    place = launched()
+    ours = os.environ.get("TORCHELASTIC_RUN_ID") == _RUN_ID
+    return place is None or (place.rank == 0 and not ours)
+
+
 def rank_environment(rank: int, world: int, port: int = 0) -> dict[str, str]:
     """Return the variables that torchrun sets for a rank, of a job on one node.
 
@@ -62,7 +73,7 @@ def rank_environment(rank: int, world: int, port: int = 0) -> dict[str, str]:
         **{name: str(value) for name, value in place.items()},
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "nemo_megacpp",
+        "TORCHELASTIC_RUN_ID": _RUN_ID,
     }
 
 
@@ -94,10 +105,10 @@ def launch(arguments: Sequence[str], ranks: int, log_dir: Path) -> None:
     logs = Path(tempfile.mkdtemp(prefix="attempt-", dir=log_dir))
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     # Not in the run's folder, whose disk may be what is full.
-    with tempfile.TemporaryDirectory(prefix="nemo-megacpp-ranks-") as errors, _own_handlers():
+    with scratch_folder() as errors, _own_handlers():
         sigterm = threading.Event()
         try:
-            context = _start(arguments, ranks, logs, Path(errors), store.port)
+            context = _start(arguments, ranks, logs, errors, store.port)
             _pass_on_sigterm(context, sigterm)
             failures, alive = _wait(context)
         except SignalException as error:
@@ -105,7 +116,7 @@ def launch(arguments: Sequence[str], ranks: int, log_dir: Path) -> None:
                 raise KeyboardInterrupt from None
             sys.exit(128 + error.sigval)
         if failures:
-            raise _root_cause(failures, alive, Path(errors), logs, sigterm.is_set())
+            raise _root_cause(failures, alive, errors, logs, sigterm.is_set())
 
 
 def _start(arguments: Sequence[str], ranks: int, logs: Path, errors: Path, port: int) -> PContext:

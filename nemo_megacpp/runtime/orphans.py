@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import signal
 import sys
 import threading
+from importlib import import_module
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.managers import SyncManager
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -36,6 +39,20 @@ def end_with_parent(parent: int | None = None) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def call_bound(owner: int, module: str, function: str, *args: Any) -> None:
+    """Call a function in a spawned process that ends with its owner.
+
+    The process is bound before it imports the function's module, which may take as long as torch.
+
+    Args:
+        owner: process id of the owner; 0: started by a thread, whose end is not the owner's.
+        module, function: names of what is called with ``args``.
+    """
+    if owner:
+        end_with_parent(owner)
+    getattr(import_module(module), function)(*args)
 
 
 def bind_helpers() -> None:
@@ -75,7 +92,9 @@ def renew_results_queue() -> None:
 
 def _start_results_server() -> None:
     global _server
-    server = SyncManager(ctx=get_context("spawn"))
+    # Linux's abstract sockets leave no file behind; elsewhere multiprocessing chooses.
+    address = f"\0nemo-megacpp-{secrets.token_hex(8)}" if sys.platform == "linux" else None
+    server = SyncManager(address, ctx=get_context("spawn"))
     resource_tracker.ensure_running()  # it would unblock the signal below
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the server inherits it
     try:

@@ -12,12 +12,12 @@ import contextlib
 import os
 import signal
 import tempfile
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ from torch import multiprocessing as mp
 
 from nemo_megacpp.errors import RankFailed, UserError
 from nemo_megacpp.runtime.imports import importing
+from nemo_megacpp.runtime.orphans import call_bound
+from nemo_megacpp.runtime.scratch import scratch_folder
 
 Device = Literal["cuda", "cpu"]
 
@@ -35,7 +37,20 @@ _POLL = 0.005
 
 
 class WorkerError(RankFailed):
-    """A task raised on a worker; carries the first failing rank's traceback."""
+    """A task raised on a worker; carries the first failing rank's traceback.
+
+    Attributes:
+        refusal: the message of the first UserError that a rank raised; the others lost a peer.
+    """
+
+    refusal: str | None = None
+
+
+class _Failure(NamedTuple):
+    """What a task raised: its traceback, and its message where that was a UserError."""
+
+    text: str
+    refusal: str | None = None
 
 
 class _Worker(NamedTuple):
@@ -64,14 +79,23 @@ class WorkerPool:
                 f"{size} ranks need as many GPUs; this machine has {torch.cuda.device_count()}."
             )
         self._threads, self.device = threads, device
-        self._rendezvous = tempfile.TemporaryDirectory(prefix="nemo-megacpp-ranks-")
+        self._stack = contextlib.ExitStack()
+        self._scratch = self._stack.enter_context(scratch_folder())
         self._tasks = 0
         self._workers = [self._start(rank) for rank in range(size)]
 
     def _start(self, rank: int) -> _Worker:
         context = mp.get_context("spawn")
         here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there, rank, self._threads, self.device))
+        # Linux ends a bound process with the thread that started it.
+        main = threading.current_thread() is threading.main_thread()
+        process = context.Process(
+            target=call_bound,
+            args=(
+                *(os.getpid() if main else 0, __name__, "work"),
+                *(there, rank, self._threads, self.device, str(self._scratch)),
+            ),
+        )
         process.start()
         there.close()
         return _Worker(here, process)
@@ -94,12 +118,12 @@ class WorkerPool:
         """
         assert 0 < world_size <= self.size, (world_size, self.size)
         self._tasks += 1
-        store = Path(self._rendezvous.name) / f"task{self._tasks}"
+        store = self._scratch / f"task{self._tasks}"
         workers = self._workers[:world_size]
         for worker in workers:
             worker.pipe.send((world_size, f"file://{store}", task, args))
         results: dict[int, Any] = {}
-        failures: list[str] = []
+        failures: dict[int, _Failure] = {}
         while len(results) < world_size:
             waiting = [w.pipe for rank, w in enumerate(workers) if rank not in results]
             ready = wait(waiting, timeout=_GRACE if failures else None)
@@ -113,9 +137,12 @@ class WorkerPool:
                 if worker.pipe in ready and rank not in results:
                     ok, results[rank] = self._receive(rank)
                     if not ok:
-                        failures.append(f"rank {rank}: {results[rank]}")
+                        failures[rank] = results[rank]
         if failures:
-            raise WorkerError("\n".join(failures))
+            told = (f"rank {rank}: {failure.text}" for rank, failure in failures.items())
+            error = WorkerError("\n".join(told))
+            error.refusal = next(filter(None, (f.refusal for f in failures.values())), None)
+            raise error
         return [results[rank] for rank in range(world_size)]
 
     def _receive(self, rank: int) -> tuple[bool, Any]:
@@ -123,7 +150,7 @@ class WorkerPool:
             return self._workers[rank].pipe.recv()
         except EOFError:
             self._replace(rank)
-            return False, "the process died"
+            return False, _Failure("the process died")
 
     def _replace(self, rank: int) -> None:
         worker = self._workers[rank]
@@ -143,7 +170,7 @@ class WorkerPool:
                 with contextlib.suppress(ProcessLookupError):  # it may not lead a group yet
                     os.killpg(worker.process.pid, signal.SIGKILL)
                 worker.process.kill()
-        self._rendezvous.cleanup()
+        self._stack.close()
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -157,8 +184,15 @@ def device_for(ranks: int) -> Device:
     return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= ranks else "cpu"
 
 
-def _work(pipe: Any, rank: int, threads: int, device: Device) -> None:
-    """Wait for tasks; a task is run by a fork of this process, which itself starts no threads."""
+def work(pipe: Any, rank: int, threads: int, device: Device, scratch: str) -> None:
+    """Wait for tasks; a task is run by a fork of this process, which itself starts no threads.
+
+    Args:
+        pipe: to the pool, which sends tasks.
+        rank, threads, device: see :class:`WorkerPool`.
+        scratch: the pool's folder for temporary files, which the pool removes.
+    """
+    tempfile.tempdir = scratch
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # CUDA does not work in forks of a process that called the CUDA runtime; NVML does no harm.
@@ -180,8 +214,6 @@ def _work(pipe: Any, rank: int, threads: int, device: Device) -> None:
         helpers = _share_helpers()
         child = os.fork()
         if child == 0:
-            # The pool removes the task's temporary files: os._exit() below runs no clean-up.
-            tempfile.tempdir = os.path.dirname(rendezvous.removeprefix("file://"))
             pipe.send(_run_task(rank, world_size, rendezvous, task, args))
             for started in set(mp.active_children()) - helpers:
                 started.terminate()
@@ -189,7 +221,7 @@ def _work(pipe: Any, rank: int, threads: int, device: Device) -> None:
         status = _wait_for(child, owner)
         if status != 0:
             code = os.waitstatus_to_exitcode(status)
-            pipe.send((False, f"the process died (exit code {code})"))
+            pipe.send((False, _Failure(f"the process died (exit code {code})")))
 
 
 def _share_helpers() -> set[Any]:
@@ -220,5 +252,6 @@ def _run_task(
     try:
         start_process_group(rank, world_size, rendezvous)
         return True, task(*args)
-    except BaseException:
-        return False, traceback.format_exc()
+    except BaseException as error:
+        refusal = str(error) if isinstance(error, UserError) else None
+        return False, _Failure(traceback.format_exc(), refusal)

@@ -266,6 +266,7 @@ def _run_folder(checkpoint: Path, folder: Path) -> Path:
     shutil.copytree(checkpoint, folder / "checkpoints" / "step=30")
     (folder / "checkpoints" / "step=30" / FILE).unlink()
     write_identity(folder / "checkpoints" / "step=30", {**IDENTITY, "manifest": FILE}, 30)
+    (folder / "checkpoints" / "step=30-unfinished").touch()
     return folder
 
 
@@ -289,6 +290,47 @@ def test_a_run_folder_means_its_newest_complete_checkpoint(
     told = capsys.readouterr()
     assert f"{run}: taking the checkpoint {newest}" in told.err
     assert "is illegal for this model" in told.err
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_is_refused(
+    run_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not silently taken for the one before."""
+    run = _run_folder(run_checkpoint, tmp_path / "run")
+    newest, older = (run / "checkpoints" / f"step={step}" for step in (20, 9))
+    next((newest / "weights").glob("*.distcp")).write_bytes(b"")
+    out = tmp_path / "out"
+    for words in (["inspect", run], ["verify", run], ["export", run, out]):
+        assert command(*words) == 2
+        told = capsys.readouterr()
+        assert f"The checkpoint {newest} is damaged: " in told.err and not told.out
+        assert f"name {older} to take the newest that is complete" in told.err
+    assert command("verify", older) == 0
+
+
+def test_a_manifest_that_was_removed_is_missed(
+    own_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    export(own_run, tmp_path / "exported")
+    (tmp_path / "exported" / FILE).unlink()
+    (own_run / FILE).unlink()
+    write_identity(own_run, {**IDENTITY, "manifest": FILE}, 20)
+    for words in (
+        ("verify", own_run),
+        ("export", own_run, out),
+        ("reshard", own_run, out, "--layout", "tp=1"),
+    ):
+        assert command(*words) == 2
+        told = capsys.readouterr()
+        assert f"{own_run} has no manifest, and was saved with one" in told.err
+        assert told.err.count("\n") == 1 and not told.out
+    assert command("inspect", own_run) == 0
+    assert "manifest    damaged: The checkpoint" in capsys.readouterr().out
+    assert command("import", tmp_path / "exported", out) == 2
+    assert "has no manifest (" in capsys.readouterr().err
+    assert not out.exists()
+    assert command("export", own_run, out, "--no-verify") == 0
 
 
 @pytest.mark.parametrize(
@@ -365,6 +407,7 @@ def test_reshard_keeps_every_bit(
     assert (read_identity(out) or {}) == {
         **IDENTITY,
         "step": 20,
+        "manifest": FILE,
         "layout": ParallelLayout.parse(text).short(),
     }
     shards = {name: info.shards for name, info in here.model_tensors.items()}
@@ -468,7 +511,7 @@ def test_export_and_back_is_exact(
     assert files[0].stat().st_mode == (out / INDEX).stat().st_mode
     import_safetensors(out, back, lambda size: _pool(ranks))
     assert same({n: v for n, v in wanted.items() if n.startswith("module.")}, values(back))
-    assert read_identity(back) == read_identity(run_checkpoint)
+    assert read_identity(back) == {**(read_identity(run_checkpoint) or {}), "manifest": FILE}
     assert is_complete(back)
     again = tmp_path / "again"
     export(back, again)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_megacpp.checkpoint.folder import find_checkpoint, newest_checkpoint
+from nemo_megacpp.checkpoint.folder import find_checkpoint, newest_checkpoint, saved_checkpoints
 from nemo_megacpp.checkpoint.identity import FILE, write_identity
 from nemo_megacpp.errors import UserError
 
@@ -30,6 +30,8 @@ def test_folders_without_identity_are_not_complete(tmp_path: Path) -> None:
     (tmp_path / "step=60" / FILE).rename(tmp_path / "step=60" / f"{FILE}.partial")
     (tmp_path / "step=80-unfinished").touch()
     assert newest_checkpoint(tmp_path) == tmp_path / "step=20"
+    lost = [found.path.name for found in saved_checkpoints(tmp_path) if found.damage]
+    assert lost == ["step=40"], "no mark says that it was being saved"
 
 
 def test_there_may_be_none(tmp_path: Path) -> None:
@@ -37,10 +39,25 @@ def test_there_may_be_none(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_a_damaged_identity_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_newest_one_is_refused_and_the_next_named(tmp_path: Path) -> None:
+    older = saved(tmp_path / "step=10", 10)
     (saved(tmp_path / "step=20") / FILE).write_text("{")
-    with pytest.raises(UserError, match=FILE):
-        newest_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path) == older
+    with pytest.raises(UserError) as refused:
+        find_checkpoint(tmp_path)
+    assert f"{tmp_path / 'step=20' / FILE} is damaged: invalid JSON" in str(refused.value)
+    assert f"name {older} to take the newest that is complete" in str(refused.value)
+    (tmp_path / "step=20-unfinished").touch()  # it was being saved
+    (older / ".metadata").touch()
+    assert find_checkpoint(tmp_path) == older
+
+
+def test_what_is_no_checkpoint_of_a_run_does_not_count(tmp_path: Path) -> None:
+    one = saved(tmp_path / "step=20", 20)
+    for name in (".step=30.partial", "step=30.deleting", "step=30.damaged"):
+        saved(tmp_path / name, 30)
+    (tmp_path / "megatron" / "weights").mkdir(parents=True)
+    assert [found.path for found in saved_checkpoints(tmp_path)] == [one]
 
 
 def test_every_way_to_name_a_checkpoint(tmp_path: Path) -> None:

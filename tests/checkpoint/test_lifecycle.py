@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 
 import pytest
 
 from nemo_megacpp.checkpoint import lifecycle, manifest
-from nemo_megacpp.checkpoint.folder import is_complete_checkpoint, newest_checkpoint
+from nemo_megacpp.checkpoint.folder import (
+    is_complete_checkpoint,
+    newest_checkpoint,
+    saved_checkpoints,
+)
 from nemo_megacpp.checkpoint.identity import read_identity, write_identity
 from nemo_megacpp.checkpoint.lifecycle import (
     begin_checkpoint,
@@ -17,6 +20,7 @@ from nemo_megacpp.checkpoint.lifecycle import (
     finish_checkpoint,
     prune,
     remove_checkpoint,
+    set_damaged_aside,
 )
 from nemo_megacpp.errors import UserError
 
@@ -61,16 +65,27 @@ def test_it_counts_from_the_manifest_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert "contents verified" in manifest.check_manifest(path)
 
 
-def test_one_that_no_longer_matches_is_skipped(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_that_no_longer_matches_is_skipped(tmp_path: Path) -> None:
     older, newer = saved(tmp_path, 20), saved(tmp_path, 40)
     (newer / "weights" / "__0_0.distcp").write_bytes(bytes(999))
-    with caplog.at_level(logging.WARNING):
+    for damage in ("has 999 bytes instead of 1,000", "has no manifest, and was saved with one"):
         assert newest_checkpoint(tmp_path) == older
-    assert caplog.messages == [f"Skipping {newer}: it does not match its manifest."]
-    (newer / manifest.FILE).unlink()
-    assert newest_checkpoint(tmp_path) == older, "a manifest was promised"
+        first, second = saved_checkpoints(tmp_path)
+        assert (first, second[:2]) == ((20, older, None), (40, newer))
+        assert damage in str(second.damage)
+        (newer / manifest.FILE).unlink(missing_ok=True)
+
+
+def test_damaged_ones_are_set_aside_and_their_steps_saved_again(tmp_path: Path) -> None:
+    older, newer = saved(tmp_path, 20), saved(tmp_path, 40)
+    for attempt in ("step=40.damaged", "step=40.2.damaged"):
+        # Names and sizes match: its contents were found damaged, so the run resumed step 20.
+        (line,) = set_damaged_aside(tmp_path, 20)
+        assert line == f"renamed the damaged checkpoint {newer} to {attempt}"
+        assert [found.path for found in saved_checkpoints(tmp_path)] == [older]
+        assert saved(tmp_path, 40) == newer
+    assert set_damaged_aside(tmp_path, 40) == []
+    assert names(tmp_path) == ["step=20", "step=40", "step=40.2.damaged", "step=40.damaged"]
 
 
 def test_one_without_the_promise_of_a_manifest_counts(tmp_path: Path) -> None:

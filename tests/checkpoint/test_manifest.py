@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 from nemo_megacpp.checkpoint import manifest
+from nemo_megacpp.checkpoint.identity import write_identity
 from nemo_megacpp.checkpoint.manifest import FILE, check_manifest, is_complete, write_manifest
 from nemo_megacpp.errors import UserError
 
@@ -178,8 +179,18 @@ def test_everything_wrong_is_listed(saved: Path) -> None:
 
 def test_without_a_manifest_nothing_is_said_to_be_verified(saved: Path) -> None:
     (saved / FILE).unlink()
-    assert check_manifest(saved).startswith("no manifest")
+    (saved / "nemo_megacpp.json").unlink()  # else it is a checkpoint of ours
+    for full in (True, False):
+        assert check_manifest(saved, full=full).startswith("no manifest")
     assert not is_complete(saved)
+
+
+def test_a_manifest_that_was_removed_is_missed(saved: Path) -> None:
+    (saved / FILE).unlink()
+    write_identity(saved, {"model": {}, "tokenizer": None, "manifest": FILE}, 20)
+    for full in (True, False):
+        with pytest.raises(UserError, match="has no manifest, and was saved with one"):
+            check_manifest(saved, full=full)
 
 
 def test_a_save_that_ended_before_the_rename_is_not_complete(saved: Path) -> None:

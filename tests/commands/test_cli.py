@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import re
@@ -272,7 +273,8 @@ def test_the_articles_yaml_starts_the_tiny_run(run: Run, started: list[Any]) -> 
     ]
     ((arguments, ranks, logs),) = started
     assert (ranks, logs) == (2, Path("out/logs"))
-    assert arguments == ["-m", "nemo_megacpp.nemo.worker", "out/record/recipe.yaml", "out"]
+    words = ["-m", "nemo_megacpp.nemo.worker", "out/record/recipe.yaml", "out", str(os.getpid())]
+    assert arguments == words
     ranks_read = resolve("out/record/recipe.yaml")
     assert ranks_read == resolve("my.yaml", ["run_dir=out"])
 
@@ -307,6 +309,25 @@ def test_a_rank_that_fails(
 
     monkeypatch.setattr(start, "launch", fail)
     assert run("train", "nam56r_tiny", "run_dir=out")[::2] == (code, "Rank 1 ended\n")
+
+
+def test_a_full_disk_is_one_line(
+    run: Run, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write names no file in its error, where opening one does."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(start, "launch", full)
+        told = run("train", "nam56r_tiny", "run_dir=out")[::2]
+        assert told == (2, "nemo-megacpp: No space left on device.\n")
+    monkeypatch.setattr(Path, "write_text", full)
+    code, _, err = run("train", "nam56r_tiny", "run_dir=new")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("nemo-megacpp: new/record/") and "No space left on device" in err
+    assert not [path for path in Path("new").rglob("*") if path.name == "lock"]
 
 
 def test_too_few_devices(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,24 @@ def test_an_interrupt_says_what_is_lost_and_how_to_keep_it(start: Start) -> None
 
 
 @pytest.mark.slow
+def test_a_second_run_in_the_folder_is_refused(start: Start) -> None:
+    """As a job that was submitted twice; the first goes on, and its end frees the folder."""
+    settings = ("resume=auto", "save_interval=1000")
+    one = start("twice", *settings)
+    one.wait_until(lambda: one.losses())
+    two = start("twice", *settings)
+    assert two.end() == 2, two.output
+    said = two.output.splitlines()[-1]
+    assert f"Another run writes to {one.run_dir}: PID {one.process.pid} on " in said
+    assert not two.left_behind()
+    one.process.kill()  # its ranks end with it, and its lock is nobody's
+    one.end()
+    assert not one.left_behind()
+    again = start("twice", *settings, "max_steps=4", "warmup_steps=1")
+    assert again.end() == 0, again.output
+
+
+@pytest.mark.slow
 def test_nan_ends_the_run_before_it_saves(start: Start) -> None:
     run = start("diverged", "lr=1e30", "warmup_steps=1", "save_interval=1")
     assert run.end() == 2, run.output

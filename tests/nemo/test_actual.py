@@ -97,7 +97,7 @@ def test_the_strategy_loads_no_checkpoint_of_another_model(
 ) -> None:
     from nemo_megacpp.nemo import strategy
 
-    monkeypatch.setattr(strategy, "guard_load", lambda *_, **__: None)  # its scan wants ranks
+    monkeypatch.setattr(strategy, "guard_load", lambda path, **_: path)  # its scan wants ranks
     other = save(from_mapping({"recipe": "nam56r_tiny", "add_qkv_bias": True}))
     with pytest.raises(UserError, match="add_qkv_bias is True there and False here"):
         strategy.HybridStrategy.load_checkpoint(
@@ -130,7 +130,7 @@ def test_the_strategy_resumes_no_run_that_is_over(
     """NeMo's overrides set ``trainer.max_steps`` after the factory has looked."""
     from nemo_megacpp.nemo import strategy
 
-    monkeypatch.setattr(strategy, "guard_load", lambda *_, **__: None)  # its scan wants ranks
+    monkeypatch.setattr(strategy, "guard_load", lambda path, **_: path)  # its scan wants ranks
     run = _fake_run()
     run.trainer.max_steps = 4
     resuming = SimpleNamespace(

@@ -172,6 +172,27 @@ def test_stopped_twice_is_never_stopped(train: Train) -> None:
     assert _records(other)[2]["loss"] != _records(at_once)[2]["loss"]
 
 
+def _damage(checkpoint: Path) -> None:
+    """Flip a bit: names and sizes stay as they are."""
+    shard = sorted((checkpoint / "weights").glob("*.distcp"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_every_rank_skips_a_damaged_checkpoint(train: Train) -> None:
+    """Only rank 0 reads the contents; the others would take the newest."""
+    at_once = train("at_once", tp=2)
+    parts = train("parts", tp=2, stop_after=3)
+    _damage(_checkpoint(parts, 3))
+    train("parts", tp=2, resume="auto")
+    assert _records(parts) == _records(at_once)
+    _same_end(at_once, parts)
+    names = {path.name for path in (parts / "checkpoints").iterdir()}
+    assert names == {"step=2", "step=3.damaged", "step=4"}
+
+
 @pytest.mark.slow
 def test_other_layouts_follow_within_rounding(train: Train) -> None:
     """Losses, gradient norms and held-out losses of the steps that follow, float32, dropout off."""
@@ -266,3 +287,8 @@ def test_nemo_factory_is_exact(ranks: WorkerPool, small_data: PreparedData, tmp_
     ranks.run(2, nemo_ranks.run_factory, _free_port(), again)
     assert _records(resumed) == {2: _records(at_once)[2]}
     _same_end(at_once, resumed, step=2)
+    _damage(_checkpoint(at_once, 2))
+    again = {**settings, "run_dir": str(at_once), "resume": "auto"}
+    ranks.run(2, nemo_ranks.run_factory, _free_port(), again)
+    _same_end(at_once, resumed, step=2)
+    assert (at_once / "checkpoints" / "step=2.damaged").is_dir()

@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from nemo_megacpp.checkpoint.lifecycle import finish_checkpoint
+from nemo_megacpp.checkpoint.manifest import FILE as MANIFEST
 from nemo_megacpp.checkpoint.manifest import write_manifest
 from nemo_megacpp.data import builtin
 from nemo_megacpp.data.prepared import PreparedData
@@ -29,7 +31,7 @@ from nemo_megacpp.nemo.start import train_recipe
 from nemo_megacpp.preflight import preflight
 from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
 from nemo_megacpp.preflight.recipe_data import open_data
-from nemo_megacpp.preflight.resume import find_resume
+from nemo_megacpp.preflight.resume import choose_newest, find_resume
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.recipes.views import shape_of
 
@@ -260,7 +262,11 @@ def test_a_vocabulary_that_the_built_in_corpus_cannot_give(
 
 
 def resumed(recipe: Recipe, data: PreparedData | None = None) -> str | None:
-    return find_resume(recipe, [] if data is None else [data]).resume
+    return start_of(recipe, data).resume
+
+
+def start_of(recipe: Recipe, data: PreparedData | None = None) -> Recipe:
+    return find_resume(recipe, [] if data is None else [data], choose_newest(recipe))
 
 
 def test_no_resume_is_no_resume() -> None:
@@ -286,8 +292,88 @@ def test_auto_starts_anew_where_nothing_was_saved(save: Save, elsewhere: Path) -
     assert resumed(tiny("resume=auto", "run_dir=new")) is None
     half = save(tiny(), 20)
     (half / "nemo_megacpp.json").unlink()  # written last: this one was cut short
+    half.with_name("step=20-unfinished").touch()
     settled = preflight(tiny("resume=auto", "run_dir=run"), announce=False)
     assert (settled.recipe.resume, settled.run_dir) == (None, Path("run"))
+
+
+def _with_manifest(checkpoint: Path, step: int) -> Path:
+    """Complete it as a run does."""
+    identity = json.loads((checkpoint / "nemo_megacpp.json").read_text())
+    finish_checkpoint(checkpoint, identity, step)
+    return checkpoint
+
+
+def _flip(checkpoint: Path) -> None:
+    path = checkpoint / "weights" / ".metadata"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _no_identity(checkpoint: Path) -> None:
+    (checkpoint / "nemo_megacpp.json").unlink()
+    (checkpoint / MANIFEST).unlink()
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a changed byte": _flip,
+    "another size": lambda checkpoint: (checkpoint / "weights" / ".metadata").write_bytes(b"x"),
+    "no manifest": lambda checkpoint: (checkpoint / MANIFEST).unlink(),
+    "no identity either": _no_identity,
+    "an unreadable identity": lambda path: (path / "nemo_megacpp.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_newest_checkpoint_is_skipped_aloud_or_stops(
+    damage: Callable[[Path], object],
+    save: Save,
+    elsewhere: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    older, newer = _with_manifest(save(tiny(), 20), 20), _with_manifest(save(tiny(), 80), 80)
+    damage(newer)
+    for resume in ("auto", "run"):
+        settings = (f"resume={resume}", "run_dir=run")
+        settled = preflight(tiny(*settings))
+        assert (settled.recipe.resume, settled.skipped) == (str(older), (_relative(newer),))
+        told = capsys.readouterr().out
+        assert f"resuming {older} (" in told and "contents verified)" in told
+        assert f"WARNING: skipping the checkpoint {_relative(newer)}: " in told
+        assert "WARNING: resuming step 20 instead; the 60 steps after it are lost" in told
+        message = refusal(preflight, *settings, "damaged_checkpoint=stop")
+        assert "It is the newest in run/checkpoints" in message
+        assert "damaged_checkpoint=skip" in message
+        # Another rank looks at names and sizes; it loads what rank 0 has chosen.
+        assert preflight(tiny(*settings), announce=False).skipped == ()
+    if damage is not _flip:  # contents are read when it is loaded
+        assert f"name run/checkpoints/{older.name} to take" in refusal(preflight, "init_from=run")
+    damage(older)
+    for resume in ("auto", "run"):
+        message = refusal(preflight, f"resume={resume}", "run_dir=run")
+        assert "Every checkpoint in run/checkpoints is damaged. The newest: " in message
+        assert "\n" not in message
+
+
+def _relative(path: Path) -> Path:
+    return Path(os.path.relpath(path))
+
+
+def test_a_manifest_that_was_removed_is_missed(
+    save: Save, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = _with_manifest(save(tiny(), 20), 20)
+    (checkpoint / MANIFEST).unlink()
+    for start in ("resume", "init_from"):
+        message = refusal(preflight, f"{start}={checkpoint}")
+        assert f"{checkpoint} has no manifest, and was saved with one" in message
+        preflight(tiny(f"{start}={checkpoint}", "verify_checkpoint=false"))
+        assert f"{checkpoint} (not verified)" in capsys.readouterr().out
+    identity = checkpoint / "nemo_megacpp.json"
+    identity.unlink()  # from elsewhere: loads, and a line says that nothing was verified
+    preflight(tiny(f"init_from={checkpoint}"))
+    assert "(no manifest: nothing to verify it against)" in capsys.readouterr().out
 
 
 def test_auto_needs_to_know_where() -> None:
@@ -383,10 +469,10 @@ def test_a_new_run_starts_from_weights(
     assert "hidden_size is 224 there and 448 here" in other
     # A job that is restarted resumes its own checkpoint, and starts from the weights before that.
     auto = ("resume=auto", "run_dir=next", "init_from=run")
-    recipe = find_resume(tiny(*auto), [])
+    recipe = start_of(tiny(*auto))
     assert (recipe.resume, recipe.init_from) == (None, str(checkpoint))
     own = Path(shutil.copytree(save(tiny(), 4), "next/checkpoints/step=4")).absolute()
-    recipe = find_resume(tiny(*auto), [])
+    recipe = start_of(tiny(*auto))
     assert (recipe.resume, recipe.init_from) == (str(own), None)
 
 
@@ -524,8 +610,8 @@ def test_an_interrupted_rank_leaves_its_launcher_to_speak(
 
     _start(monkeypatch, 0, 2, 2)
     monkeypatch.setattr(worker, "run_recipe", interrupted)
-    monkeypatch.setattr(worker, "end_with_parent", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["worker", "nam56r_tiny", "here"])
+    monkeypatch.setattr(worker, "end_with_parent", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["worker", "nam56r_tiny", "here", "1"])
     with pytest.raises(SystemExit) as stop:
         worker.main()
     said = ("Interrupted before training began; nothing is lost.\n", "")
