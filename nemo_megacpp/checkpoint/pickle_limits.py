@@ -29,7 +29,7 @@ _BITS = 1024
 """Of an integer; a random generator's state has 128."""
 _FREE_TENSOR = 1 << 20
 """Bytes up to which a tensor may be larger than its storage."""
-_MEMORY = 2 << 30
+_MEMORY = 1 << 30
 _MEMORY_PER_BYTE = 16
 _LEGACY_PICKLES = 5
 """At the start of a file of ``torch.save`` that is no ZIP archive."""
