@@ -16,6 +16,7 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.nemo.start import train_recipe
 from nemo_megacpp.recipes.recipe import from_mapping
 from nemo_megacpp.runs.curves import Curve, draw_phases, read_curve
+from nemo_megacpp.runs.run_lock import validate_not_running
 
 MAX_STEPS = 120
 CHECKPOINT_AT = 80
@@ -84,6 +85,8 @@ def _clear(out: Path) -> None:
         raise UserError(f"{out} is not a folder. Choose another --out.")
     if out.exists() and any(out.iterdir()) and not mark.exists():
         raise UserError(f"{out} is not empty and not an earlier demo. Choose another --out.")
+    for phase in ("phase1-tp2", "phase2-pp2"):
+        validate_not_running(out / phase)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     mark.touch()
