@@ -31,6 +31,7 @@ from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.nemo.actual import actual_layout, actual_model, tokenizer_of
 from nemo_megacpp.runs.events import record_event
+from nemo_megacpp.runtime import heartbeat
 
 
 class HybridCheckpoint(ModelCheckpoint):
@@ -92,7 +93,8 @@ class HybridCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         directory = ckpt_to_dir(filepath)
-        with _save_errors(directory):
+        phase = f"the save after step {trainer.global_step}"
+        with heartbeat.slow_phase(phase), _save_errors(directory):
             self.set_checkpoint_unfinished_marker(filepath)  # clear_leftovers finds it
             if trainer.is_global_zero:
                 begin_checkpoint(directory)
