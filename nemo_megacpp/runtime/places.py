@@ -17,11 +17,17 @@ import torch.distributed
 
 from nemo_megacpp.runtime.rank_errors import innermost_of_user
 
-_DISTRIBUTED = str(Path(torch.distributed.__file__).parent)
+_TORCH = Path(torch.__file__).parent
 _COLLECTIVES = tuple(
-    str(Path(_DISTRIBUTED, name)) for name in ("distributed_c10d.py", "_functional_collectives.py")
+    str(_TORCH / "distributed" / name)
+    for name in ("distributed_c10d.py", "_functional_collectives.py")
 )
-_AUTOGRAD = str(Path(torch.autograd.__file__).parent)
+_AUTOGRAD = str(_TORCH / "autograd")
+_HOST = str(Path(__file__).with_name("cpu_"))
+"""Stand-ins of the no-GPU host, which only pass a call on."""
+_PASSING_ON = re.compile(
+    rf"{re.escape(str(_TORCH))}/|.*/(typing_extensions|contextlib|functools)\.py$"
+)
 _WAITS = re.compile(r"\.(wait|item|tolist|cpu)\(|\bsynchronize\(")
 """Calls in which a rank waits for the work of its device, and so for the other ranks."""
 _WRAPPERS = re.compile(r"^(?:(?:\d+|module)\.)+")
@@ -98,11 +104,11 @@ def waits(stack: Sequence[Place]) -> bool:
 
 def describe_place(stack: Sequence[Place], module: str = "") -> str:
     """Return the innermost call, the module it belongs to, and the user's own code before it."""
+    stack = [place for place in stack if not place.file.startswith(_HOST)]
     if not stack:
         return "an unknown place"
-    callers = [place for place in stack if not place.file.startswith(_DISTRIBUTED)]
-    inner = callers[-1] if stack[-1].file in _COLLECTIVES and callers else stack[-1]
-    text = f"{stack[-1].function}, called by {inner}" if inner != stack[-1] else str(inner)
+    inner = next((p for p in reversed(stack) if not _PASSING_ON.match(p.file)), stack[-1])
+    text = str(inner) if inner == stack[-1] else f"{stack[-1].function}, called by {inner}"
     user = innermost_of_user(stack)
     if user is not None and user != inner:
         text += f", called by {user}"
