@@ -16,6 +16,7 @@ from nemo_megacpp.values import read_value
 _Count = Annotated[int, Field(ge=1)]
 _NotNegative = Annotated[float, Field(ge=0)]
 _Positive = Annotated[float, Field(gt=0)]
+_Minutes = Annotated[float, Field(ge=0.01, le=10_000)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -117,10 +118,10 @@ class Training:
     """Compare every byte of a checkpoint with its manifest before loading it."""
 
     # stalled ranks
-    heartbeat_timeout_minutes: _Positive | None = 5.0
+    heartbeat_timeout_minutes: _Minutes | None = 5.0
     """End the run when a rank makes no progress, or does not respond, for this long; null: never,
     and the timeout of torch's process groups ends it."""
-    init_timeout_minutes: _Positive = 20.0
+    init_timeout_minutes: _Minutes = 20.0
     """The same from the start through the first step and the first batch of an evaluation, and
     while a checkpoint is saved."""
 

@@ -48,11 +48,11 @@ class Family(torch.nn.Module):
         dist.all_reduce(x)
         return x
 
-model = torch.nn.Sequential(Family())
+model = Family()
 for step in range({steps}):
     heartbeat.progress(f"step {{step + 1}}", slow=step == 0, steps=step)
     time.sleep(0.05)
-    model[0](torch.ones(2), step)
+    model(torch.ones(2), step)
     (folder / f"rank{{rank}}").write_text(str(step))
 dist.destroy_process_group()
 heartbeat.stop()
@@ -103,7 +103,7 @@ def test_a_rank_in_the_users_code_is_named_with_its_line(
     message = _stall(tmp_path, capfd, "rank == 0 and time.sleep(1000)")
     line = (tmp_path / "script.py").read_text().splitlines().index("def stand_still():") + 2
     assert message.startswith("Rank 0 made no progress for ")
-    place = f"at stand_still ({tmp_path}/script.py, line {line}), in the module 0."
+    place = f"at stand_still ({tmp_path}/script.py, line {line})."
     assert f"Rank 0 is in step 6, {place} Rank 1 waits in step 6, at all_reduce" in message
 
 
@@ -118,7 +118,7 @@ def test_ranks_in_different_collectives_are_named(
 
 def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
     """As Slurm does it, or a user who stops the ranks and lets them continue."""
-    arguments = _script(tmp_path, steps=100)
+    arguments = _script(tmp_path, steps=60)
     suspended = []
 
     def ranks() -> list[psutil.Process]:
@@ -139,7 +139,7 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
     launch(arguments, 2, tmp_path / "logs")
     thread.join()
     assert len(suspended) == 2
-    assert (tmp_path / "rank1").read_text() == "99"
+    assert (tmp_path / "rank1").read_text() == "59"
 
 
 @pytest.mark.slow
