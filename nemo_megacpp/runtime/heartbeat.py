@@ -202,16 +202,20 @@ class _Watch:
         return ", ".join(f"{name}={seconds / 60:g}" for name, seconds in pairs)
 
     def _run(self) -> None:
-        try:
-            if self._world > 1:
-                self._store = self._connect()
-            clock = _Clock(self._interval)
-            while not self._stopping.wait(self._interval):
-                self._tick(clock.elapsed())
-                self._ticks += 1
-            self._publish(ended=True)
-        except torch.distributed.DistError as error:  # of a launcher, or a rank 0, that has ended
-            _logger.debug("No more heartbeats: %s", error)
+        while not self._stopping.is_set():
+            try:
+                self._watch()
+            except torch.distributed.DistError as error:  # a lost connection, or the end of the job
+                _logger.debug("The job's store does not answer: %s", error)
+
+    def _watch(self) -> None:
+        if self._world > 1:
+            self._store = self._connect()
+        clock = _Clock(self._interval)
+        while not self._stopping.wait(self._interval):
+            self._tick(clock.elapsed())
+            self._ticks += 1
+        self._publish(ended=True)
 
     def _connect(self) -> torch.distributed.Store:
         store = torch.distributed.TCPStore(

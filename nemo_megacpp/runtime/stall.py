@@ -137,7 +137,8 @@ def judge(
     seconds = silent if dead else min((b.still for b in living.values() if not b.ended), default=0)
     if dead:
         told = [_of_dead(rank, beats[rank], silent) for rank in dead[:_SHOWN]]
-        told += [f"So have {len(dead) - _SHOWN} other ranks."] if len(dead) > _SHOWN else []
+        if len(dead) > _SHOWN:
+            told.append(f"{len(dead) - _SHOWN} other ranks have not responded either.")
         cause = list(dead)
     elif busy:
         least = min(beat.progress for beat in busy.values())

@@ -12,7 +12,7 @@ import pytest
 from nemo_megacpp.runs.events import read_events
 from tests.faults.conftest import Run
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 Start = Callable[..., Run]
 
@@ -49,8 +49,8 @@ def _rank(run: Run, rank: int) -> psutil.Process:
     ("rank", "launcher"),
     [
         (1, ()),
-        pytest.param(0, (), marks=pytest.mark.slow),
-        pytest.param(1, _TORCHRUN, marks=pytest.mark.slow),
+        (0, ()),
+        (1, _TORCHRUN),
     ],
 )
 def test_a_stopped_rank_ends_the_run(start: Start, rank: int, launcher: tuple[str, ...]) -> None:
@@ -80,7 +80,6 @@ def _sleep():
 """
 
 
-@pytest.mark.slow
 def test_a_rank_in_a_family_is_named_with_its_line(start: Start, tmp_path: Path) -> None:
     """One rank sleeps in the user's code; the other waits for it in a collective."""
     text = Path("examples/short_conv.py").read_text(encoding="utf-8")

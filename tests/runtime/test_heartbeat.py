@@ -107,6 +107,7 @@ def test_a_rank_in_the_users_code_is_named_with_its_line(
     assert f"Rank 0 is in step 6, {place} Rank 1 waits in step 6, at all_reduce" in message
 
 
+@pytest.mark.slow
 def test_ranks_in_different_collectives_are_named(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,7 +119,7 @@ def test_ranks_in_different_collectives_are_named(
 
 def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
     """As Slurm does it, or a user who stops the ranks and lets them continue."""
-    arguments = _script(tmp_path, steps=60)
+    arguments = _script(tmp_path, steps=40)
     suspended = []
 
     def ranks() -> list[psutil.Process]:
@@ -129,7 +130,7 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
         found = ranks()
         for process in found:
             process.send_signal(signal.SIGSTOP)
-        time.sleep(3 * _LIMIT)
+        time.sleep(2 * _LIMIT)
         for process in found:
             process.send_signal(signal.SIGCONT)
         suspended.extend(found)
@@ -139,7 +140,7 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
     launch(arguments, 2, tmp_path / "logs")
     thread.join()
     assert len(suspended) == 2
-    assert (tmp_path / "rank1").read_text() == "59"
+    assert (tmp_path / "rank1").read_text() == "39"
 
 
 @pytest.mark.slow
