@@ -30,6 +30,7 @@ from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.checkpoint.save_errors import save_errors
 from nemo_megacpp.nemo.actual import actual_layout, actual_model, tokenizer_of
 from nemo_megacpp.runs.events import record_event
+from nemo_megacpp.runtime import heartbeat
 
 _KEPT = "Earlier checkpoints are unchanged."
 
@@ -100,7 +101,8 @@ class HybridCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         directory = ckpt_to_dir(filepath)
-        with save_errors(directory, _KEPT):
+        phase = f"the save after step {trainer.global_step}"
+        with heartbeat.slow_phase(phase), save_errors(directory, _KEPT):
             self.set_checkpoint_unfinished_marker(filepath)  # clear_leftovers finds it
             if trainer.is_global_zero:
                 begin_checkpoint(directory)

@@ -16,6 +16,7 @@ from nemo_megacpp.checkpoint.folder import find_weights
 from nemo_megacpp.nemo.callbacks import RunFolderWandbLogger, RunRecorder
 from nemo_megacpp.nemo.checkpointing import HybridCheckpoint
 from nemo_megacpp.nemo.data_module import HybridDataModule
+from nemo_megacpp.nemo.heartbeats import Heartbeats
 from nemo_megacpp.nemo.hybrid_gpt import HybridGPTModel, HybridModelConfig
 from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
 from nemo_megacpp.nemo.lr_schedule import MegatronScheduler
@@ -165,6 +166,15 @@ def _callbacks(recipe: Recipe, run_dir: Path) -> list[run.Config]:
         run.Config(StopOnNonFinite),
         run.Config(StopOnSigterm, run_dir=str(run_dir)),
     ]
+    if training.heartbeat_timeout_minutes is not None:
+        callbacks.append(
+            run.Config(
+                Heartbeats,
+                run_dir=str(run_dir),
+                timeout_minutes=training.heartbeat_timeout_minutes,
+                init_timeout_minutes=training.init_timeout_minutes,
+            )
+        )
     if training.stop_after is not None:
         callbacks.append(run.Config(StopAfter, step=training.stop_after))
     if training.use_pytorch_profiler:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.nemo.heartbeat_start import start_heartbeats
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.runtime import stopping
 from nemo_megacpp.runtime.imports import importing
@@ -25,6 +26,9 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
         devices: ranks on this node.
     """
     stopping.listen()
+    training = recipe.training
+    if training.heartbeat_timeout_minutes is not None:
+        start_heartbeats(run_dir, training.heartbeat_timeout_minutes, training.init_timeout_minutes)
     # Rank 0 prints our log on the terminal; NeMo's goes to the run's log file.
     import nemo_megacpp.nemo.quiet_import  # noqa: F401
 

@@ -15,6 +15,8 @@ from nemo_megacpp.values import read_value
 
 _Count = Annotated[int, Field(ge=1)]
 _NotNegative = Annotated[float, Field(ge=0)]
+_Positive = Annotated[float, Field(gt=0)]
+_Minutes = Annotated[float, Field(ge=0.01, le=10_000)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -50,7 +52,7 @@ class Training:
     """Seed of weights and data order."""
 
     # optimizer
-    lr: Annotated[float, Field(gt=0)] = 3e-4
+    lr: _Positive = 3e-4
     """Peak learning rate."""
     min_lr: _NotNegative = 3e-5
     """Final learning rate; ``lr_decay_style=constant`` does not use it."""
@@ -70,7 +72,7 @@ class Training:
     """AdamW beta1."""
     adam_beta2: _Beta = 0.95
     """AdamW beta2."""
-    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    adam_eps: _Positive = 1e-8
     """AdamW epsilon."""
     clip_grad: _NotNegative = 1.0
     """Upper bound on the gradient norm; 0: no bound."""
@@ -118,6 +120,14 @@ class Training:
     """Where the newest checkpoint of a run to resume is damaged: skip it, resume the newest
     undamaged one and log the steps that are lost, or stop."""
 
+    # stalled ranks
+    heartbeat_timeout_minutes: _Minutes | None = 5.0
+    """End the run when a rank makes no progress, or does not respond, for this long; null: never,
+    and the timeout of torch's process groups ends it."""
+    init_timeout_minutes: _Minutes = 20.0
+    """The same from the start through the first step and the first batch of an evaluation, and
+    while a checkpoint is saved."""
+
     @property
     def first_lr(self) -> float:
         """Learning rate of the first step of a warm-up: above 0 by default, as in NeMo."""
@@ -164,6 +174,12 @@ class Training:
                 f"lr_wsd_decay_steps: {decay} is more than the steps after the warm-up, max_steps="
                 f"{self.max_steps} - warmup_steps={self.warmup_steps}."
             )
+        usual, slow = self.heartbeat_timeout_minutes, self.init_timeout_minutes
+        if usual is not None and slow < usual:
+            yield (
+                f"init_timeout_minutes: {slow:g} is below heartbeat_timeout_minutes={usual:g}, and "
+                f"what it covers takes longer than a step. Give both."
+            )
         if self.keep_every is not None and self.keep_latest is None:
             yield (
                 f"keep_every: {self.keep_every} exempts checkpoints from keep_latest. Give "
@@ -182,6 +198,7 @@ _FIRST = {
     "lr": "optimizer",
     "val_check_interval": "evaluation and logging",
     "save_interval": "checkpoints",
+    "heartbeat_timeout_minutes": "stalled ranks",
 }
 """First field of each group of settings -> title of the group."""
 

@@ -183,6 +183,9 @@ def _wait(context: PContext) -> tuple[Mapping[int, ProcessFailure], float]:
             alive = now
             time.sleep(_POLL)
     except SignalException as error:
+        for pid in context.pids().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)  # a stopped process receives no other signal
         context.close(error.sigval)
         raise
 
@@ -203,6 +206,8 @@ def _root_cause(
     ]
     if refused := [error for error in written if error.user_error]:
         return RankFailed(min(refused, key=lambda error: error.time).message, user_error=True)
+    if stalls := [error for error in written if error.stall]:
+        return RankFailed(stalls[0].message)
     # A killed rank wrote nothing, and what others raised afterwards is not the cause.
     if not (errors / f"{first}.json").exists():
         written = [error for error in written if error.time < alive]

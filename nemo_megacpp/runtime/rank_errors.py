@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
@@ -28,12 +29,14 @@ class RankError(NamedTuple):
         time: when it was written, in seconds since the epoch.
         message: of a UserError as it is; else with the type, and the line of the user's code.
         user_error: whether it was a UserError.
+        stall: whether this is the end of a stalled run, which names the rank that caused it.
     """
 
     rank: int
     time: float
     message: str
     user_error: bool
+    stall: bool = False
 
 
 class _ErrorFile(ErrorHandler):
@@ -62,9 +65,30 @@ def read_error(path: Path, rank: int) -> RankError | None:
         error = json.loads(path.read_text(encoding="utf-8"))["message"]
     except (FileNotFoundError, ValueError):
         return None
-    traceback = error["extraInfo"].get("py_callstack")
+    traceback, stall = error["extraInfo"].get("py_callstack"), error.get("errorCode") == 1
     message = error["message"] + ("" if traceback is None else _place(traceback))
-    return RankError(rank, path.stat().st_mtime, message, traceback is None)
+    user_error = traceback is None and not stall
+    return RankError(rank, path.stat().st_mtime, message, user_error, stall)
+
+
+def write_stall(message: str, began: float) -> bool:
+    """Write to this rank's error file, if it has one, that the run has stalled.
+
+    Args:
+        message: for the user.
+        began: in seconds since the epoch. torchrun reports the earliest error of all ranks.
+
+    Returns:
+        Whether a launcher reads it.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return False
+    details = {"timestamp": str(int(began))}
+    error = {"message": message, "extraInfo": details, "errorCode": 1}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": error}), encoding="utf-8")
+    return True
 
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)$', re.M)
@@ -103,17 +127,28 @@ def _place(traceback: str) -> str:
     That is one that belongs neither to Python, torch, Megatron, NeMo nor this package; code that is
     not installed as a package goes before code that is. Empty if there is none.
     """
+    frames = [
+        (found["file"], int(found["line"]), found["function"])
+        for found in _FRAME.finditer(traceback.rpartition(_TRACEBACK)[2])
+    ]
+    frame = innermost_of_user(frames)
+    return "" if frame is None else f" ({frame[0]}, line {frame[1]}, in {frame[2]})"
+
+
+_Frame = TypeVar("_Frame", bound=tuple[str, int, str])
+
+
+def innermost_of_user(frames: Sequence[_Frame]) -> _Frame | None:
+    """Return the innermost of ``(file, line, function)`` that is the user's code, if any."""
     users = [
         frame
-        for frame in _FRAME.finditer(traceback.rpartition(_TRACEBACK)[2])
-        if not frame["file"].startswith("<")
-        and not _is_in(frame["file"], _LIBRARIES)
-        and (_is_in(frame["file"], _INSTALLED) or not _is_in(frame["file"], (_STANDARD,)))
+        for frame in frames
+        if not frame[0].startswith("<")
+        and not _is_in(frame[0], _LIBRARIES)
+        and (_is_in(frame[0], _INSTALLED) or not _is_in(frame[0], (_STANDARD,)))
     ]
-    if not users:
-        return ""
-    frame = ([f for f in users if not _is_in(f["file"], _INSTALLED)] or users)[-1]
-    return f" ({frame['file']}, line {frame['line']}, in {frame['function']})"
+    own = [frame for frame in users if not _is_in(frame[0], _INSTALLED)]
+    return next(reversed(own or users), None)
 
 
 def _is_in(file: str, folders: tuple[str, ...]) -> bool:

@@ -187,6 +187,17 @@ def test_help_shows_what_a_factory_takes(
         assert line.strip() in shown, "cut at the width of the column"
 
 
+def test_heartbeats_have_the_limits_that_are_given(factories: Any, here: Path) -> None:
+    def heartbeats(**limits: float | None) -> list[Any]:
+        task = factories.nam56r_tiny(**limits)
+        return [entry for entry in task.trainer.callbacks if "Heartbeats" in str(entry)]
+
+    (usual,) = heartbeats()
+    assert (usual.timeout_minutes, usual.init_timeout_minutes) == (5, 20)
+    (given,) = heartbeats(heartbeat_timeout_minutes=7.5)
+    assert (given.timeout_minutes, given.init_timeout_minutes) == (7.5, 20)
+
+
 def test_a_list_travels_as_a_factorys_parameter(factories: Any, here: Path) -> None:
     task = factories.nam56r_tiny(use_pytorch_profiler=True, profile_ranks=[0, 1])
     profiler = task.trainer.callbacks[-1]

@@ -377,6 +377,15 @@ def test_values_of_a_wrong_type(override: str, message: str) -> None:
         ("stop_after=0", "stop_after: 0 must be at least 1."),
         ("micro_batch_size=-1", "micro_batch_size: -1 must be at least 1."),
         ("save_interval=0", "save_interval: 0 must be at least 1."),
+        (
+            "heartbeat_timeout_minutes=0",
+            "heartbeat_timeout_minutes: 0 must be at least 0.01 and at most 10000.",
+        ),
+        (
+            "heartbeat_timeout_minutes=30",
+            "init_timeout_minutes: 20 is below heartbeat_timeout_minutes=30, and what it covers "
+            "takes longer than a step. Give both.",
+        ),
         ("warmup_steps=-1", "warmup_steps: -1 must be at least 0."),
         ("warmup_steps=160", "warmup_steps: 160 is not below max_steps=160"),
         ("seed=-1", "seed: -1 must be at least 0 and at most 2147483647."),

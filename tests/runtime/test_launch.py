@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,21 @@ def test_an_interrupt_ends_the_ranks_and_says_nothing(
         signal.signal(signal.SIGINT, own)
     told = capfd.readouterr()
     assert "signal" not in told.out + told.err
+
+
+_STOP = """
+import os, signal, subprocess
+subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -INT {os.getppid()}"])
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_an_interrupt_ends_a_stopped_rank_at_once(tmp_path: Path) -> None:
+    """It receives no signal but SIGCONT, and SIGKILL, which torch sends after 30 s."""
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        launch(["-c", _STOP], 1, tmp_path)
+    assert time.monotonic() - began < 20
 
 
 _RANK = """
