@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
 from nemo_megacpp.errors import UserError
@@ -23,6 +25,9 @@ def save_errors(directory: Path, kept: str) -> Iterator[None]:
         directory: the checkpoint that is saved.
         kept: a sentence on what is unchanged.
     """
+    writers = logging.getLogger(filesystem_async.__name__)
+    level = writers.level
+    writers.setLevel(logging.CRITICAL)  # they log, on every rank, what is raised here
     try:
         yield
     except (OSError, CheckpointException) as error:
@@ -35,6 +40,8 @@ def save_errors(directory: Path, kept: str) -> Iterator[None]:
         raise UserError(
             f"The checkpoint {directory} could not be saved: {'; '.join(told)}. {kept}"
         ) from None
+    finally:
+        writers.setLevel(level)
 
 
 def _reason(error: BaseException) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,19 +99,24 @@ def test_kill_9_leaves_no_process_and_the_next_start_no_folder(
     seconds = time.monotonic() - began
     assert code == 0, told
     assert not any(temporary.iterdir())
+    met = 0
     for strike in range(4):
         one = _Command(temporary, *_words(command, source, out))
-        moment = seconds * (strike + moments.random()) / 4
-        with pytest.raises(subprocess.TimeoutExpired):
+        moment = 0.9 * seconds * (strike + moments.random()) / 4
+        with contextlib.suppress(subprocess.TimeoutExpired):
             one.process.wait(moment)
+        met += one.process.poll() is None
         one.process.send_signal(signal.SIGKILL)
         one.process.communicate()
         give_up = time.monotonic() + 10
         while (left := one.processes()) and time.monotonic() < give_up:
             time.sleep(0.05)
         assert not left, f"after {moment:.1f} of {seconds:.1f} s: {left}"
-        assert not out.exists()
-        assert saved_checkpoints(tmp_path) == []
+        if out.exists():  # the machine was faster than before
+            assert "contents verified" in check_manifest(out)
+            shutil.rmtree(out)
+        assert {found.path.name for found in saved_checkpoints(tmp_path)} <= {"first"}
+    assert met
     code, told = _Command(temporary, *_words(command, source, out)).end()
     assert code == 0, told
     assert "contents verified" in check_manifest(out)
