@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -25,9 +26,12 @@ def read_limited(path: Path, limit: int) -> bytes:
     """Return the content of a file of at most ``limit`` bytes.
 
     Raises:
-        UserError: it is missing, cannot be read, or is larger.
+        UserError: it is missing, is not a regular file (a pipe would be waited for), cannot be
+            read, or is larger.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} cannot be read: it is not a regular file.")
         with path.open("rb") as stream:
             content = stream.read(limit + 1)
     except OSError as error:

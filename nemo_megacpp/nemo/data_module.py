@@ -10,6 +10,7 @@ from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 from nemo_megacpp.data.builtin import ensure_builtin
 from nemo_megacpp.data.packed_rows import NO_CACHE, rows_class
 from nemo_megacpp.data.prepared import PreparedData, open_blend, weighted_prefixes
+from nemo_megacpp.data.tokenizer import guard_library
 from nemo_megacpp.errors import UserError
 
 
@@ -64,10 +65,14 @@ class HybridDataModule(PreTrainingDataModule):
         train = weighted_prefixes([data.train_prefix for data in sources], weights)
         heldout = weighted_prefixes([data.heldout_prefix for data in sources], weights)
         prepared = sources[0]
+        with guard_library(prepared.tokenizer_dir):
+            tokenizer = AutoTokenizer(
+                pretrained_model_name=str(prepared.tokenizer_dir), trust_remote_code=False
+            )
         super().__init__(
             {"train": train, "validation": heldout, "test": heldout},
             seq_length=seq_length,
-            tokenizer=AutoTokenizer(pretrained_model_name=str(prepared.tokenizer_dir)),
+            tokenizer=tokenizer,
             split=None,  # type: ignore[arg-type]  # three separate files, nothing to split
             dataset_cls=rows_class(vocab_size, packed_documents),
             index_mapping_dir=NO_CACHE,

@@ -9,6 +9,8 @@ from pathlib import Path
 from nemo_megacpp.checkpoint.dcp import require_psutil
 from nemo_megacpp.checkpoint.guard import inspect_before_load
 from nemo_megacpp.data.builtin import builtin_folder
+from nemo_megacpp.data.checksums import verify_sample
+from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import validate_all
 from nemo_megacpp.layout import ParallelLayout, check_layout
 from nemo_megacpp.preflight.model_checks import (
@@ -52,8 +54,8 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
 
     Args:
         recipe: what to train.
-        announce: whether this process prints the choices and verifies the checkpoint to start from,
-            which one process of a job does.
+        announce: whether this process prints the choices and verifies the checkpoint to start from
+            and a sample of the data, which one process of a job does.
 
     Raises:
         UserError: for anything that can be found before the ranks start.
@@ -80,22 +82,25 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
     run_dir = Path(recipe.run_dir or new_run_dir(recipe.name, launched() is not None))
     validate_run_dir(run_dir, recipe.resume, resumes)
     if announce:
-        _announce(recipe, run_dir)
+        _announce(recipe, run_dir, sources)
     return Settled(recipe, run_dir)
 
 
-def _announce(recipe: Recipe, run_dir: Path) -> None:
+def _announce(recipe: Recipe, run_dir: Path, sources: list[PreparedData]) -> None:
     start = recipe.resume or recipe.init_from
     if start is not None:
         checkpoint = Path(start)
         verified = inspect_before_load(checkpoint, verify=recipe.training.verify_checkpoint)
         (validate_optimizer_state if recipe.resume else validate_weights)(checkpoint)
+    of_data = verify_sample(sources) if sources else None
     if recipe.defaults:
         print(f"defaults taken: {'; '.join(recipe.defaults)}")
     print(f"{recipe.name}: {recipe.pattern}")
     print(f"layout: {recipe.layout.describe()}; run folder: {run_dir}")
     if recipe.data is None:
         print(f"built-in corpus: {builtin_folder(recipe.model['vocab_size'])}")
+    if of_data is not None:
+        print(of_data)
     if start is not None:
         what = "resuming" if recipe.resume else "starting from the weights of"
         print(f"{what} {start} ({verified})")
