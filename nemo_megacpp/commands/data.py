@@ -151,15 +151,14 @@ def _run_prepare(args: argparse.Namespace) -> int:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
-    from nemo_megacpp.data.checksums import verify
+    from nemo_megacpp.data.checksums import bytes_to_read, verify
     from nemo_megacpp.data.prepared import PreparedData
     from nemo_megacpp.data.staging import bars
 
     for folder in args.folders:
         data = PreparedData.open(folder)
         with bars(True) as drawn:
-            total = sum(path.stat().st_size for path in data.root.rglob("*") if path.is_file())
-            task = drawn.add_task("verifying", total=total)
+            task = drawn.add_task("verifying", total=bytes_to_read(data.root))
             found = verify(data, advance=partial(drawn.advance, task))
         print(
             f"{folder}: {found.blocks:,} blocks, {found.bytes:,} bytes verified, every id is below "

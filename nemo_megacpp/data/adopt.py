@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_megacpp.data.checksums import write_checksums
+from nemo_megacpp.data.checksums import bytes_to_read, write_checksums
 from nemo_megacpp.data.indexed import IndexedTokens, write_index
 from nemo_megacpp.data.prepared import PreparedData, Request, SplitCounts, file_state, reusable
 from nemo_megacpp.data.split import SPLITS, Split, check_held_out
@@ -101,8 +101,7 @@ def adopt(
             document_multiple=multiple,
         ).write_manifest(stage.whole)
         with bars(progress) as drawn:
-            total = sum(source.path.stat().st_size for source in sources)
-            task = drawn.add_task("checksums", total=total)
+            task = drawn.add_task("checksums", total=bytes_to_read(stage.whole))
             write_checksums(stage.whole, lambda n: drawn.advance(task, n))
     return PreparedData.open(out)
 

@@ -44,6 +44,12 @@ class Verified:
     seconds: float
 
 
+def bytes_to_read(folder: Path) -> int:
+    """Return the size of all files under checksums; one that two splits share counts once."""
+    names = {os.path.realpath(path) for path in folder.rglob("*") if path.is_file()}
+    return sum(os.path.getsize(name) for name in names if not name.endswith(CHECKSUMS))
+
+
 def write_checksums(folder: Path, advance: Advance | None = None) -> None:
     """Write the checksums of a folder whose other files are complete.
 

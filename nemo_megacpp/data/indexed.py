@@ -79,7 +79,7 @@ class IndexedTokens:
         itemsize = np.dtype(dtype).itemsize
         if (
             min(lengths.min(initial=0), offsets.min(initial=0)) < 0
-            or offsets.max(initial=0) > data_size
+            or offsets.max(initial=0) > 2**62  # their ends would overflow
             or (offsets % itemsize).any()
             or not np.array_equal(boundaries, np.arange(documents))
         ):

@@ -99,7 +99,7 @@ def _announce(recipe: Recipe, run_dir: Path, sources: list[PreparedData]) -> Non
     print(f"layout: {recipe.layout.describe()}; run folder: {run_dir}")
     if recipe.data is None:
         print(f"built-in corpus: {builtin_folder(recipe.model['vocab_size'])}")
-    if of_data is not None:
+    elif of_data is not None:
         print(of_data)
     if start is not None:
         what = "resuming" if recipe.resume else "starting from the weights of"

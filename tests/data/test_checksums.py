@@ -172,7 +172,7 @@ def test_malformed_index(copy: Path, change: str) -> None:
         content[-1] ^= 1
         (copy / "train.idx").write_bytes(content)
     else:
-        offsets[1] = {"offsets": -2, "odd": 1, "far": 2**62}[change]
+        offsets[1] = {"offsets": -2, "odd": 1, "far": 2**63 - 2}[change]
     if change != "boundaries":
         write_index(copy / "train.idx", index.dtype, lengths, offsets)
     with pytest.raises(UserError, match=r"train\.idx is damaged: its lengths, offsets or bound"):
