@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +30,7 @@ _PARTIAL = f"{FILE}.partial"
 _HASH = "sha256"  # releases the GIL; processors have instructions for it
 _LIMIT = 1 << 30
 """Most bytes of a manifest."""
-_BLOCK = 16 << 20
+BLOCK_BYTES = 16 << 20
 """Most bytes under one checksum."""
 _BATCH = 64 << 20
 """Bytes of small blocks that one thread takes at a time."""
@@ -39,23 +39,29 @@ _READ = 4 << 20
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 _MOST_NAMED = 8
 
+Visit = Callable[[str, int, memoryview], None]
 
-class _Block(NamedTuple):
+
+class Block(NamedTuple):
+    """A span of a file under one checksum, and the tensor it belongs to, if any."""
+
     offset: Count
     length: Count
     digest: Text
     tensor: Text
 
 
-class _File(TypedDict):
+class File(TypedDict):
+    """Size of a file, and the blocks that cover it."""
+
     size: Count
-    blocks: list[_Block]
+    blocks: list[Block]
 
 
 class _Manifest(TypedDict):
     schema: int
     hash: str
-    files: dict[Text, _File]
+    files: dict[Text, File]
     own_checksum: str
 
 
@@ -79,23 +85,32 @@ def write_manifest(directory: Path) -> None:
     shards = _shards(directory)
     sizes = {path: (directory / path).stat().st_size for path in paths}
     blocks = [(path, block) for path in paths for block in _cut(shards.get(path, []), sizes[path])]
-    files: dict[str, _File] = {path: {"size": sizes[path], "blocks": []} for path in paths}
-    digests = _digests(directory, blocks)
+    files: dict[str, File] = {path: {"size": sizes[path], "blocks": []} for path in paths}
+    digests = digest_blocks(directory, blocks)
     for path, block in blocks:
         digest = digests[path, block.offset]
         files[path]["blocks"].append(block._replace(digest=digest))
-    content = {"schema": SCHEMA, "hash": _HASH, "files": files}
     for path in paths:
         sync(directory / path)
     for folder in {(directory / path).parent for path in paths}:
         sync(folder)
-    partial = directory / _PARTIAL
+    write_blocks(directory / FILE, files)
+
+
+def write_blocks(path: Path, files: dict[str, File]) -> None:
+    """Write a list of files and their blocks by one rename, flushed to the disk.
+
+    Raises:
+        OSError: from the file system.
+    """
+    content = {"schema": SCHEMA, "hash": _HASH, "files": files}
+    partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as stream:
         json.dump({**content, "own_checksum": _own_checksum(content)}, stream, indent=0)
         stream.flush()
         os.fsync(stream.fileno())
-    partial.rename(directory / FILE)
-    sync(directory)
+    partial.rename(path)
+    sync(path.parent)
 
 
 def _shards(directory: Path) -> dict[str, list[tuple[int, int, str]]]:
@@ -108,15 +123,15 @@ def _shards(directory: Path) -> dict[str, list[tuple[int, int, str]]]:
     return found
 
 
-def _cut(shards: list[tuple[int, int, str]], size: int) -> list[_Block]:
+def _cut(shards: list[tuple[int, int, str]], size: int) -> list[Block]:
     """Cut a file of ``size`` bytes at its shards, and those into blocks."""
     names = {offset: tensor for offset, _, tensor in shards}
     ends = {offset + length for offset, length, _ in shards}
     edges = sorted(edge for edge in {0, size} | names.keys() | ends if edge <= size)
     return [
-        _Block(offset, min(_BLOCK, stop - offset), "", names.get(start, ""))
+        Block(offset, min(BLOCK_BYTES, stop - offset), "", names.get(start, ""))
         for start, stop in pairwise(edges)
-        for offset in range(start, stop, _BLOCK)
+        for offset in range(start, stop, BLOCK_BYTES)
     ]
 
 
@@ -156,7 +171,7 @@ def check_manifest(directory: Path, *, full: bool = True) -> str:
                 f"--no-verify) loads it unverified."
             )
         return "no manifest: nothing to verify it against"
-    files = _listed(path)
+    files = read_blocks(path)
     try:
         damage = list(_wrong_sizes(directory, files))
         if full and not damage:
@@ -174,8 +189,12 @@ def check_manifest(directory: Path, *, full: bool = True) -> str:
     return f"{len(files)} files, {size:,} bytes, {checked}"
 
 
-def _listed(path: Path) -> dict[str, _File]:
-    """Return what a manifest lists, by file."""
+def read_blocks(path: Path) -> dict[str, File]:
+    """Return what `write_blocks` has written.
+
+    Raises:
+        UserError: the list is missing, damaged, or of another version.
+    """
     from pydantic import TypeAdapter
 
     content = read_limited(path, _LIMIT)
@@ -196,7 +215,7 @@ def _listed(path: Path) -> dict[str, _File]:
     return files
 
 
-def _wrong_sizes(directory: Path, files: dict[str, _File]) -> Iterator[str]:
+def _wrong_sizes(directory: Path, files: dict[str, File]) -> Iterator[str]:
     there = set(_files(directory))
     for path, file in sorted(files.items()):
         if path not in there:
@@ -210,10 +229,10 @@ def _wrong_sizes(directory: Path, files: dict[str, _File]) -> Iterator[str]:
         yield f"{path} is foreign: it was not there when the checkpoint was saved"
 
 
-def _wrong_contents(directory: Path, files: dict[str, _File]) -> Iterator[str]:
+def _wrong_contents(directory: Path, files: dict[str, File]) -> Iterator[str]:
     wanted = [(path, block) for path, file in files.items() for block in file["blocks"]]
-    found = _digests(directory, wanted)
-    wrong: dict[str, list[_Block]] = {}
+    found = digest_blocks(directory, wanted)
+    wrong: dict[str, list[Block]] = {}
     for path, block in wanted:
         if found[path, block.offset] != block.digest:
             wrong.setdefault(path, []).append(block)
@@ -224,7 +243,7 @@ def _wrong_contents(directory: Path, files: dict[str, _File]) -> Iterator[str]:
         yield f"{path} has changed in {where}{others}{_of(blocks)}"
 
 
-def _of(blocks: Sequence[_Block]) -> str:
+def _of(blocks: Sequence[Block]) -> str:
     tensors = list(dict.fromkeys(block.tensor for block in blocks if block.tensor))
     if not tensors:
         return ""
@@ -248,9 +267,18 @@ def _files(directory: Path) -> Iterator[str]:
                 yield path
 
 
-def _digests(directory: Path, blocks: Sequence[tuple[str, _Block]]) -> dict[tuple[str, int], str]:
-    """Return the digest of every block, by file and offset; "" where it cannot be read."""
-    batches: list[list[tuple[str, _Block]]] = []
+def digest_blocks(
+    directory: Path, blocks: Sequence[tuple[str, Block]], visit: Visit | None = None
+) -> dict[tuple[str, int], str]:
+    """Return the digest of every block, by file and offset; "" where it cannot be read.
+
+    Args:
+        directory: of the files.
+        blocks: files, relative to it, and their blocks.
+        visit: called by several threads with the file, an offset, and the bytes there: some MiB,
+            a multiple of 8 unless a block ends.
+    """
+    batches: list[list[tuple[str, Block]]] = []
     taken = _BATCH
     for path, block in blocks:
         if taken >= _BATCH or batches[-1][-1][0] != path:
@@ -260,24 +288,26 @@ def _digests(directory: Path, blocks: Sequence[tuple[str, _Block]]) -> dict[tupl
         taken += block.length
     found: dict[tuple[str, int], str] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
-        for digests in pool.map(lambda batch: _digest_batch(directory, batch), batches):
+        for digests in pool.map(lambda batch: _digest_batch(directory, batch, visit), batches):
             found.update(digests)
     return found
 
 
 def _digest_batch(
-    directory: Path, batch: Sequence[tuple[str, _Block]]
+    directory: Path, batch: Sequence[tuple[str, Block]], visit: Visit | None
 ) -> dict[tuple[str, int], str]:
-    """Digest adjacent blocks of one file."""
+    """Digest blocks of one file."""
     path = batch[0][0]
     buffer = memoryview(bytearray(min(_READ, max(block.length for _, block in batch))))
     digests = {}
-    with (directory / path).open("rb", buffering=0) as stream:
+    with (directory / path).open("rb") as stream:
         for _, block in batch:
             stream.seek(block.offset)
             digest, left = hashlib.new(_HASH), block.length
             while left and (count := stream.readinto(buffer[:left])):
                 digest.update(buffer[:count])
+                if visit is not None:
+                    visit(path, block.offset + block.length - left, buffer[:count])
                 left -= count
             digests[path, block.offset] = "" if left else digest.hexdigest()
     return digests

@@ -7,6 +7,7 @@ import inspect
 import os
 import signal
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nemo_megacpp.data.corpus import USUAL_DOCUMENT_BYTES, Tally
@@ -102,8 +103,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         )
         command.add_argument("--overwrite", action="store_true", help="replace data in DIR")
 
+    verification = commands.add_parser(
+        "verify",
+        help="compare all of prepared data with its checksums and its vocabulary",
+        description="Read every byte of prepared data: checksums, and ids against the vocabulary. "
+        "A run verifies a sample before it starts.",
+    )
+    verification.add_argument("folders", nargs="+", metavar="DIR", help="prepared data")
+    verification.set_defaults(run=_run_verify)
+
     inspection = commands.add_parser(
-        "inspect", help="check prepared data; show counts, document lengths and samples"
+        "inspect",
+        help="check a sample of prepared data; show counts, document lengths and samples",
     )
     inspection.add_argument("folder", metavar="DIR", help="folder made by data prepare")
     inspection.add_argument(
@@ -140,16 +151,36 @@ def _run_prepare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_verify(args: argparse.Namespace) -> int:
+    from nemo_megacpp.data.checksums import bytes_to_read, verify
+    from nemo_megacpp.data.prepared import PreparedData
+    from nemo_megacpp.data.staging import bars
+
+    for folder in args.folders:
+        data = PreparedData.open(folder)
+        with bars(True) as drawn:
+            task = drawn.add_task("verifying", total=bytes_to_read(data.root))
+            found = verify(data, advance=partial(drawn.advance, task))
+        print(
+            f"{folder}: {found.blocks:,} blocks, {found.bytes:,} bytes verified, every id is below "
+            f"{data.vocab_size:,} ({found.seconds:.1f} s)"
+        )
+    return 0
+
+
 def _run_inspect(args: argparse.Namespace) -> int:
     from rich.text import Text
 
+    from nemo_megacpp.data.checksums import verify_sample
     from nemo_megacpp.data.indexed import IndexedTokens
     from nemo_megacpp.data.prepared import PreparedData
     from nemo_megacpp.data.tokenizer import load_tokenizer
 
     console = make_console(_WIDTH)
     data = PreparedData.open(args.folder)
+    verified = verify_sample([data])
     _print_counts(console, data)
+    console.print(verified, highlight=False, soft_wrap=True)
     train = IndexedTokens.open(data.train_prefix)
     _print_lengths(console, train.lengths)
     tokenizer = load_tokenizer(data.tokenizer_dir).tokenizer

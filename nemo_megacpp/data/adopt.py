@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_megacpp.data.checksums import bytes_to_read, write_checksums
 from nemo_megacpp.data.indexed import IndexedTokens, write_index
-from nemo_megacpp.data.prepared import PreparedData, SplitCounts, file_state, reusable
+from nemo_megacpp.data.prepared import PreparedData, Request, SplitCounts, file_state, reusable
 from nemo_megacpp.data.split import SPLITS, Split, check_held_out
 from nemo_megacpp.data.staging import bars, staging
 from nemo_megacpp.data.tokenizer import LoadedTokenizer, copy_tokenizer, load_tokenizer
@@ -60,7 +61,7 @@ def adopt(
         for path in paths
     ]
     sources = [IndexedTokens.open(name) for name in prefixes]
-    request = {
+    request: Request = {
         "adopted": [file_state(source.path) for source in sources],
         "tokenizer": loaded.fingerprint,
         "held_out": held_out if held_out_prefix is None else None,
@@ -99,6 +100,9 @@ def adopt(
             request=request,
             document_multiple=multiple,
         ).write_manifest(stage.whole)
+        with bars(progress) as drawn:
+            task = drawn.add_task("checksums", total=bytes_to_read(stage.whole))
+            write_checksums(stage.whole, lambda n: drawn.advance(task, n))
     return PreparedData.open(out)
 
 

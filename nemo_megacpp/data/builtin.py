@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from nemo_megacpp.data.prepared import MANIFEST, PreparedData
+from nemo_megacpp.data.prepared import CHECKSUMS, PreparedData
 from nemo_megacpp.data.staging import lock_file
 from nemo_megacpp.data.tokenizer import check_vocab_size
 from nemo_megacpp.errors import UserError
@@ -64,7 +64,7 @@ def ensure_builtin(vocab_size: int, progress: bool = True) -> PreparedData:
     from nemo_megacpp.data.prepare import prepare
 
     folder = builtin_folder(vocab_size)
-    if not (folder / MANIFEST).exists():
+    if not (folder / CHECKSUMS).exists():
         check_vocab_size(vocab_size)
         if vocab_size > MAX_VOCAB_SIZE:
             raise UserError(
@@ -75,12 +75,13 @@ def ensure_builtin(vocab_size: int, progress: bool = True) -> PreparedData:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with lock_file(folder.with_name(f".{folder.name}.once")):
-                if not (folder / MANIFEST).exists():
+                if not (folder / CHECKSUMS).exists():
                     prepare(
                         [torch_headers()],
                         folder,
                         vocab_size=vocab_size,
                         max_bytes=MAX_BYTES,
+                        overwrite=True,  # of an older version, without checksums
                         progress=progress,
                     )
         except OSError as error:

@@ -14,6 +14,7 @@ import io
 import json
 import lzma
 import os
+import stat
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,9 @@ MAX_REPLACED = 0.1
 
 NAMED = 10
 """Files and lines of each kind that a `Tally` names."""
+
+_KEYS, _KEY = 16, 40
+"""Fields of a line that an error names, and the characters of each."""
 
 KINDS = {
     "empty": "Left out: {} empty",
@@ -151,15 +155,16 @@ def find_files(
     """List the files to read, in a stable order, each once.
 
     Folders are searched recursively; hidden files and folders in them are ignored. A file that is
-    named is always read.
+    named is always read. Pipes, sockets and devices are not opened: a pipe would be waited for.
 
     Args:
         paths: files and folders.
-        tally: counts what cannot be read, as ``bad_file``.
+        tally: counts what cannot be read, as ``bad_file``; pipes, sockets and devices too.
         exclude: folder to ignore, such as the output.
 
     Raises:
-        UserError: no path was given, paths do not exist, or nothing was found.
+        UserError: no path was given, paths do not exist or are neither files nor folders, or
+            nothing was found.
     """
     roots = [Path(path) for path in paths]
     if not roots:
@@ -178,12 +183,18 @@ def find_files(
         for path in _walk(root, skip, note) if root.is_dir() else [root]:
             key = path.relative_to(root).as_posix() if path != root else root.name
             try:
-                stat = path.stat()
+                status = path.stat()
             except OSError as error:
                 note(error)
-            else:
-                source = SourceFile(key, path, stat.st_size, stat.st_mtime_ns)
+                continue
+            if stat.S_ISREG(status.st_mode):
+                source = SourceFile(key, path, status.st_size, status.st_mtime_ns)
                 found.setdefault(path.resolve(), source)
+                continue
+            reason = f"{str(path)!r} is {_kind(status.st_mode)}, not a file."
+            if path == root:
+                raise UserError(f"Input {reason}")
+            tally.note("bad_file", reason)
     if not found and not tally.counts:
         named = ", ".join(repr(str(root)) for root in roots)
         raise UserError(f"No files in {named} (hidden files and folders are ignored).")
@@ -199,10 +210,18 @@ def _walk(root: Path, skip: Path | None, note: Callable[[OSError], None]) -> Ite
             if not name.startswith(".") and (skip is None or (here / name).resolve() != skip)
         )
         for name in sorted(names):
-            path = here / name
-            # A dangling link is yielded so that it is reported; pipes and sockets are ignored.
-            if not name.startswith(".") and (path.is_file() or path.is_symlink()):
-                yield path
+            if not name.startswith("."):
+                yield here / name
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_ISFIFO: "a named pipe",
+        stat.S_ISSOCK: "a socket",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+    }
+    return next((words for test, words in kinds.items() if test(mode)), "a link to a folder")
 
 
 def check_encoding(name: str) -> str:
@@ -385,11 +404,14 @@ def _text_field(line: str | None, text_key: str) -> str:
         raise ValueError(f"is not JSON: {error.msg} in column {error.colno}.") from error
     except RecursionError as error:
         raise ValueError("is not JSON: it is nested too deeply.") from error
+    except ValueError as error:
+        raise ValueError("has a number of too many digits.") from error
     if not isinstance(record, dict):
         raise ValueError(f"is a JSON {type(record).__name__}, not an object with a text.")
     if text_key not in record:
-        keys = ", ".join(sorted(record)) or "none"
-        hint = nearest(text_key, record)
+        known = [key[:_KEY] for key in sorted(record)[:_KEYS]]
+        keys = ", ".join([*known, *(["…"] if len(record) > _KEYS else [])]) or "none"
+        hint = nearest(text_key, known)
         raise ValueError(f"has no field {text_key!r}; its fields: {keys}.{hint}")
     text = record[text_key]
     if not isinstance(text, str):

@@ -52,24 +52,23 @@ def encode(
     begun = part.with_name(f".{part.name}-{os.getpid()}")
     shutil.rmtree(begun, ignore_errors=True)
     begun.mkdir(parents=True)
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(tokenizer, tried=True)
     lengths: dict[Split, list[int]] = {split: [] for split in SPLITS}
     padding = dict.fromkeys(SPLITS, 0)
     files = {split: (begun / f"{split}.bin").open("wb") for split in SPLITS}
     for batch in _batches(iter_documents(shard.files, reading), plan):
-        encodings = loaded.tokenizer.encode_batch_fast(
-            [document.text for _, document in batch], add_special_tokens=False
-        )
-        for (split, _), encoding in zip(batch, encodings, strict=True):
-            filling = -(len(encoding.ids) + 1) % document_multiple
-            ids = [*encoding.ids, *[loaded.eos_id] * (1 + filling)]
+        texts = [document.text for _, document in batch]
+        for (split, _), found in zip(batch, loaded.encode(texts), strict=True):
+            filling = -(len(found) + 1) % document_multiple
+            ids = [*found, *[loaded.eos_id] * (1 + filling)]
             files[split].write(np.array(ids, dtype).tobytes())
             lengths[split].append(len(ids))
             padding[split] += filling
     for split, file in files.items():
         file.close()
         write_index(begun / f"{split}.idx", dtype, np.array(lengths[split], np.int32))
-    np.array([padding[split] for split in SPLITS]).tofile(begun / "padding")
+    content = np.array([padding[split] for split in SPLITS], np.int64).tobytes()
+    (begun / "padding").write_bytes(content)
     for path in begun.iterdir():
         sync(path)
     begun.rename(part)

@@ -6,6 +6,7 @@ seconds of imports and finds a truncated `.bin` only in the middle of a run.
 
 from __future__ import annotations
 
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,9 @@ class IndexedTokens:
         """
         index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         try:
+            for path in (index, data):
+                if not stat.S_ISREG(path.stat().st_mode):
+                    raise UserError(f"{path} is not a regular file.")
             raw, data_size = index.read_bytes(), data.stat().st_size
         except OSError as error:
             raise UserError(f"Cannot read {error.filename!r}: {error.strerror}.") from error
@@ -71,7 +75,16 @@ class IndexedTokens:
         dtype = _DTYPES[code]
         lengths = np.frombuffer(raw, np.int32, sequences, _HEADER.size)
         offsets = np.frombuffer(raw, np.int64, sequences, _HEADER.size + lengths.nbytes)
-        sizes = lengths.astype(np.int64) * np.dtype(dtype).itemsize
+        boundaries = np.frombuffer(raw, np.int64, documents, len(raw) - 8 * documents)
+        itemsize = np.dtype(dtype).itemsize
+        if (
+            min(lengths.min(initial=0), offsets.min(initial=0)) < 0
+            or offsets.max(initial=0) > 2**62  # their ends would overflow
+            or (offsets % itemsize).any()
+            or not np.array_equal(boundaries, np.arange(documents))
+        ):
+            raise UserError(f"{index} is damaged: its lengths, offsets or boundaries are invalid.")
+        sizes = lengths.astype(np.int64) * itemsize
         expected = int((offsets + sizes).max(initial=0))
         # A link leads to a file that other indices share.
         if data_size < expected or (data_size > expected and not data.is_symlink()):

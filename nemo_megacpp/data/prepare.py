@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from nemo_megacpp.data import shards as shards_module
+from nemo_megacpp.data.checksums import write_checksums
 from nemo_megacpp.data.corpus import (
     MAX_DOCUMENT_BYTES,
     USUAL_DOCUMENT_BYTES,
@@ -31,7 +32,7 @@ from nemo_megacpp.data.corpus import (
 )
 from nemo_megacpp.data.encode import encode, join_parts, part_folder, sample, survey
 from nemo_megacpp.data.indexed import token_dtype
-from nemo_megacpp.data.prepared import PreparedData, SplitCounts, reusable
+from nemo_megacpp.data.prepared import PreparedData, Request, SplitCounts, reusable
 from nemo_megacpp.data.shards import Shard, cut, usual_workers, workers
 from nemo_megacpp.data.split import PLACE, SplitPlan, check_held_out, plan_split
 from nemo_megacpp.data.staging import bars, clear_stage, staging
@@ -115,7 +116,7 @@ def prepare(
     tally = Tally()
     files = find_files(paths, tally, exclude=out)
     rows = sorted([file.key, file.size, file.mtime_ns] for file in files)
-    request = {
+    request: Request = {
         "files": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         "vocab_size": vocab_size,
         "tokenizer": known.fingerprint if known is not None else None,
@@ -175,7 +176,7 @@ def prepare(
                         copy_tokenizer(Path(tokenizer), begun)
                     begun.rename(folder)
                 # Loaded from where it will be read, so the fingerprint is that of the written file.
-                loaded = load_tokenizer(folder)
+                loaded = load_tokenizer(folder, tried=True)
                 dtype = token_dtype(loaded.vocab_size)
                 options = (reading, plan, folder, dtype, document_multiple, stage.parts)
                 for _ in each("encoding", partial(encode, *options), missing):
@@ -202,6 +203,7 @@ def prepare(
             request=request,
             document_multiple=document_multiple,
         ).write_manifest(stage.whole)
+        write_checksums(stage.whole)
     return PreparedData.open(out)
 
 

@@ -3,12 +3,14 @@
 ::
 
     data.json               what was made, from what, with which tokenizer
+    checksums.json          of every file, in blocks; written last
     tokenizer/              Hugging Face files
     train.bin, train.idx    Megatron's indexed dataset; likewise heldout
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -17,19 +19,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from annotated_types import Ge, Le, MaxLen
+from pydantic import Field, StringConstraints, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from nemo_megacpp.data.indexed import IndexedTokens
 from nemo_megacpp.data.split import SPLITS, Split
 from nemo_megacpp.data.tokenizer import fingerprint
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.json_files import Count, Text, parse_json, read_limited
 
+CHECKSUMS = "checksums.json"
 MANIFEST = "data.json"
 FORMAT = "nemo_megacpp.data"
-VERSION = 1
+VERSION = 2
+_LIMIT = 16 << 20
+"""Most bytes of a manifest."""
 COMMAND = "nemo-megacpp data prepare PATH… --out DIR"
 ADOPT = "nemo-megacpp data adopt PREFIX --tokenizer DIR --out DIR"
+
+_Positive = Annotated[int, Ge(1), Le(2**53)]
+_Nanoseconds = Annotated[int, Ge(-(2**63)), Le(2**63)]
+FileState = tuple[Text, Count, _Nanoseconds]
+"""Path, size and time of a file, which `make` compares too."""
+_Adopted = Annotated[list[FileState], MaxLen(len(SPLITS))]
+Request = dict[Text, str | int | float | bool | _Adopted | None]
+"""The arguments of a preparation or an adoption."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +58,10 @@ class SplitCounts:
         padding: EOS tokens beyond the one that ends each document.
     """
 
-    documents: int
-    tokens: int
-    bytes: int | None
-    padding: int = 0
+    documents: _Positive
+    tokens: _Positive
+    bytes: Count | None
+    padding: Count = 0
 
 
 @dataclass(frozen=True)
@@ -64,16 +79,16 @@ class PreparedData:
             tokens.
     """
 
-    root: Path
-    vocab_size: int
-    eos_id: int
-    tokenizer_fingerprint: str
+    vocab_size: Annotated[int, Ge(1), Le(2**31)]
+    eos_id: Count
+    tokenizer_fingerprint: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
     splits: Annotated[dict[Split, SplitCounts], Field(min_length=len(SPLITS))]
-    skipped: dict[str, int]
-    source: dict[str, Any]
-    request: dict[str, Any]
-    document_multiple: int = 1
-    skipped_names: dict[str, list[str]] = Field(default_factory=dict)
+    skipped: dict[Text, Count]
+    source: dict[Text, Any]
+    request: Request
+    document_multiple: _Positive = 1
+    skipped_names: dict[Text, list[Text]] = Field(default_factory=dict)
+    root: Path = Path()
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> PreparedData:
@@ -86,20 +101,19 @@ class PreparedData:
         manifest = read_manifest(root)
         if manifest.get("version") != VERSION:
             raise UserError(
-                f"{root / MANIFEST} has format version {manifest.get('version')}; this release "
-                f"reads version {VERSION}. Make it again: {COMMAND} --overwrite"
+                f"{root / MANIFEST} has format version {str(manifest.get('version'))[:20]}; this "
+                f"release reads version {VERSION}. Make it again: {COMMAND} --overwrite"
             )
         try:
-            data = TypeAdapter(cls).validate_python({**manifest, "root": root})
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(
-                f"{root / MANIFEST} is damaged ({where}: {first['msg']}). "
-                f"Make it again: {COMMAND} --overwrite"
-            ) from error
+            content = read_limited(root / MANIFEST, _LIMIT)
+            read = parse_json(content, TypeAdapter(cls), root / MANIFEST)
+        except UserError as error:
+            raise UserError(f"{error} Make it again: {COMMAND} --overwrite") from error
+        data = dataclasses.replace(read, root=root)
         try:
-            for state in data.request.get("adopted", []):
+            if not (root / CHECKSUMS).is_file():
+                raise UserError(f"{CHECKSUMS} is missing.")
+            for state in data.adopted:
                 if file_state(Path(state[0])) != state:
                     raise UserError(f"{state[0]} was changed since it was adopted.")
             for split in SPLITS:
@@ -112,12 +126,16 @@ class PreparedData:
                     )
             data.validate_tokenizer(data.tokenizer_dir)
         except UserError as error:
-            again = ADOPT if "adopted" in data.request else COMMAND
-            raise UserError(
-                f"Prepared data in {str(root)!r} is damaged. {error} "
-                f"Make it again: {again} --overwrite"
-            ) from error
+            raise data.damaged(str(error)) from error
         return data
+
+    def damaged(self, what: str) -> UserError:
+        """Return the error that names the folder, what is damaged, and the command to repeat."""
+        again = ADOPT if self.adopted else COMMAND
+        return UserError(
+            f"Prepared data in {str(self.root)!r} is damaged. {what} "
+            f"Make it again: {again} --overwrite"
+        )
 
     def write_manifest(self, folder: Path) -> None:
         """Write ``data.json`` into ``folder``, which may have another name until it is complete."""
@@ -156,6 +174,12 @@ class PreparedData:
                     f"The {split} split of {self.root} has {counts.tokens} tokens; one sample of "
                     f"seq_length={seq_length} needs {seq_length + 1}."
                 )
+
+    @property
+    def adopted(self) -> list[FileState]:
+        """Files of others that hold the tokens, as they were when they were adopted."""
+        files = self.request.get("adopted")
+        return files if isinstance(files, list) else []
 
     @property
     def train_prefix(self) -> str:
@@ -201,13 +225,17 @@ def weighted_prefixes(prefixes: list[str], weights: Iterable[float | None]) -> l
     return [str(item) for pair in pairs for item in pair if item is not None]
 
 
-def file_state(path: Path) -> list[Any] | None:
-    """Return path, size and time of a file, which `make` compares too; None if it is missing."""
+def file_state(path: Path) -> FileState:
+    """Return the state of a file.
+
+    Raises:
+        UserError: it is missing.
+    """
     try:
         stat = path.stat()
-    except OSError:
-        return None
-    return [str(path), stat.st_size, stat.st_mtime_ns]
+    except (OSError, ValueError) as error:  # a name with a NUL byte
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    return str(path), stat.st_size, stat.st_mtime_ns
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -225,22 +253,20 @@ def read_manifest(root: Path) -> dict[str, Any]:
         what = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"Prepared data {str(root)!r} {what}. Make it: {COMMAND}")
     path = root / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+    if not path.exists():
         raise UserError(
             f"{str(root)!r} is not prepared data: it has no {MANIFEST}. Make it: {COMMAND}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"Cannot read {str(path)!r}: {error}. Make it again: {COMMAND} --overwrite"
-        ) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        )
+    try:
+        manifest = parse_json(read_limited(path, _LIMIT), TypeAdapter(dict[str, Any]), path)
+    except UserError as error:
+        raise UserError(f"{error} Make it again: {COMMAND} --overwrite") from error
+    if manifest.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} does not describe prepared data. Make it: {COMMAND}")
     return manifest
 
 
-def reusable(out: Path, request: dict[str, Any], overwrite: bool) -> PreparedData | None:
+def reusable(out: Path, request: Request, overwrite: bool) -> PreparedData | None:
     """Return data in ``out`` that an equal request made; None if ``out`` may be written.
 
     Raises:

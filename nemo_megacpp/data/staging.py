@@ -75,6 +75,8 @@ def staging(out: Path, request: dict[str, Any]) -> Iterator[Stage]:
         with _lock_stage(out):
             try:
                 folder.mkdir(exist_ok=True)
+                if replaced.exists() and not out.exists():  # killed between the two renames
+                    replaced.rename(out)
                 stage = Stage(folder, request)
                 yield stage
                 if out.exists():

@@ -10,14 +10,18 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.json_files import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,6 +37,26 @@ _FILE = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _FAMILY = (_FILE, _CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
+_LIMIT = 256 << 20
+"""Most bytes of a tokenizer's file; the largest in use have about 35 MB."""
+_SECONDS = 60
+"""Longest time in which a tokenizer may load and encode a few words; usual is under one."""
+_BYTES_PER_SECOND = 20_000
+"""Slowest encoding that is waited for, after `_SECONDS`; usual are a million."""
+_TRIAL = """
+import sys
+try:
+    from tokenizers import Tokenizer
+    tokenizer = Tokenizer.from_file(sys.argv[1])
+    words = ["Some words, 1234.", " " * 40, "a" * 40 + "c", "\\n\\t é 世界", ""]
+    tokenizer.encode_batch_fast(words, add_special_tokens=False)
+    print("whole")
+except BaseException as error:
+    print(" ".join(str(error).split())[:300])
+"""
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
@@ -42,6 +66,47 @@ class LoadedTokenizer:
     vocab_size: int
     eos_id: int
     fingerprint: str
+    folder: Path
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of every text.
+
+        Raises:
+            UserError: the library fails, or a pattern of the tokenizer takes for ever on a text.
+        """
+        seconds = _SECONDS + sum(map(len, texts)) // _BYTES_PER_SECOND
+        with guard_library(self.folder):
+            try:
+                found = _in_thread(
+                    lambda: self.tokenizer.encode_batch_fast(texts, add_special_tokens=False),
+                    seconds,
+                )
+            except TimeoutError:
+                raise UserError(
+                    f"{self.folder / _FILE} cannot be used as a tokenizer: it has not encoded "
+                    f"{sum(map(len, texts)):,} characters within {seconds:,} s."
+                ) from None
+        return [encoding.ids for encoding in found]
+
+
+def _in_thread(function: Callable[[], T], seconds: float | None = None) -> T:
+    """Call a function of the library, which answers Ctrl-C only when it has finished.
+
+    The main thread is free for it meanwhile.
+
+    Raises:
+        TimeoutError: it has not finished after ``seconds``; its thread goes on.
+    """
+    done: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return done.result(seconds)
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -73,24 +138,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    done: Future[None] = Future()
-
-    def train() -> None:
-        try:
-            done.set_result(tokenizer.train_from_iterator(texts, trainer))
-        except BaseException as error:
-            done.set_exception(error)
-
-    # The library answers Ctrl-C only when it has finished, so the main thread must be free for it.
-    threading.Thread(target=train, daemon=True).start()
-    done.result()
+    _in_thread(lambda: tokenizer.train_from_iterator(texts, trainer))
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write a tokenizer made by `train_tokenizer`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / _FILE))
+    # The library's own save() raises a bare Exception on a full disk.
+    (folder / _FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write_config(folder, {"eos_token": EOS_TOKEN, "pad_token": PAD_TOKEN})
 
 
@@ -104,8 +160,13 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         _write_config(target, {"eos_token": EOS_TOKEN})
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> LoadedTokenizer:
+def load_tokenizer(folder: str | os.PathLike[str], tried: bool = False) -> LoadedTokenizer:
     """Load a tokenizer folder.
+
+    Args:
+        folder: of ``tokenizer.json``.
+        tried: this process or its parent has loaded it before, so that it need not be tried in a
+            process of its own, which takes 0.3 s.
 
     Raises:
         UserError: ``tokenizer.json`` is missing or unreadable, no token ends a document, or the
@@ -115,10 +176,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> LoadedTokenizer:
 
     folder = Path(folder)
     identity = fingerprint(folder)
-    try:
+    if not tried:
+        _try_in_child(folder)
+    with guard_library(folder):
         tokenizer = Tokenizer.from_file(str(folder / _FILE))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{folder / _FILE} is not a tokenizer: {error}.") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # Text that spells a special token must not become one: it would end a document in its middle.
@@ -138,7 +199,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> LoadedTokenizer:
             f"{folder / _FILE} has {vocab_size} tokens but ids up to {max(ids)}: a model "
             "built from the count would lack embeddings."
         )
-    return LoadedTokenizer(tokenizer, vocab_size, eos_id, identity)
+    return LoadedTokenizer(tokenizer, vocab_size, eos_id, identity, folder)
 
 
 def fingerprint(folder: str | os.PathLike[str]) -> str:
@@ -161,7 +222,10 @@ def _eos_token(folder: Path) -> str:
     config = _read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
     token = config.get("eos_token") or EOS_TOKEN
     # transformers writes a token as a string or, with its flags, as an object.
-    return str(token["content"]) if isinstance(token, dict) else str(token)
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str):
+        raise UserError(f"{folder / _CONFIG} is damaged: eos_token should be a string.")
+    return token
 
 
 def _write_config(folder: Path, special: dict[str, str]) -> None:
@@ -175,12 +239,48 @@ def _write_config(folder: Path, special: dict[str, str]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    if not path.exists():
+        raise UserError(f"No tokenizer in {str(path.parent)!r}: {path.name} is missing.")
+    return read_json(path, TypeAdapter(dict[str, Any]), _LIMIT)
+
+
+@contextmanager
+def guard_library(folder: Path) -> Iterator[None]:
+    """Turn what the tokenizers library raises into a UserError, its panics included.
+
+    A panic of the Rust library derives from BaseException alone, and its class cannot be imported.
+    """
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"No tokenizer in {str(path.parent)!r}: {path.name} is missing.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {str(path)!r}: {error}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object.")
-    return content
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, UserError, OSError):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder / _FILE} cannot be used as a tokenizer: {reason}.") from error
+
+
+def _try_in_child(folder: Path) -> None:
+    """Load a tokenizer and encode a little text in a process of its own.
+
+    A hostile file may take for ever, or end its process; a child can be ended and is silent.
+
+    Raises:
+        UserError: it did not load within `_SECONDS`.
+    """
+    command = [sys.executable, "-c", _TRIAL, str(folder / _FILE)]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=_SECONDS,
+            check=False,
+        )
+        reason = done.stdout.decode(errors="replace").strip() or f"exit code {done.returncode}"
+    except subprocess.TimeoutExpired:
+        reason = f"it does not load and encode a few words within {_SECONDS} s"
+    if reason != "whole":
+        raise UserError(f"{folder / _FILE} is not a tokenizer: {reason.rstrip('.')[:300]}.")

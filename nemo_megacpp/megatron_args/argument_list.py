@@ -82,8 +82,9 @@ def megatron_arguments(
     if refusals:
         listed = "\n".join(f"  {refusal}" for refusal in refusals)
         raise UserError(f"{dialect.script} has no option for this of {recipe.name}:\n{listed}")
-    words = [*model, *_data(recipe, sources), *_training(recipe.training)]
-    words += _outputs(recipe, Path(run_dir).absolute())
+    folder = Path(run_dir).absolute()
+    words = [*model, *_data(recipe, sources, folder), *_training(recipe.training)]
+    words += _outputs(recipe, folder)
     if device == "cpu":
         words += ["--transformer-impl", "local", "--distributed-backend", "gloo"]
     chosen = [*recipe.assumed, *(x for x in recipe.defaults if x.startswith("warmup_steps:"))]
@@ -131,7 +132,7 @@ def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
     ]
 
 
-def _data(recipe: Recipe, sources: list[PreparedData]) -> list[str]:
+def _data(recipe: Recipe, sources: list[PreparedData], run_dir: Path) -> list[str]:
     # The stack's attention is causal by its mask type.
     words = ["--no-create-attention-mask-in-dataloader"]
     if not sources:
@@ -150,6 +151,8 @@ def _data(recipe: Recipe, sources: list[PreparedData]) -> list[str]:
         *("--train-data-path", *train),
         *("--valid-data-path", *heldout),
         *("--test-data-path", *heldout),
+        # The script unpickles the index that it finds: not beside the data, which may be foreign.
+        *("--data-cache-path", str(run_dir / "index")),
         *("--tokenizer-type", "HuggingFaceTokenizer"),
         *("--tokenizer-model", str(sources[0].tokenizer_dir.absolute())),
     ]

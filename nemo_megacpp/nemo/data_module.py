@@ -4,13 +4,14 @@
 
 from typing import Any, Optional
 
-from megatron.core.datasets.gpt_dataset import GPTDataset
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 
 from nemo_megacpp.data.builtin import ensure_builtin
-from nemo_megacpp.data.packed_rows import PackedDocuments
+from nemo_megacpp.data.packed_rows import NO_CACHE, rows_class
 from nemo_megacpp.data.prepared import PreparedData, open_blend, weighted_prefixes
+from nemo_megacpp.data.tokenizer import guard_library
+from nemo_megacpp.errors import UserError
 
 
 class HybridDataModule(PreTrainingDataModule):
@@ -32,7 +33,7 @@ class HybridDataModule(PreTrainingDataModule):
 
     Raises:
         UserError: data that are missing, unreadable, too short, or have another vocabulary or
-            tokenizer.
+            tokenizer; an ``index_mapping_dir``.
     """
 
     def __init__(
@@ -45,6 +46,11 @@ class HybridDataModule(PreTrainingDataModule):
         packed_documents: bool = False,
         **kwargs: Any,
     ):
+        if kwargs.pop("index_mapping_dir", None):
+            raise UserError(
+                "index_mapping_dir: Megatron loads the index files in that folder with pickle, "
+                "which can run foreign code. The index is built in memory; leave the setting out."
+            )
         if blend is not None:
             sources = open_blend(blend)
         elif folder is None:
@@ -59,12 +65,17 @@ class HybridDataModule(PreTrainingDataModule):
         train = weighted_prefixes([data.train_prefix for data in sources], weights)
         heldout = weighted_prefixes([data.heldout_prefix for data in sources], weights)
         prepared = sources[0]
+        with guard_library(prepared.tokenizer_dir):
+            tokenizer = AutoTokenizer(
+                pretrained_model_name=str(prepared.tokenizer_dir), trust_remote_code=False
+            )
         super().__init__(
             {"train": train, "validation": heldout, "test": heldout},
             seq_length=seq_length,
-            tokenizer=AutoTokenizer(pretrained_model_name=str(prepared.tokenizer_dir)),
+            tokenizer=tokenizer,
             split=None,  # type: ignore[arg-type]  # three separate files, nothing to split
-            dataset_cls=PackedDocuments if packed_documents else GPTDataset,
+            dataset_cls=rows_class(vocab_size, packed_documents),
+            index_mapping_dir=NO_CACHE,
             **kwargs,
         )
         self.create_attention_mask = False

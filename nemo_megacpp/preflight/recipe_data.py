@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from nemo_megacpp.data.builtin import builtin_folder
-from nemo_megacpp.data.prepared import MANIFEST, PreparedData, open_blend
+from nemo_megacpp.data.prepared import CHECKSUMS, PreparedData, open_blend
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.runtime.host import current_host
@@ -28,7 +28,7 @@ def open_data(recipe: Recipe) -> tuple[Recipe, list[PreparedData]]:
         sources = open_blend(recipe.data)
     else:
         folder = Path(recipe.data or builtin_folder(recipe.model["vocab_size"]))
-        if recipe.data is None and not (folder / MANIFEST).exists():
+        if recipe.data is None and not (folder / CHECKSUMS).exists():
             _validate_tokenizer(recipe, [])
             validate_packing(recipe, {folder: 1})
             return recipe, []

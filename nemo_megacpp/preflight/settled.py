@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_megacpp.checkpoint.dcp import require_psutil
 from nemo_megacpp.checkpoint.guard import inspect_before_load
 from nemo_megacpp.data.builtin import builtin_folder
+from nemo_megacpp.data.checksums import verify_sample
+from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import validate_all
 from nemo_megacpp.layout import ParallelLayout, check_layout
 from nemo_megacpp.preflight.model_checks import (
@@ -57,8 +58,8 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
 
     Args:
         recipe: what to train.
-        announce: whether this process prints the choices and verifies the checkpoint to start from,
-            which one process of a job does.
+        announce: whether this process prints the choices and verifies the checkpoint to start from
+            and a sample of the data, which one process of a job does.
 
     Raises:
         UserError: for anything that can be found before the ranks start.
@@ -87,11 +88,13 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
     run_dir = Path(recipe.run_dir or new_run_dir(recipe.name, launched() is not None))
     validate_run_dir(run_dir, recipe.resume, resumes, skipped)
     if announce:
-        _announce(recipe, run_dir, newest)
+        _announce(recipe, run_dir, sources, newest)
     return Settled(recipe, run_dir, skipped)
 
 
-def _announce(recipe: Recipe, run_dir: Path, newest: Newest | None) -> None:
+def _announce(
+    recipe: Recipe, run_dir: Path, sources: list[PreparedData], newest: Newest | None
+) -> None:
     start = recipe.resume or recipe.init_from
     if start is not None:
         checkpoint = Path(start)
@@ -99,15 +102,17 @@ def _announce(recipe: Recipe, run_dir: Path, newest: Newest | None) -> None:
         verify = recipe.training.verify_checkpoint and known is None
         verified = inspect_before_load(checkpoint, verify=verify)
         (validate_optimizer_state if recipe.resume else validate_weights)(checkpoint)
+    of_data = verify_sample(sources) if sources else None
     if recipe.defaults:
-        print(f"defaults taken: {'; '.join(recipe.defaults)}")
-    print(f"{recipe.name}: {recipe.pattern}")
-    print(f"layout: {recipe.layout.describe()}; run folder: {run_dir}")
+        say(f"defaults taken: {'; '.join(recipe.defaults)}")
+    say(f"{recipe.name}: {recipe.pattern}")
+    say(f"layout: {recipe.layout.describe()}; run folder: {run_dir}")
     if recipe.data is None:
-        print(f"built-in corpus: {builtin_folder(recipe.model['vocab_size'])}")
+        say(f"built-in corpus: {builtin_folder(recipe.model['vocab_size'])}")
+    elif of_data is not None:
+        say(of_data)
     if start is not None:
         what = "resuming" if recipe.resume else "starting from the weights of"
         say(f"{what} {start} ({known or verified})")
         for line in newest.lines if newest is not None else ():
             say(line)
-    sys.stdout.flush()

@@ -91,7 +91,7 @@ def test_every_byte_counts_and_names_its_tensor(saved: Path) -> None:
 
 
 def test_a_large_tensor_is_checked_in_blocks(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "_BLOCK", 1000)
+    monkeypatch.setattr(manifest, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(manifest, "_READ", 300)
     monkeypatch.setattr(manifest, "_BATCH", 5000)
     write_manifest(saved)

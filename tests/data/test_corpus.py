@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +142,59 @@ def test_bad_json_line_is_named_and_skipped(tmp_path: Path, line: str, message: 
     assert tally.counts == {"bad_line": 1200, "bad_file": 1}
     (named,) = tally.names["bad_file"]
     assert named == f"{path}:1 {message} (1,199 more malformed lines in this file)"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "has a number of too many digits."),
+        ("[" * 500_000, "is not JSON: it is nested too deeply."),
+        ('{"text": "a", "n": 1e999999999}', None),
+        ("{" + ", ".join(f'"{n:0500}": 1' for n in range(2000)) + "}", "has no field 'text'"),
+        ('{"text": "a", "b": "' + "x" * 200_000 + '"}', None),
+    ],
+)
+def test_hostile_lines_are_skipped_and_named(
+    tmp_path: Path, line: str, message: str | None
+) -> None:
+    source = tmp_path / "lines.jsonl"
+    source.write_text(line + '\n{"text": "next"}\n')
+    found, tally = read(source)
+    assert [document.text for document in found] == ["a", "next"][message is not None :]
+    names = tally.names.get("bad_file", [])
+    if message is None:
+        assert not names
+    else:
+        assert message in names[0] and names[0].startswith(f"{source}:1 ") and len(names[0]) < 1500
+
+
+def test_pipes_sockets_and_devices_are_not_opened(tmp_path: Path) -> None:
+    """Opening a pipe waits for a writer."""
+    folder, pipe = tmp_path / "folder", tmp_path / "pipe.txt"
+    folder.mkdir()
+    os.mkfifo(pipe)
+    (tmp_path / "link.txt").symlink_to(pipe)
+    for path, kind in (
+        (pipe, "a named pipe"),
+        (tmp_path / "link.txt", "a named pipe"),
+        (Path("/dev/zero"), "a device"),
+    ):
+        with pytest.raises(UserError, match=f"Input '{path}' is {kind}, not a file"):
+            find_files([path], Tally())
+    (folder / "a.txt").write_text("text")
+    os.mkfifo(folder / "b.txt")
+    (folder / "c.txt").symlink_to(pipe)
+    (folder / "d.txt").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "e.txt"))
+    found, tally = read(folder)
+    assert [document.text for document in found] == ["text"]
+    assert tally.names["bad_file"] == [
+        f"'{folder / name}.txt' is {kind}, not a file."
+        for name, kind in zip(
+            "bcde", ("a named pipe", "a named pipe", "a device", "a socket"), strict=True
+        )
+    ]
 
 
 def test_names_are_limited(tmp_path: Path) -> None:

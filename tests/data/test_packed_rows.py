@@ -44,8 +44,8 @@ def test_boundaries_are_those_of_the_index(
     padding = data.splits["train"].padding
     assert (padding > 0) == (multiple > 1)
 
-    packed = open_epoch(data, seq_length, 1, str(tmp_path), packed=True)
-    plain = open_epoch(data, seq_length, 1, str(tmp_path))
+    packed = open_epoch(data, seq_length, 1, packed=True)
+    plain = open_epoch(data, seq_length, 1)
     rows = list(read_rows(data, 1000, seq_length, seed=1))
     assert len(rows) == len(packed) == len(plain) > 2
     assert max(map(len, rows)) > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,3 +198,20 @@ def test_one_process_at_a_time(corpus: Path, tmp_path: Path) -> None:
     assert stage.exists()
     lock.close()
     prepare([corpus], tmp_path / "out", **OPTIONS)
+
+
+def test_killed_between_its_two_renames(
+    corpus: Path, prepared: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The older data lie beside their place; the next preparation puts them back."""
+    out = tmp_path / "out"
+    shutil.copytree(prepared.root, tmp_path / ".out.replaced")
+
+    def fail(*options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_module, "encode", fail)
+    with pytest.raises(UserError, match="No space left on device"):
+        prepare([corpus], out, **OPTIONS | {"vocab_size": 290})
+    assert files(out) == files(prepared.root)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

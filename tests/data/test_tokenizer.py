@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from nemo_megacpp.data import tokenizer as tokenizer_module
 from nemo_megacpp.data.tokenizer import (
     EOS_TOKEN,
     MIN_VOCAB_SIZE,
@@ -105,7 +108,7 @@ def test_bad_tokenizers_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a tokenizer"):
         load_tokenizer(bad)
     (bad / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"Cannot read .*tokenizer\.json"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged: invalid JSON"):
         load_tokenizer(bad)
 
 
@@ -116,4 +119,77 @@ def test_ids_with_holes_are_refused(folder: Path, tmp_path: Path) -> None:
     model["vocab"]["unused"] = 999
     edit(bad, "tokenizer.json", model=model)
     with pytest.raises(UserError, match="321 tokens but ids up to 999"):
+        load_tokenizer(bad)
+
+
+def split_at(pattern: str) -> dict:
+    kind = {"type": "Split", "behavior": "Isolated", "invert": False}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    whole = [{**kind, "pattern": {"Regex": pattern}}, {**bytes_, "use_regex": False}]
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": whole}}
+
+
+def replacing(pattern: str) -> dict:
+    return {"normalizer": {"type": "Replace", "pattern": {"Regex": pattern}, "content": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (split_at("(["), "is not a tokenizer: Oniguruma error: premature end of char-class"),
+        (split_at("(" * 5000 + ")" * 5000), "is not a tokenizer: Oniguruma error: parse depth"),
+        (split_at("(a+)+$"), "is not a tokenizer: Onig: Regex search error: retry-limit-in-match"),
+        (replacing(""), "is not a tokenizer: index out of bounds"),
+        (
+            {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+            "is not a tokenizer: Precompiled: Error",
+        ),
+        ({"added_tokens": 5}, "is not a tokenizer: invalid type: integer `5`"),
+        ({"model": []}, "is not a tokenizer: data did not match any variant"),
+    ],
+)
+def test_hostile_tokenizers_are_refused_in_silence(
+    folder: Path, tmp_path: Path, change: dict, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Four of these are panics of the Rust library, which are no ``Exception``."""
+    bad = Path(shutil.copytree(folder, tmp_path / "bad"))
+    edit(bad, "tokenizer.json", **change)
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
+        load_tokenizer(bad)
+    assert len(str(refused.value)) < 600
+    assert capfd.readouterr() == ("", "")
+
+
+def test_files_of_another_shape_are_refused(folder: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(folder, tmp_path / "bad"))
+    for token in ({"special": True}, {"content": 3}, [1]):
+        edit(bad, "tokenizer_config.json", eos_token=token)
+        with pytest.raises(UserError, match="eos_token should be a string"):
+            load_tokenizer(bad)
+    for text in ("[" * 99999, '{"a": ' + "9" * 5000 + "}", "[]", "\0"):
+        (bad / "tokenizer.json").write_text(text)
+        with pytest.raises(UserError, match=r"tokenizer\.json is damaged: "):
+            load_tokenizer(bad)
+    (bad / "tokenizer.json").unlink()
+    os.mkfifo(bad / "tokenizer.json")
+    with pytest.raises(UserError, match="is not a regular file"):
+        load_tokenizer(bad)
+
+
+def test_a_tokenizer_that_does_not_end_is_given_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pattern takes so long on some texts only, so that a trial cannot find it."""
+    bad = Path(shutil.copytree(folder, tmp_path / "bad"))
+    edit(bad, "tokenizer.json", **split_at("(a+)+$"))
+    loaded = load_tokenizer(bad, tried=True)
+    with pytest.raises(UserError, match="cannot be used as a tokenizer: Onig: Regex search error"):
+        loaded.encode(["a" * 40 + "c"])
+    edit(bad, "tokenizer.json", **split_at("(a+)+c"))  # each of many attempts is just allowed
+    loaded = load_tokenizer(bad)
+    monkeypatch.setattr(tokenizer_module, "_SECONDS", 1)
+    with pytest.raises(UserError, match="has not encoded 460 characters within 1 s"):
+        loaded.encode([("a" * 22 + " ") * 20])
+    monkeypatch.setattr(tokenizer_module, "_TRIAL", "import time; time.sleep(60)")
+    with pytest.raises(UserError, match="does not load and encode a few words within 1 s"):
         load_tokenizer(bad)

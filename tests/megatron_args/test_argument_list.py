@@ -178,6 +178,7 @@ def test_data_and_training(small_data: PreparedData) -> None:
         )
     )
     assert args.train_data_path == [small_data.train_prefix]
+    assert args.data_cache_path == f"{Path(args.save).parent}/index"  # not beside the data
     assert args.valid_data_path == args.test_data_path == [small_data.heldout_prefix]
     assert (args.tokenizer_type, args.tokenizer_model) == (
         "HuggingFaceTokenizer",

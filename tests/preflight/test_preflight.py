@@ -228,7 +228,20 @@ def test_missing_and_damaged_data(small_data: PreparedData, elsewhere: Path) -> 
     (copy / "train.bin").write_bytes(b"")
     assert "damaged" in refusal(open_data, "data=copy")
     (copy / "data.json").write_text("{")
-    assert "Cannot read 'copy/data.json'" in refusal(open_data, "data=copy")
+    assert "copy/data.json is damaged: invalid JSON" in refusal(open_data, "data=copy")
+
+
+def test_a_sample_of_the_data_is_verified(small_data: PreparedData, elsewhere: Path) -> None:
+    copy = Path(shutil.copytree(small_data.root, elsewhere / "copy"))
+    content = bytearray((copy / "train.bin").read_bytes())
+    content[100] ^= 1
+    (copy / "train.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"train\.bin has changed in block 0 \(bytes 0 to "):
+        preflight(tiny(f"data={copy}", "run_dir=next"))
+    with pytest.raises(UserError, match=r"train\.bin has changed in block 0 \(bytes 0 to "):
+        preflight(tiny(f"data=[{small_data.root},{copy}]", "run_dir=next"))
+    preflight(tiny(f"data={copy}", "run_dir=next"), announce=False)  # one process verifies
+    assert not Path("next").exists()
 
 
 def test_a_built_in_corpus_is_checked_like_any_other(small_data: PreparedData) -> None:
@@ -512,11 +525,14 @@ def test_settle_tells_what_it_settled(
     assert recipe.resume == str(checkpoint)
     assert recipe.model["vocab_size"] == VOCAB_SIZE
     assert run_dir == Path("next")
-    assert capsys.readouterr().out.splitlines() == [
+    shown = capsys.readouterr().out
+    shown = re.sub(r"\([0-9.]+ s\)", "(0.0 s)", shown)
+    assert shown.splitlines() == [
         "defaults taken: max_steps: 160; global_batch_size: 8; lr: 0.004; precision: fp32; "
         "vocab_size: 300 (the data's)",
         "nam56r_tiny: AEMEAEMEAEMR",
         "layout: TP=1 CP=1 EP=1 ETP=1 PP=2 (2 ranks: DP=1, expert DP=1); run folder: next",
+        "data: verified 7 of 7 blocks (0.0 s)",
         f"resuming {checkpoint} (no manifest: nothing to verify it against)",
     ]
     assert sorted(elsewhere.rglob("*")) == before

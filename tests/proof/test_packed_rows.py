@@ -39,7 +39,7 @@ def row(tmp_path_factory: pytest.TempPathFactory) -> Row:
     out = tmp_path_factory.mktemp("packed") / "data"
     options = {"vocab_size": 270, "held_out": 0.3, "document_multiple": 4}
     data = prepare([texts], out, **options, progress=False)
-    dataset = open_epoch(data, SEQ_LENGTH, 1, str(out), packed=True)
+    dataset = open_epoch(data, SEQ_LENGTH, 1, packed=True)
     return {name: value[None].numpy() for name, value in dataset[0].items()}
 
 
