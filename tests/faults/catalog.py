@@ -1,0 +1,5 @@
+"""All kinds of faults."""
+
+from tests.faults import damage, hostile, saves
+
+KINDS = (*damage.KINDS, *hostile.KINDS, *saves.KINDS)

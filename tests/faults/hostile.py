@@ -1,0 +1,166 @@
+"""Files that run code, or take all memory or time, where they are loaded without care."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_megacpp.checkpoint.manifest import FILE as MANIFEST
+from nemo_megacpp.checkpoint.manifest import write_manifest
+from tests.checkpoint import malice
+from tests.faults.doors import CHECKPOINT, DATA, EXPORT
+from tests.faults.judge import Outcome
+from tests.faults.kinds import Kind, Site
+
+_STRICT = [door for door in CHECKPOINT if "inspect" not in door.name and "export" not in door.name]
+"""Doors that load pickles other than ``.metadata``; the others need not refuse the rest."""
+
+
+def _payload(site: Site) -> malice.Payload:
+    return malice.Payload(site.place.canary / "ran")
+
+
+def _pickle(draw: random.Random, site: Site) -> Outcome:
+    """The manifest matches the hostile bytes: whoever planted them wrote it as well."""
+    copy = Path(shutil.copytree(site.place.checkpoint(), site.folder / "input"))
+    name = draw.choice(sorted(malice.PLACES))
+    (copy / MANIFEST).unlink()
+    malice.PLACES[name](copy / "weights", _payload(site))
+    how = draw.choice(("own manifest", "no manifest", "no identity"))
+    if how == "no identity":
+        (copy / "nemo_megacpp.json").unlink()
+    elif how == "own manifest":
+        try:
+            write_manifest(copy)
+        except ValueError:  # it reads .metadata, and refuses
+            how = "no manifest"
+    doors = CHECKPOINT if name != "metadata" else _STRICT
+    door = draw.choice(doors)
+    what = f"a pickle that calls os.mkdir in {name}, {how}"
+    return site.meet(door, copy, what, None, refuse=door in _STRICT)
+
+
+def _cached_index(draw: random.Random, site: Site) -> Outcome:
+    """Megatron loads a cached index with ``allow_pickle``."""
+    copy = Path(shutil.copytree(site.place.data.root, site.folder / "input"))
+    cache = copy / draw.choice(("cache/GPTDataset_indices", "cache", "GPTDataset_indices"))
+    cache.mkdir(parents=True, exist_ok=True)
+    hostile = np.array([_payload(site)], dtype=object)
+    for number in range(3):
+        np.save(cache / f"{draw.randbytes(16).hex()}-{number}.npy", hostile, allow_pickle=True)
+    door = draw.choice(DATA)
+    return site.meet(door, copy, f"pickles in {cache.relative_to(copy)}", site.place.data.root)
+
+
+def _tokenizer(draw: random.Random, site: Site) -> Outcome:
+    copy = Path(shutil.copytree(site.place.data.root, site.folder / "input"))
+    folder = copy / "tokenizer"
+    kinds = ("auto_map", "class", "template", "pattern", "depth", "module")
+    how = draw.choice(kinds)
+    config: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text())
+    code = f"import os; os.mkdir({str(site.place.canary / 'ran')!r})\n"
+    if how == "auto_map":
+        (folder / "planted.py").write_text(f"{code}class Planted: pass\n")
+        config["auto_map"] = {"AutoTokenizer": ["planted.Planted", "planted.Planted"]}
+    elif how == "module":
+        (folder / "tokenizers.py").write_text(code)
+        (folder / "__init__.py").write_text(code)
+    elif how == "class":
+        config["tokenizer_class"] = draw.choice(("../planted", "os.system", "x" * 100_000, 7))
+    elif how == "template":
+        config["chat_template"] = "{{ ''.__class__.__mro__[1].__subclasses__() }}" * 10
+    elif how == "depth":
+        config["nested"] = eval("[" * 60 + "]" * 60)
+        (folder / "special_tokens_map.json").write_text("[" * 100_000)
+    else:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["pre_tokenizer"] = {
+            "type": "Split",
+            "pattern": {"Regex": draw.choice((r"(a+)+$", r"(?:(?:\w+\s?)+)+!", "(" * 3000, "[[["))},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return site.meet(draw.choice(DATA), copy, f"tokenizer: {how}", site.place.data.root)
+
+
+def _special_file(draw: random.Random, site: Site) -> Outcome:
+    """A named pipe, a link or a folder in the place of a file."""
+    place = site.place
+    intact, doors = draw.choice(
+        (
+            (place.checkpoint(), CHECKPOINT),
+            (place.exported, EXPORT),
+            (place.data.root, DATA),
+        )
+    )
+    copy = Path(shutil.copytree(intact, site.folder / "input"))
+    path = draw.choice(sorted(path for path in copy.rglob("*") if path.is_file()))
+    how = draw.choice(("pipe", "folder", "link to itself", "link to /dev/zero", "unreadable"))
+    path.unlink()
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "folder":
+        path.mkdir()
+    elif how == "link to itself":
+        path.symlink_to(path.name)
+    elif how == "link to /dev/zero":
+        path.symlink_to("/dev/zero")
+    else:
+        path.symlink_to("/proc/self/mem")
+    what = f"{path.relative_to(copy)} is a {how}"
+    return _meet_special(draw, site, doors, copy, what)
+
+
+def _meet_special(draw: random.Random, site: Site, doors: Any, copy: Path, what: str) -> Outcome:
+    from tests.faults.judge import judge
+
+    door = draw.choice(doors)
+    ended = door.open(site.place, copy, site.folder)
+    return judge(ended, site.place, f"{what}; {door.name}")
+
+
+def _archive(draw: random.Random, site: Site) -> Outcome:
+    """A ``common.pt`` that is a zip bomb, or a pickle that expands."""
+    copy = Path(shutil.copytree(site.place.checkpoint(), site.folder / "input"))
+    path = copy / "weights" / "common.pt"
+    how = draw.choice(("zip of zeros", "shared references", "deep", "long integer", "opcodes"))
+    if how == "zip of zeros":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", bytes(200 << 20))
+            archive.writestr("archive/version", "3")
+    else:
+        held: Any = ["x"]
+        if how == "shared references":
+            for _ in range(40):
+                held = [held, held]
+        elif how == "deep":
+            for _ in range(400):
+                held = [held]
+        elif how == "long integer":
+            held = 1 << 4_000_000
+        content = malice.torch_bytes(held)
+        if how == "opcodes":
+            content = pickle.PROTO + b"\x02" + b"(" * 3_000_000 + b"."
+        path.write_bytes(content)
+    (copy / MANIFEST).unlink()
+    write_manifest(copy)
+    return site.meet(draw.choice(_STRICT), copy, f"common.pt: {how}", None)
+
+
+KINDS = (
+    Kind("pickle", "a checkpoint with a pickle that calls a function", _pickle),
+    Kind("archive", "a common.pt that expands without end", _archive),
+    Kind("cached-index", "pickles in the place of Megatron's index of data", _cached_index),
+    Kind("tokenizer", "a tokenizer's folder with code, patterns, classes or depth", _tokenizer),
+    Kind("special-file", "a pipe, link, device or folder in the place of a file", _special_file),
+)
