@@ -12,6 +12,9 @@ from pathlib import Path
 
 def main() -> int:
     os.environ["PYTHONWARNINGS"] = "ignore"  # the libraries' remarks, once per process
+    from tests.faults.small_disk import allow_mounts
+
+    allow_mounts()
     # Not above: the helpers of every save import this module again.
     from tests.faults.campaign import attempt, describe, run_campaign
     from tests.faults.catalog import KINDS

@@ -82,7 +82,7 @@ class Forks:
         file_size: int | None = None,
         then: Callable[..., Any] | None = None,
         given: Sequence[str] = (),
-        strike: tuple[float, int] | None = None,
+        strike: tuple[float, int, bool] | None = None,
     ) -> Ended:
         """Run ``nemo-megacpp`` with ``arguments``.
 
@@ -93,7 +93,7 @@ class Forks:
             file_size: most bytes of a file that it may write, for want of a full disk.
             then: what to call in the same process after exit code 0; returns what JSON can hold.
             given: arguments of ``then``.
-            strike: seconds and a signal: what to send its process group, and when.
+            strike: after how many seconds to send which signal, and whether its ranks get it, too.
         """
         self._number += 1
         place = self._folder / f"command-{self._number}"
@@ -111,8 +111,9 @@ class Forks:
         session = self._pipe.recv()
         code: int | None = None
         if strike is not None and not self._pipe.poll(strike[0]):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(session, strike[1])
+            with contextlib.suppress(psutil.Error):
+                for process in _members(session, mark) if strike[2] else [psutil.Process(session)]:
+                    process.send_signal(strike[1])
         if self._pipe.poll(timeout - (time.monotonic() - started)):
             code = self._pipe.recv()
             left = _left_behind(session, mark, _LINGER)

@@ -46,6 +46,8 @@ def judge(
     expected: Any = None,
     refuse: bool = False,
     codes: Sequence[int] = (0, 2),
+    silent: bool = False,
+    temporary: bool = True,
 ) -> Outcome:
     """Judge a command that met a damaged or hostile input.
 
@@ -56,18 +58,22 @@ def judge(
         expected: result of the intact input, which exit code 0 must have; None: not compared.
         refuse: exit code 0 is wrong.
         codes: legal exit codes.
+        silent: it may end without a message, because it was killed.
+        temporary: it must leave nothing in its temporary folder, which a kill -9 does not let it.
     """
     wrong = _unruly(ended)
     if ended.code is None:
         wrong.append(f"hangs: ended by the time limit after {ended.seconds:.0f} s")
     elif ended.code not in codes:
         wrong.append(f"exit code {ended.code}")
-    elif ended.code and not ended.err.strip():
+    elif ended.code and not silent and not ended.err.strip():
         wrong.append(f"exit code {ended.code} without a message")
     if ended.code == 0 and refuse:
         wrong.append("accepted")
     if ended.code == 0 and expected is not None and ended.result != expected:
         wrong.append(f"accepted with another result: {_difference(ended.result, expected)}")
+    if temporary and ended.temporary:
+        wrong.append(f"left in the temporary folder: {', '.join(ended.temporary[:3])}")
     if ran := place.ran():
         wrong.append(f"code ran: {ran}")
     said = "\n".join(ended.err.strip().splitlines()[-6:])[-800:]
@@ -75,19 +81,22 @@ def judge(
 
 
 def _unruly(ended: Ended) -> list[str]:
-    wrong = []
-    for name, text in (("stdout", ended.out), ("stderr", ended.err)):
-        if "Traceback (most recent call last)" in text:
-            wrong.append(f"a traceback on {name}")
-        if found := sorted({c for c in text if _steers(c)}):
-            wrong.append(f"control characters on {name}: {found[:5]}")
+    wrong = [*unruly_text("stdout", ended.out), *unruly_text("stderr", ended.err)]
     lines = ended.err.splitlines()
     if len(lines) > MOST_LINES or len(ended.err) > MOST_CHARACTERS:
         wrong.append(f"a message of {len(lines)} lines, {len(ended.err):,} characters")
     if ended.left:
         wrong.append(f"processes left: {'; '.join(ended.left[:3])}")
-    if ended.temporary:
-        wrong.append(f"left in the temporary folder: {', '.join(ended.temporary[:3])}")
+    return wrong
+
+
+def unruly_text(name: str, text: str) -> list[str]:
+    """Return what a command must not write."""
+    wrong = []
+    if "Traceback (most recent call last)" in text:
+        wrong.append(f"a traceback on {name}")
+    if found := sorted({c for c in text if _steers(c)}):
+        wrong.append(f"control characters on {name}: {found[:5]}")
     return wrong
 
 
