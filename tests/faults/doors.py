@@ -30,16 +30,21 @@ class Door:
     result: Callable[[str], Any] | None = None
     of_out: bool = False
 
-    def open(self, place: Workplace, target: Path, folder: Path, **options: Any) -> Ended:
-        """Run the command on ``target``; what it makes goes into ``folder``."""
+    def open(self, place: Workplace, target: Path, folder: Path, compare: bool = False) -> Ended:
+        """Run the command on ``target``; what it makes goes into ``folder``.
+
+        Args:
+            place: of the intact inputs.
+            target: the input.
+            folder: of the try.
+            compare: find the result.
+        """
         out = folder / "out"
-        given = [str(out if self.of_out else target)]
         return place.forks.run(
             self.arguments(place, target, out),
             cwd=folder,
-            then=self.result,
-            given=given if self.result else (),
-            **options,
+            then=self.result if compare else None,
+            given=(str(out if self.of_out else target),),
         )
 
 
@@ -119,7 +124,7 @@ class Expected:
         key = door.name, intact
         if key not in self._known:
             with place.own_folder() as folder:
-                ended = door.open(place, intact, folder)
+                ended = door.open(place, intact, folder, compare=True)
             assert ended.code == 0, (door.name, ended)
             self._known[key] = ended.result
         return self._known[key]

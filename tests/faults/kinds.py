@@ -40,7 +40,7 @@ class Site:
         """
         expected = None if intact is None else self.expected.of(door, self.place, intact)
         before = fingerprint(target)
-        ended = door.open(self.place, target, self.folder)
+        ended = door.open(self.place, target, self.folder, compare=expected is not None)
         outcome = judge(ended, self.place, f"{what}; {door.name}", expected=expected, refuse=refuse)
         if fingerprint(target) != before:
             outcome.wrong.append("the command changed its input")

@@ -52,10 +52,10 @@ def _resume(site: Site, outcome: Outcome) -> None:
             outcome.wrong.append(f"{path.name} counts and is damaged: {error}")
     whole = _undisturbed(site.place)
     run = _start(site.place, site.folder, "resumed", "resume=auto")
-    if (code := run.end()) != 0:
-        # A kill may come after the last save: nothing is left to train then.
-        if code != 2 or "The run is complete" not in run.output:
-            outcome.wrong.append(f"resume=auto ends with {code}: {run.output[-500:]}")
+    code = run.end()
+    # A kill may come after the last save: nothing is left to train then.
+    if code != 0 and not (code == 2 and "The run is complete" in run.output):
+        outcome.wrong.append(f"resume=auto ends with {code}: {run.output[-500:]}")
     outcome.wrong += unruly_text("the resumed run", run.output)
     losses = run.losses()
     if different := [step for step in whole if losses.get(step) != whole[step]]:
