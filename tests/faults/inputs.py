@@ -112,17 +112,24 @@ def _record(draw: random.Random, site: Site) -> Outcome:
     run = site.folder / "foreign"
     record = run / "record"
     record.mkdir(parents=True)
+    begun = {
+        "kind": "started",
+        "step": 0,
+        "time": "2026-01-01T00:00:00.000+00:00",
+        "details": {"layout": "TP=2", "ranks": 2, "startup_seconds": 20},
+    }
+    metrics = "".join(
+        json.dumps(
+            {"step": step, "loss": 6 - step / 10, "grad_norm": 1.5, "lr": 1e-3, "seconds": 0.5}
+            | {"tokens_per_second": 100.0, "tflops_per_rank": 0.02, "mfu": None, "aux": {"z": 1.0}}
+        )
+        + "\n"
+        for step in range(1, 9)
+    )
     files = {
-        "recipe.yaml": yaml.safe_dump(_settings(site.place)).encode(),
-        "metrics.jsonl": b"".join(
-            json.dumps({"step": step, "loss": 5.0 / step, "seconds": 0.1}).encode() + b"\n"
-            for step in range(1, 9)
-        ),
-        "events.jsonl": json.dumps(
-            {"kind": "started", "step": 0, "time": "2026-01-01T00:00:00+00:00", "details": {}}
-        ).encode()
-        + b"\n",
-        "summary.json": b'{"steps": 8}',
+        "recipe.yaml": yaml.safe_dump(site.place.recipe.to_mapping()).encode(),
+        "metrics.jsonl": metrics.encode(),
+        "events.jsonl": json.dumps(begun).encode() + b"\n",
     }
     name = draw.choice(sorted(files))
     content = files[name]
