@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import types
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -181,6 +182,7 @@ def _serve(pipe: Any, modules: list[str]) -> None:
     from nemo_megacpp.runtime.orphans import end_with_parent
 
     end_with_parent()
+    sys.modules["__main__"] = types.ModuleType("__main__")  # helpers would import the caller's
     warnings.simplefilter("ignore")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["OMP_NUM_THREADS"] = "1"

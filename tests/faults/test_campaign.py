@@ -36,10 +36,9 @@ def expected() -> Expected:
 
 @pytest.mark.parametrize("kind", _LIGHT, ids=lambda kind: kind.name)
 def test_nothing_is_lost_run_or_raised(kind: Kind, place: Workplace, expected: Expected) -> None:
-    for number in range(2):
-        seed = seed_of(_SEED, number)
-        outcome = attempt(kind, seed, place, expected)
-        assert not outcome.wrong, describe(kind.name, seed, outcome)
+    seed = seed_of(_SEED, 0)
+    outcome = attempt(kind, seed, place, expected)
+    assert not outcome.wrong, describe(kind.name, seed, outcome)
 
 
 def test_a_campaign_counts_and_names_what_failed(place: Workplace) -> None:
