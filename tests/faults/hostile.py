@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from nemo_megacpp.checkpoint.manifest import FILE as MANIFEST
 from nemo_megacpp.checkpoint.manifest import write_manifest
 from tests.checkpoint import malice
 from tests.faults.doors import CHECKPOINT, DATA, EXPORT
-from tests.faults.judge import Outcome
+from tests.faults.judge import Outcome, judge
 from tests.faults.kinds import Kind, Site
 
 _STRICT = [door for door in CHECKPOINT if "inspect" not in door.name and "export" not in door.name]
@@ -118,15 +119,9 @@ def _special_file(draw: random.Random, site: Site) -> Outcome:
     else:
         path.symlink_to("/proc/self/mem")
     what = f"{path.relative_to(copy)} is a {how}"
-    return _meet_special(draw, site, doors, copy, what)
-
-
-def _meet_special(draw: random.Random, site: Site, doors: Any, copy: Path, what: str) -> Outcome:
-    from tests.faults.judge import judge
-
     door = draw.choice(doors)
-    ended = door.open(site.place, copy, site.folder)
-    return judge(ended, site.place, f"{what}; {door.name}")
+    ended = door.open(place, copy, site.folder)
+    return judge(ended, place, f"{what}; {door.name}")
 
 
 def _archive(draw: random.Random, site: Site) -> Outcome:
@@ -157,10 +152,46 @@ def _archive(draw: random.Random, site: Site) -> Outcome:
     return site.meet(draw.choice(_STRICT), copy, f"common.pt: {how}", None)
 
 
+def _family(draw: random.Random, site: Site) -> Outcome:
+    """A family module is code: a recipe that names one says so first, all else never imports it."""
+    place, module = site.place, site.folder / "family.py"
+    mark = "the module runs"
+    module.write_text(
+        f"import os, sys\nos.mkdir({str(place.canary / 'ran')!r})\n"
+        f"for stream in (sys.stdout, sys.stderr): print({mark!r}, file=stream, flush=True)\n"
+    )
+    where = draw.choice(("checkpoint", "export", "recipe"))
+    if where == "recipe":
+        recipe = {**place.recipe.to_mapping(), "family_modules": [str(module)]}
+        file = site.folder / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        command = draw.choice((["train", file, "--dry-run"], ["plan", file]))
+        ended = place.forks.run(command, cwd=site.folder)
+        ran = place.ran()
+        outcome = judge(ended, place, f"a recipe that names a family module; {command[0]}")
+        told = any(str(module) in text.partition(mark)[0] for text in (ended.out, ended.err))
+        if ran and not told:
+            outcome.wrong.append("the module ran before it was named")
+        return outcome
+    intact, file, doors = (
+        (place.checkpoint(), "nemo_megacpp.json", CHECKPOINT)
+        if where == "checkpoint"
+        else (place.exported, "config.json", EXPORT)
+    )
+    copy = Path(shutil.copytree(intact, site.folder / "input"))
+    held = json.loads((copy / file).read_text())
+    (held if where == "checkpoint" else held["identity"])["model"]["family_modules"] = [str(module)]
+    (copy / file).write_text(json.dumps(held))
+    (copy / MANIFEST).unlink()
+    write_manifest(copy)
+    return site.meet(draw.choice(doors), copy, f"{where} that names a family module", None)
+
+
 KINDS = (
     Kind("pickle", "a checkpoint with a pickle that calls a function", _pickle),
     Kind("archive", "a common.pt that expands without end", _archive),
     Kind("cached-index", "pickles in the place of Megatron's index of data", _cached_index),
     Kind("tokenizer", "a tokenizer's folder with code, patterns, classes or depth", _tokenizer),
+    Kind("family", "a module of code named by a checkpoint, an export, a recipe", _family),
     Kind("special-file", "a pipe, link, device or folder in the place of a file", _special_file),
 )

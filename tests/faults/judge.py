@@ -10,9 +10,9 @@ from typing import Any, Literal
 from tests.faults.forks import Ended
 from tests.faults.workplace import Workplace
 
-MOST_LINES = 40
-MOST_CHARACTERS = 4000
-"""Of a message: a screen."""
+MOST_LINES = 50
+MOST_CHARACTERS = 5000
+"""On stderr: a message of 40 lines or 4,000 characters, and what was said before it."""
 
 Verdict = Literal["refused", "equal", "survived"]
 """``refused``: exit code 2 and one message; ``equal``: exit code 0, with the result of the intact
