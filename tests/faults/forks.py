@@ -25,6 +25,8 @@ from typing import Any
 
 import psutil
 
+from nemo_megacpp.errors import UserError
+
 _MEMORY = 4 << 30
 """Bytes that a command may take beyond what is imported."""
 _MARK = "NEMO_MEGACPP_TEST_COMMAND"
@@ -238,6 +240,9 @@ def _become(request: dict[str, Any], then: Callable[..., Any] | None, given: Any
                 print(ended.code, file=sys.stderr)
         if code == 0 and then is not None:
             (place / _RESULT).write_text(json.dumps(then(*given)))
+    except UserError as error:
+        print(f"nemo-megacpp: {error}", file=sys.stderr)
+        code = 2
     except BaseException:
         import traceback
 

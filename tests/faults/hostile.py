@@ -17,6 +17,7 @@ import yaml
 from nemo_megacpp.checkpoint.manifest import FILE as MANIFEST
 from nemo_megacpp.checkpoint.manifest import write_manifest
 from tests.checkpoint import malice
+from tests.faults import results
 from tests.faults.doors import CHECKPOINT, DATA, EXPORT
 from tests.faults.judge import Outcome, judge
 from tests.faults.kinds import Kind, Site
@@ -62,6 +63,21 @@ def _cached_index(draw: random.Random, site: Site) -> Outcome:
 
 
 def _tokenizer(draw: random.Random, site: Site) -> Outcome:
+    copy, how = _hostile_tokenizer(draw, site)
+    return site.meet(draw.choice(DATA), copy, f"tokenizer: {how}", site.place.data.root)
+
+
+def _tokenizer_in_nemo(draw: random.Random, site: Site) -> Outcome:
+    """The ranks load it through transformers, whose classes can be told to import code."""
+    copy, how = _hostile_tokenizer(draw, site)
+    place = site.place
+    ended = place.nemo_forks.run(
+        None, cwd=site.folder, then=results.of_data_module, given=(str(copy),)
+    )
+    return judge(ended, place, f"tokenizer: {how}; the data module")
+
+
+def _hostile_tokenizer(draw: random.Random, site: Site) -> tuple[Path, str]:
     copy = Path(shutil.copytree(site.place.data.root, site.folder / "input"))
     folder = copy / "tokenizer"
     kinds = ("auto_map", "class", "template", "pattern", "depth", "module")
@@ -91,7 +107,7 @@ def _tokenizer(draw: random.Random, site: Site) -> Outcome:
         }
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return site.meet(draw.choice(DATA), copy, f"tokenizer: {how}", site.place.data.root)
+    return copy, how
 
 
 def _special_file(draw: random.Random, site: Site) -> Outcome:
@@ -192,6 +208,7 @@ KINDS = (
     Kind("archive", "a common.pt that expands without end", _archive),
     Kind("cached-index", "pickles in the place of Megatron's index of data", _cached_index),
     Kind("tokenizer", "a tokenizer's folder with code, patterns, classes or depth", _tokenizer),
+    Kind("tokenizer-nemo", "the same where a rank loads it", _tokenizer_in_nemo, heavy=True),
     Kind("family", "a module of code named by a checkpoint, an export, a recipe", _family),
     Kind("special-file", "a pipe, link, device or folder in the place of a file", _special_file),
 )

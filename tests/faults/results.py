@@ -44,3 +44,12 @@ def of_rows(folder: str) -> dict[str, str]:
     for parts in read_rows(PreparedData.open(folder), 1 << 30, 64):
         digest.update(repr(parts).encode())
     return {"rows": digest.hexdigest()}
+
+
+def of_data_module(folder: str) -> dict[str, str]:
+    """Return what NeMo's tokenizer makes of a text, through the data module of a run."""
+    from nemo_megacpp.data.prepared import PreparedData
+    from nemo_megacpp.nemo.data_module import HybridDataModule
+
+    module = HybridDataModule(folder, PreparedData.open(folder).vocab_size, seq_length=64)
+    return {"ids": repr(module.tokenizer.text_to_ids("word1 and 2 more, for a start"))}

@@ -90,6 +90,12 @@ class Workplace:
         return WorkerPool(2)
 
     @cached_property
+    def nemo_forks(self) -> Forks:
+        """Runs what needs NeMo; its import takes most of a minute on a small machine."""
+        (self.root / "nemo").mkdir()
+        return Forks((*MODULES, "nemo_megacpp.nemo.data_module"), self.root / "nemo")
+
+    @cached_property
     def exported(self) -> Path:
         """The newest checkpoint as safetensors."""
         out = self.root / "exported"
@@ -122,6 +128,8 @@ class Workplace:
     def close(self) -> None:
         """End the processes that commands and tasks are forked from."""
         self.forks.__exit__()
+        if "nemo_forks" in vars(self):
+            self.nemo_forks.__exit__()
         if "pool" in vars(self):
             self.pool.close()
 
