@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,10 @@ def run_campaign(
         own = seed_of(seed, numbers[kind.name])
         numbers[kind.name] += 1
         began = time.monotonic()
-        outcome = attempt(kind, own, place, expected)
+        try:
+            outcome = attempt(kind, own, place, expected)
+        except Exception:  # a campaign of hours goes on
+            outcome = Outcome("", "refused", ["the try itself failed"], traceback.format_exc())
         tally.seconds[kind.name] += time.monotonic() - began
         tally.verdicts[kind.name, outcome.verdict] += 1
         if outcome.moment:

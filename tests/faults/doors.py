@@ -103,6 +103,7 @@ DATA: tuple[Door, ...] = (
         "data inspect --rows",
         lambda place, target, out: ["data", "inspect", target, "--rows", 2, "--seq-length", 64],
     ),
+    Door("data verify", lambda place, target, out: ["data", "verify", target], results.of_rows),
     Door(
         "train data= --dry-run",
         lambda place, target, out: _train(place, f"data={target}", f"run_dir={out}"),
