@@ -21,7 +21,8 @@ def main() -> int:
     from tests.faults.doors import Expected
     from tests.faults.workplace import Workplace
 
-    names = [kind.name for kind in KINDS]
+    named = {kind.name: kind for kind in KINDS}
+    names = list(named)
     parser = argparse.ArgumentParser(
         prog="python -m tests.faults",
         description="Inject faults into commands and runs, and check what must hold after each. "
@@ -39,16 +40,17 @@ def main() -> int:
         "--only", metavar="KIND:SEED", help="repeat one try, by the name that a failure is given"
     )
     args = parser.parse_args()
-    chosen = [kind for kind in KINDS if kind.name in args.kinds]
+    name, _, own = (args.only or "").partition(":")
+    if args.only and not (name in named and own.isdecimal()):
+        parser.error(f"--only takes KIND:SEED, such as {names[0]}:1000000; given: {args.only}")
+    chosen = [named[name] for name in dict.fromkeys(args.kinds)]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as root:
         place = Workplace(Path(root))
         try:
             if args.only:
-                name, _, seed = args.only.partition(":")
-                kind = next(kind for kind in KINDS if kind.name == name)
-                outcome = attempt(kind, int(seed), place, Expected())
-                print(describe(name, int(seed), outcome))
+                outcome = attempt(named[name], int(own), place, Expected())
+                print(describe(name, int(own), outcome))
                 return 1 if outcome.wrong else 0
             tally = run_campaign(
                 chosen,
