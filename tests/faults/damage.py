@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
+
+from tests.faults import results
 from tests.faults.doors import CHECKPOINT, DATA, EXPORT, Door
-from tests.faults.judge import Outcome
+from tests.faults.judge import Outcome, judge
 from tests.faults.kinds import Kind, Site
+from tests.faults.workplace import RECIPE, SETTINGS, reseal
 
 _BLOCK = 64
 
@@ -106,9 +111,66 @@ def _without_manifest(draw: random.Random, site: Site) -> Outcome:
     return site.meet(draw.choice(doors), copy, what, intact)
 
 
+def _vocabulary(draw: random.Random, site: Site) -> Outcome:
+    """Token ids beyond the vocabulary, which Megatron embeds as zeros at TP > 1."""
+    data = site.place.data
+    copy = Path(shutil.copytree(data.root, site.folder / "input"))
+    path = copy / draw.choice(("train.bin", "heldout.bin"))
+    ids = np.fromfile(path, np.uint16)
+    for position in draw.sample(range(len(ids)), draw.choice((1, 10, len(ids) // 2))):
+        ids[position] = draw.randint(data.vocab_size, 65535)
+    ids.tofile(path)
+    sealed = reseal(copy) if draw.random() < 0.7 else "the old checksums"
+    what = f"ids of {path.name} beyond the vocabulary, {sealed}"
+    return site.meet(draw.choice(DATA), copy, what, None, refuse=True)
+
+
+def _newest(draw: random.Random, site: Site) -> Outcome:
+    """The newest checkpoint of a run is damaged, and the run is resumed."""
+    place = site.place
+    run = Path(shutil.copytree(place.run, site.folder / "run"))
+    newest = run / "checkpoints" / place.checkpoint().name
+    path, how = draw.choice(_files(newest)), draw.choice(("flip", "cut", "gone"))
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content if how == "flip" else content[: draw.randrange(len(content))])
+    what = f"{how}: {path.relative_to(newest)} of the newest checkpoint"
+    ended = place.forks.run(
+        ["train", RECIPE, *SETTINGS, f"data={place.data.root}", f"run_dir={run}", "resume=auto"]
+        + ["--dry-run"],
+        cwd=site.folder,
+    )
+    outcome = judge(ended, place, f"{what}; train resume=auto --dry-run")
+    if ended.code != 0:
+        return outcome
+    found = re.search(r"resuming (\S+step=(\d+)) ", ended.out)
+    if found is None:
+        outcome.wrong.append("it does not say what it resumes")
+        return outcome
+    intact = place.checkpoint(int(found[2]))
+    loaded = place.forks.run(
+        None, cwd=site.folder, then=results.of_checkpoint, given=(found[1],)
+    ).result
+    if (
+        loaded
+        != place.forks.run(
+            None, cwd=site.folder, then=results.of_checkpoint, given=(str(intact),)
+        ).result
+    ):
+        outcome.wrong.append(f"it resumes {found[1]}, which is damaged")
+    if intact != place.checkpoint() and newest.name not in ended.out + ended.err:
+        outcome.wrong.append("it does not name the checkpoint that it skips")
+    return outcome
+
+
 KINDS = (
     Kind("flip", "bits of any file of a checkpoint, an export or prepared data flipped", _flip),
     Kind("truncate", "such a file cut off, emptied, removed, zeroed or longer", _truncate),
     Kind("swap", "such files, or blocks of one, exchanged", _swap),
     Kind("no-manifest", "a checkpoint's manifest removed, its weights changed", _without_manifest),
+    Kind("vocabulary", "token ids beyond the vocabulary, with checksums that match", _vocabulary),
+    Kind("newest", "the newest checkpoint of a run damaged before resume=auto", _newest),
 )

@@ -15,12 +15,12 @@ import numpy as np
 import yaml
 
 from nemo_megacpp.checkpoint.manifest import FILE as MANIFEST
-from nemo_megacpp.checkpoint.manifest import write_manifest
 from tests.checkpoint import malice
 from tests.faults import results
 from tests.faults.doors import CHECKPOINT, DATA, EXPORT
 from tests.faults.judge import Outcome, judge
 from tests.faults.kinds import Kind, Site
+from tests.faults.workplace import reseal
 
 _STRICT = [door for door in CHECKPOINT if "inspect" not in door.name and "export" not in door.name]
 """Doors that load pickles other than ``.metadata``; the others need not refuse the rest."""
@@ -40,10 +40,7 @@ def _pickle(draw: random.Random, site: Site) -> Outcome:
     if how == "no identity":
         (copy / "nemo_megacpp.json").unlink()
     elif how == "own manifest":
-        try:
-            write_manifest(copy)
-        except ValueError:  # it reads .metadata, and refuses
-            how = "no manifest"
+        how = reseal(copy)
     doors = CHECKPOINT if name != "metadata" else _STRICT
     door = draw.choice(doors)
     what = f"a pickle that calls os.mkdir in {name}, {how}"
@@ -58,13 +55,16 @@ def _cached_index(draw: random.Random, site: Site) -> Outcome:
     hostile = np.array([_payload(site)], dtype=object)
     for number in range(3):
         np.save(cache / f"{draw.randbytes(16).hex()}-{number}.npy", hostile, allow_pickle=True)
+    sealed = reseal(copy) if draw.random() < 0.5 else "the old checksums"
     door = draw.choice(DATA)
-    return site.meet(door, copy, f"pickles in {cache.relative_to(copy)}", site.place.data.root)
+    return site.meet(
+        door, copy, f"{sealed}, pickles in {cache.relative_to(copy)}", site.place.data.root
+    )
 
 
 def _tokenizer(draw: random.Random, site: Site) -> Outcome:
     copy, how = _hostile_tokenizer(draw, site)
-    return site.meet(draw.choice(DATA), copy, f"tokenizer: {how}", site.place.data.root)
+    return site.meet(draw.choice(DATA), copy, f"tokenizer: {how}", None)
 
 
 def _tokenizer_in_nemo(draw: random.Random, site: Site) -> Outcome:
@@ -107,6 +107,8 @@ def _hostile_tokenizer(draw: random.Random, site: Site) -> tuple[Path, str]:
         }
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if draw.random() < 0.7:
+        how += f", {reseal(copy)}"
     return copy, how
 
 
@@ -163,8 +165,7 @@ def _archive(draw: random.Random, site: Site) -> Outcome:
         if how == "opcodes":
             content = pickle.PROTO + b"\x02" + b"(" * 3_000_000 + b"."
         path.write_bytes(content)
-    (copy / MANIFEST).unlink()
-    write_manifest(copy)
+    reseal(copy)
     return site.meet(draw.choice(_STRICT), copy, f"common.pt: {how}", None)
 
 
@@ -198,8 +199,7 @@ def _family(draw: random.Random, site: Site) -> Outcome:
     held = json.loads((copy / file).read_text())
     (held if where == "checkpoint" else held["identity"])["model"]["family_modules"] = [str(module)]
     (copy / file).write_text(json.dumps(held))
-    (copy / MANIFEST).unlink()
-    write_manifest(copy)
+    reseal(copy)
     return site.meet(draw.choice(doors), copy, f"{where} that names a family module", None)
 
 

@@ -11,7 +11,11 @@ from functools import cached_property
 from pathlib import Path
 
 from nemo_megacpp.checkpoint.lifecycle import finish_checkpoint
+from nemo_megacpp.checkpoint.manifest import FILE as MANIFEST
+from nemo_megacpp.checkpoint.manifest import write_manifest
+from nemo_megacpp.data.checksums import write_checksums
 from nemo_megacpp.data.prepare import prepare
+from nemo_megacpp.data.prepared import MANIFEST as DATA_MANIFEST
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.recipe import resolve
@@ -152,6 +156,23 @@ def save_checkpoints(run: str, data: str, vocabulary: str) -> None:
                 ranks.size, save_run, str(folder / "weights"), spec, identity["layout"], trainer
             )
             finish_checkpoint(folder, identity, step)
+
+
+def reseal(folder: Path) -> str:
+    """Write checksums that match what is in a folder now, as whoever planted it would.
+
+    Returns:
+        What the folder has now, in words.
+    """
+    if (folder / DATA_MANIFEST).exists():
+        write_checksums(folder)
+        return "checksums that match"
+    (folder / MANIFEST).unlink(missing_ok=True)
+    try:
+        write_manifest(folder)
+    except Exception:  # it reads .metadata, which may be what is malformed
+        return "no manifest"
+    return "a manifest that matches"
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
