@@ -4,10 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
 
+from typing_extensions import TypedDict
+
+from nemo_megacpp.json_files import Count, Text
 from nemo_megacpp.runs.events import read_records
 from nemo_megacpp.runs.run_folder import METRICS_FILE
+
+
+class _Record(TypedDict, total=False):
+    """A line of the metrics: a training step, or an evaluation."""
+
+    step: Required[Count]
+    loss: float | None
+    heldout_loss: float
+    grad_norm: float | None
+    lr: float | None
+    seconds: float
+    tokens_per_second: float
+    tflops_per_rank: float | None
+    mfu: float | None
+    memory: float
+    memory_added: float
+    aux: dict[Text, float]
 
 
 @dataclass(frozen=True)
@@ -29,14 +49,18 @@ class Curve:
 
 
 def read_curve(run_dir: Path) -> Curve:
-    """Read the metrics of a run; of a step recorded twice, the later record counts."""
+    """Read the metrics of a run; of a step recorded twice, the later record counts.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     steps: dict[int, dict[str, Any]] = {}
     heldout: dict[int, float] = {}
-    for record in read_records(run_dir / METRICS_FILE):
+    for record in read_records(run_dir / METRICS_FILE, _Record):
         if "heldout_loss" in record:
             heldout[record["step"]] = record["heldout_loss"]
         else:
-            steps[record["step"]] = record
+            steps[record["step"]] = dict(record)
     return Curve(steps, heldout)
 
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import datetime
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import AwareDatetime, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.json_files import Count, Text, parse_json, read_limited
 from nemo_megacpp.runs.run_folder import EVENTS_FILE
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class Event:
+_LIMIT = 1 << 30
+"""Most bytes of a file of records."""
+
+
+class Event(NamedTuple):
     """One event.
 
     Attributes:
@@ -28,6 +35,15 @@ class Event:
     step: int
     time: datetime.datetime
     details: dict[str, Any]
+
+
+class _Record(TypedDict):
+    """An event as a line of JSON."""
+
+    kind: Text
+    step: Count
+    time: AwareDatetime
+    details: dict[Text, Any]
 
 
 def record_event(run_dir: Path, kind: str, step: int, **details: Any) -> None:
@@ -45,16 +61,8 @@ def record_event(run_dir: Path, kind: str, step: int, **details: Any) -> None:
 
 
 def read_events(run_dir: Path) -> list[Event]:
-    """Return the run's events, oldest first."""
-    return [
-        Event(
-            record["kind"],
-            record["step"],
-            datetime.datetime.fromisoformat(record["time"]),
-            record["details"],
-        )
-        for record in read_records(run_dir / EVENTS_FILE)
-    ]
+    """Return the run's events, oldest first; raises as :func:`read_records` does."""
+    return [Event(**record) for record in read_records(run_dir / EVENTS_FILE, _Record)]
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
@@ -75,16 +83,19 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines, without lines that a kill has truncated."""
-    records = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
+def read_records(path: Path, shape: type[T]) -> list[T]:
+    """Return the records of a file of JSON lines, without lines that a kill has truncated.
+
+    Raises:
+        UserError: a whole line holds something else than ``shape``, or the file is too large.
+    """
+    if not path.exists():
         return []
-    for line in lines:
+    adapter, records = TypeAdapter(shape), []
+    for line in read_limited(path, _LIMIT).splitlines():
         try:
-            records.append(dict(json.loads(line)))
-        except ValueError:
-            continue
+            records.append(adapter.validate_json(line, strict=True))
+        except ValidationError as error:
+            if error.errors()[0]["type"] != "json_invalid":
+                parse_json(line, adapter, path)  # raises, and says what is wrong
     return records

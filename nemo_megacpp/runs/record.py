@@ -51,6 +51,8 @@ def read_run(run_dir: Path) -> RunRecord:
         )
     try:
         summary, curve, events = summarize(run_dir), read_curve(run_dir), read_events(run_dir)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(f"The record in {run_dir / RECORD} is damaged: {error!r}.") from None
     if summary is None:

@@ -8,79 +8,33 @@ import io
 import json
 import shutil
 import sys
-import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedObject,
-    ShardedTensor,
-    ShardedTensorFactory,
-)
 
 from nemo_megacpp import cli
 from nemo_megacpp.checkpoint import export as export_module
 from nemo_megacpp.checkpoint.content import CheckpointContent, describe
-from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict
 from nemo_megacpp.checkpoint.export import CONFIG, INDEX, export, read_export
 from nemo_megacpp.checkpoint.identity import read_identity, write_identity
 from nemo_megacpp.checkpoint.manifest import FILE, check_manifest, is_complete, write_manifest
-from nemo_megacpp.checkpoint.random_state import random_state, sharded_random_state
 from nemo_megacpp.checkpoint.rewrite import import_safetensors, reshard
 from nemo_megacpp.checkpoint.safe_pickle import scan_checkpoint
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
-from tests.bare import build_chunks, make_config
 from tests.checkpoint.conftest import SMALL
 from tests.checkpoint.malice import PLACES, Payload
+from tests.checkpoint.saved_run import save_run
 
 IDENTITY = {
     "model": {**SMALL.model, "num_layers": 4},
     "layout": "tp=2,sp=true,etp=1",
     "tokenizer": "a" * 64,
 }
-TRAINER = {"global_step": 20, "loops": {"fit": [1, 2]}, "scheduler": [{"lr": 1e-3}]}
-
-
-def _save_run(folder: str) -> None:
-    """Save what a run saves: the model under ``module.``, Adam's moments, the rest."""
-    layout = ParallelLayout.parse(IDENTITY["layout"])
-    start_model_parallel(layout)
-    rank = torch.distributed.get_rank()
-    state: dict[str, Any] = dict(TRAINER)
-    for value in nested_values(
-        model_sharded_state_dict(build_chunks(make_config(SMALL, layout), layout))
-    ):
-        parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
-        for part in parts:
-            number = len(state)
-            if isinstance(part, ShardedObject):
-                state[f"{number}"] = replace(part, key=f"module.{part.key}")
-                continue
-            state[f"{number}"] = replace(part, key=f"module.{part.key}")
-            for moment in ("exp_avg", "exp_avg_sq"):
-                # Alike on the ranks that hold the same part.
-                seed = zlib.crc32(f"{moment} {part.key} {part.global_offset}".encode())
-                generator = torch.Generator().manual_seed(seed)
-                state[f"{number}.{moment}"] = replace(
-                    part,
-                    key=f"optimizer.state.{moment}.module.{part.key}",
-                    data=torch.randn(part.local_shape, generator=generator),
-                    dtype=torch.float32,
-                )
-    state["random_state"] = sharded_random_state(random_state())
-    if rank == 0:
-        state["bucket"] = ShardedTensor.from_rank_offsets("optimizer.bucket", torch.arange(13.0))
-        state["rng"] = ShardedObject("rng_state", {"seed": 3}, (1,), (0,))
-    dist_checkpointing.save(state, folder, content_metadata={"kind": "a run"})
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +42,7 @@ def run_checkpoint(ranks: WorkerPool, tmp_path_factory: pytest.TempPathFactory) 
     """A run's checkpoint, with optimizer, identity and manifest; only read it."""
     folder = tmp_path_factory.mktemp("run") / "step=20"
     (folder / "weights").mkdir(parents=True)
-    ranks.run(2, _save_run, str(folder / "weights"))
+    ranks.run(2, save_run, str(folder / "weights"), SMALL, IDENTITY["layout"])
     write_identity(folder, IDENTITY, 20)
     write_manifest(folder)
     return folder

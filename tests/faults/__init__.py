@@ -1,1 +1,1 @@
-"""Faults, injected for real. ``python -m tests.faults --kills 100 --seed 1`` kills at length."""
+"""Faults, injected for real: ``python -m tests.faults --hours 1 --seed 1`` does so at length."""

@@ -1,46 +1,20 @@
-"""A seeded series of kills across saves, with what must hold after each."""
+"""A seeded campaign over kinds of faults: kinds take turns by the time that they have had."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
 import random
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import psutil
+from tests.faults.doors import Expected
+from tests.faults.judge import Outcome
+from tests.faults.kinds import Kind, Site
+from tests.faults.workplace import Workplace
 
-from nemo_megacpp.checkpoint import manifest
-from nemo_megacpp.checkpoint.folder import complete_checkpoints, newest_checkpoint
-from nemo_megacpp.checkpoint.identity import FILE as IDENTITY
-from nemo_megacpp.errors import UserError
-from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
-from tests.faults.saving import (
-    KEEP_LAST,
-    RANKS,
-    Kill,
-    checkpoint_of,
-    load_then_save,
-    save_and_be_killed,
-    save_whole,
-)
-
-_LINGER = 30.0
-"""Seconds that a killed rank's helpers get to end; on a busy machine they may have to wait."""
-
-PHASES = (
-    "before the folder",
-    "weights being written",
-    "weights whole, no identity",
-    "manifest being written",
-    "whole, older ones being removed",
-    "whole, older ones removed",
-    "saved before the kill",
-)
+_STRIDE = 1_000_000
 
 
 @dataclass
@@ -48,165 +22,108 @@ class Tally:
     """What a campaign found.
 
     Attributes:
-        landed: number of kills by victims and by how far the save had come.
-        wrong: what did not hold.
+        verdicts: number of tries by kind and verdict.
+        seconds: by kind.
+        moments: number of strikes by kind and by how far the command had come.
+        failures: kind, seed and outcome of each try after which something did not hold.
     """
 
-    landed: Counter[tuple[str, str]] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
+    verdicts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    moments: Counter[tuple[str, str]] = field(default_factory=Counter)
+    failures: list[tuple[str, int, Outcome]] = field(default_factory=list)
 
     @property
-    def kills(self) -> int:
-        """Kills that met a save under way."""
-        return sum(n for (_, phase), n in self.landed.items() if phase != PHASES[-1])
+    def tries(self) -> int:
+        """All tries."""
+        return self.verdicts.total()
 
-    def table(self) -> str:
-        """Return the kills by phase and victims."""
-        lines = [f"{'kill -9 when the save had come to':<36}{'one rank':>10}{'all ranks':>11}"]
-        for phase in PHASES:
-            one, everyone = self.landed["one", phase], self.landed["all", phase]
-            lines.append(f"{phase:<36}{one:>10}{everyone:>11}")
+    def table(self, kinds: Sequence[Kind]) -> str:
+        """Return tries, verdicts and failures by kind."""
+        columns = ("tries", "refused", "equal", "survived", "failures", "s/try")
+        lines = [f"{'kind':<16}" + "".join(f"{column:>10}" for column in columns)]
+        for name in (*(kind.name for kind in kinds), None):
+            counts = [
+                sum(
+                    n
+                    for (kind, found), n in self.verdicts.items()
+                    if name in (kind, None) and found == v
+                )
+                for v in ("refused", "equal", "survived")
+            ]
+            tries = sum(counts)
+            failures = sum(name in (kind, None) for kind, _, _ in self.failures)
+            seconds = self.seconds.total() if name is None else self.seconds[name]
+            cells = (tries, *counts, failures, f"{seconds / max(tries, 1):.2f}")
+            lines.append(f"{name or 'all':<16}" + "".join(f"{cell:>10}" for cell in cells))
+        lines += [
+            f"{count:>6}  {kind}: {moment}"
+            for (kind, moment), count in sorted(self.moments.items())
+        ]
         return "\n".join(lines)
 
 
+def seed_of(campaign: int, number: int) -> int:
+    """Return the seed of a kind's try in a campaign; it does not depend on the other kinds."""
+    return campaign * _STRIDE + number
+
+
+def attempt(kind: Kind, seed: int, place: Workplace, expected: Expected) -> Outcome:
+    """Make the try that ``seed`` names."""
+    with place.own_folder() as folder:
+        return kind.attempt(random.Random(f"{kind.name} {seed}"), Site(place, expected, folder))
+
+
 def run_campaign(
-    pool: WorkerPool, folder: Path, kills: int, seed: int, say: Callable[[str], object] = str
+    kinds: Sequence[Kind],
+    place: Workplace,
+    seed: int,
+    *,
+    tries: int | None = None,
+    seconds: float | None = None,
+    each: int | None = None,
+    say: Callable[[str], object] = str,
 ) -> Tally:
-    """Kill ranks in mid-save until ``kills`` have met a save under way.
+    """Let the kind that has had the least time make the next try, until an end is reached.
 
-    After each: no process is left; the newest whole checkpoint is the last that was finished,
-    passes its manifest in full and loads bit for bit; every older one that should be there is
-    there, unchanged; and the next save into the same folder succeeds.
+    Args:
+        kinds: of faults.
+        place: the intact inputs.
+        seed: of the campaign.
+        tries: of all kinds together.
+        seconds: after which no try is begun.
+        each: tries of each kind.
+        say: called with a line about each failure, and now and then about the progress.
     """
-    random_points, tally = random.Random(seed), Tally()
-    for step in range(1, KEEP_LAST + 1):
-        timing = pool.run(RANKS, save_whole, str(folder), step)
-    seconds = max(duration for duration, _ in timing)
-    events = [count for _, count in timing]
-    while tally.kills < kills:
-        step += 1
-        kill = _draw(random_points, seconds, events)
-        before = {path: _fingerprint(path) for _, path in complete_checkpoints(folder)}
-        survived, helpers = False, _helpers(pool)
-        with contextlib.suppress(WorkerError):
-            pool.run(RANKS, save_and_be_killed, str(folder), step, kill)
-            survived = True
-        label = f"step {step}, {kill}"
-        left = _left_behind(pool, helpers)
-        if left:
-            tally.wrong.append(f"{label}: processes left behind: {left}")
-        phase = PHASES[-1] if survived else _phase(checkpoint_of(folder, step), before)
-        tally.landed[kill.victims, phase] += 1
-        say(f"{tally.kills}/{kills}  {label}: {phase}")
-        tally.wrong += [f"{label}, {phase}: {what}" for what in _faults(folder, step, before)]
-        newest = newest_checkpoint(folder)
-        if newest is None:
-            tally.wrong.append(f"{label}: nothing is left")
-            return tally
-        loaded = int(newest.name.removeprefix("step="))
-        step += 1
-        different = pool.run(RANKS, load_then_save, str(folder), loaded, step)
-        if any(different):
-            tally.wrong.append(f"{label}: {newest} loads other bits in {different}")
-        found = [path for _, path in complete_checkpoints(folder)]
-        if sorted(os.listdir(folder)) != sorted(path.name for path in found):
-            tally.wrong.append(f"{label}: not cleared away: {sorted(os.listdir(folder))}")
-        if found != [newest, checkpoint_of(folder, step)]:
-            tally.wrong.append(f"{label}: after the next save there are {found}")
-    return tally
-
-
-def _draw(points: random.Random, seconds: float, events: list[int]) -> Kill:
-    """Draw a kill: half by the clock, half between two file operations of a rank."""
-    victims, rank = points.choice(("one", "all")), points.randrange(RANKS)
-    by_clock, moment = points.random() < 0.5, points.random()
-    if by_clock or not events[rank]:
-        return Kill(victims, rank, seconds=seconds * moment)
-    return Kill(victims, rank, event=1 + int(events[rank] * moment))
-
-
-def _phase(directory: Path, before: dict[Path, str]) -> str:
-    if (directory / manifest.FILE).exists():
-        kept = [path for path in before if path.exists()]
-        cleared = len(kept) < KEEP_LAST and not list(directory.parent.glob("*.deleting"))
-        return PHASES[5] if cleared else PHASES[4]
-    if (directory / IDENTITY).exists():
-        return PHASES[3]
-    if (directory / "weights" / "metadata.json").exists():
-        return PHASES[2]
-    return PHASES[1] if directory.exists() else PHASES[0]
-
-
-def _faults(folder: Path, step: int, before: dict[Path, str]) -> list[str]:
-    """Return what does not hold after a kill during the save of ``step``."""
-    wrong = []
-    new, newest = checkpoint_of(folder, step), newest_checkpoint(folder)
-    finished = (new / manifest.FILE).exists()
-    if newest != (new if finished else max(before, key=_step_of)):
-        wrong.append(f"the newest is {newest}")
-    kept = sorted(before, key=_step_of)
-    if finished:
-        kept = kept[1:]  # the oldest may go now
-    for path in kept:
-        if not path.exists() or _fingerprint(path) != before[path]:
-            wrong.append(f"{path} was damaged")
-    for _, path in complete_checkpoints(folder):
-        try:
-            if "contents verified" not in manifest.check_manifest(path):
-                wrong.append(f"{path} counts without a manifest")
-        except UserError as error:
-            wrong.append(f"{path} counts and is damaged: {error}")
-    return wrong
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step="))
-
-
-def _fingerprint(directory: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(directory.rglob("*")):
-        digest.update(str(path.relative_to(directory)).encode())
-        if path.is_file():
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _helpers(pool: WorkerPool) -> set[int]:
-    """Return what the idle workers keep running for all their tasks."""
-    return {
-        child.pid
-        for worker in pool._workers
-        for child in psutil.Process(worker.process.pid).children(recursive=True)
-    }
-
-
-def _left_behind(pool: WorkerPool, helpers: set[int]) -> list[str]:
-    """Return what still runs of a task that is over; it is ended then."""
-    owners = {worker.process.pid for worker in pool._workers}
-    give_up = time.monotonic() + _LINGER
+    tally, expected, numbers = Tally(), Expected(), Counter[str]()
+    started = told = time.monotonic()
     while True:
-        left = [
-            process
-            for process in psutil.process_iter()
-            if process.pid not in helpers and _belongs(process.pid, owners)
-        ]
-        if not left:
-            return []
-        if time.monotonic() > give_up:
-            break
-        time.sleep(0.02)
-    told = []
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            told.append(f"{process.pid} {' '.join(process.cmdline())}")
-            process.kill()
-    return told
+        waiting = [kind for kind in kinds if each is None or numbers[kind.name] < each]
+        passed = time.monotonic() - started
+        if not waiting or tally.tries == tries or (seconds is not None and passed >= seconds):
+            return tally
+        kind = min(waiting, key=lambda kind: tally.seconds[kind.name])
+        own = seed_of(seed, numbers[kind.name])
+        numbers[kind.name] += 1
+        began = time.monotonic()
+        try:
+            outcome = attempt(kind, own, place, expected)
+        except Exception:  # a campaign of hours goes on
+            outcome = Outcome("", "refused", ["the try itself failed"], traceback.format_exc())
+        tally.seconds[kind.name] += time.monotonic() - began
+        tally.verdicts[kind.name, outcome.verdict] += 1
+        if outcome.moment:
+            tally.moments[kind.name, outcome.moment] += 1
+        if outcome.wrong:
+            tally.failures.append((kind.name, own, outcome))
+            say(describe(kind.name, own, outcome))
+        if time.monotonic() - told > 30:
+            told = time.monotonic()
+            say(f"{tally.tries} tries in {told - started:.0f} s, {len(tally.failures)} failures")
 
 
-def _belongs(process: int, owners: set[int]) -> bool:
-    """Say whether ``process`` was started by a task of one of ``owners``."""
-    try:
-        return process not in owners and os.getpgid(process) in owners
-    except ProcessLookupError:
-        return False
+def describe(kind: str, seed: int, outcome: Outcome) -> str:
+    """Return the lines about a try."""
+    said = outcome.said.replace("\n", "\n      ")
+    wrong = "".join(f"\n    {wrong}" for wrong in outcome.wrong)
+    return f"{kind}:{seed}  {outcome.what}: {outcome.verdict}{wrong}\n      {said}"

@@ -16,18 +16,12 @@ import psutil
 import pytest
 
 from nemo_megacpp.data.prepare import prepare
+from tests.faults.workplace import RECIPE, SETTINGS
 
 _PATIENCE = 300.0
 """Seconds for what takes a few on an idle machine."""
 _MARK = "NEMO_MEGACPP_TEST_RUN"
 """Environment variable by which the processes of a run are known, orphans too."""
-
-_SMALL = """
-    pattern=AEMR depth=4 hidden_size=56 ffn_hidden_size=64 num_attention_heads=4
-    num_query_groups=2 mamba_num_heads=4 mamba_num_groups=2 m2rnn_num_heads=4
-    m2rnn_key_head_dim=8 num_moe_experts=4 seq_length=64 micro_batch_size=1
-    global_batch_size=2 limit_val_batches=1 log_interval=1 max_steps=1000 save_interval=2
-"""
 
 
 class Run:
@@ -97,6 +91,16 @@ class Run:
             return False
 
 
+def train_command(
+    run_dir: Path, data: Path, *overrides: str, launcher: tuple[str, ...] = ()
+) -> list[str]:
+    """Return the command that trains the small model."""
+    usual = [*SETTINGS, f"data={data}", f"run_dir={run_dir}"]
+    chosen = dict(word.split("=", 1) for word in [*usual, *overrides])
+    settings = [f"{key}={value}" for key, value in chosen.items()]
+    return [sys.executable, *launcher, "-m", "nemo_megacpp.cli", "train", RECIPE, *settings]
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
     """Return a function that starts a run: ``start("name", "key=value", …, launcher=…)``."""
@@ -110,13 +114,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ru
     runs: list[Run] = []
 
     def start(name: str, *overrides: str, launcher: tuple[str, ...] = (), **options: Any) -> Run:
-        run_dir = root / name
-        usual = [*_SMALL.split(), f"data={data}", f"run_dir={run_dir}", "tp=2"]
-        chosen = dict(word.split("=", 1) for word in [*usual, *overrides])
-        settings = [f"{key}={value}" for key, value in chosen.items()]
-        command = [sys.executable, *launcher, "-m", "nemo_megacpp.cli", "train", "nam56r_tiny"]
-        output = root / f"{name}-{len(runs)}.log"
-        runs.append(Run(run_dir, output, [*command, *settings], **options))
+        command = train_command(root / name, data, *overrides, launcher=launcher)
+        runs.append(Run(root / name, root / f"{name}-{len(runs)}.log", command, **options))
         return runs[-1]
 
     yield start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -162,6 +163,32 @@ def test_thinning_keeps_the_spikes() -> None:
     assert kept == sorted(kept)
 
 
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        (METRICS_FILE, {**step(6), "loss": []}),
+        (METRICS_FILE, {**step(6), "step": "6"}),
+        (METRICS_FILE, {**step(6), "memory": [[]]}),
+        (METRICS_FILE, {**step(6), "aux": {"z": "x"}}),
+        (METRICS_FILE, {"step": 6, "heldout_loss": None}),
+        (METRICS_FILE, [6]),
+        (EVENTS_FILE, {"kind": "started", "step": 6, "time": 7, "details": {}}),
+        (EVENTS_FILE, {"kind": "started", "step": 6, "time": "2026-01-01", "details": {}}),
+    ],
+)
+def test_a_record_of_wrong_types_is_refused(run_dir: Path, file: str, line: Any) -> None:
+    with (run_dir / file).open("a") as stream:
+        stream.write(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=f"{Path(file).name} is damaged"):
+        write_page(read_run(run_dir))
+
+
+def test_a_line_nested_without_end_costs_that_line_only(run_dir: Path) -> None:
+    with (run_dir / METRICS_FILE).open("a") as stream:
+        stream.write("[" * 100_000 + "\n")
+    assert max(read_curve(run_dir).steps) == 5
+
+
 def test_refusals(tmp_path: Path, run_dir: Path) -> None:
     with pytest.raises(UserError, match="nowhere' does not exist"):
         read_run(tmp_path / "nowhere")
@@ -172,7 +199,7 @@ def test_refusals(tmp_path: Path, run_dir: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot write .*: No such file or directory"):
         write_page(read_run(run_dir), tmp_path / "no" / "page.html")
     (run_dir / METRICS_FILE).write_text('{"loss": 1.0}\n')
-    with pytest.raises(UserError, match=r"is damaged: KeyError\('step'\)"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: step: field required"):
         read_run(run_dir)
     (run_dir / METRICS_FILE).write_text("")
     with pytest.raises(UserError, match="has not made a step yet"):
