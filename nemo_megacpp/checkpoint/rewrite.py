@@ -22,12 +22,14 @@ from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict, require_psutil
 from nemo_megacpp.checkpoint.export import read_config, read_export
 from nemo_megacpp.checkpoint.folder import WEIGHTS, find_checkpoint, new_folder
 from nemo_megacpp.checkpoint.guard import inspect_before_load
+from nemo_megacpp.checkpoint.identity import FILE as IDENTITY
 from nemo_megacpp.checkpoint.identity import Identity, read_identity, write_identity
 from nemo_megacpp.checkpoint.manifest import check_manifest, write_manifest
 from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, validate_layout
 from nemo_megacpp.layout.parallel import read_degrees
+from nemo_megacpp.printable import cut
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 
@@ -89,6 +91,7 @@ def reshard(
             f"a checkpoint names. A checkpoint of any layout loads into any other without it."
         )
     validate_layout(layout, saved_shape(content.directory, content.identity))
+    _validate_buildable(content.directory, content.identity["model"], layout)
     inspect_before_load(content.directory, verify=verify)
     with new_folder(out) as folder:
         weights = folder / content.weights.relative_to(content.directory)
@@ -104,6 +107,17 @@ def reshard(
             )
         _finish(folder, {**content.identity, "layout": layout.short()})
     return counts[0]
+
+
+def _validate_buildable(directory: Path, model: dict[str, Any], layout: ParallelLayout) -> None:
+    """Refuse a model that no rank could build, with whatever Megatron says of its settings."""
+    try:
+        HybridConfig(**config_fields(model, layout, torch.float32, "cpu"))
+    except UserError:
+        raise
+    except Exception as error:
+        reason = cut(str(error).splitlines()[0] if str(error) else type(error).__name__, 200)
+        raise UserError(f"{directory / IDENTITY} is damaged: model: {reason}.") from None
 
 
 def import_safetensors(source: Path, out: Path, start: StartRanks, *, verify: bool = True) -> int:
