@@ -23,6 +23,7 @@ from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict, require_psutil
 from nemo_megacpp.checkpoint.export import read_config, read_export
 from nemo_megacpp.checkpoint.folder import WEIGHTS, find_checkpoint, new_folder
 from nemo_megacpp.checkpoint.guard import inspect_before_load
+from nemo_megacpp.checkpoint.identity import FILE as IDENTITY
 from nemo_megacpp.checkpoint.identity import Identity, read_identity, write_identity
 from nemo_megacpp.checkpoint.manifest import FILE as MANIFEST
 from nemo_megacpp.checkpoint.manifest import check_manifest, write_manifest
@@ -31,6 +32,7 @@ from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, validate_layout
 from nemo_megacpp.layout.parallel import read_degrees
+from nemo_megacpp.printable import cut
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
@@ -100,6 +102,7 @@ def reshard(
             f"a checkpoint names. A checkpoint of any layout loads into any other without it."
         )
     validate_layout(layout, saved_shape(content.directory, content.identity))
+    _validate_buildable(content.directory, content.identity["model"], layout)
     say(f"{content.directory}: {inspect_before_load(content.directory, verify=verify)}")
     with new_folder(out) as folder:
         weights = folder / content.weights.relative_to(content.directory)
@@ -109,6 +112,17 @@ def reshard(
             counts = ranks.run(layout.world, rewrite_on_rank, *arguments)
         _finish(folder, {**content.identity, "layout": layout.short()})
     return counts[0]
+
+
+def _validate_buildable(directory: Path, model: dict[str, Any], layout: ParallelLayout) -> None:
+    """Refuse a model that no rank could build, with whatever Megatron says of its settings."""
+    try:
+        HybridConfig(**config_fields(model, layout, torch.float32, "cpu"))
+    except UserError:
+        raise
+    except Exception as error:
+        reason = cut(str(error).splitlines()[0] if str(error) else type(error).__name__, 200)
+        raise UserError(f"{directory / IDENTITY} is damaged: model: {reason}.") from None
 
 
 def import_safetensors(

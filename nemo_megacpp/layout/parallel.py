@@ -39,7 +39,7 @@ _BOOLEANS = {
 
 MAX_RANKS = 2**20
 """The largest world that is planned: more ranks than any machine has."""
-_DEGREE = re.compile("[0-9]{1,9}")
+_DEGREE = re.compile("[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
