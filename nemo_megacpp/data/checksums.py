@@ -181,9 +181,12 @@ def _listed(data: PreparedData) -> dict[str, File]:
             raise data.damaged(f"{name} {what}.")
     for name, file in files.items():
         path = data.root / name
-        if not path.is_file() or path.stat().st_size != file["size"]:
-            size = f"has {path.stat().st_size:,}" if path.is_file() else "is no file of"
-            raise data.damaged(f"{name} {size} bytes instead of {file['size']:,}.")
+        if not path.is_file():
+            raise data.damaged(f"{name} is not a regular file.")
+        if path.stat().st_size != file["size"]:
+            raise data.damaged(
+                f"{name} has {path.stat().st_size:,} bytes instead of {file['size']:,}."
+            )
     return files
 
 

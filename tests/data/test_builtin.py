@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import threading
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from nemo_megacpp.data import builtin
 from nemo_megacpp.data.builtin import builtin_folder, ensure_builtin, torch_headers
+from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.data.staging import lock_file
 from nemo_megacpp.errors import UserError
 
@@ -53,6 +55,15 @@ def test_it_is_prepared_once(cache: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert ensure_builtin(300, progress=False) == first
     assert first.root == builtin_folder(300)
     assert list(Path().iterdir()) == []
+
+
+def test_one_of_an_older_version_is_made_again(cache: Path) -> None:
+    folder = ensure_builtin(300, progress=False).root
+    (folder / "checksums.json").unlink()
+    manifest = json.loads((folder / "data.json").read_text())
+    (folder / "data.json").write_text(json.dumps(manifest | {"version": 1}))
+    assert ensure_builtin(300, progress=False).root == folder
+    assert PreparedData.open(folder).tokens > 0
 
 
 def test_a_process_waits_for_the_one_that_prepares(cache: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -82,3 +84,32 @@ def test_an_id_beyond_the_vocabulary_ends_the_run(
     with pytest.raises(UserError, match=message):
         for number in range(len(module._train_ds)):
             module._train_ds[number]
+
+
+UNSEEN = """
+import sys
+from nemo_megacpp import cli
+from nemo_megacpp.preflight import settled
+settled.verify_sample = lambda sources: "as if the damage lay outside of the sample"
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("tp", [1, 2])
+def test_damage_that_the_sample_missed_ends_the_run(
+    small_data: PreparedData, tmp_path: Path, tp: int
+) -> None:
+    """With TP=2 Megatron embeds such an id as zeros; with TP=1 it raises an IndexError."""
+    data = Path(shutil.copytree(small_data.root, tmp_path / "data"))
+    tokens = np.fromfile(data / "train.bin", np.uint16)
+    tokens[len(tokens) // 2 :] = 40000
+    tokens.tofile(data / "train.bin")
+    settings = (f"data={data}", "seq_length=128", "max_steps=8", "limit_val_batches=1", f"tp={tp}")
+    words = [sys.executable, "-c", UNSEEN, "train", "nam56r_tiny", *settings, "run_dir=run"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    message = f"The train split of {data} has token id 40000 in document "
+    assert done.stderr.count(message) == 1 and "vocab_size=300" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
