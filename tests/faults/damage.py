@@ -138,13 +138,8 @@ def _newest(draw: random.Random, site: Site) -> Outcome:
     else:
         path.write_bytes(content if how == "flip" else content[: draw.randrange(len(content))])
     what = f"{how}: {path.relative_to(newest)} of the newest checkpoint"
-    ended = place.forks.run(
-        [
-            *("train", RECIPE, *SETTINGS, f"data={place.data.root}", f"run_dir={run}"),
-            *("resume=auto", "--dry-run"),
-        ],
-        cwd=site.folder,
-    )
+    given = (f"data={place.data.root}", f"run_dir={run}", "resume=auto")
+    ended = place.forks.run(["train", RECIPE, *SETTINGS, *given, "--dry-run"], cwd=site.folder)
     outcome = judge(ended, place, f"{what}; train resume=auto --dry-run")
     if ended.code != 0:
         return outcome

@@ -86,6 +86,7 @@ class Forks:
         then: Callable[..., Any] | None = None,
         given: Sequence[str] = (),
         strike: tuple[float, int, bool] | None = None,
+        temporary: Path | None = None,
     ) -> Ended:
         """Run ``nemo-megacpp`` with ``arguments``.
 
@@ -97,15 +98,20 @@ class Forks:
             then: what to call in the same process after exit code 0; returns what JSON can hold.
             given: arguments of ``then``.
             strike: after how many seconds to send which signal, and whether its ranks get it, too.
+            temporary: its temporary folder, if not one of its own.
+            temporary: its temporary folder; None: one of its own.
         """
         self._number += 1
         place = self._folder / f"command-{self._number}"
-        (place / "tmp").mkdir(parents=True)
+        place.mkdir()
+        temporary = temporary or place / "tmp"
+        temporary.mkdir(exist_ok=True)
         mark = uuid.uuid4().hex
         request = {
             "arguments": None if arguments is None else [str(a) for a in arguments],
             "cwd": str(cwd),
             "place": str(place),
+            "temporary": str(temporary),
             "mark": mark,
             "file_size": file_size,
         }
@@ -132,7 +138,7 @@ class Forks:
             _text(place / "err"),
             seconds,
             tuple(left),
-            tuple(sorted(os.listdir(place / "tmp"))),
+            tuple(sorted(os.listdir(temporary))),
             json.loads(result.read_text()) if result.exists() else None,
         )
 
@@ -220,7 +226,7 @@ def _become(request: dict[str, Any], then: Callable[..., Any] | None, given: Any
     sys.stdout = os.fdopen(1, "w", encoding="utf-8")
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1)
     os.chdir(request["cwd"])
-    os.environ |= {_MARK: request["mark"], "TMPDIR": str(place / "tmp")}
+    os.environ |= {_MARK: request["mark"], "TMPDIR": request["temporary"]}
     tempfile.tempdir = None
     arguments = request["arguments"]
     sys.argv = ["nemo-megacpp", *(arguments or ())]

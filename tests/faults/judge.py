@@ -59,7 +59,7 @@ def judge(
         refuse: exit code 0 is wrong.
         codes: legal exit codes.
         silent: it may end without a message, because it was killed.
-        temporary: it must leave nothing in its temporary folder, which a kill -9 does not let it.
+        temporary: it must leave nothing in its temporary folder, which a kill may not let it.
     """
     wrong = _unruly(ended)
     if ended.code is None:

@@ -33,6 +33,7 @@ class _Maker:
     def run(self, site: Site, source: Path, out: Path, **options: Any) -> Ended:
         arguments = self.arguments(source, out)
         cwd, given = site.folder, (str(out),)
+        options["temporary"] = site.folder / "tmp"  # of both runs of a try
         return site.place.forks.run(arguments, cwd=cwd, then=self.result, given=given, **options)
 
 
@@ -95,7 +96,7 @@ def _kill(draw: random.Random, site: Site) -> Outcome:
         expected=usual.result,
         codes=(0, 1, 2, 130, -number),
         silent=True,
-        temporary=number != signal.SIGKILL,
+        temporary=False,
     )
     outcome.verdict = "survived"
     outcome.moment = f"{number.name}: {maker.name} {'struck' if struck else 'had ended'}"
@@ -132,7 +133,8 @@ def _check_afterwards(
     usual: Ended,
     out: Path | None = None,
 ) -> None:
-    """The source is as it was; ``out`` is complete or absent; the same command succeeds now."""
+    """The source is as it was; ``out`` is complete or absent; the same command succeeds now, and
+    removes what is left of the first, beside ``out`` and in the temporary folder."""
     out = out or site.folder / "out"
     if fingerprint(source) != before:
         outcome.wrong.append("the source has changed")
@@ -143,7 +145,9 @@ def _check_afterwards(
             outcome.wrong.append(f"the same command ends with {ended.code}: {ended.err[-300:]}")
         elif ended.result != usual.result:
             outcome.wrong.append("the same command has another result")
-    left = sorted(path.name for path in out.parent.iterdir() if path.name != out.name)
+        if ended.temporary:
+            outcome.wrong.append(f"left in the temporary folder: {ended.temporary}")
+    left = sorted(path.name for path in out.parent.iterdir() if path.name not in (out.name, "tmp"))
     if left:
         outcome.wrong.append(f"left beside {out.name}: {left}")
 

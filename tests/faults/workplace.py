@@ -13,7 +13,6 @@ from pathlib import Path
 from nemo_megacpp.checkpoint.lifecycle import finish_checkpoint
 from nemo_megacpp.checkpoint.manifest import FILE as MANIFEST
 from nemo_megacpp.checkpoint.manifest import write_manifest
-from nemo_megacpp.data.checksums import write_checksums
 from nemo_megacpp.data.prepare import prepare
 from nemo_megacpp.data.prepared import MANIFEST as DATA_MANIFEST
 from nemo_megacpp.data.prepared import PreparedData
@@ -165,6 +164,8 @@ def reseal(folder: Path) -> str:
         What the folder has now, in words.
     """
     if (folder / DATA_MANIFEST).exists():
+        from nemo_megacpp.data.checksums import write_checksums
+
         write_checksums(folder)
         return "checksums that match"
     (folder / MANIFEST).unlink(missing_ok=True)
