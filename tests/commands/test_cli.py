@@ -390,7 +390,10 @@ def littered(run: Run, small_data: Path) -> Path:
         ("train nam56r_tiny data=data vocab_size=2048", r"vocabulary of 300, but vocab_size=2048"),
         ("train nam56r_tiny data=data seq_length=999998", r"one sample of seq_length=999998"),
         ("train nam56r_tiny vocab_size=257", r"vocabulary of 257 is too small"),
-        ("train nam56r_tiny vocab_size=65536", r"enough text for a vocabulary of 32768, not of 65536"),
+        (
+            "train nam56r_tiny vocab_size=65536",
+            r"enough text for a vocabulary of 32768, not of 65536",
+        ),
         ("train nam56r_tiny resume=nowhere", r"There is no checkpoint at nowhere"),
         ("train nam56r_tiny resume=auto", r"give run_dir=FOLDER"),
         ("train nam56r_tiny data=data resume=wide", r"hidden_size is 448 there and 224 here\."),
