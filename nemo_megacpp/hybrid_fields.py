@@ -27,7 +27,7 @@ LARGEST = {
     **dict.fromkeys(("ffn_hidden_size", "moe_ffn_hidden_size"), 2**26),
     "moe_shared_expert_intermediate_size": 2**26,
     **dict.fromkeys(("num_attention_heads", "num_query_groups", "kv_channels"), 2**20),
-    **dict.fromkeys(("num_moe_experts", "moe_router_topk"), 2**16),
+    **dict.fromkeys(("num_moe_experts", "moe_router_topk"), 2**13),
     **dict.fromkeys(("mamba_num_heads", "mamba_head_dim", "mamba_state_dim"), 2**20),
     **dict.fromkeys(("mamba_num_groups", "m2rnn_num_heads"), 2**20),
     **dict.fromkeys(("m2rnn_key_head_dim", "m2rnn_value_head_dim"), 2**16),
