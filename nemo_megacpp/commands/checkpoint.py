@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         (export, _export),
         (back, _import),
     ):
-        command.set_defaults(run=run)
+        command.set_defaults(run=run if run in (_inspect, _verify) else partial(_in_scratch, run))
         what = "a checkpoint, or a run folder, whose newest checkpoint is taken"
         if command is back:
             what = "a folder that export wrote"
@@ -83,6 +86,19 @@ def _find(directory: Path) -> Path:
     if found != directory:
         say(f"{directory}: taking the checkpoint {found}", error=True)
     return found
+
+
+def _in_scratch(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a command whose temporary files, those of the libraries it imports too, are removed even
+    after ``kill -9``, by the next such command."""
+    from nemo_megacpp.runtime.scratch import scratch_folder
+
+    with scratch_folder() as folder:
+        tempfile.tempdir = str(folder)
+        try:
+            return run(args)
+        finally:
+            tempfile.tempdir = None
 
 
 def _verify(args: argparse.Namespace) -> int:

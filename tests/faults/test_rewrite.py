@@ -120,8 +120,7 @@ def test_kill_9_leaves_no_process_and_the_next_start_no_folder(
     code, told = _Command(temporary, *_words(command, source, out)).end()
     assert code == 0, told
     assert "contents verified" in check_manifest(out)
-    if command == "reshard":
-        assert not any(temporary.iterdir())
+    assert not any(temporary.iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {"tmp", "first", "out"}
     assert "contents verified" in check_manifest(source)
 
