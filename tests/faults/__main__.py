@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -44,6 +45,7 @@ def main() -> int:
     if args.only and not (name in named and own.isdecimal()):
         parser.error(f"--only takes KIND:SEED, such as {names[0]}:1000000; given: {args.only}")
     chosen = [named[name] for name in dict.fromkeys(args.kinds)]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # prints the table as Ctrl-C does
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as root:
         place = Workplace(Path(root))

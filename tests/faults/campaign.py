@@ -84,7 +84,7 @@ def run_campaign(
     each: int | None = None,
     say: Callable[[str], object] = str,
 ) -> Tally:
-    """Let the kind that has had the least time make the next try, until an end is reached.
+    """Let the kind that has had the least time make the next try, until an end or Ctrl-C.
 
     Args:
         kinds: of faults.
@@ -108,6 +108,9 @@ def run_campaign(
         began = time.monotonic()
         try:
             outcome = attempt(kind, own, place, expected)
+        except KeyboardInterrupt:
+            say(f"interrupted in {kind.name}:{own}, which does not count")
+            return tally
         except Exception:  # a campaign of hours goes on
             outcome = Outcome("", "refused", ["the try itself failed"], traceback.format_exc())
         tally.seconds[kind.name] += time.monotonic() - began

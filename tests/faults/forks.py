@@ -98,7 +98,6 @@ class Forks:
             then: what to call in the same process after exit code 0; returns what JSON can hold.
             given: arguments of ``then``.
             strike: after how many seconds to send which signal, and whether its ranks get it, too.
-            temporary: its temporary folder, if not one of its own.
             temporary: its temporary folder; None: one of its own.
         """
         self._number += 1
