@@ -90,7 +90,7 @@ def test_inspect_tells_all(run_checkpoint: Path, capsys: pytest.CaptureFixture[s
     assert command("inspect", run_checkpoint, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["step"], found["pattern"], found["layout"]) == (20, "AEMR", IDENTITY["layout"])
-    assert found["model"] == IDENTITY["model"]
+    assert found["model"] == {"mode": "nemo_native", **IDENTITY["model"]}
     assert found["manifest"].endswith("sizes match, contents not read")
     assert found["tensors"]["decoder.layers.0.self_attention.linear_proj.weight"] == {
         "shape": [48, 48],
@@ -291,7 +291,7 @@ def test_a_manifest_that_was_removed_is_missed(
     ("name", "value", "message"),
     [
         ("num_layers", "4", "num_layers: '4' is not a whole number"),
-        ("num_layers", 10**12, "num_layers is 1000000000000; at most 100000"),
+        ("num_layers", 10**12, "num_layers: 1,000,000,000,000 is more than 65,536, the largest"),
         ("hidden_size", 10**30, "hidden_size is larger than"),
         ("hybrid_pattern", 3, "hybrid_pattern: 3 is not a string"),
         ("mode", "other", "mode: 'other' is not"),
