@@ -20,7 +20,7 @@ from nemo_megacpp.checkpoint.safe_pickle import (
     read_torch_file,
 )
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.layout import ModelShape, ParallelLayout, check_layout
+from nemo_megacpp.layout import ModelShape, ParallelLayout, is_legal
 
 if TYPE_CHECKING:
     import torch
@@ -195,7 +195,7 @@ def _legal_degrees(shape: ModelShape) -> dict[str, list[int]]:
         axis: [
             degree
             for degree in range(1, _LARGEST_DEGREE + 1)
-            if not check_layout(ParallelLayout.parse(f"{axis}={degree}"), shape)
+            if is_legal(ParallelLayout.parse(f"{axis}={degree}"), shape)
         ]
         for axis in _AXES
     }

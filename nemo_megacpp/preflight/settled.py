@@ -11,7 +11,7 @@ from nemo_megacpp.data.builtin import builtin_folder
 from nemo_megacpp.data.checksums import verify_sample
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import validate_all
-from nemo_megacpp.layout import ParallelLayout, check_layout
+from nemo_megacpp.layout import ParallelLayout, is_legal
 from nemo_megacpp.preflight.model_checks import (
     validate_host,
     validate_model,
@@ -67,7 +67,7 @@ def preflight(recipe: Recipe, announce: bool = True) -> Settled:
     require_psutil()
 
     def validate_what_is_built() -> None:
-        legal = not check_layout(recipe.layout, shape_of(recipe))
+        legal = is_legal(recipe.layout, shape_of(recipe))
         # Megatron's checks of an illegal layout would stop at the first violation.
         here = recipe if legal else replace(recipe, layout=ParallelLayout())
         validate_host(here, validate_model(here))
