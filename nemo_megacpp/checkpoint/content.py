@@ -31,7 +31,7 @@ _WRAPPERS = ("module.", "model.")
 _OPTIMIZER = "optimizer."
 _NOT_THE_MODEL = (_OPTIMIZER, "random_state.")
 """Prefixes of what is saved beside the model's tensors."""
-_SHOWN = ("num_layers", "hidden_size", "vocab_size", "mode")
+_SHOWN = ("num_layers", "hidden_size", "vocab_size")
 _AXES = ("tp", "cp", "pp", "ep", "etp")
 _LARGEST_DEGREE = 64
 _MOST_DIGITS = 10

@@ -196,5 +196,5 @@ def _print(found: dict[str, Any]) -> None:
 def _model_line(model: dict[str, Any]) -> str:
     return (
         f"{model['num_layers']} layers, hidden {model['hidden_size']}, vocabulary "
-        f"{model['vocab_size']}, mode {model['mode']}"
+        f"{model['vocab_size']}, mode {model.get('mode', 'nemo_native')}"
     )
