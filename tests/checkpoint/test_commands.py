@@ -90,7 +90,7 @@ def test_inspect_tells_all(run_checkpoint: Path, capsys: pytest.CaptureFixture[s
     assert command("inspect", run_checkpoint, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["step"], found["pattern"], found["layout"]) == (20, "AEMR", IDENTITY["layout"])
-    assert found["model"] == {"mode": "nemo_native", **IDENTITY["model"]}
+    assert found["model"] == IDENTITY["model"]
     assert found["manifest"].endswith("sizes match, contents not read")
     assert found["tensors"]["decoder.layers.0.self_attention.linear_proj.weight"] == {
         "shape": [48, 48],

@@ -117,6 +117,7 @@ def test_ranks_in_different_collectives_are_named(
     assert "Rank 1 waits in step 6, at recv, called by stand_still (" in message
 
 
+@pytest.mark.slow
 def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
     """As Slurm does it, or a user who stops the ranks and lets them continue."""
     arguments = _script(tmp_path, steps=40)
