@@ -247,7 +247,8 @@ class _Watch:
         if self._store.check(["asked"]):
             self._answer()
         before = (self._rank - 1) % self._world
-        self._before = beat = self._read(before)
+        beat = self._read(before)
+        self._before = beat or self._before
         silent = self._other.after(elapsed, beat and beat.number)
         ended = beat is not None and beat.ended
         if not ended and silent >= (beat.limit if beat else self._limits.slow):

@@ -149,7 +149,9 @@ def test_the_rank_that_holds_the_store_is_named(tmp_path: Path) -> None:
     """Under srun rank 0 does: with it stopped, no other rank can ask anyone anything."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    arguments = _script(tmp_path, "rank == 0 and os.kill(os.getpid(), signal.SIGSTOP)")
+    # Rank 1 has to know rank 0's process before.
+    fault = "rank == 0 and (time.sleep(2), os.kill(os.getpid(), signal.SIGSTOP))"
+    arguments = _script(tmp_path, fault)
     ranks = [
         subprocess.Popen(
             [sys.executable, *arguments],
