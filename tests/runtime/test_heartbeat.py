@@ -150,7 +150,7 @@ def test_the_rank_that_holds_the_store_is_named(tmp_path: Path) -> None:
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     # Rank 1 has to know rank 0's process before.
-    fault = "rank == 0 and (time.sleep(2), os.kill(os.getpid(), signal.SIGSTOP))"
+    fault = f"rank == 0 and (time.sleep({_LIMIT / 2}), os.kill(os.getpid(), signal.SIGSTOP))"
     arguments = _script(tmp_path, fault)
     ranks = [
         subprocess.Popen(
