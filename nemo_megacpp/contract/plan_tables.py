@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.markup import escape
 
 from nemo_megacpp.contract.layout_plan import Plan, StagePlan
 from nemo_megacpp.families import block_of
@@ -30,7 +31,7 @@ def print_plan(
             parameters, collectives and activations.
         stage: show the traffic of this stage's ranks; of the fullest stage if not given.
     """
-    console.print(f"[bold]{plan.job.name}[/bold]: {layout_line(plan)}")
+    console.print(f"[bold]{escape(plan.job.name)}[/bold]: {layout_line(plan)}")
     console.print(f"{run_line(plan)}\n")
     if family is not None:
         for table in (ownership_table(plan, family), collective_table(plan, family)):

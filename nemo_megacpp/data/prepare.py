@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -44,6 +43,7 @@ from nemo_megacpp.data.tokenizer import (
     train_tokenizer,
 )
 from nemo_megacpp.errors import UserError, validate_all
+from nemo_megacpp.printable import say
 
 DEFAULT_VOCAB_SIZE = 8192
 TOKENIZER_BYTES = 200_000_000
@@ -185,7 +185,7 @@ def prepare(
         except KeyboardInterrupt:
             drawn.stop()
             message = "Interrupted. Run the same command to resume; progress is saved in"
-            print(f"{message} {stage.folder}.", file=sys.stderr)
+            say(f"{message} {stage.folder}.", error=True)
             raise
         copy_tokenizer(folder, stage.whole / "tokenizer")
         PreparedData(

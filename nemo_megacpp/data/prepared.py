@@ -28,6 +28,7 @@ from nemo_megacpp.data.split import SPLITS, Split
 from nemo_megacpp.data.tokenizer import fingerprint
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.json_files import Count, Text, parse_json, read_limited
+from nemo_megacpp.printable import say
 
 CHECKSUMS = "checksums.json"
 MANIFEST = "data.json"
@@ -301,5 +302,5 @@ def reusable(out: Path, request: Request, overwrite: bool) -> PreparedData | Non
             f"{str(out)!r} holds data of another request; different: {details}. "
             "Name another folder, or replace it with --overwrite."
         )
-    print(f"Reusing {out}: {data.tokens:,} tokens prepared earlier from the same files.")
+    say(f"Reusing {out}: {data.tokens:,} tokens prepared earlier from the same files.")
     return data

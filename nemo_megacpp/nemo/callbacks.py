@@ -20,6 +20,7 @@ from nemo_megacpp.nemo.actual import actual_layout
 from nemo_megacpp.nemo.stops import StopOnSigterm
 from nemo_megacpp.nemo.throughput import Throughput
 from nemo_megacpp.preflight.outputs import job_process
+from nemo_megacpp.printable import say
 from nemo_megacpp.render import show_memory
 from nemo_megacpp.runs.events import append_record, record_event
 from nemo_megacpp.runs.run_folder import METRICS_FILE
@@ -208,4 +209,4 @@ class RunRecorder(pl.Callback, IOMixin):
         write_summary(summary, self.run_dir)
         rows = [(kind, str(self.run_dir)), *summary.rows()]
         width = max(len(name) for name, _ in rows)
-        print("\n".join(f"{name:<{width}}  {value}" for name, value in rows), flush=True)
+        say("\n".join(f"{name:<{width}}  {value}" for name, value in rows))

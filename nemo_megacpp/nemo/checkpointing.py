@@ -29,6 +29,7 @@ from nemo_megacpp.checkpoint.lifecycle import (
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.checkpoint.save_errors import save_errors
 from nemo_megacpp.nemo.actual import actual_layout, actual_model, tokenizer_of
+from nemo_megacpp.printable import say
 from nemo_megacpp.runs.events import record_event
 from nemo_megacpp.runtime import heartbeat
 
@@ -67,7 +68,7 @@ class HybridCheckpoint(ModelCheckpoint):
         """Remove what a crashed run left, before NeMo does: it would remove a complete one too."""
         if trainer.is_global_zero:
             for line in clear_leftovers(Path(str(self.dirpath))):
-                print(line, flush=True)
+                say(line)
         super().setup(trainer, *args, **kwargs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -75,7 +76,7 @@ class HybridCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero:
             for line in set_damaged_aside(Path(str(self.dirpath)), trainer.global_step):
-                print(line, flush=True)
+                say(line)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
@@ -135,7 +136,7 @@ class HybridCheckpoint(ModelCheckpoint):
             finish()
             if trainer.is_global_zero:
                 if self.prints:
-                    print(f"step {global_step:>5}  saved {directory}", flush=True)
+                    say(f"step {global_step:>5}  saved {directory}")
                 run_dir = directory.parent.parent
                 record_event(run_dir, "checkpoint", global_step, path=str(directory))
                 self._prune(directory)
@@ -146,9 +147,7 @@ class HybridCheckpoint(ModelCheckpoint):
         if self.keep_latest is None:
             return
         for path in prune(saved.parent, saved, self.keep_latest, self.keep_every):
-            print(
-                f"removed {path}: newer ones are kept (keep_latest={self.keep_latest})", flush=True
-            )
+            say(f"removed {path}: newer ones are kept (keep_latest={self.keep_latest})")
 
 
 def _try_to_finish(directory: Path, identity: dict[str, Any], step: int) -> None:

@@ -25,6 +25,7 @@ from nemo_megacpp.nemo.versions import REQUIREMENT, describe_mismatch
 from nemo_megacpp.preflight import preflight
 from nemo_megacpp.preflight.model_checks import validate_recipe_layout
 from nemo_megacpp.preflight.outputs import new_run_dir, validate_shared
+from nemo_megacpp.printable import say, screenful
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.describe import RUN_SETTINGS, meanings
 from nemo_megacpp.recipes.names import validate_not_empty
@@ -37,7 +38,7 @@ from nemo_megacpp.runtime.launch import launched
 def _refuse_to_load(reason: str) -> NoReturn:
     """Say why there are no factories: NeMo-Run would report "No matching factory found"."""
     if _on_nemo_command_line() and any(name in word for word in sys.argv[1:] for name in CATALOG):
-        print(f"nemo_megacpp: {reason}", file=sys.stderr)
+        say(f"nemo_megacpp: {reason}", error=True)
         sys.exit(2)
     raise ImportError(reason)
 
@@ -170,7 +171,7 @@ def _pretrain(
     except UserError as error:
         if not _on_nemo_command_line():
             raise
-        print(f"{name}: {error}", file=sys.stderr)
+        say(screenful(f"{name}: {error}"), error=True)
         sys.exit(2)
     config = to_pretrain(settled.recipe, settled.run_dir, devices=devices, num_nodes=num_nodes)
     config.log.skipped = [str(path) for path in settled.skipped]

@@ -10,6 +10,8 @@ import torch
 from nemo.lightning.io import IOMixin
 from torch.profiler import profile, schedule
 
+from nemo_megacpp.printable import say
+
 
 class StepProfiler(pl.Callback, IOMixin):
     """Write a Chrome trace of the steps after ``start`` up to ``end``, on chosen ranks.
@@ -68,4 +70,4 @@ class StepProfiler(pl.Callback, IOMixin):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"rank{torch.distributed.get_rank()}.json.gz"
         profiler.export_chrome_trace(str(path))
-        print(f"profile of steps {self.start + 1} to {self.end}: {path}", flush=True)
+        say(f"profile of steps {self.start + 1} to {self.end}: {path}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from nemo_megacpp.families import load_families
 from nemo_megacpp.hybrid_fields import HybridFields, size_violations
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import CUT, HybridPattern
-from nemo_megacpp.printable import shown
+from nemo_megacpp.printable import say, shown
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.given import read_command_line, read_yaml
 from nemo_megacpp.recipes.names import RUN_KEYS, field_owners, full_names, validate_path
@@ -191,7 +190,7 @@ def from_mapping(settings: Mapping[str, Any], changes: Mapping[str, Any] | None 
 def _say(line: str) -> None:
     """Print a line on stderr, once per job."""
     if speaks_for_job():
-        print(line, file=sys.stderr, flush=True)
+        say(line, error=True)
 
 
 def _read_model_field(key: str, value: Any, name: str) -> Any:

@@ -15,7 +15,6 @@ import datetime
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing_extensions import TypedDict
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.json_files import Count, Text, read_json
+from nemo_megacpp.printable import say
 from nemo_megacpp.runs.run_folder import LOCK_FILE, OWNER_FILE
 
 if TYPE_CHECKING:
@@ -141,11 +141,10 @@ def _outwait(lease: SoftFileLease, run_dir: Path) -> None:
     owner = _owner(run_dir)
     if owner is not None and _is_here(owner):
         raise _refusal(run_dir)
-    print(
+    say(
         f"{run_dir} is locked by {_name(owner, lease)}. Waiting up to {LEASE:.0f} s to see whether "
         f"that run is still alive.",
-        file=sys.stderr,
-        flush=True,
+        error=True,
     )
     path = run_dir / LOCK_FILE
     renewed, give_up = _changed(path), time.monotonic() + LEASE + 2 * RENEWAL
@@ -174,11 +173,10 @@ def _release(run_dir: Path) -> None:
 
 def _end_process(lost: LeaseCompromise) -> None:
     """End this process at once, with the ranks it started: its folder may be another run's now."""
-    print(
+    say(
         f"The lock {lost.lock_file} was lost ({lost.reason}): another run may hold its folder now. "
         f"This run ends here, and writes nothing more into it.",
-        file=sys.stderr,
-        flush=True,
+        error=True,
     )
     os._exit(1)
 

@@ -28,7 +28,6 @@ import itertools
 import json
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from typing import NamedTuple
 
 import torch
 
+from nemo_megacpp.printable import say
 from nemo_megacpp.runtime.places import describe_place, main_thread_module, main_thread_stack
 from nemo_megacpp.runtime.rank_errors import write_stall
 from nemo_megacpp.runtime.stall import Beat, Verdict, judge, kill, write_stacks
@@ -329,7 +329,7 @@ class _Watch:
             if verdict.author == self._rank:
                 self._report(verdict.message, _progress.steps)
                 if not launched:
-                    print(verdict.message, file=sys.stderr, flush=True)
+                    say(verdict.message, error=True)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             if self._world > 1:
                 self._store.add("ready", 1)
@@ -361,7 +361,7 @@ class _Watch:
             launched = write_stall(message, time.time() - seconds)
             if self._rank == 1:
                 if not launched:
-                    print(message, file=sys.stderr, flush=True)
+                    say(message, error=True)
                 kill({0: self._before}, [0])
         finally:
             os._exit(1)
