@@ -160,23 +160,25 @@ class WorkerPool:
         worker.process.join()
         self._workers[rank] = self._start(rank)
 
-    def close(self) -> None:
-        """End the workers."""
+    def close(self, patience: float = 20.0) -> None:
+        """End the workers; kill those that have not ended after ``patience`` seconds each."""
         for worker in self._workers:
             worker.pipe.close()
         for worker in self._workers:
-            worker.process.join(timeout=20)
+            worker.process.join(patience)
             if worker.process.is_alive():
                 with contextlib.suppress(ProcessLookupError):  # it may not lead a group yet
                     os.killpg(worker.process.pid, signal.SIGKILL)
                 worker.process.kill()
+                worker.process.join()
         self._stack.close()
 
     def __enter__(self) -> WorkerPool:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        self.close(patience=0.0 if interrupted else 20.0)  # an interrupted task is still running
 
 
 def device_for(ranks: int) -> Device:
@@ -198,6 +200,8 @@ def work(pipe: Any, rank: int, threads: int, device: Device, scratch: str) -> No
     # CUDA does not work in forks of a process that called the CUDA runtime; NVML does no harm.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.setpgrp()  # so that a hanging task can be killed together with its children
+    # Whoever interrupts all processes of a job means its owner, which ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     owner = os.getppid()
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")  # the libraries' warnings, once per task and rank

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -87,6 +90,36 @@ def test_one_rank_hangs_outside_collectives(
         pool.run(2, _hang_on_one_rank)
     assert time.monotonic() - start < 60
     assert pool.run(2, _sum, 4) == [12, 12]
+
+
+def _wait_long(ready: str) -> None:
+    Path(ready).touch()
+    time.sleep(600)
+
+
+def test_an_interrupt_of_all_processes_ends_the_pool_in_silence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As from a batch system, which signals every process of a job."""
+    ready = tmp_path / "ready"
+
+    def interrupt() -> None:
+        while not ready.exists():
+            time.sleep(0.05)
+        for process in psutil.Process().children(recursive=True):
+            process.send_signal(signal.SIGINT)
+        time.sleep(1)  # in which a process that is not prepared prints where it was
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), WorkerPool(1) as pool:
+        (worker,) = pool._workers
+        threading.Thread(target=interrupt, daemon=True).start()
+        try:
+            pool.run(1, _wait_long, str(ready))
+        finally:
+            interrupted = time.monotonic()
+    assert time.monotonic() - interrupted < 5 and not worker.process.is_alive()
+    assert "KeyboardInterrupt" not in capfd.readouterr().err
 
 
 def _leave_a_folder() -> str:
