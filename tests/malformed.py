@@ -6,6 +6,7 @@ based test hypothesis's ``strategies.randoms(use_true_random=False)``, which als
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -117,7 +118,10 @@ def mutate_bytes(chance: random.Random, content: bytes) -> bytes:
 
 def mutate_pickle(chance: random.Random, content: bytes) -> bytes:
     """Return a bare pickle, such as ``.metadata``, with one of its values replaced."""
-    return pickle.dumps(mutate_value(chance, pickle.loads(content)))
+    while True:
+        # torch's classes refuse to write some values.
+        with contextlib.suppress(RuntimeError):
+            return pickle.dumps(mutate_value(chance, pickle.loads(content)))
 
 
 def mutate_torch_file(chance: random.Random, content: bytes) -> bytes:
