@@ -224,6 +224,7 @@ def matmul_peak(device: torch.device | str, dtype: torch.dtype) -> float:
 def machine(device: torch.device | str = "cpu") -> dict[str, object]:
     """Return what a reader needs to know of the machine."""
     found: dict[str, object] = {
+        "kind": torch.device(device).type,
         "device": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
