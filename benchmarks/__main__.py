@@ -99,18 +99,18 @@ def run_script(name: str, arguments: argparse.Namespace, folder: Path) -> dict:
     }
     before, problem = time.monotonic(), ""
     with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, env=environment, stdout=stream, stderr=stream, start_new_session=True
-        )
         try:
-            status = process.wait(timeout=arguments.limit)
+            status = subprocess.run(
+                command,
+                env=environment,
+                stdout=stream,
+                stderr=stream,
+                timeout=arguments.limit,
+                check=False,
+            ).returncode
             problem = f"exit status {status}" if status else ""
         except subprocess.TimeoutExpired:
             problem = f"stopped after {arguments.limit} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
     if not problem and not result.exists():
         problem = "wrote no result"
     entry = {"script": name, "seconds": time.monotonic() - before, "problem": problem}
@@ -160,6 +160,7 @@ def main() -> int:
     skipped = [
         (why, f"{name} is not installed") for name, why in PEERS.items() if missing({name: ""})
     ]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which also ends the running script
     folder = arguments.out / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     entries = []

@@ -61,18 +61,21 @@ class Sample:
         return min(self.values), max(self.values)
 
     def show(self) -> str:
-        """Return the median, and the spread where there is more than one value."""
-        low, high = (_show(value, self.unit) for value in self.spread)
-        return _show(self.median, self.unit) + (f" ({low}..{high})" if low != high else "")
+        """Return the median, and the range in the same unit where there is more than one value."""
+        if self.unit == "B":
+            return show_bytes(self.median)
+        power, unit = 1.0, ""
+        if self.unit == "s":
+            powers = ((1.0, " s"), (1e3, " ms"), (1e6, " µs"))
+            power, unit = next((p for p in powers if self.median * p[0] >= 1), powers[-1])
+        low, middle, high = (
+            _digits(value * power) for value in (self.spread[0], self.median, self.spread[1])
+        )
+        return f"{middle}{unit}" + (f" ({low}..{high})" if len(self.values) > 1 else "")
 
 
-def _show(value: float, unit: str) -> str:
-    if unit == "B":
-        return show_bytes(value)
-    if unit == "s":
-        power, unit = (1, "s") if value >= 1 else (1e3, "ms") if value >= 1e-3 else (1e6, "µs")
-        value, unit = value * power, f" {unit}"
-    return f"{value:.3g}{unit}" if value < 1000 else f"{value:.0f}{unit}"
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 @dataclass

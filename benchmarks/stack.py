@@ -244,6 +244,7 @@ def main() -> int:
     """Compare at two sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common_arguments(parser)
+    parser.set_defaults(repeats=15)  # to tell 1.02 from 1
     arguments = parser.parse_args()
     device = start(arguments)
     with tempfile.TemporaryDirectory() as folder:

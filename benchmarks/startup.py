@@ -48,6 +48,7 @@ def main() -> int:
     """Time both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common_arguments(parser)
+    parser.set_defaults(repeats=9)
     arguments = parser.parse_args()
     device = start(arguments)
     rows = []
