@@ -5,8 +5,8 @@
     python -m benchmarks --only ssd,stack --quick
 
 Writes ``build/bench-DEVICE.json``: the rows of all scripts with machine, versions and commit. Exit
-status 1 if a script fails; a missed aim is shown as missed. Needs torch, Megatron-Core and this
-package's own light dependencies, and neither NeMo nor a network.
+status 1 if a script fails; a missed aim is shown as missed. Needs torch, Triton, Megatron-Core and
+this package's own light dependencies, and neither NeMo nor a network.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ SCRIPTS = ("startup", "stack", "tp_step", "ssd", "mamba3", "m2rnn", "recompute")
 """In the order in which they run, one per claim."""
 REQUIRED = {
     "torch": "torch",
+    "triton": "triton",  # which Megatron's Mamba mixer imports, on a CPU too
     "megatron.core": "megatron-core",
     "numpy": "numpy",
     "einops": "einops",
@@ -40,7 +41,6 @@ REQUIRED = {
     "yaml": "pyyaml",
 }
 PEERS = {
-    "triton": "our Triton kernels",
     "transformers": "Hugging Face's mixers, beside SSD",
     "fla": "flash-linear-attention's forms",
     "mamba_ssm": "Mamba's CUDA kernels, and Megatron's MambaMixer on a GPU",
