@@ -47,7 +47,7 @@ bench: $(ORACLES) $(PEERS)
 
 # The same on a GPU, with $(PYTHON) as it is: no set-up, no network, no NeMo. It says what is missing.
 bench-gpu:
-	$(PYTHON) -m benchmarks --device cuda --limit 150
+	$(PYTHON) -m benchmarks --device cuda --limit 150 --total 570
 
 install: $(INSTALLED)
 

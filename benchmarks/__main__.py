@@ -81,8 +81,9 @@ def commit() -> str:
     return "unknown"
 
 
-def run_script(name: str, arguments: argparse.Namespace, folder: Path) -> dict:
-    """Run one script and return what it wrote, its seconds and, if it failed, why."""
+def run_script(name: str, arguments: argparse.Namespace, folder: Path, limit: float) -> dict:
+    """Run one script for at most ``limit`` seconds; return what it wrote, its seconds and, if it
+    failed, why."""
     result, log = folder / f"{name}.json", folder / f"{name}.log"
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", f"benchmarks.{name}", "--device", arguments.device]
@@ -105,12 +106,12 @@ def run_script(name: str, arguments: argparse.Namespace, folder: Path) -> dict:
                 env=environment,
                 stdout=stream,
                 stderr=stream,
-                timeout=arguments.limit,
+                timeout=max(limit, 1),
                 check=False,
             ).returncode
             problem = f"exit status {status}" if status else ""
         except subprocess.TimeoutExpired:
-            problem = f"stopped after {arguments.limit} s"
+            problem = f"stopped after {limit:.0f} s"
     if not problem and not result.exists():
         problem = "wrote no result"
     entry = {"script": name, "seconds": time.monotonic() - before, "problem": problem}
@@ -136,6 +137,7 @@ def main() -> int:
         "--quick", action="store_true", help="the smallest sizes, to try the scripts"
     )
     parser.add_argument("--limit", type=int, default=240, help="seconds for one script")
+    parser.add_argument("--total", type=int, default=900, help="seconds for all of them")
     parser.add_argument("--peers", type=Path, help="a folder of peers' packages to import from")
     parser.add_argument("--out", type=Path, default=HERE.parent / "build")
     arguments = parser.parse_args()
@@ -163,10 +165,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which also ends the running script
     folder = arguments.out / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    entries = []
+    entries, began = [], time.monotonic()
     for index, name in enumerate(names, 1):
         print(f"[{index} of {len(names)}] {name} …", flush=True)
-        entries.append(run_script(name, arguments, folder))
+        left = arguments.total - (time.monotonic() - began)
+        entries.append(run_script(name, arguments, folder, min(arguments.limit, left)))
         print(f"  {entries[-1]['seconds']:.0f} s", flush=True)
     rows = [row for entry in entries for row in entry.get("rows", ())]
     print_table(make_console(160), rows_table(rows))
