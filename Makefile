@@ -11,12 +11,13 @@ TORCH_INDEX_URL ?=
 PACKAGES := $(VENV)/.packages
 INSTALLED := $(VENV)/.installed
 ORACLES := $(VENV)/oracles/.installed
+PEERS := $(VENV)/bench/.installed
 
 # Where it is set, every process compiles the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: train check test test-all lint docs install oracles clean
+.PHONY: train check test test-all lint docs bench bench-gpu install oracles clean
 
 train: $(INSTALLED)
 	$(BIN)/nemo-megacpp demo --out runs/demo
@@ -39,6 +40,14 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Speed and memory beside peers: one table, and build/bench-cpu.json. On an idle machine.
+bench: $(ORACLES) $(PEERS)
+	$(BIN)/python -m benchmarks --device cpu --peers $(dir $(PEERS))
+
+# The same on a GPU, with $(PYTHON) as it is: no set-up, no network, no NeMo. It says what is missing.
+bench-gpu:
+	$(PYTHON) -m benchmarks --device cuda --limit 150 --total 570
 
 install: $(INSTALLED)
 
@@ -73,6 +82,12 @@ $(ORACLES): requirements-oracles.txt $(PACKAGES)
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
 	  CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
 	  $(PIP) --no-deps --no-build-isolation --target $(@D) -r requirements-oracles.txt
+	touch $@
+
+# Peers that only the benchmarks import.
+$(PEERS): requirements-bench.txt $(PACKAGES)
+	rm -rf $(@D)
+	$(PIP) --no-deps --target $(@D) -r requirements-bench.txt
 	touch $@
 
 clean:

@@ -172,15 +172,26 @@ def init_step_size_bias(bias: torch.Tensor, low: float = 1e-3, high: float = 0.1
 
 
 def choose_triton(
-    kernel: Kernel, reason: Callable[[], str | None], mixer: str, setting: str
+    kernel: Kernel,
+    reason: Callable[[], str | None],
+    mixer: str,
+    setting: str,
+    *,
+    device: torch.device | None,
+    loop: str,
+    remedy: str,
 ) -> bool:
-    """Return whether a mixer runs its Triton kernel, and log the choice once.
+    """Return whether a mixer runs its Triton kernel, and log the choice once: as a warning where
+    ``auto`` leaves a GPU to a loop in Python.
 
     Args:
         kernel: the mixer's setting.
         reason: returns why the Triton kernel cannot run, as what it "needs", or None.
         mixer: its name.
         setting: name of the configuration's field.
+        device: where the activations are; None if that is not known yet.
+        loop: what the PyTorch form loops over in Python.
+        remedy: how to get the Triton kernel.
 
     Raises:
         UserError: ``kernel`` is ``triton``, which cannot run.
@@ -194,12 +205,19 @@ def choose_triton(
         raise UserError(
             f"{setting}='triton' cannot be used: the kernel {why}. Choose 'torch' or 'auto'."
         )
+    elif device is not None and device.type == "cuda":
+        log_once(
+            f"{setting}='auto' runs {mixer} on {device} as a Python loop over {loop}, many times "
+            f"slower than its Triton kernel, which {why}. {remedy} {setting}='torch' accepts the "
+            f"loop without this warning.",
+            logging.WARNING,
+        )
     else:
         log_once(f"Using the PyTorch {mixer} kernel (Triton {why}).")
     return why is None
 
 
 @cache
-def log_once(message: str) -> None:
-    """Log ``message`` at level INFO of the logger ``nemo_megacpp``, once per process."""
-    logging.getLogger("nemo_megacpp").info(message)
+def log_once(message: str, level: int = logging.INFO) -> None:
+    """Log ``message`` with the logger ``nemo_megacpp``, once per process."""
+    logging.getLogger("nemo_megacpp").log(level, message)

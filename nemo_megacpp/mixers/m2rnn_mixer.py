@@ -221,6 +221,9 @@ class M2RNNMixer(HeadParallelMixer):
             lambda: m2rnn_triton_reason(value_dim=self.v_dim, dtype=dtype, device=device),
             "M²RNN",
             "m2rnn_kernel",
+            device=device,
+            loop="the tokens",
+            remedy="Install triton, and choose a model and a precision that the kernel supports.",
         )
 
     def _documents_here(self, order: TokenOrder, length: int) -> tuple[torch.Tensor | None, float]:

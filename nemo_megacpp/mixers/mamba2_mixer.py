@@ -10,6 +10,7 @@ from megatron.core.ssm.mamba_mixer import MambaMixer
 
 from nemo_megacpp.mixers.float32 import KeepsFloat32, keep_in_float32
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
+from nemo_megacpp.mixers.sequence_layout import token_order
 
 
 class Mamba2Mixer(KeepsFloat32, MambaMixer):
@@ -18,8 +19,9 @@ class Mamba2Mixer(KeepsFloat32, MambaMixer):
 
     Megatron builds ``A_log`` and ``D`` in float32, and its ``Float16Module`` converts them to
     bfloat16; the kernels take all three in float32. The stock mixer reads the weight and bias of
-    ``conv1d`` without calling it, so nothing waits for their gather. Everything else, and every
-    checkpoint key, is the stock mixer's.
+    ``conv1d`` without calling it, so nothing waits for their gather; and in each layer it waits for
+    the GPU to number the documents of a pack. Everything else, and every checkpoint key, is the
+    stock mixer's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -32,3 +34,13 @@ class Mamba2Mixer(KeepsFloat32, MambaMixer):
     ) -> torch.Tensor:
         wait_for_parameters(self.conv1d)
         return super()._ssm_training(zxBCdt, packed_seq_params)
+
+    def _create_packed_seq_idx(
+        self, packed_seq_params: PackedSeqParams, total_tokens: int
+    ) -> torch.Tensor:
+        """Return the document of each token in order, int32 ``[1, s]``; see the stock form."""
+        device = packed_seq_params.cu_seqlens_q.device
+        documents = token_order(total_tokens, 1, packed_seq_params, device).documents
+        if documents is None:
+            documents = torch.zeros(total_tokens, device=device)
+        return documents.to(torch.int32).unsqueeze(0)

@@ -231,4 +231,7 @@ class Mamba3Mixer(HeadParallelMixer):
             lambda: mamba3_gpu_reason(self.dims, dtype=dtype, packed=packed, device=device),
             "Mamba-3",
             "mamba3_kernel",
+            device=device,
+            loop="chunks of the sequence",
+            remedy="Install mamba-ssm 2.3 or newer, or change what the kernel needs.",
         )

@@ -17,7 +17,7 @@ gathered one is R (its gradient is partial, and is reduce-scattered on the way b
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +29,7 @@ from megatron.core.tensor_parallel import all_to_all
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.distributed import ProcessGroup as Group
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nemo_megacpp.errors import UserError
 
@@ -73,8 +74,14 @@ class TokenOrder:
         arriving = self.positions[torch.argsort(segment, stable=True)].view(cp, -1)
         self._merge = torch.argsort(arriving, dim=1)
         self._unmerge = torch.argsort(self._merge, dim=1)
-        sender = torch.arange(cp, device=device).repeat_interleave(length // cp)
-        self._sent = torch.bincount(sender * cp + segment, minlength=cp * cp).view(cp, cp).tolist()
+
+    @cached_property
+    def _sent(self) -> list[list[int]]:
+        """Tokens that a rank sends to each segment; read from the device where it is first used."""
+        cp, share = self.cp, self.boundaries[-1] // self.cp
+        sender = torch.arange(cp, device=self.positions.device).repeat_interleave(share)
+        pairs = sender * cp + self.positions // share
+        return torch.bincount(pairs, minlength=cp * cp).view(cp, cp).tolist()
 
     def of_rank(self, rank: int) -> torch.Tensor:
         """Return the global positions ``[s/cp]`` of the tokens that ``rank`` holds, ascending."""
@@ -112,7 +119,7 @@ def _boundaries(packed: PackedSeqParams, length: int, cp: int) -> tuple[int, ...
     name, tensor = (
         ("cu_seqlens_q", packed.cu_seqlens_q) if padded is None else ("cu_seqlens_q_padded", padded)
     )
-    boundaries = tuple(tensor.tolist())
+    boundaries = _on_host(tensor)
     if len(boundaries) < 2 or boundaries[0] != 0 or list(boundaries) != sorted(boundaries):
         raise UserError(
             f"{name} must start at 0 and never fall; it is {_shown(boundaries)}. It holds the start"
@@ -131,6 +138,21 @@ def _boundaries(packed: PackedSeqParams, length: int, cp: int) -> tuple[int, ...
             )
         )
     return boundaries if last == length else (*boundaries, length)
+
+
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Tensor -> its version when it was read, and what it held."""
+
+
+def _on_host(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Read a tensor once, however many layers ask: a read from a GPU waits for all of its work."""
+    if tensor.is_inference():  # has no version, by which a later change could be seen
+        return tuple(tensor.tolist())
+    version, values = _read.get(tensor, (None, ()))
+    if version != tensor._version:
+        values = tuple(tensor.tolist())
+        _read[tensor] = tensor._version, values
+    return values
 
 
 def _check_chunks(boundaries: tuple[int, ...], cp: int, is_pack: bool) -> None:

@@ -109,12 +109,16 @@ def _ring(sizes: Sizes) -> list[Collective]:
 
 
 def _saved_activations(sizes: Sizes) -> list[Saved]:
+    from nemo_megacpp.mixers.core_attention import NARROWEST_HEAD
+
     tokens, e, d = sizes.tokens, sizes.e, sizes.head_dim
     heads, groups, cp = sizes.query_heads, sizes.kv_heads, sizes.layout.cp
     kept = norm(sizes)
     if sizes.config.position_embedding_type == "rope":
         turned = int(d * sizes.config.rotary_percent)
         kept.append(Saved("sines and cosines for q and k", 4 * sizes.length * turned * e))
+    if sizes.job.kernels == "torch" and d < NARROWEST_HEAD and not sizes.recomputes("core_attn"):
+        return kept + _padded_heads(sizes)
     kept.append(Saved("q", tokens * heads * d * e))
     gathers = cp > 1 and sizes.job.kernels == "torch"
     if gathers:
@@ -132,6 +136,24 @@ def _saved_activations(sizes: Sizes) -> list[Saved]:
         kept.append(Saved("q, k, v as projected", tokens * (heads + 2 * groups) * d * e))
         kept.append(Saved("k", tokens * groups * d * e))
     kept.append(Saved("attention output", tokens * heads * d * e))
+    return kept
+
+
+def _padded_heads(sizes: Sizes) -> list[Saved]:
+    """What the torch core attention saves of heads that it pads with zeros: copies."""
+    from nemo_megacpp.mixers.core_attention import NARROWEST_HEAD
+
+    tokens, heads, cp = sizes.tokens, sizes.query_heads, sizes.layout.cp
+    channel = tokens * sizes.e
+    kept = [
+        Saved("q, padded", channel * heads * NARROWEST_HEAD),
+        Saved("k and v, padded", 2 * channel * cp * sizes.kv_heads * NARROWEST_HEAD),
+        Saved("log-sum-exp", tokens * heads * 4),
+        Saved("attention output, padded", channel * heads * NARROWEST_HEAD),
+        Saved("attention output", channel * heads * sizes.head_dim),
+    ]
+    if cp > 1:
+        kept.append(Saved("mask", sizes.length * sizes.config.seq_length * sizes.e))
     return kept
 
 

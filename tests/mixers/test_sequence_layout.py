@@ -225,3 +225,25 @@ def test_padded_documents() -> None:
 def test_refusals(length: int, cp: int, ends: list[int] | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         token_order(length, cp, None if ends is None else _pack(ends))
+
+
+def test_the_boundaries_of_a_pack_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU every read waits; a change in place is seen."""
+    reads: list[int] = []
+    tolist = torch.Tensor.tolist
+
+    def counted(tensor: torch.Tensor) -> list[int]:
+        reads.append(tensor.numel())
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    packed = _pack((0, 8, 24))
+    orders = {id(token_order(24, 1, packed)) for _layer in range(5)}
+    assert reads == [3] and len(orders) == 1
+    packed.cu_seqlens_q[1] = 16
+    assert token_order(24, 1, packed).boundaries == (0, 16, 24)
+    with torch.inference_mode():
+        inference = _pack((0, 8, 24))
+        assert token_order(24, 1, inference).boundaries == (0, 8, 24)
+        inference.cu_seqlens_q[1] = 16
+        assert token_order(24, 1, inference).boundaries == (0, 16, 24)
