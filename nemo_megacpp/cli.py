@@ -23,6 +23,7 @@ from nemo_megacpp.commands import (
     doctor,
     layouts,
     megatron_args,
+    placement,
     plan,
     recipes,
     report,
@@ -36,7 +37,7 @@ from nemo_megacpp.runtime.imports import importing
 
 COMMANDS = (
     *(train, demo, verify, recipes, plan, layouts, compare, data, checkpoint),
-    *(megatron_args, settings, doctor, report, completion),
+    *(megatron_args, settings, doctor, placement, report, completion),
 )
 """In the order of the help."""
 

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Literal
 
+from nemo_megacpp.doctor.topology import Topology, read_topology
 from nemo_megacpp.nemo.versions import WANTED
 
 Status = Literal["ok", "limited", "broken"]
@@ -49,10 +50,19 @@ def count_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def nvlink_domain() -> int:
-    """Return how many of this machine's GPUs reach the first one directly, itself included."""
+def nvlink_domain(topology: Topology | None = None) -> int:
+    """Return how many of this machine's GPUs reach one another directly.
+
+    Args:
+        topology: as ``nvidia-smi`` tells it, which is asked if not given; where it tells nothing,
+            or of other GPUs than this process sees, the GPUs that reach the first one over NVLink
+            or PCIe are counted.
+    """
     import torch
 
+    topology = topology or read_topology()
+    if topology is not None and len(topology.gpus) == torch.cuda.device_count():
+        return min(map(len, topology.domains()))
     others = range(1, torch.cuda.device_count())
     return 1 + sum(torch.cuda.can_device_access_peer(0, other) for other in others)
 
@@ -94,16 +104,27 @@ def _devices(gpus: int) -> Iterator[Finding]:
             "bf16 and grouped experts need 8.0",
         )
     if gpus > 1:
-        reached = nvlink_domain()
-        if reached == gpus:
-            yield Finding("NVLink domain", f"{reached} GPUs")
-        else:
-            yield Finding(
-                "NVLink domain",
-                f"{reached} of {gpus} GPUs",
-                "limited",
-                f"TP above {reached} communicates through the host: use tp={reached} or less",
-            )
+        yield from _links(gpus, read_topology())
+
+
+def _links(gpus: int, topology: Topology | None) -> Iterator[Finding]:
+    reached = nvlink_domain(topology)
+    if reached == gpus:
+        yield Finding("NVLink domain", f"{reached} GPUs")
+    else:
+        path = topology.worst_path() if topology else None
+        yield Finding(
+            "NVLink domain",
+            f"{reached} of {gpus} GPUs",
+            "limited",
+            f"TP above {reached} communicates through the host"
+            + (f" (path {path})" if path else "")
+            + f": use tp={reached} or less",
+        )
+    if topology is not None and (far := topology.far_from_a_nic()):
+        cost = "traffic between nodes goes through a CPU: slower CP, EP, PP and DP across nodes"
+        found = f"behind a CPU for {', '.join(far)}"
+        yield Finding("network interfaces", found, "limited", cost)
 
 
 def _backends(gpus: int) -> Iterator[Finding]:
