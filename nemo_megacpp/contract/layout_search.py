@@ -123,10 +123,14 @@ def search_layouts(
     assert machine.gpus_per_node == job.gpus_per_node
     search = _Searcher(job, machine)
     candidates = all_layouts(shape, world, job.gpus_per_node, search.cut_by_work, fixed)
-    priced = [search.price(layout) for layout in candidates.legal]
     limit = job.hbm_bytes
-    fitting = [search.with_step(p) for p in priced if limit is None or p.memory <= limit]
-    too_big = [p for p in priced if limit is not None and p.memory > limit]
+    fitting, too_big = [], []
+    for layout in candidates.legal:
+        priced = search.price(layout)
+        if limit is None or priced.memory <= limit:
+            fitting.append(search.with_step(priced))
+        else:
+            too_big.append(priced)
     return Search(
         candidates,
         tuple(sorted(fitting, key=_rank)),
@@ -151,6 +155,7 @@ class _Searcher:
         whole = Sizes(self._job)
         self.work = work_of(whole, alone)
         self._estimator = StepEstimator(machine, whole, self.work)
+        self._last: tuple[ParallelLayout, HybridPattern] | None = None
         self._cuts: dict[int, HybridPattern] = {}
         self._buffers: dict[tuple[object, ...], list[Buffer]] = {}
 
@@ -202,8 +207,12 @@ class _Searcher:
         return HybridPattern(tuple(map(Family, self._letters)), cuts)
 
     def _sizes(self, layout: ParallelLayout, pattern: HybridPattern) -> Sizes:
-        model = {**self._job.model, "hybrid_pattern": str(pattern)}
-        return Sizes(dataclasses.replace(self._job, layout=layout, model=model))
+        """A configuration takes long to build: the last one is kept."""
+        if (layout, pattern) != self._last:
+            model = {**self._job.model, "hybrid_pattern": str(pattern)}
+            self._last_sizes = Sizes(dataclasses.replace(self._job, layout=layout, model=model))
+            self._last = (layout, pattern)
+        return self._last_sizes
 
     def _stages(self, layout: ParallelLayout, pattern: HybridPattern) -> list[BuiltStage]:
         chunks = pattern.chunks(layout.chunks_count)
