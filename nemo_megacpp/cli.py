@@ -22,6 +22,7 @@ from nemo_megacpp.commands import (
     demo,
     doctor,
     layouts,
+    measure_machine,
     megatron_args,
     plan,
     recipes,
@@ -36,7 +37,7 @@ from nemo_megacpp.runtime.imports import importing
 
 COMMANDS = (
     *(train, demo, verify, recipes, plan, layouts, compare, data, checkpoint),
-    *(megatron_args, settings, doctor, report, completion),
+    *(megatron_args, settings, doctor, measure_machine, report, completion),
 )
 """In the order of the help."""
 

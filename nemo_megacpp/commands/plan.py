@@ -54,7 +54,7 @@ def add_hardware(parser: ArgumentParser) -> None:
         help="dgx-h100, dgx-h200, gb200-nvl72, a100-pcie or what 'measure-machine' wrote: speeds, "
         "GPUs of a node and their memory; default: speeds of dgx-h100, memory not compared",
     )
-    parser.add_argument("--gpus-per-node", metavar="N", help="without --machine; default: 8")
+    parser.add_argument("--gpus-per-node", metavar="N", help="default: --machine's, or 8")
     parser.add_argument(
         "--hbm",
         metavar="141GB",
@@ -85,10 +85,10 @@ def read_hardware(args: Namespace) -> tuple[dict[str, Any], Machine]:
     if args.hbm is not None:
         hbm = read_gpu_memory(args.hbm)
     if args.machine is not None:
-        if gpus != machine.gpus_per_node:
+        if gpus > machine.gpus_per_node:
             raise UserError(
-                f"--gpus-per-node {gpus} and --machine {args.machine} contradict each other: that "
-                f"machine has {machine.gpus_per_node} GPUs a node. Leave one out."
+                f"--gpus-per-node {gpus} is more than a node of --machine {args.machine} has, "
+                f"{machine.gpus_per_node}. Leave it out, or give less to use a part of each node."
             )
         if hbm is not None and hbm > machine.hbm_bytes:
             raise UserError(

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_megacpp.contract.machine import Arithmetic, Machine
+from nemo_megacpp.contract.machine import Machine
 from nemo_megacpp.contract.memory import GRADIENT_BYTES, saved_activations
 from nemo_megacpp.contract.stages import BuiltParameter
 from nemo_megacpp.families import block_of
@@ -29,6 +29,10 @@ _LEAST_WIDTH = 16
 _SAVED_FORWARD, _SAVED_BACKWARD = 2, 3
 """Times that the bytes of a saved activation move: written and read; read again, and its gradient
 written and read."""
+_KERNELS = 16
+"""Kernels of a layer beside its matrix multiplications, forward; backward twice as many."""
+_PERMUTED = 4
+"""Permutations of the token copies in a pass of E: before and after both exchanges."""
 _ATTENTION_BACKWARD = 2.5
 """Flash attention's operations of the backward pass over those of the forward pass."""
 _ONCE_MORE = {
@@ -59,14 +63,12 @@ class LayerTimes:
 
     Args:
         machine: the machine.
-        multiplied: arithmetic of matrix multiplications.
-        mixed: arithmetic between tokens and on states.
+        peak: operations a second of its GPUs, in the job's precision.
     """
 
-    def __init__(self, machine: Machine, multiplied: Arithmetic, mixed: Arithmetic) -> None:
+    def __init__(self, machine: Machine, peak: float) -> None:
         self._machine = machine
-        self._flops = machine.peak(multiplied)
-        self._mixed_flops = machine.peak(mixed)
+        self._peak = peak
         self._moved = machine.hbm_bandwidth * machine.efficiency.memory
 
     def of(
@@ -82,15 +84,26 @@ class LayerTimes:
         """
         matrices = self._matrices(sizes, place, parameters)
         mixed = self._mixing(sizes, place, mixing)
-        saved = total(saved_activations(_without_recomputation(sizes), place)) / self._moved
-        forward = matrices[0] + mixed[0] + _SAVED_FORWARD * saved
+        moved = self._elementwise(sizes, place)
+        forward = matrices[0] + mixed[0] + moved[0]
         again = 0.0
         if len(place) == 1 and sizes.recomputes(_ONCE_MORE.get(place, "")):
             again = mixed[0] if place == Family.ATTENTION.value else forward
         elif place == Family.EXPERT.value and sizes.recomputes("shared_experts"):
             shared = [p for p in parameters if ".shared_experts." in p.name]
             again = self._matrices(sizes, place, shared)[0]
-        return LayerTime(forward, sum(matrices[1:]) + mixed[1] + _SAVED_BACKWARD * saved, again)
+        return LayerTime(forward, sum(matrices[1:]) + mixed[1] + moved[1], again)
+
+    def _elementwise(self, sizes: Sizes, place: str) -> tuple[float, float]:
+        """Return the seconds of what moves bytes and computes little, forward and backward."""
+        saved = total(saved_activations(_without_recomputation(sizes), place))
+        permuted = 0
+        if place == Family.EXPERT.value:
+            permuted = 2 * _PERMUTED * sizes.expert_rows * sizes.h * sizes.e
+        least = _KERNELS * self._machine.kernel_seconds
+        forward = (_SAVED_FORWARD * saved + permuted) / self._moved
+        backward = (_SAVED_BACKWARD * saved + permuted) / self._moved
+        return max(forward, least), max(backward, 2 * least)
 
     def _matrices(
         self, sizes: Sizes, place: str, parameters: Sequence[BuiltParameter]
@@ -123,7 +136,7 @@ class LayerTimes:
         if experts > 1:
             efficiency = self._machine.efficiency.grouped_matmul
             padded = -(-tokens // _TILE) * _TILE
-        computed = 2 * padded * rows * columns * experts / (self._flops * efficiency)
+        computed = 2 * padded * rows * columns * experts / (self._peak * efficiency)
         weights = rows * columns * experts
         moved = (tokens * (rows + columns) * experts + weights) * sizes.e
         least = self._machine.kernel_seconds
@@ -137,7 +150,7 @@ class LayerTimes:
         efficiency = self._machine.efficiency
         is_attention = place == Family.ATTENTION.value
         sustained = efficiency.attention if is_attention else efficiency.scan
-        forward = mixing * sizes.tokens / sizes.layout.tp / (self._mixed_flops * sustained)
+        forward = mixing * sizes.tokens / sizes.layout.tp / (self._peak * sustained)
         backward = forward * (_ATTENTION_BACKWARD if is_attention else 2)
         steps = 0
         if len(place) == 1 and (count := block_of(Family(place)).sequential_steps) is not None:

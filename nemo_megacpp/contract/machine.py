@@ -40,15 +40,15 @@ class Link:
 class Efficiency:
     """The share of a peak that each kind of work sustains. These are assumptions."""
 
-    matmul: _Share = 0.75
+    matmul: _Share = 0.7
     """Large matrix multiplications, of the GPU's floating-point peak."""
-    grouped_matmul: _Share = 0.6
+    grouped_matmul: _Share = 0.5
     """Those of experts, after the rows of each expert are padded to whole tiles."""
-    attention: _Share = 0.5
+    attention: _Share = 0.45
     """Flash attention."""
     scan: _Share = 0.1
     """Chunked scans of M, and the arithmetic of R."""
-    memory: _Share = 0.75
+    memory: _Share = 0.7
     """Norms, activations, permutations and the optimizer, of the memory's bandwidth."""
     link: _Share = 0.8
     """Collectives and messages, of a link's bandwidth."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from nemo_megacpp.contract.collective_time import CollectiveTime
 from nemo_megacpp.contract.layer_time import LayerTime, LayerTimes
-from nemo_megacpp.contract.machine import Arithmetic, Machine
+from nemo_megacpp.contract.machine import Machine
 from nemo_megacpp.contract.memory import Buffer, StageMemory
 from nemo_megacpp.contract.stages import BuiltChunk, BuiltParameter, BuiltStage
 from nemo_megacpp.contract.traffic import pipeline_messages, place_collectives, step_collectives
@@ -79,20 +79,12 @@ class StepEstimator:
         machine: the machine.
         whole: the model on one rank, without any parallelism.
         work: operations per token of each place (:func:`nemo_megacpp.contract.work.work_of`).
-        arithmetic: of matrix multiplications; default: the job's precision.
     """
 
-    def __init__(
-        self,
-        machine: Machine,
-        whole: Sizes,
-        work: Mapping[str, int],
-        arithmetic: Arithmetic | None = None,
-    ) -> None:
+    def __init__(self, machine: Machine, whole: Sizes, work: Mapping[str, int]) -> None:
         self.machine = machine
-        precision = whole.job.precision
-        self._layers = LayerTimes(machine, arithmetic or precision, precision)
-        self._peak = machine.peak(arithmetic or precision)
+        self._peak = machine.peak(whole.job.precision)
+        self._layers = LayerTimes(machine, self._peak)
         mixing = {
             letter: block_of(Family(letter)).mixing for letter in dict.fromkeys(whole.letters)
         }
@@ -166,8 +158,7 @@ class StepEstimator:
         return _Microbatch(parts, first, last)
 
     def _time(self, sizes: Sizes, places: Places, place: str) -> LayerTime:
-        layout = sizes.layout
-        key = (place, layout.tp, layout.sp, layout.cp, layout.ep, layout.etp)
+        key = (place, *_split(sizes))
         if key not in self._times:
             mixing = self._mixing.get(place, 0)
             self._times[key] = self._layers.of(sizes, place, places[place], mixing)
@@ -179,13 +170,20 @@ class StepEstimator:
         """Return the seconds of one layer's collectives, by axis."""
         layout = sizes.layout
         start = pp_rank * (layout.world // layout.pp) % self.machine.gpus_per_node
-        key = (place, start, layout.tp, layout.sp, layout.cp, layout.ep, layout.etp)
+        key = (place, start, *_split(sizes))
         if key not in self._sent:
             found: dict[str, float] = defaultdict(float)
             for made in place_collectives(sizes, place):
                 found[_AXIS.get(made.group, made.group)] += links.seconds(made)
             self._sent[key] = found
         return self._sent[key]
+
+
+def _split(sizes: Sizes) -> tuple[object, ...]:
+    """What of a layout, and of recompute, decides about the time of a layer."""
+    layout, config = sizes.layout, sizes.config
+    again = (config.recompute_granularity, tuple(config.recompute_modules or ()))
+    return (layout.tp, layout.sp, layout.cp, layout.ep, layout.etp, *again)
 
 
 def _recomputed(sizes: Sizes, chunk: BuiltChunk) -> Counter[str]:

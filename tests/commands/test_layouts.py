@@ -121,7 +121,7 @@ def test_nothing_is_legal(capsys: pytest.CaptureFixture[str]) -> None:
         (("--world-size", "8", "--gpus-per-node", "0"), "--gpus-per-node '0'"),
         (("--world-size", "8", "--machine", "dgx-h10"), "no machine 'dgx-h10'"),
         (("--world-size", "8", "--machine", "none.json"), "none.json cannot be read"),
-        (("--machine", "dgx-h200", "--gpus-per-node", "4"), "--gpus-per-node 4 and --machine"),
+        (("--machine", "dgx-h200", "--gpus-per-node", "16"), "more than a node of --machine"),
         (("--machine", "dgx-h100", "--hbm", "141GB"), "more than a GPU of --machine dgx-h100 has"),
         (("--world-size", "8", "--top", "x"), "--top 'x'"),
         (("--world-size", "8", "--pick", "2"), "--pick chooses what is written"),

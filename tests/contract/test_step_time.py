@@ -65,7 +65,7 @@ def _parameter(shape: tuple[int, ...], is_expert: bool = False) -> BuiltParamete
 
 def test_layers_by_hand() -> None:
     sizes = Sizes(Job({**NAM56R_MODEL, "hybrid_pattern": "AER", "num_layers": 3}))
-    times = LayerTimes(PLAIN, "bf16", "bf16")
+    times = LayerTimes(PLAIN, 1e15)
     nothing = times.of(sizes, "A", [], 0)
     # Large: its arithmetic counts, and the time of a kernel.
     large = times.of(sizes, "A", [_parameter((4096, 8192))], 0)
@@ -79,7 +79,7 @@ def test_layers_by_hand() -> None:
     moved = (4096 * (16 + 3584) + 16 * 3584) * 2
     assert narrow.forward - nothing.forward == pytest.approx(moved / 1e12 + 1e-7)
     # Experts: 1,024 rows for each of 16, at half the peak.
-    times = LayerTimes(dataclasses.replace(PLAIN, hbm_bandwidth=1e13), "bf16", "bf16")
+    times = LayerTimes(dataclasses.replace(PLAIN, hbm_bandwidth=1e13), 1e15)
     nothing = times.of(sizes, "A", [], 0)
     expert = times.of(sizes, "E", [_parameter((1, 896, 3584), True)] * 16, 0)
     each = 16 * 2 * 1024 * 896 * 3584 / 0.5e15 + 1e-7
@@ -95,7 +95,7 @@ def test_layers_by_hand() -> None:
 
 def test_few_rows_of_an_expert_take_the_time_of_a_tile() -> None:
     model = {**NAM56R_MODEL, "hybrid_pattern": "E", "num_layers": 1, "seq_length": 128}
-    times = LayerTimes(dataclasses.replace(PLAIN, hbm_bandwidth=1e15), "bf16", "bf16")
+    times = LayerTimes(dataclasses.replace(PLAIN, hbm_bandwidth=1e15), 1e15)
     weights = [_parameter((1, 896, 3584), True)] * 16
     seconds = [
         times.of(Sizes(Job({**model, "moe_router_topk": topk})), "E", weights, 0).forward
