@@ -1,8 +1,13 @@
-"""Estimated steps beside published ones: the table of docs/layouts.md.
+"""Estimated steps beside published ones: the table of docs/estimates.md.
 
 Every row is a published training throughput whose model this package can describe, with the layout
 and batch that were published beside it. One set of efficiencies serves all rows; none is fitted to
-a row. Run: ``python -m benchmarks.published_steps``; it needs no GPU.
+a row. ``python -m benchmarks.published_steps`` prints the table's rows in Markdown and, on standard
+error, where each estimated step goes; it needs no GPU and takes about half a minute.
+
+Sources: [A] docs.nvidia.com/nemo/megatron-bridge/latest/performance-summary-archive.html, by
+release; [B] docs.nvidia.com/nemo/automodel/performance/performance-summary.md. Both measure tokens
+and model TFLOP/s a GPU, with balanced routing. What a page leaves open is as in NAM56R.
 """
 
 from __future__ import annotations
@@ -16,13 +21,10 @@ from typing import Any
 from nemo_megacpp.contract.layout_search import Priced, search_layouts
 from nemo_megacpp.contract.machine import Machine
 from nemo_megacpp.contract.machine_presets import PRESETS
+from nemo_megacpp.contract.step_tables import ordered
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.views import job_of, shape_of
-from nemo_megacpp.render import Table, make_console, print_table
-
-BRIDGE = "https://docs.nvidia.com/nemo/megatron-bridge/latest/performance-summary-archive.html"
-AUTOMODEL = "https://docs.nvidia.com/nemo/automodel/performance/performance-summary.md"
 
 _NO_SHARED = {"moe_shared_expert_intermediate_size": None, "moe_aux_loss_coeff": 1e-3}
 NEMOTRON_3_NANO = {
@@ -88,7 +90,7 @@ class Published:
         micro, rows, length: micro and global batch, and tokens of a row.
         tokens: tokens a second and GPU.
         tflops: model TFLOP/s a GPU.
-        source: address of the page, and the release on it.
+        source: letter of the page, and the release on it.
         fp8: whether matrix multiplications are in FP8.
         node: GPUs of a node that are used.
         remarks: what differs from the published run.
@@ -113,51 +115,51 @@ class Published:
 ROWS = (
     Published(
         *("Nemotron 3 Nano, 16 x H100, FP8", NEMOTRON_3_NANO, "dgx-h100", 16, {"ep": 8}),
-        *(1, 1024, 8192, 14_719, 328, f"{BRIDGE} (26.06)", True),
+        *(1, 1024, 8192, 14_719, 328, "[A], 26.06", True),
     ),
     Published(
         *("Nemotron 3 Nano, 8 x GB200, MXFP8", NEMOTRON_3_NANO, "gb200-nvl72", 8, {"ep": 8}),
-        *(2, 512, 8192, 34_816, 776, f"{BRIDGE} (26.06.01)", True),
+        *(2, 512, 8192, 34_816, 776, "[A], 26.06.01", True),
     ),
     Published(
         *("Nemotron 3 Nano, 8 x H100, BF16", NEMOTRON_3_NANO, "dgx-h100", 8, {"ep": 8}),
-        *(4, 512, 4096, 16_789, 328, f"{AUTOMODEL} (26.02)"),
+        *(4, 512, 4096, 16_789, 328, "[B], 26.02"),
         remarks="FSDP",
     ),
     Published(
         *("Qwen3 30B-A3B, 8 x H100, BF16", QWEN3_30B, "dgx-h100", 8, {"ep": 8}),
-        *(4, 512, 4096, 12_040, 277, AUTOMODEL),
+        *(4, 512, 4096, 12_040, 277, "[B]"),
         remarks="FSDP",
     ),
     Published(
         *("Qwen3 30B-A3B, 16 x H100, FP8", QWEN3_30B, "dgx-h100", 16, {"ep": 16}),
-        *(1, 1024, 4096, 8_826, 203, f"{BRIDGE} (26.06)", True),
+        *(1, 1024, 4096, 8_826, 203, "[A], 26.06", True),
     ),
     Published(
         *("Qwen3 235B-A22B, 256 x H100, FP8", QWEN3_235B, "dgx-h100", 256),
         *({"tp": 2, "pp": 8, "vpp": 4, "ep": 32}, 1, 8192, 4096, 1_712, 253),
-        *(f"{BRIDGE} (26.04.01)", True),
+        *("[A], 26.04.01", True),
     ),
     Published(
         *("Qwen3 235B-A22B, 256 x GB200, BF16", QWEN3_235B, "gb200-nvl72", 256),
-        *({"pp": 8, "vpp": 3, "ep": 32}, 1, 8192, 4096, 4_916, 728, f"{BRIDGE} (25.11)"),
+        *({"pp": 8, "vpp": 3, "ep": 32}, 1, 8192, 4096, 4_916, 728, "[A], 25.11"),
         node=64,
     ),
     Published(
         *("GPT-OSS 120B, 64 x H100, BF16", GPT_OSS_120B, "dgx-h100", 64, {"pp": 4, "ep": 8}),
-        *(1, 1280, 4096, 5_824, 158, f"{BRIDGE} (26.04.01)"),
-        remarks="attention over whole rows, where half of its layers have a window",
+        *(1, 1280, 4096, 5_824, 158, "[A], 26.04.01"),
+        remarks="no windows, no sinks",
     ),
     Published(
         *("GPT-OSS 120B, 64 x GB200, BF16", GPT_OSS_120B, "gb200-nvl72", 64, {"ep": 64}),
-        *(4, 1280, 4096, 16_640, 452, f"{BRIDGE} (26.04.01)"),
+        *(4, 1280, 4096, 16_640, 452, "[A], 26.04.01"),
         node=64,
-        remarks="the same",
+        remarks="as above",
     ),
     Published(
         *("NAM56R, 8 x H200, BF16", {}, "dgx-h200", 8, {}, 1, 256, 4096, 0, 289),
-        *("the peer's article, of a larger variant: 29.2% MFU",),
-        remarks="the best layout; only the share of the peak can be compared",
+        *("its authors, of a larger variant",),
+        remarks="best layout",
     ),
 )
 
@@ -201,30 +203,23 @@ def _machine(row: Published) -> Machine:
 
 
 def main() -> int:
-    table = Table(
-        (
-            *("<published", "<layout", "tokens/s a GPU", "estimated", "estimated / published"),
-            *("TFLOP/s a GPU", "estimated", "<source"),
-        )
-    )
     for row in ROWS:
         priced = estimated(row)
-        assert priced.step is not None
-        table.add(
+        step = priced.step
+        assert step is not None
+        cells = (
             row.name + (f" ({row.remarks})" if row.remarks else ""),
-            priced.layout.short(),
+            f"`{priced.layout.short()}`",
             f"{row.tokens:,.0f}" if row.tokens else "-",
-            f"{priced.step.tokens_per_gpu:,.0f}",
-            f"{priced.step.tokens_per_gpu / row.tokens:.2f}" if row.tokens else "-",
+            f"{step.tokens_per_gpu:,.0f}",
+            f"{step.tokens_per_gpu / row.tokens:.2f}" if row.tokens else "-",
             f"{row.tflops:,.0f}",
-            f"{priced.step.flops_per_gpu / 1e12:,.0f}",
+            f"{step.flops_per_gpu / 1e12:,.0f}",
             row.source,
         )
-        parts = ", ".join(
-            f"{k} {v / priced.step.seconds:.0%}" for k, v in priced.step.parts.items()
-        )
-        print(row.name, parts, file=sys.stderr)
-    print_table(make_console(260), table)
+        print(f"| {' | '.join(cells)} |", flush=True)
+        shares = (f"{name} {part / step.seconds:.0%}" for name, part in ordered(step).items())
+        print(f"{row.name}: {', '.join(shares)}", file=sys.stderr)
     return 0
 
 

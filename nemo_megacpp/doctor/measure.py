@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_megacpp.contract.machine import Arithmetic, Efficiency, Link, Machine
-from nemo_megacpp.runtime.host import Host, current_host
+from nemo_megacpp.runtime.host import current_host
 from nemo_megacpp.runtime.launch import Launched, launched
 
 _REPEATS = 7
@@ -42,15 +42,15 @@ def measure_machine(name: str) -> Machine | None:
     if place.world_size > 1:
         dist.init_process_group(host.backend)
     try:
-        machine = _measured(name, host, place, device)
+        machine = _measured(name, place, device)
     finally:
         if place.world_size > 1:
             dist.destroy_process_group()
     return machine if place.rank == 0 else None
 
 
-def _measured(name: str, host: Host, place: Launched, device: torch.device) -> Machine:
-    is_gpu, node = host.device == "cuda", place.local_world_size
+def _measured(name: str, place: Launched, device: torch.device) -> Machine:
+    is_gpu, node = device.type == "cuda", place.local_world_size
     dtypes: dict[Arithmetic, torch.dtype] = {"fp32": torch.float32}
     if is_gpu:
         dtypes["bf16"] = torch.bfloat16
@@ -77,8 +77,8 @@ def _measured(name: str, host: Host, place: Launched, device: torch.device) -> M
             memory=1.0,
             link=1.0,
         ),
-        source=f"measured on {place.world_size} ranks over {host.backend}, {_device_name(device)}"
-        f"{source}",
+        source=f"measured on {place.world_size} rank{'s' * (place.world_size > 1)}, "
+        f"{_device_name(device)}{source}",
     )
 
 
