@@ -22,6 +22,7 @@ from nemo_megacpp.contract.stages import BuiltChunk, BuiltParameter, BuiltStage
 from nemo_megacpp.contract.traffic import pipeline_messages, place_collectives, step_collectives
 from nemo_megacpp.contract.work import FORWARD_AND_BACKWARD
 from nemo_megacpp.families import block_of
+from nemo_megacpp.formulas.collectives import again
 from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.pattern import Family
 
@@ -153,6 +154,9 @@ class StepEstimator:
         for chunk in stage.chunks:
             for letter, count in _recomputed(sizes, chunk).items():
                 parts[AGAIN] += count * self._time(sizes, places, letter).forward
+                sent = self._exposed(sizes, letter, links, stage.pp_rank, repeated=True)
+                for axis, seconds in sent.items():
+                    parts[axis] += count * seconds
         if sizes.layout.pp > 1:
             parts["pp"] += links.total(pipeline_messages(sizes, stage))
         return _Microbatch(parts, first, last)
@@ -165,15 +169,23 @@ class StepEstimator:
         return self._times[key]
 
     def _exposed(
-        self, sizes: Sizes, place: str, links: CollectiveTime, pp_rank: int
+        self,
+        sizes: Sizes,
+        place: str,
+        links: CollectiveTime,
+        pp_rank: int,
+        *,
+        repeated: bool = False,
     ) -> dict[str, float]:
-        """Return the seconds of one layer's collectives, by axis."""
+        """Return the seconds of one layer's collectives by axis, or of those that a recomputed
+        layer repeats."""
         layout = sizes.layout
         start = pp_rank * (layout.world // layout.pp) % self.machine.gpus_per_node
-        key = (place, start, *_split(sizes))
+        key = (place, repeated, start, *_split(sizes))
         if key not in self._sent:
             found: dict[str, float] = defaultdict(float)
-            for made in place_collectives(sizes, place):
+            made_once = place_collectives(sizes, place)
+            for made in again(made_once) if repeated else made_once:
                 found[_AXIS.get(made.group, made.group)] += links.seconds(made)
             self._sent[key] = found
         return self._sent[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from copy import copy
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from nemo_megacpp.contract.collective_time import CollectiveTime
 from nemo_megacpp.contract.layer_time import LayerTimes
 from nemo_megacpp.contract.layout_plan import make_plan
 from nemo_megacpp.contract.machine import Efficiency, Link, Machine
-from nemo_megacpp.contract.stages import BuiltParameter
+from nemo_megacpp.contract.memory import saved_bytes, stage_buffers, stage_memory
+from nemo_megacpp.contract.stages import BuiltParameter, build_stages
 from nemo_megacpp.contract.step_tables import bar, legend
-from nemo_megacpp.contract.step_time import StepTime
+from nemo_megacpp.contract.step_time import StepEstimator, StepTime, places_of
+from nemo_megacpp.contract.work import work_of
 from nemo_megacpp.formulas.collectives import Collective, Kind
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ParallelLayout
@@ -167,6 +170,26 @@ def test_selective_recomputation_adds_what_it_computes_again() -> None:
     assert 0 < core.parts["recompute"] < moe.parts["recompute"] < moe.parts["E"]
     for other in (core, moe):
         assert all(other.parts[f] == pytest.approx(kept.parts[f]) for f in "AEMR")
+
+
+def test_full_recomputation_computes_and_sends_forward_again() -> None:
+    job = Job(NAM56R_MODEL, ParallelLayout.parse("tp=2,etp=1,world=2"), 1, 4)
+    whole = Sizes(dataclasses.replace(job, layout=ParallelLayout()))
+    sizes, stages = Sizes(job), build_stages(job)
+    places, buffers = places_of(stages), [stage_buffers(job, stage) for stage in stages]
+    estimator = StepEstimator(PLAIN, whole, work_of(whole, places))
+    saved = saved_bytes(sizes)
+    memory = [stage_memory(sizes, stages[0], buffers[0], saved)]
+    kept = estimator.estimate(sizes, places, stages, memory, buffers)
+    config = copy(sizes.config)
+    config.recompute_granularity, config.recompute_method = "full", "block"
+    found = []
+    for config.recompute_num_layers in (26, 52):
+        full = Sizes(job, copy(config))
+        found.append(estimator.estimate(full, places, stages, memory, buffers).parts)
+    assert "recompute" not in kept.parts
+    assert found[0]["recompute"] < found[1]["recompute"] < sum(kept.parts[f] for f in "AEMR")
+    assert kept.parts["tp"] < found[0]["tp"] < found[1]["tp"]
 
 
 def test_a_bar_is_as_long_as_its_share_of_the_longest() -> None:
