@@ -22,6 +22,7 @@ from nemo_megacpp.commands import (
     demo,
     doctor,
     layouts,
+    measure_machine,
     megatron_args,
     placement,
     plan,
@@ -37,7 +38,7 @@ from nemo_megacpp.runtime.imports import importing
 
 COMMANDS = (
     *(train, demo, verify, recipes, plan, layouts, compare, data, checkpoint),
-    *(megatron_args, settings, doctor, placement, report, completion),
+    *(megatron_args, settings, doctor, measure_machine, placement, report, completion),
 )
 """In the order of the help."""
 

@@ -53,6 +53,8 @@ class BlockFamily:
             (:mod:`nemo_megacpp.formulas.saved`). None: as for ``collectives``.
         mixing: likewise, the operations between tokens and on states: for one token, forward, in
             the whole model. Those of the weights are counted from the parameters. None: no others.
+        sequential_steps: likewise, the tokens of a microbatch that must follow one another in a
+            pass, whichever ranks compute them. None: the mixing is parallel.
 
     The owner of a parameter is not declared: it is read from the tags of the built modules, by
     which Megatron trains.
@@ -66,6 +68,7 @@ class BlockFamily:
     collectives: Callable[[Any], list[Any]] | None = None
     saved_activations: Callable[[Any], list[Any]] | None = None
     mixing: Callable[[Any], int] | None = None
+    sequential_steps: Callable[[Any], int] | None = None
 
     @property
     def family(self) -> Family:

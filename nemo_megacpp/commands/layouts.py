@@ -28,8 +28,8 @@ def add_parser(commands: Any) -> None:
     parser: ArgumentParser = commands.add_parser(
         "layouts",
         help="rank all legal layouts of a number of ranks, with pipeline cuts",
-        description="Rank every legal layout of a recipe: what fits the GPU first, then by the "
-        "bytes that leave a node in a step. Pipelines are cut by work. Needs no GPU.",
+        description="Rank every legal layout of a recipe: what fits the GPU first, by the "
+        "estimated time of a step. Pipelines are cut by work. Needs no GPU.",
     )
     add_recipe(parser, overrides="settings to change; a degree, such as tp=8, fixes that axis")
     add_hardware(parser)
@@ -59,7 +59,7 @@ def _run(args: Namespace) -> int:
     from nemo_megacpp.recipes.views import job_of, shape_of
     from nemo_megacpp.render import make_console
 
-    hardware = read_hardware(args)
+    hardware, machine = read_hardware(args)
     hbm = hardware["hbm_bytes"]
     top = read_count("--top", args.top)
     if args.pick is not None and args.write is None:
@@ -77,7 +77,7 @@ def _run(args: Namespace) -> int:
     recipe = _in_layout(given, ParallelLayout(world_size=world), given.pattern.letters)
     validate_model(recipe)
     job = job_of(recipe, **hardware)
-    search = search_layouts(job, shape_of(recipe), world, fixed)
+    search = search_layouts(job, shape_of(recipe), world, machine, fixed)
     if not search.candidates.total:
         given_degrees = ", ".join(f"{k}={str(v).lower()}" for k, v in fixed.items())
         raise UserError(
@@ -85,12 +85,12 @@ def _run(args: Namespace) -> int:
         )
     chosen = _choose(search, pick, hbm) if args.write is not None else None
     if args.json:
-        print_json(layouts_document(job, search, top))
+        print_json(layouts_document(job, search, machine, top))
     else:
         console = make_console(_WIDTH)
         if given.pattern.cuts:
             console.print(f"The recipe's {len(given.pattern.cuts)} cuts are replaced: see below.")
-        print_layouts(console, job, search, top, args.rejected)
+        print_layouts(console, job, search, machine, top, args.rejected)
     if chosen is not None:
         _write(Path(args.write), _in_layout(given, chosen.layout, str(chosen.pattern)), chosen)
         print(f"written: {args.write} ({chosen.layout.short()})", file=sys.stderr)
@@ -143,9 +143,11 @@ def _validate_path(path: Path) -> None:
 def _write(path: Path, recipe: Recipe, chosen: Priced) -> None:
     import yaml
 
+    assert chosen.step is not None
     sent = show_bytes(chosen.between_nodes or 0)
     text = (
         f"# {recipe.name} in {chosen.layout.describe()}\n"
-        f"# By plan: {show_bytes(chosen.memory)} on the fullest GPU, {sent} between nodes a step.\n"
+        f"# By plan: {show_bytes(chosen.memory)} on the fullest GPU, {sent} between nodes a step, "
+        f"{chosen.step.seconds:.3g} s a step (estimated).\n"
     )
     path.write_text(text + yaml.safe_dump(recipe.to_mapping(), sort_keys=False), encoding="utf-8")

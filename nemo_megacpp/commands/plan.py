@@ -16,9 +16,11 @@ from nemo_megacpp.commands.arguments import (
     read_recipe,
 )
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.render import show_bytes
 
 if TYPE_CHECKING:
     from nemo_megacpp.contract.layout_plan import Plan
+    from nemo_megacpp.contract.machine import Machine
     from nemo_megacpp.layout import LayoutViolation, ModelShape, ParallelLayout
     from nemo_megacpp.recipes.recipe import Recipe
 
@@ -44,10 +46,20 @@ def add_parser(commands: Any) -> None:
 
 
 def add_hardware(parser: ArgumentParser) -> None:
-    """Add ``--world-size``, ``--gpus-per-node``, ``--hbm`` and ``--kernels``."""
+    """Add ``--world-size``, ``--machine``, ``--gpus-per-node``, ``--hbm`` and ``--kernels``."""
     parser.add_argument("--world-size", metavar="N", help="ranks; default: the recipe's world_size")
-    parser.add_argument("--gpus-per-node", default="8", metavar="N", help="default: 8")
-    parser.add_argument("--hbm", metavar="141GB", help="memory of a GPU, which a rank must fit")
+    parser.add_argument(
+        "--machine",
+        metavar="NAME|FILE.json",
+        help="dgx-h100, dgx-h200, gb200-nvl72, a100-pcie or what 'measure-machine' wrote: speeds, "
+        "GPUs of a node and their memory; default: speeds of dgx-h100, memory not compared",
+    )
+    parser.add_argument("--gpus-per-node", metavar="N", help="default: --machine's, or 8")
+    parser.add_argument(
+        "--hbm",
+        metavar="141GB",
+        help="memory of a GPU, which a rank must fit; default: --machine's",
+    )
     parser.add_argument(
         "--kernels",
         choices=("gpu", "torch"),
@@ -57,17 +69,34 @@ def add_hardware(parser: ArgumentParser) -> None:
     )
 
 
-def read_hardware(args: Namespace) -> dict[str, Any]:
-    """Return the fields of a `Job` that `add_hardware` has defined.
+def read_hardware(args: Namespace) -> tuple[dict[str, Any], Machine]:
+    """Return the fields of a `Job` that `add_hardware` has defined, and the machine.
 
     Raises:
-        UserError: a number or a size that cannot be read.
+        UserError: an option that cannot be read, or contradicts ``--machine``.
     """
-    return {
-        "gpus_per_node": read_count("--gpus-per-node", args.gpus_per_node),
-        "hbm_bytes": None if args.hbm is None else read_gpu_memory(args.hbm),
-        "kernels": args.kernels,
-    }
+    from nemo_megacpp.contract.machine_presets import DEFAULT, find_machine
+
+    machine = find_machine(DEFAULT if args.machine is None else args.machine)
+    gpus = machine.gpus_per_node
+    if args.gpus_per_node is not None:
+        gpus = read_count("--gpus-per-node", args.gpus_per_node)
+    hbm = None if args.machine is None else machine.hbm_bytes
+    if args.hbm is not None:
+        hbm = read_gpu_memory(args.hbm)
+    if args.machine is not None:
+        if gpus > machine.gpus_per_node:
+            raise UserError(
+                f"--gpus-per-node {gpus} is more than a node of --machine {args.machine} has, "
+                f"{machine.gpus_per_node}. Leave it out, or give less to use a part of each node."
+            )
+        if hbm is not None and hbm > machine.hbm_bytes:
+            raise UserError(
+                f"--hbm {args.hbm} is more than a GPU of --machine {args.machine} has, "
+                f"{show_bytes(machine.hbm_bytes)}. Leave it out, or give less to keep some free."
+            )
+    hardware = {"gpus_per_node": gpus, "hbm_bytes": hbm, "kernels": args.kernels}
+    return hardware, dataclasses.replace(machine, gpus_per_node=gpus)
 
 
 def _run(args: Namespace) -> int:
@@ -88,7 +117,7 @@ def _run(args: Namespace) -> int:
     from nemo_megacpp.recipes.views import job_of, shape_of, validate_countable
     from nemo_megacpp.render import make_console
 
-    hardware = read_hardware(args)
+    hardware, machine = read_hardware(args)
     recipe = read_recipe(args)
     validate_countable(recipe)
     print_assumed(recipe)
@@ -102,7 +131,7 @@ def _run(args: Namespace) -> int:
             print(_refusal(layout, shape, violations, nearest), file=sys.stderr)
         return 2
     validate_model(recipe)
-    plan = make_plan(job_of(recipe, **hardware))
+    plan = make_plan(job_of(recipe, **hardware), machine)
     _check_narrowing(plan, args.family, args.stage)
     if args.html is not None:
         Path(args.html).write_text(html_report(plan), encoding="utf-8")

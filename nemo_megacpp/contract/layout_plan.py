@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nemo_megacpp.contract.costs import Cost, costs
+from nemo_megacpp.contract.machine import Machine, machine_document
 from nemo_megacpp.contract.memory import (
     StageMemory,
     saved_activations,
@@ -16,6 +17,8 @@ from nemo_megacpp.contract.memory import (
 )
 from nemo_megacpp.contract.ownership import OwnedParameter, ownership, parameter_count
 from nemo_megacpp.contract.stages import BuiltStage, build_stages
+from nemo_megacpp.contract.step_tables import assumptions, step_document
+from nemo_megacpp.contract.step_time import StepEstimator, StepTime, places_of
 from nemo_megacpp.contract.traffic import (
     Traffic,
     microbatch_collectives,
@@ -23,6 +26,7 @@ from nemo_megacpp.contract.traffic import (
     traffic,
     whole_step,
 )
+from nemo_megacpp.contract.work import work_of
 from nemo_megacpp.formulas.collectives import Collective
 from nemo_megacpp.formulas.saved import Saved
 from nemo_megacpp.formulas.sizes import Job, Sizes
@@ -51,6 +55,8 @@ list; keys are only ever added within a version::
         microbatch: [{place, layers, collectives: [COLLECTIVE]}], step: [COLLECTIVE],
         traffic: [{group, calls, tensor_bytes, sent_bytes, between_nodes}]}]
     costs: [{axis, effect, message}]
+    estimate: {seconds, parts: {part: seconds}, slowest_stage, tokens_per_second_per_gpu,
+        model_flops_per_second_per_gpu, model_flops_utilization, machine, assumptions}
 
 where COLLECTIVE is ``{kind, group, bytes, phase, role, what, count, neighbour}``, of one layer in
 one microbatch, or of one step; see :class:`nemo_megacpp.formulas.collectives.Collective`.
@@ -110,6 +116,8 @@ class Plan:
         groups: every kind of process group with more than one rank.
         activations: what one layer of each place saves of one microbatch, by formula.
         costs: what the layout requires, turns off, repeats or leaves idle.
+        machine: on which the step is estimated.
+        step: the estimate; None without a machine.
     """
 
     sizes: Sizes
@@ -119,6 +127,8 @@ class Plan:
     groups: tuple[GroupFacts, ...]
     activations: dict[str, tuple[Saved, ...]]
     costs: tuple[Cost, ...]
+    machine: Machine | None = None
+    step: StepTime | None = None
 
     @property
     def job(self) -> Job:
@@ -151,8 +161,9 @@ class Plan:
         )
 
 
-def make_plan(job: Job) -> Plan:
-    """Return the plan of ``job``, whose layout must be legal (:func:`nemo_megacpp.layout`).
+def make_plan(job: Job, machine: Machine | None = None) -> Plan:
+    """Return the plan of ``job``, whose layout must be legal (:func:`nemo_megacpp.layout`), with
+    the estimated time of its step on ``machine``.
 
     The cost grows with the pipeline's stages and the model's depth; how many ranks there are
     besides matters only where ranks are counted out into groups.
@@ -172,7 +183,20 @@ def make_plan(job: Job) -> Plan:
         tuple(group_facts(job.layout, group, job.gpus_per_node) for group in kinds),
         {place: tuple(saved_activations(sizes, place)) for place in sizes.places},
         tuple(costs(sizes, built)),
+        machine,
+        None if machine is None else _estimate(machine, sizes, built, saved),
     )
+
+
+def _estimate(
+    machine: Machine, sizes: Sizes, built: Sequence[BuiltStage], saved: dict[str, int]
+) -> StepTime:
+    job, places = sizes.job, places_of(built)
+    buffers = [stage_buffers(job, stage) for stage in built]
+    memories = [stage_memory(sizes, *pair, saved) for pair in zip(built, buffers, strict=True)]
+    whole = Sizes(replace(job, layout=ParallelLayout()), sizes.config)
+    estimator = StepEstimator(machine, whole, work_of(whole, places))
+    return estimator.estimate(sizes, places, built, memories, buffers)
 
 
 def _plan_stage(sizes: Sizes, built: BuiltStage, saved: dict[str, int]) -> StagePlan:
@@ -216,7 +240,15 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         },
         "stages": [_stage(stage) for stage in plan.stages],
         "costs": [cost._asdict() for cost in plan.costs],
+        "estimate": _estimate_document(plan),
     }
+
+
+def _estimate_document(plan: Plan) -> dict[str, Any] | None:
+    if plan.machine is None or plan.step is None:
+        return None
+    machine = {"machine": machine_document(plan.machine), "assumptions": assumptions(plan.machine)}
+    return {**step_document(plan.step), **machine}
 
 
 def refusal_document(

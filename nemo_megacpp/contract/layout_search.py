@@ -1,7 +1,7 @@
 """The legal layouts of a world, priced and ranked.
 
-Order: layouts whose fullest rank fits the GPU come first; among them the fewest bytes that leave a
-node in a step, then the fewest bytes sent at all, then the smallest pipeline bubble, then the
+Order: layouts whose fullest rank fits the GPU come first; among them the shortest estimated step,
+then the fewest bytes that leave a node in a step, then the fewest bytes sent at all, then the
 emptiest GPU, and at last the layout's text, so that the order never depends on chance. Layouts that
 do not fit follow, ordered by the memory of their fullest rank.
 """
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from nemo_megacpp.contract.candidates import Candidates, all_layouts
 from nemo_megacpp.contract.costs import bubble_of
+from nemo_megacpp.contract.machine import Machine
 from nemo_megacpp.contract.memory import (
     GRADIENT_BYTES,
     Buffer,
@@ -29,6 +30,7 @@ from nemo_megacpp.contract.memory import (
 )
 from nemo_megacpp.contract.pipeline_cuts import choose_cuts, work_weight
 from nemo_megacpp.contract.stages import BuiltParameter, BuiltStage, ComposedStages
+from nemo_megacpp.contract.step_time import StepEstimator, StepTime
 from nemo_megacpp.contract.traffic import traffic, whole_step
 from nemo_megacpp.contract.work import work_of
 from nemo_megacpp.formulas.sizes import Job, Sizes
@@ -51,6 +53,7 @@ class Priced:
         heaviest: work of the heaviest chunk over that of the mean chunk.
         between_nodes, sent: bytes of one step over all ranks: that leave a node, and in all; None
             for a layout that does not fit.
+        step: the estimated time of a step; None for a layout that does not fit.
     """
 
     layout: ParallelLayout
@@ -61,6 +64,7 @@ class Priced:
     heaviest: float
     between_nodes: int | None = None
     sent: int | None = None
+    step: StepTime | None = None
 
     @property
     def memory(self) -> int:
@@ -103,6 +107,7 @@ def search_layouts(
     job: Job,
     shape: ModelShape,
     world: int,
+    machine: Machine,
     fixed: Mapping[str, Any] = MappingProxyType({}),
 ) -> Search:
     """Price and rank every legal layout of ``world`` ranks; ``job.hbm_bytes`` is the limit.
@@ -112,14 +117,20 @@ def search_layouts(
             replaced.
         shape: of the same model; a dataclass.
         world: ranks.
+        machine: on which a step is estimated, with ``job.gpus_per_node``.
         fixed: degrees, by short name, that keep their value.
     """
-    search = _Searcher(job)
+    assert machine.gpus_per_node == job.gpus_per_node
+    search = _Searcher(job, machine)
     candidates = all_layouts(shape, world, job.gpus_per_node, search.cut_by_work, fixed)
-    priced = [search.price(layout) for layout in candidates.legal]
     limit = job.hbm_bytes
-    fitting = [search.with_traffic(p) for p in priced if limit is None or p.memory <= limit]
-    too_big = [p for p in priced if limit is not None and p.memory > limit]
+    fitting, too_big = [], []
+    for layout in candidates.legal:
+        priced = search.price(layout)
+        if limit is None or priced.memory <= limit:
+            fitting.append(search.with_step(priced))
+        else:
+            too_big.append(priced)
     return Search(
         candidates,
         tuple(sorted(fitting, key=_rank)),
@@ -128,20 +139,23 @@ def search_layouts(
     )
 
 
-def _rank(priced: Priced) -> tuple[int, int, float, int, str]:
-    assert priced.between_nodes is not None and priced.sent is not None
+def _rank(priced: Priced) -> tuple[float, int, int, int, str]:
+    assert priced.between_nodes is not None and priced.sent is not None and priced.step is not None
     text = priced.layout.short()
-    return priced.between_nodes, priced.sent, priced.bubble, priced.memory, text
+    return priced.step.seconds, priced.between_nodes, priced.sent, priced.memory, text
 
 
 class _Searcher:
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, machine: Machine) -> None:
         self._letters = letters = job.config().pattern.letters
         model = {**job.model, "hybrid_pattern": letters, "num_layers": len(letters)}
         self._job = dataclasses.replace(job, layout=ParallelLayout(), model=model)
         self._composed = ComposedStages(self._job)
         alone = self._composed.places(ParallelLayout(expert_tensor_parallel_size=1))
-        self.work = work_of(Sizes(self._job), alone)
+        whole = Sizes(self._job)
+        self.work = work_of(whole, alone)
+        self._estimator = StepEstimator(machine, whole, self.work)
+        self._last: tuple[ParallelLayout, HybridPattern] | None = None
         self._cuts: dict[int, HybridPattern] = {}
         self._buffers: dict[tuple[object, ...], list[Buffer]] = {}
 
@@ -168,30 +182,37 @@ class _Searcher:
         other = self._priced(layout, self._pattern(cuts), "memory")
         return min(priced, other, key=lambda p: p.memory)
 
-    def with_traffic(self, priced: Priced) -> Priced:
-        """Add what ``priced`` sends in a step."""
+    def with_step(self, priced: Priced) -> Priced:
+        """Add what ``priced`` sends in a step, and how long the step takes."""
         layout, gpus = priced.layout, self._job.gpus_per_node
         sizes = self._sizes(layout, priced.pattern)
         ranks = layout.world // layout.pp
+        stages = self._stages(layout, priced.pattern)
+        buffers = [self._stage_buffers(sizes.job, stage) for stage in stages]
         # A stage's groups lie on nodes as those of another do that begins as far into a node.
-        alike: dict[int, list[BuiltStage]] = {}
-        for stage in self._stages(layout, priced.pattern):
-            alike.setdefault(stage.pp_rank * ranks % gpus, []).append(stage)
+        alike: dict[int, list[int]] = {}
+        for stage in stages:
+            alike.setdefault(stage.pp_rank * ranks % gpus, []).append(stage.pp_rank)
         between = sent = 0
-        for stages in alike.values():
-            buffers = [self._stage_buffers(sizes.job, stage) for stage in stages]
-            made = whole_step(sizes, stages, buffers)
-            for item in traffic(layout, made, stages[0].pp_rank * ranks, gpus):
+        for mine in alike.values():
+            made = whole_step(sizes, [stages[i] for i in mine], [buffers[i] for i in mine])
+            for item in traffic(layout, made, mine[0] * ranks, gpus):
                 between += item.between_nodes * ranks
                 sent += item.sent_bytes * ranks
-        return dataclasses.replace(priced, between_nodes=between, sent=sent)
+        places = self._composed.places(layout)
+        step = self._estimator.estimate(sizes, places, stages, priced.stages, buffers)
+        return dataclasses.replace(priced, between_nodes=between, sent=sent, step=step)
 
     def _pattern(self, cuts: tuple[int, ...]) -> HybridPattern:
         return HybridPattern(tuple(map(Family, self._letters)), cuts)
 
     def _sizes(self, layout: ParallelLayout, pattern: HybridPattern) -> Sizes:
-        model = {**self._job.model, "hybrid_pattern": str(pattern)}
-        return Sizes(dataclasses.replace(self._job, layout=layout, model=model))
+        """A configuration takes long to build: the last one is kept."""
+        if (layout, pattern) != self._last:
+            model = {**self._job.model, "hybrid_pattern": str(pattern)}
+            self._last_sizes = Sizes(dataclasses.replace(self._job, layout=layout, model=model))
+            self._last = (layout, pattern)
+        return self._last_sizes
 
     def _stages(self, layout: ParallelLayout, pattern: HybridPattern) -> list[BuiltStage]:
         chunks = pattern.chunks(layout.chunks_count)

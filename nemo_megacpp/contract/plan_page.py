@@ -20,6 +20,7 @@ from nemo_megacpp.contract.plan_tables import (
     traffic_table,
     verdict,
 )
+from nemo_megacpp.contract.step_tables import assumptions, parts_table, step_line
 from nemo_megacpp.layout.placement import degrees_of
 from nemo_megacpp.render import html_details, html_list, html_page, html_table, show_bytes
 
@@ -56,6 +57,7 @@ def html_report(plan: Plan) -> str:
         f'<p class="note">Parameters, gradients and optimizer are exact. Activations are by '
         f"formula, at the peak of Megatron's schedule. Not counted: {NOT_COUNTED}.</p>",
         html_table(stage_table(plan, plan.stages)),
+        *_step(plan),
         "<h2>Where ranks sit</h2>",
         '<p class="note">A cell is a rank, coloured by its stage, with its place on tp, cp and dp; '
         "the first and the last node of each stage.</p>",
@@ -95,6 +97,18 @@ def _memory(plan: Plan) -> str:
 
 def _costs(plan: Plan) -> str:
     return html_list(escape(cost.message) for cost in plan.costs)
+
+
+def _step(plan: Plan) -> list[str]:
+    if plan.machine is None or plan.step is None:
+        return []
+    how = (plan.step, plan.machine, plan.job.precision)
+    return [
+        "<h2>Estimated step</h2>",
+        f"<p>{escape(step_line(*how))}.</p>",
+        html_table(parts_table(*how)),
+        f'<p class="note">{escape(assumptions(plan.machine))}.</p>',
+    ]
 
 
 def _traffic(stage: StagePlan, is_open: bool) -> str:

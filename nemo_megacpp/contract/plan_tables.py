@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from nemo_megacpp.contract.layout_plan import Plan, StagePlan
+from nemo_megacpp.contract.step_tables import assumptions, parts_table
 from nemo_megacpp.families import block_of
 from nemo_megacpp.formulas.collectives import Collective
 from nemo_megacpp.formulas.saved import total
@@ -48,6 +49,10 @@ def print_plan(
     for table in [*tables, step_table(shown)] if stage is not None else tables:
         console.print()
         print_table(console, table)
+    if plan.machine is not None and plan.step is not None:
+        console.print()
+        print_table(console, parts_table(plan.step, plan.machine, plan.job.precision))
+        console.print(assumptions(plan.machine), highlight=False, markup=False)
     if plan.costs:
         console.print("\n[bold]What this layout costs[/bold]")
     for cost in plan.costs:

@@ -5,11 +5,14 @@ added within a version::
 
     schema: 1
     model, world_size, gpus_per_node, hbm_bytes, candidates, legal, fitting
+    machine: as 'measure-machine' writes it; assumptions: in words
     order: how the layouts are ranked, in words
     work: {unit, families: {letter}, embedding, head}, by which cuts are balanced
     layouts: [{rank, layout, pattern, chunk_layers, cuts_balance, heaviest_chunk_over_mean, fits,
         fullest_stage, memory: {parameters, gradients, optimizer, activations, total},
-        bubble, between_nodes_per_step, sent_per_step}]
+        bubble, between_nodes_per_step, sent_per_step, estimate: {seconds, parts: {part: seconds},
+        slowest_stage, tokens_per_second_per_gpu, model_flops_per_second_per_gpu,
+        model_flops_utilization}}], the last three null for what does not fit
     rejected: [{setting, axis, rule, message, layouts}]
 """
 
@@ -23,17 +26,22 @@ from rich.console import Console
 
 from nemo_megacpp.contract.candidates import Rejection
 from nemo_megacpp.contract.layout_search import Priced, Search
+from nemo_megacpp.contract.machine import Machine, machine_document
+from nemo_megacpp.contract.step_tables import assumptions, bar, legend, show_step, step_document
 from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.render import Table, Toned, print_table, show_bytes
 
 SCHEMA = 1
 ORDER = (
-    "fewest bytes between nodes per step; ties: fewest bytes sent at all, smallest bubble, "
-    "emptiest GPU, text"
+    "shortest estimated step; ties: fewest bytes between nodes, fewest bytes sent, emptiest GPU, "
+    "text"
 )
+_BAR = 32
+_LISTED = 8
+"""Most chunks whose layers are listed one by one."""
 
 
-def layouts_document(job: Job, search: Search, top: int) -> dict[str, Any]:
+def layouts_document(job: Job, search: Search, machine: Machine, top: int) -> dict[str, Any]:
     """Return the ``top`` best layouts and all rejections as plain data."""
     return {
         "schema": SCHEMA,
@@ -41,6 +49,8 @@ def layouts_document(job: Job, search: Search, top: int) -> dict[str, Any]:
         "world_size": job.layout.world,
         "gpus_per_node": job.gpus_per_node,
         "hbm_bytes": job.hbm_bytes,
+        "machine": machine_document(machine),
+        "assumptions": assumptions(machine),
         "candidates": search.candidates.total,
         "legal": len(search.candidates.legal),
         "fitting": len(search.fitting),
@@ -59,11 +69,10 @@ def layouts_document(job: Job, search: Search, top: int) -> dict[str, Any]:
 
 
 def print_layouts(
-    console: Console, job: Job, search: Search, top: int, every_rejection: bool
+    console: Console, job: Job, search: Search, machine: Machine, top: int, every_rejection: bool
 ) -> None:
     """Print the ``top`` best layouts, and why others were rejected: in groups, or all reasons."""
-    candidates = search.candidates
-    limit = job.hbm_bytes
+    candidates, limit = search.candidates, job.hbm_bytes
     verdict = (
         "memory not compared (--hbm)"
         if limit is None
@@ -72,42 +81,59 @@ def print_layouts(
     ranks, total = job.layout.world, candidates.total
     console.print(
         f"[bold]{job.name}[/bold] on {ranks:,} rank{'s' * (ranks > 1)}, {job.gpus_per_node} GPUs a "
-        f"node: {total:,} layout{'s' * (total > 1)}, {len(candidates.legal):,} legal, {verdict}"
+        f"node, speeds of {machine.name}: {total:,} layout{'s' * (total > 1)}, "
+        f"{len(candidates.legal):,} legal, {verdict}"
     )
     if search.ranked:
         console.print(f"order: {ORDER}\n" if search.fitting else "order: memory\n")
-        _ranking(console, search.ranked[:top], limit)
+        _ranking(console, search.ranked[:top], machine, limit)
         _cuts(console, search)
     _rejections(console, candidates.rejected, every_rejection)
 
 
-def _ranking(console: Console, ranked: Sequence[Priced], limit: int | None) -> None:
+def _ranking(
+    console: Console, ranked: Sequence[Priced], machine: Machine, limit: int | None
+) -> None:
+    steps = [priced.step for priced in ranked if priced.step is not None]
+    longest = max((step.seconds for step in steps), default=0.0)
     table = Table(
         (
-            *("rank", "<layout", "fullest GPU", *(["of it"] if limit else [])),
-            *("between nodes", "sent", "bubble", "heaviest chunk", "<layers per chunk"),
+            *("rank", "<layout", "step", "tokens/s", "MFU", "<where the time goes"),
+            *("fullest GPU", *(["of it"] if limit else [])),
+            *("between nodes", "sent", "<layers per chunk"),
         )
     )
     for rank, priced in enumerate(ranked, start=1):
         share = f"{priced.memory / limit:.0%}" if limit else ""
         over = limit is not None and priced.memory > limit
-        sizes = "+".join(map(str, priced.chunk_sizes))
+        step = priced.step
         table.add(
             str(rank),
             priced.layout.short().removesuffix(f",world={priced.layout.world}"),
+            "-" if step is None else show_step(step.seconds),
+            "-" if step is None else f"{step.tokens_per_gpu:,.0f}",
+            "-" if step is None else f"{step.utilization:.1%}",
+            "-" if step is None else bar(step, longest, _BAR),
             show_bytes(priced.memory),
             *([Toned(share, "bad") if over else share] if limit else []),
             "-" if priced.between_nodes is None else show_bytes(priced.between_nodes),
             "-" if priced.sent is None else show_bytes(priced.sent),
-            f"{priced.bubble:.1%}",
-            f"{priced.heaviest:.2f} x mean",
-            sizes + (", cut by memory" if priced.balance == "memory" else ""),
+            _chunks(priced.chunk_sizes) + (", cut by memory" if priced.balance == "memory" else ""),
         )
     print_table(console, table)
+    if steps:
+        console.print(f"{legend(steps)}\n{assumptions(machine)}", highlight=False, soft_wrap=True)
     console.print(
-        "Bytes are of one step and all ranks; activations by formula, balanced routing; not "
-        "counted: temporaries, fragmentation, the communication library's buffers.\n"
+        "Bytes are of one step and all ranks, tokens of one GPU; activations by formula, balanced "
+        "routing; not counted: temporaries, fragmentation, the communication library's buffers.\n",
+        soft_wrap=True,
     )
+
+
+def _chunks(sizes: Sequence[int]) -> str:
+    if len(sizes) <= _LISTED:
+        return "+".join(map(str, sizes))
+    return f"{len(sizes)} chunks of {min(sizes)} to {max(sizes)}"
 
 
 def _cuts(console: Console, search: Search) -> None:
@@ -167,4 +193,5 @@ def _plain(rank: int, priced: Priced, job: Job) -> dict[str, Any]:
         "bubble": priced.bubble,
         "between_nodes_per_step": priced.between_nodes,
         "sent_per_step": priced.sent,
+        "estimate": None if priced.step is None else step_document(priced.step),
     }

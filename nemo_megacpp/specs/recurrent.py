@@ -132,6 +132,12 @@ def _mixing(sizes: Sizes) -> int:
     return 2 * dims.heads(sizes.h) * dims.key_head_dim * width * (width + 2)
 
 
+def _sequential_steps(sizes: Sizes) -> int:
+    """Every token of a row: CP either gives each rank whole rows of some heads, or lets a segment
+    wait for the one before it. Heads and rows of a microbatch run side by side."""
+    return sizes.config.seq_length
+
+
 register(
     BlockFamily(
         letter="R",
@@ -149,5 +155,6 @@ register(
         collectives=_collectives,
         saved_activations=_saved_activations,
         mixing=_mixing,
+        sequential_steps=_sequential_steps,
     )
 )

@@ -29,6 +29,9 @@ def test_the_table_says_what_fits_and_groups_rejections(
     assert out.count("nam56r_tiny") == 1
     assert "fit 80.0 GB" in out
     assert "cuts of the first" in out or "  1  " in out
+    assert "speeds of dgx-h100" in out
+    assert "assumed: sustained shares of the peaks" in out
+    assert out.index("tokens/s") < out.index("where the time goes")
     grouped = out[out.index("Rejected") :]
     assert "sp=false" in grouped
     assert _run(*TINY, "--world-size", "8", "--rejected") == 0
@@ -47,8 +50,13 @@ def test_json_has_ranks_reasons_and_all_counts(capsys: pytest.CaptureFixture[str
     assert {reason["axis"] for reason in found["rejected"]} >= {"SP", "TP", "EP"} - {"EP"}
     best = found["layouts"][0]
     assert best["fits"] and best["memory"]["total"] < 80e9
-    between = [entry["between_nodes_per_step"] for entry in found["layouts"]]
-    assert between == sorted(between)
+    steps = [entry["estimate"]["seconds"] for entry in found["layouts"]]
+    assert steps == sorted(steps)
+    for entry in found["layouts"]:
+        estimate = entry["estimate"]
+        assert sum(estimate["parts"].values()) == pytest.approx(estimate["seconds"])
+        assert 0 < estimate["model_flops_utilization"] < 1
+    assert found["machine"]["gpus_per_node"] == 2 and "assumed" in found["assumptions"]
 
 
 def test_a_suggestion_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +119,10 @@ def test_nothing_is_legal(capsys: pytest.CaptureFixture[str]) -> None:
         (("--world-size", "8", "--hbm", "9PB"), "is not a memory size"),
         (("--world-size", "8", "--hbm", "1KB"), "is not the memory of a GPU"),
         (("--world-size", "8", "--gpus-per-node", "0"), "--gpus-per-node '0'"),
+        (("--world-size", "8", "--machine", "dgx-h10"), "no machine 'dgx-h10'"),
+        (("--world-size", "8", "--machine", "none.json"), "none.json cannot be read"),
+        (("--machine", "dgx-h200", "--gpus-per-node", "16"), "more than a node of --machine"),
+        (("--machine", "dgx-h100", "--hbm", "141GB"), "more than a GPU of --machine dgx-h100 has"),
         (("--world-size", "8", "--top", "x"), "--top 'x'"),
         (("--world-size", "8", "--pick", "2"), "--pick chooses what is written"),
         (("--world-size", "8", "--write", "x.txt"), "ends in .yaml"),
