@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
+import atexit
 import contextlib
 import errno
 import itertools
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from nemo_megacpp import __version__
@@ -144,7 +147,8 @@ def main() -> None:
     if "ignore" not in sys.warnoptions:
         sys.warnoptions.append("ignore")  # in the processes started from here as well
     try:
-        with importing():  # most of a short command; a long one works in processes of its own
+        # Most of a short command is imports; a long one works in processes of its own.
+        with _no_interrupt_lost(), importing():
             code = _run(args)
         sys.stdout.flush()
     except UserError as error:
@@ -169,7 +173,28 @@ def main() -> None:
         where = "" if error.filename is None else f"{error.filename}: "
         print(screenful(f"nemo-megacpp: {where}{error.strerror}."), file=sys.stderr)
         code = 2
+    # Runs first of all at the exit, which an interrupt then ends without a traceback.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Raise a KeyboardInterrupt again that arrived where Python can only print it, in a destructor
+    for example: the command would go on."""
+
+    def report(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            # By a thread, and a moment later: here it would be raised, and lost, once more.
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            previous(unraisable)
+
+    previous, sys.unraisablehook = sys.unraisablehook, report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 if __name__ == "__main__":

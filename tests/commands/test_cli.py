@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,39 @@ def test_an_interrupt_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(start, "preflight", interrupt)
     assert run("train", "nam56r_tiny") == (130, "", "")
+
+
+class _Interrupted:
+    """Interrupted while it is deleted, where Python cannot raise."""
+
+    def __del__(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_that_python_cannot_raise_is_not_lost(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(args: object) -> int:
+        _Interrupted()
+        for _ in range(100):
+            time.sleep(0.01)
+        return 0
+
+    monkeypatch.setattr(cli, "_run", work)
+    assert run("train", "nam56r_tiny") == (130, "", "")
+
+
+@pytest.mark.processes
+def test_an_interrupt_at_the_exit_ends_it_in_silence() -> None:
+    script = (
+        "import atexit, os, signal, sys, time\n"
+        "from nemo_megacpp import cli\n"
+        "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(5)))\n"
+        "sys.argv = ['nemo-megacpp', 'recipes']\n"
+        "cli.main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
 
 
 # --- refusals: exit code 2, one message, nothing written
