@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Of Megatron's MambaMixer and of mamba_ssm, which the configuration cannot change.
 MAMBA_CONV_KERNEL = 4
 MAMBA_CHUNK = 128
+# The most tokens in a chunk of the scan that plain torch runs (mixers.kernels.chunks).
+SCAN_CHUNK = 64
 
 Items = list[tuple[str, int]]
 """What is saved, and its bytes."""
@@ -154,22 +156,12 @@ def _mamba2_scan(sizes: Sizes) -> Items:
             ("scan output before and after the gate", 2 * tokens * inner * e),
             *gated[1:],
         ]
-    size = min(MAMBA_CHUNK, length)
-    chunks = -(-length // size)
-    padded = chunks * size * batch
-    square = padded * heads * size * wide
-    viewed = e == wide and groups == 1 and padded == tokens
+    chunks = -(-length // min(SCAN_CHUNK, length))
     scan: Items = [
         ("convolution: padded input", batch * (length + MAMBA_CONV_KERNEL - 1) * channels * wide),
         ("convolution: taps", channels * MAMBA_CONV_KERNEL * wide),
         ("convolution: before SiLU", tokens * channels * wide),
-        ("step sizes and decays", (2 * tokens + 2 * padded + batch * chunks) * heads * wide),
-        ("decays inside chunks", square),
-        ("scores inside chunks", padded * groups * size * wide + square),
-        # One group in whole chunks is a view of the convolution's output.
-        ("B and C in chunks", 0 if viewed else 2 * padded * groups * state * wide),
-        ("B and C for each head", 2 * padded * heads * state * wide),
-        ("inputs, weighted inputs and reads", 4 * padded * inner * wide),
+        ("step sizes and their decays", 3 * tokens * heads * wide),
         ("states before chunks", batch * chunks * heads * dim * state * wide),
         ("gate and gated sum", 2 * tokens * inner * wide),
     ]
@@ -178,6 +170,7 @@ def _mamba2_scan(sizes: Sizes) -> Items:
         scan.append(("projected z, x, B, C, dt", tokens * projected * wide))
     else:
         scan.append(("x and z in float32", 2 * tokens * inner * wide))
+        scan.append(("B and C in float32", 2 * tokens * groups * state * wide))
     return scan + gated
 
 
@@ -225,29 +218,20 @@ def _mamba3_scan(sizes: Sizes) -> Items:
             ("step sizes, decays, mixes", 6 * tokens * heads * wide),
             *output,
         ]
-    size = min(max(64 // rank, 1), length)
-    chunks = -(-length // size)
-    padded = chunks * size * batch
+    chunks = -(-length // min(max(SCAN_CHUNK // rank, 1), length))
     per_head = tokens * heads * wide
-    keys = padded * heads * rank * state * wide
-    values = padded * heads * rank * dim * wide
-    square = padded * heads * size * wide
+    values = tokens * heads * rank * dim * wide
     scan: Items = [
         ("B and C: scales and normed", 2 * tokens * groups * rank * (state + 1) * wide),
-        ("step sizes, decays, mixes", 8 * per_head + tokens * angles * wide),
+        ("step sizes, decays, mixes, weights", 12 * per_head + tokens * angles * wide),
         ("angle steps (float64)", tokens * (heads + angles) * 8),
-        ("angles, sines and cosines", 5 * padded * heads * angles * wide),
-        ("B and C before rotation", 2 * keys),
-        ("B and C rotated", 2 * keys),
-        ("decays inside chunks", square + (2 * padded + batch * chunks) * heads * wide),
-        ("scores inside chunks", 2 * square * rank * rank),
-        ("inputs, weighted inputs, reads", 4 * values),
-        ("weights of own and next token", 2 * padded * heads * rank * wide + padded * heads * wide),
-        ("states before chunks", batch * (chunks + 1) * heads * dim * state * wide),
+        ("sines and cosines", 2 * tokens * heads * angles * wide),
+        ("B and C rotated", 2 * tokens * heads * rank * state * wide),
+        ("states before chunks", batch * chunks * heads * dim * state * wide),
         ("gate and output", 2 * tokens * heads * rank * dim * wide),
     ]
     if rank > 1:
-        scan.append(("mimo products", 4 * values))
+        scan.append(("mimo products", 3 * values))
     if e == wide:
         scan.append(("projected B, C, z, x and numbers", tokens * (block + _theta(cp, angles)) * e))
         if groups > 1:  # else a view of the projection
@@ -255,7 +239,7 @@ def _mamba3_scan(sizes: Sizes) -> Items:
     else:
         scan.append(("B and C in float32", 2 * tokens * groups * rank * state * wide))
         scan.append(("decays in float32", per_head))
-        scan.append(("values and gate in float32", values + tokens * inner * wide))
+        scan.append(("values and gate in float32", 2 * tokens * inner * wide))
     return weight + scan + output
 
 

@@ -5,6 +5,8 @@ The operation of the ``causal_conv1d`` package (Dao-AILab), in plain torch and c
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,10 +33,25 @@ def _check(
     check_shapes({"initial_state": (initial_state, "b c w-1")}, **sizes, **{"w-1": sizes["w"] - 1})
 
 
+class _Heads(NamedTuple):
+    """The first ``w-1`` tokens of every document but the row's first: taps lie outside of it.
+
+    Attributes:
+        row, token: ``[m]``, where they are.
+        inside: bool ``[w-1, m, 1]``; does tap ``k`` lie in the token's document?
+    """
+
+    row: Tensor
+    token: Tensor
+    inside: Tensor
+
+
 class _ShiftedProducts(torch.autograd.Function):
-    """``act(bias + Σ_k weight[:, k] · padded[:, k : k + l])``, other documents counting zero.
+    """``act(bias + Σ_k weight[:, k] · padded[:, k : k + l])``, taps in other documents left out.
 
     Hand-written backward: autograd would allocate one zero-padded copy of the input for each tap.
+    The few tokens with taps in another document are computed apart, by selection: a NaN times zero
+    would be a NaN.
     """
 
     @staticmethod
@@ -43,7 +60,7 @@ class _ShiftedProducts(torch.autograd.Function):
         padded: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        visible: Tensor | None,
+        heads: _Heads | None,
         silu: bool,
     ) -> Tensor:
         width = weight.shape[1]
@@ -53,39 +70,59 @@ class _ShiftedProducts(torch.autograd.Function):
         if bias is not None:
             pre += bias
         for k in range(width - 1):
-            tap = padded[:, k : k + length]
-            pre.addcmul_(tap if visible is None else tap * visible[k], rows[k])
-        ctx.save_for_backward(padded, rows, visible, pre if silu else None)
+            pre.addcmul_(padded[:, k : k + length], rows[k])
+        if heads is not None:
+            own = padded[heads.row, heads.token + width - 1] * rows[width - 1]
+            if bias is not None:
+                own += bias
+            for k in range(width - 1):
+                tap = padded[heads.row, heads.token + k].masked_fill_(~heads.inside[k], 0)
+                own.addcmul_(tap, rows[k])
+            pre[heads.row, heads.token] = own
+        ctx.save_for_backward(padded, rows, pre if silu else None, *(heads or ()))
         ctx.has_bias = bias is not None  # type: ignore[attr-defined]
         return F.silu(pre) if silu else pre
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        padded, rows, visible, pre = ctx.saved_tensors  # type: ignore[attr-defined]
+        padded, rows, pre, *of_heads = ctx.saved_tensors  # type: ignore[attr-defined]
+        heads = _Heads(*of_heads) if of_heads else None
         if pre is not None:
             grad = torch.ops.aten.silu_backward(grad, pre)
         width, length = rows.shape[0], grad.shape[1]
         need_input, need_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         grad_padded = torch.zeros_like(padded) if need_input else None
         grad_rows = torch.empty_like(rows) if need_weight else None
+        earlier = grad
+        if heads is not None:
+            own = grad[heads.row, heads.token]
+            earlier = grad.index_put((heads.row, heads.token), own.new_zeros(()))
         for k in range(width):
-            masked = grad if visible is None or k == width - 1 else grad * visible[k]
+            at_tap = grad if k == width - 1 else earlier
             if grad_padded is not None:
-                grad_padded[:, k : k + length].addcmul_(masked, rows[k])
+                grad_padded[:, k : k + length].addcmul_(at_tap, rows[k])
             if grad_rows is not None:
-                grad_rows[k] = (masked * padded[:, k : k + length]).sum(dim=(0, 1))
+                grad_rows[k] = (at_tap * padded[:, k : k + length]).sum(dim=(0, 1))
+            if heads is None or k == width - 1:
+                continue
+            here = heads.row, heads.token + k
+            at_tap = own.masked_fill(~heads.inside[k], 0)
+            if grad_padded is not None:
+                grad_padded.index_put_(here, at_tap * rows[k], accumulate=True)
+            if grad_rows is not None:
+                grad_rows[k] += at_tap.mul_(padded[here]).sum(dim=0)
         grad_bias = grad.sum(dim=(0, 1)) if ctx.has_bias else None  # type: ignore[attr-defined]
         return grad_padded, None if grad_rows is None else grad_rows.t(), grad_bias, None, None
 
 
-def _tap_visibility(ids: Tensor, width: int) -> Tensor:
-    """``[w-1, b, l, 1]`` bool: does tap ``k`` of token ``t`` lie in the document of ``t``?"""
+def _document_heads(ids: Tensor, width: int) -> _Heads | None:
     # What stands before the row (the initial state) belongs to document 0.
     padded = F.pad(ids, (width - 1, 0))
     length = ids.shape[1]
-    taps = [padded[:, k : k + length] == ids for k in range(width - 1)]
-    return torch.stack(taps)[..., None]
+    inside = torch.stack([padded[:, k : k + length] == ids for k in range(width - 1)])
+    row, token = (~inside).any(dim=0).nonzero(as_tuple=True)
+    return _Heads(row, token, inside[:, row, token, None]) if len(row) else None
 
 
 def causal_conv1d(
@@ -120,14 +157,14 @@ def causal_conv1d(
     acc = accumulation_dtype(x)
     batch, length, _ = x.shape
     width = weight.shape[1]
-    visible = None
+    heads = None
     if seq_idx is not None and width > 1:
-        visible = _tap_visibility(document_ids(seq_idx, batch, length), width)
+        heads = _document_heads(document_ids(seq_idx, batch, length), width)
     y: Tensor = _ShiftedProducts.apply(
         _with_history(x.to(acc), width, initial_state),
         weight.to(acc),
         None if bias is None else bias.to(acc),
-        visible,
+        heads,
         activation == "silu",
     )
     return y.to(x.dtype)

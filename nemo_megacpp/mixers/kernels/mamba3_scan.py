@@ -1,4 +1,4 @@
-"""Mamba-3's scan, single- and multi-input: a reference loop and the chunked form that trains.
+"""Mamba-3's scan, single- and multi-input, by chunks.
 
 Per head, with rank r (1 = SISO), the equations of ``mamba_ssm/modules/mamba3.py``::
 
@@ -19,10 +19,21 @@ from torch import Tensor
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixer_settings import Pairs
-from nemo_megacpp.mixers.kernels.chunk_states import chunk_decays, pass_states, to_chunks
+from nemo_megacpp.mixers.kernels.chunk_scan import chunk_scan
+from nemo_megacpp.mixers.kernels.chunks import (
+    cut_into_chunks,
+    from_chunks,
+    last_token,
+    to_chunks,
+)
 from nemo_megacpp.mixers.kernels.mamba3_state import Mamba3State, check_inputs, starting_state
-from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, chunked_ids, document_ids
-from nemo_megacpp.mixers.kernels.rotary import accumulated_angles, from_halves, to_halves
+from nemo_megacpp.mixers.kernels.packing import accumulation_dtype
+from nemo_megacpp.mixers.kernels.rotary import (
+    accumulated_angles,
+    from_halves,
+    rotate_with_bias,
+    to_halves,
+)
 
 
 def mamba3_chunked(
@@ -77,80 +88,56 @@ def mamba3_chunked(
         raise UserError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
     acc = accumulation_dtype(x)
     batch, length, _, _ = x.shape
-    rank = B.shape[2]
-    size = min(chunk_size or max(64 // rank, 1), length)
-    ids = None if seq_idx is None else document_ids(seq_idx, batch, length)
+    chunks = cut_into_chunks(batch, length, chunk_size or max(64 // B.shape[2], 1), seq_idx)
     start = starting_state(x, B, angle_rate.shape[-1], initial_state)
-    x_acc, step, mix = x.to(acc), dt.to(acc).contiguous(), lam.to(acc)
+    step, mix = dt.to(acc).contiguous(), lam.to(acc)
 
-    angle = accumulated_angles(angle_rate.to(acc), step, start.angle, ids)
-    keys = _rotated(B.to(acc), B_bias.to(acc), angle, pairs, size)  # [b, c, h, q, r, n]
-    queries = _rotated(C.to(acc), C_bias.to(acc), angle, pairs, size)
-    values = x_acc[:, :, :, None] if mimo_x is None else x_acc[:, :, :, None] * mimo_x.to(acc)
-    values = to_chunks(values, size).transpose(2, 3)  # [b, c, h, q, r, p]
-
-    # Δ(1-λ) of the next token: the weight that a token gets when its successor looks back. Where
-    # the successor belongs to another document no later token sees it, and `own` takes it off.
-    # The row's first token looks back at the initial state.
+    # Δ(1-λ) of the next token: the weight that a token gets when its successor looks back. The
+    # row's first token looks back at the initial state.
     look_back = (1 - mix) * step
     shifted = F.pad(look_back[:, 1:], (0, 0, 0, 1))
-    weight, own_excess = (
-        to_chunks(y, size).transpose(2, 3)[..., None, None] for y in (mix * step + shifted, shifted)
-    )
-    decays = chunk_decays(
-        to_chunks(step * A.to(acc), size).transpose(2, 3),
-        None if ids is None else chunked_ids(ids, size),
+    if seq_idx is not None:
+        ends = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (0, 1))
+        shifted = shifted.masked_fill(ends[..., None], 0)
+    own = mix * step
+    weight = own + shifted
+    # A token sees itself with γ only. A weight of zero (Δ that underflowed) must not divide.
+    positive = weight > 0
+    diagonal = torch.where(positive, own / torch.where(positive, weight, 1), 1)
+
+    cut_step = to_chunks(step, chunks)
+    angle = accumulated_angles(
+        to_chunks(angle_rate.to(acc), chunks), cut_step, start.angle, chunks.starts
     )
 
-    flat_keys, flat_queries = keys.flatten(3, 4), queries.flatten(3, 4)
-    inputs = values * weight
-    scores = (flat_queries @ flat_keys.transpose(-1, -2)).unflatten(-1, (size, rank))
-    scores = scores.unflatten(3, (size, rank)) * decays.inner[..., :, None, :, None]
-    y = scores.flatten(5).flatten(3, 4) @ inputs.flatten(3, 4)
+    def cut(y: Tensor) -> Tensor:
+        return to_chunks(to_halves(y.to(acc), pairs).transpose(2, 3), chunks)
 
-    added = (inputs * decays.outgoing[..., None, None]).flatten(3, 4).transpose(-1, -2) @ flat_keys
-    up = torch.ones_like(D)[:, None, None] if mimo_x is None else mimo_x
-    last_pairs = torch.einsum("bhp,hrp,bhrn->bhpn", start.v, up.to(acc), start.k)
+    keys, queries = rotate_with_bias(
+        cut(B), cut(C), to_halves(B_bias.to(acc), pairs), to_halves(C_bias.to(acc), pairs), angle
+    )  # [b, c, q, h, r, n]
+    x_acc = x.to(acc)
+    values = to_chunks(x_acc, chunks).unsqueeze(4)
+    up = None if mimo_x is None else mimo_x.to(acc)
+    last = start.v[:, :, None]
+    if up is not None:
+        values, last = values * up, last * up
+    last_pairs = last.transpose(2, 3) @ start.k
     first_state = start.ssm + look_back[:, 0, :, None, None] * last_pairs
-    before, final = pass_states(added, decays.total, to_halves(first_state, pairs))
-    read = (flat_queries @ before.transpose(-1, -2)).unflatten(3, (size, rank))
-    y = torch.addcmul(y.unflatten(3, (size, rank)), read, decays.incoming[..., None, None])
-
-    # A token sees itself with γ only; the scores above gave it its successor's share as well.
-    own = scores.diagonal(dim1=3, dim2=5).movedim(-1, 3)  # [b, c, h, q, r, r'], q_r·k_r'
-    skip = D.to(acc)[:, None, None, None] * torch.eye(rank, dtype=acc, device=x.device)
-    own = skip - own_excess * own
-    for i in range(rank):
-        y = torch.addcmul(y, own[..., i, None], values[..., i, None, :])
-    y = y.transpose(2, 3).flatten(1, 2)[:, :length].to(x.dtype)
-    last_key = keys[:, -1, :, (length - 1) % size]
-    return y, Mamba3State(
-        from_halves(final, pairs), from_halves(last_key, pairs), x_acc[:, -1], angle[:, -1]
+    y, final = chunk_scan(
+        values,
+        keys,
+        queries,
+        cut_step * to_chunks(A.to(acc), chunks),
+        to_chunks(weight, chunks),
+        diagonal=to_chunks(diagonal, chunks),
+        D=D.to(acc),
+        initial=to_halves(first_state, pairs),
+        starts=chunks.starts,
     )
-
-
-def _rotated(projected: Tensor, bias: Tensor, angle: Tensor, pairs: Pairs, size: int) -> Tensor:
-    """Add the bias and rotate; cut into chunks, heads first, the state axis in ``'halves'`` order.
-
-    Products of queries and keys do not depend on the order of the state axis, so the scan runs in
-    the one whose rotation touches contiguous memory.
-
-    Args:
-        projected: ``[b, l, r, g, n]``.
-        bias: ``[h, r, n]``.
-        angle: ``[b, l, h, s]``.
-
-    Returns:
-        ``[b, c, h, q, r, n]``.
-    """
-    groups, count = projected.shape[3], angle.shape[-1]
-    by_group = to_chunks(to_halves(projected, pairs), size).permute(0, 1, 4, 2, 3, 5).contiguous()
-    biases = to_halves(bias, pairs).unflatten(0, (groups, -1))[:, :, None]
-    shifted = (by_group[:, :, :, None] + biases).flatten(2, 3)
-    turns = to_chunks(angle, size).transpose(2, 3)[..., None, :]
-    cos, sin = turns.cos(), turns.sin()
-    first, second = shifted.unflatten(-1, (2, -1)).unbind(-2)
-    a, b = first[..., :count], second[..., :count]
-    return torch.cat(
-        [a * cos - b * sin, first[..., count:], a * sin + b * cos, second[..., count:]], dim=-1
+    return from_chunks(y, chunks).to(x.dtype), Mamba3State(
+        from_halves(final, pairs),
+        from_halves(last_token(keys, chunks), pairs),
+        x_acc[:, -1],
+        last_token(angle, chunks),
     )

@@ -76,13 +76,3 @@ def document_starts(seq_idx: Tensor, batch: int, length: int) -> Tensor:
 def document_ids(seq_idx: Tensor, batch: int, length: int) -> Tensor:
     """Number the documents of each row 0, 1, 2, ... in token order; int64 ``[b, l]``."""
     return document_starts(seq_idx, batch, length).long().cumsum(dim=1)
-
-
-def chunked_ids(ids: Tensor, chunk_size: int) -> Tensor:
-    """Cut document numbers ``[b, l]`` into ``[b, c, chunk_size]``.
-
-    Padding continues the last document: it must not erase the final state.
-    """
-    missing = -ids.shape[1] % chunk_size
-    padded = torch.cat([ids, ids[:, -1:].expand(-1, missing)], dim=1)
-    return padded.unflatten(1, (-1, chunk_size))

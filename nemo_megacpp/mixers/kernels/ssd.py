@@ -1,4 +1,4 @@
-"""Mamba-2's state space duality (SSD) scan: a reference loop and the chunked form that trains.
+"""Mamba-2's state space duality (SSD) scan, by chunks.
 
 Same meaning as ``mamba_chunk_scan_combined`` of mamba_ssm (Dao and Gu, arXiv 2405.21060).
 """
@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixers.kernels.chunk_states import chunk_decays, pass_states, to_chunks
+from nemo_megacpp.mixers.kernels.chunk_scan import chunk_scan
+from nemo_megacpp.mixers.kernels.chunks import cut_into_chunks, from_chunks, to_chunks
 from nemo_megacpp.mixers.kernels.packing import (
     accumulation_dtype,
     check_groups,
     check_shapes,
-    chunked_ids,
-    document_ids,
 )
 
 Output: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -92,7 +91,7 @@ def ssd_chunked(
         A: ``[h]``, negative.
         B: ``[b, l, g, n]``; so is C.
         C: of the group; the heads fall in ``g`` consecutive blocks, one for each group.
-        chunk_size: tokens in a chunk; 32 to 64 is fastest on a CPU.
+        chunk_size: tokens in a chunk, at most; see :func:`cut_into_chunks`.
         D: ``[h]`` or ``[h, p]``, the skip weight.
         z: ``[b, l, h, p]``, the gate: the output is ``y · silu(z)``.
         dt_bias: ``[h]``, added to ``dt``.
@@ -112,31 +111,21 @@ def ssd_chunked(
     if chunk_size < 1:
         raise UserError(f"chunk_size must be at least 1, got {chunk_size}.")
     acc = accumulation_dtype(x)
-    batch, length, heads, _ = x.shape
-    groups = B.shape[2]
-    per_group = heads // groups
-    size = min(chunk_size, length)
-    ids = None
-    if seq_idx is not None:
-        ids = chunked_ids(document_ids(seq_idx, batch, length), size)
-    step = step_size(dt, dt_bias, dt_softplus, acc)
-    x_acc = x.to(acc)
-    # Padding has dt = 0: no decay and no input.
-    decays = chunk_decays(to_chunks(step * A.to(acc), size).transpose(2, 3), ids)
-    inputs = to_chunks(x_acc * step[..., None], size).transpose(2, 3)  # [b, c, h, q, p]
-    keys = to_chunks(B.to(acc), size).transpose(2, 3)  # [b, c, g, q, n]
-    queries = to_chunks(C.to(acc), size).transpose(2, 3)
-
-    scores = queries @ keys.transpose(-1, -2)  # [b, c, g, q, q]
-    scores = (decays.inner.unflatten(2, (groups, per_group)) * scores[:, :, :, None]).flatten(2, 3)
-    y = scores @ inputs
-
-    weighted = (inputs * decays.outgoing[..., None]).unflatten(2, (groups, per_group))
-    added = weighted.transpose(-1, -2) @ keys[:, :, :, None]  # [b, c, g, h/g, p, n]
-    before, final = pass_states(added.flatten(2, 3), decays.total, initial_states)
-
-    read = queries[:, :, :, None] @ before.unflatten(2, (groups, per_group)).transpose(-1, -2)
-    y = torch.addcmul(y, read.flatten(2, 3), decays.incoming[..., None])
-    y = y.transpose(2, 3).flatten(1, 2)[:, :length]
-    y = skip_and_gate(y, x_acc, D, z).to(x.dtype)
+    batch, length, _, _ = x.shape
+    chunks = cut_into_chunks(batch, length, chunk_size, seq_idx)
+    step = to_chunks(step_size(dt, dt_bias, dt_softplus, acc), chunks)
+    y, final = chunk_scan(
+        to_chunks(x.to(acc), chunks).unsqueeze(4),
+        to_chunks(B.to(acc), chunks).unsqueeze(4),
+        to_chunks(C.to(acc), chunks).unsqueeze(4),
+        step * A.to(acc),
+        step,
+        D=None if D is None else D.to(acc),
+        initial=initial_states,
+        starts=chunks.starts,
+    )
+    y = from_chunks(y.squeeze(4), chunks)
+    if z is not None:
+        y = y * F.silu(z.to(acc))
+    y = y.to(x.dtype)
     return (y, final) if return_final_states else y

@@ -240,3 +240,10 @@ def test_decay_activations():
 def test_refusals_name_the_argument(change, word):
     with pytest.raises(UserError, match=word):
         CHUNKED(**(make() | change))
+
+
+def test_one_strong_decay_costs_no_digits(hold_to):
+    tensors = make(length=64, head_dim=8, state=16, dtype=torch.float32)
+    tensors["dt"] = tensors["dt"] * 0.1
+    tensors["A"][:, 20] = -1e4 / tensors["dt"][:, 20]
+    hold_to(NAIVE, CHUNKED, tensors, 2e-6, reference_dtype=torch.float64)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers.kernels.ssd import ssd_chunked
@@ -178,3 +179,28 @@ def test_strong_decay_neither_overflows_nor_loses_gradients(hold_to):
 def test_refusals_name_the_argument(change, word):
     with pytest.raises(UserError, match=word):
         ssd_chunked(**(make() | change))
+
+
+def test_one_strong_decay_costs_no_digits(hold_to):
+    """A token with dt·A = -1e4: differences of a cumulative sum would be off by 6.6e-4."""
+    tensors = make(length=64, state=16, head_dim=8, dtype=torch.float32)
+    tensors["dt"] = F.softplus(tensors["dt"]) * 0.1
+    tensors["dt"][:, 20] = -1e4 / tensors["A"]
+    del tensors["dt_bias"]
+    options = {"return_final_states": True}
+    hold_to(ssd_naive, ssd_chunked, tensors, 2e-6, options, reference_dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk_size", [8, 64])
+def test_checkpointed_gradients_are_the_same_bits(chunk_size):
+    leaves = [t.requires_grad_() for t in make(length=40, dtype=torch.float32).values()]
+    names = list(make())
+
+    def form(*values):
+        inputs = dict(zip(names, values, strict=True))
+        return ssd_chunked(**inputs, dt_softplus=True, chunk_size=chunk_size)
+
+    expected = torch.autograd.grad(form(*leaves).square().sum(), leaves[:3])
+    again = torch.utils.checkpoint.checkpoint(form, *leaves, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(again.square().sum(), leaves[:3]), expected, strict=True):
+        assert torch.equal(a, b)
