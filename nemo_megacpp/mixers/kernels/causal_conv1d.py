@@ -37,7 +37,8 @@ class _Heads(NamedTuple):
     """The first ``w-1`` tokens of every document but the row's first: taps lie outside of it.
 
     Attributes:
-        row, token: ``[m]``, where they are.
+        row: ``[m]``, of the batch.
+        token: ``[m]``, in the row.
         inside: bool ``[w-1, m, 1]``; does tap ``k`` lie in the token's document?
     """
 
