@@ -7,14 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_megacpp.contract.costs import Cost, costs
-from nemo_megacpp.contract.memory import (
-    StageMemory,
-    saved_activations,
-    saved_bytes,
-    stage_buffers,
-    stage_memory,
-)
+from nemo_megacpp.contract.memory import StageMemory, stage_buffers, stage_memory
 from nemo_megacpp.contract.ownership import OwnedParameter, ownership, parameter_count
+from nemo_megacpp.contract.recompute import Activations, saved_activations
 from nemo_megacpp.contract.stages import BuiltStage, build_stages
 from nemo_megacpp.contract.traffic import (
     Traffic,
@@ -163,7 +158,7 @@ def make_plan(job: Job) -> Plan:
     sizes, built = Sizes(job), build_stages(job)
     owned = tuple(ownership(job, built))
     kinds = [group for group in GROUPS if group_size(job.layout, group) > 1]
-    saved = saved_bytes(sizes)
+    saved = Activations(sizes)
     return Plan(
         sizes,
         parameter_count(owned),
@@ -175,7 +170,7 @@ def make_plan(job: Job) -> Plan:
     )
 
 
-def _plan_stage(sizes: Sizes, built: BuiltStage, saved: dict[str, int]) -> StagePlan:
+def _plan_stage(sizes: Sizes, built: BuiltStage, saved: Activations) -> StagePlan:
     layout, buffers = sizes.layout, stage_buffers(sizes.job, built)
     ranks = layout.world // layout.pp
     first = built.pp_rank * ranks

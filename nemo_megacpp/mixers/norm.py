@@ -66,6 +66,14 @@ class TorchRMSNorm(torch.nn.RMSNorm):
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize the last axis.
+
+        The parts of the input's gradient are summed here before the residual's is added, as in a
+        fused norm: in the same order, recomputed or not.
+        """
+        return super().forward(x.view_as(x))
+
 
 class NormOfConfig:
     """Builds ``norm`` with ``config.layernorm_epsilon``.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nemo_megacpp.contract.memory import saved_activations, saved_bytes
+from nemo_megacpp.contract.recompute import saved_activations, saved_bytes
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.small_models import tiny_model

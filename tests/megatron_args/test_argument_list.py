@@ -364,7 +364,7 @@ def _plain_stack(settings: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recompute_granularity": "full"}, "recompute_granularity='full': Only"),
+        ({"distribute_saved_activations": True}, "distribute_saved_activations=True: It splits"),
         ({"virtual_pipeline_model_parallel_size": 2}, "2 virtual pipeline stages"),
         ({"qk_layernorm": True}, "qk_layernorm=True: An A block is grouped-query attention"),
         ({"hidden_dropout": 1.0}, "hidden_dropout: 1.0 must be at least 0 and below 1"),
