@@ -6,7 +6,7 @@ Megatron script.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -65,6 +65,18 @@ _RECOMPUTED = {
 
 OWN_MODULES = ("mamba", "m2rnn")
 """Of these, the names that Megatron-Core 0.16 does not know."""
+
+
+def with_modules_of(model: Mapping[str, Any], letters: Collection[str]) -> dict[str, Any]:
+    """Return fields of a model with only those modules recomputed that blocks of ``letters`` have,
+    for a model of a part of the families."""
+    if model.get("recompute_granularity") != "selective" or not set(letters) <= set(_RECOMPUTED):
+        return dict(model)
+    can = {name for letter in letters for name in _RECOMPUTED[letter]}
+    modules = [name for name in model.get("recompute_modules") or ["core_attn"] if name in can]
+    if modules:
+        return {**model, "recompute_modules": modules}
+    return {name: value for name, value in model.items() if not name.startswith("recompute_")}
 
 
 def recompute_violations(config: TransformerConfig, letters: Collection[str]) -> Iterator[str]:

@@ -30,6 +30,9 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("E", BALANCED, ("tp=1", "tp=2", "tp=2,cp=2,ep=2,etp=1")),
     ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["moe"]}, ("ep=2",)),
     ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["shared_experts"]}, ("tp=2",)),
+    ("M", {**SELECTIVE, "recompute_modules": ["mamba"]}, ("tp=2,cp=2",)),
+    ("M", {**SELECTIVE, "recompute_modules": ["mamba"], "mode": "mamba3"}, ("tp=2",)),
+    ("R", {**SELECTIVE, "recompute_modules": ["m2rnn"]}, ("tp=2",)),
 ]
 
 
