@@ -7,6 +7,7 @@ import pytest
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.proof.small_models import tiny_model
+from nemo_megacpp.settings.combinations import with_modules_of
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,7 @@ def test_what_no_block_recomputes_is_refused(
             },
             "recompute_modules=.'moe'. has no effect with recompute_granularity='full'",
         ),
+        ({"moe_layer_recompute": True}, "moe_layer_recompute=True has no effect with"),
         (
             {"recompute_granularity": None, "recompute_method": "block"},
             "recompute_method='block', recompute_num_layers=None have no effect without",
@@ -103,6 +105,15 @@ def test_modules_that_megatron_does_not_know_are_kept() -> None:
     modules = ["mamba", "core_attn", "m2rnn"]
     asked = {"recompute_granularity": "selective", "recompute_modules": modules}
     assert HybridConfig(**tiny_model("AMR", **asked)).recompute_modules == modules
+
+
+def test_a_part_of_the_families_keeps_its_modules() -> None:
+    asked = {"recompute_granularity": "selective", "recompute_modules": ["moe", "mamba"]}
+    assert with_modules_of(asked, "AM") == {**asked, "recompute_modules": ["mamba"]}
+    assert with_modules_of({**asked, "num_layers": 1}, "A") == {"num_layers": 1}
+    default = {"recompute_granularity": "selective"}
+    assert with_modules_of(default, "AE")["recompute_modules"] == ["core_attn"]
+    assert with_modules_of(asked, "X") == asked
 
 
 def test_a_shared_expert_that_is_not_there_is_not_recomputed() -> None:

@@ -125,6 +125,8 @@ def _full_recompute_violations(config: TransformerConfig) -> Iterator[str]:
         yield (
             f"recompute_granularity='full' needs recompute_num_layers of at least 1; it is {count}."
         )
+    if config.moe_layer_recompute:
+        yield "moe_layer_recompute=True has no effect with recompute_granularity='full'."
     if config.recompute_modules not in (None, ["core_attn"]):  # what Megatron fills in
         yield (
             f"recompute_modules={config.recompute_modules!r} has no effect with "
