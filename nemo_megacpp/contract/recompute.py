@@ -71,10 +71,11 @@ class Activations:
 
     def __init__(self, sizes: Sizes) -> None:
         self._config = sizes.config
-        self.kept = saved_bytes(sizes)
-        plain = copy(self._config)
-        plain.recompute_granularity = None
-        self.whole = saved_bytes(Sizes(sizes.job, plain))
+        self.kept = self.whole = saved_bytes(sizes)
+        if self._config.recompute_granularity == "selective":
+            plain = copy(self._config)
+            plain.recompute_granularity = None
+            self.whole = saved_bytes(Sizes(sizes.job, plain))
         self.unit_input = sizes.shared_tokens * sizes.h * sizes.e
         # The first norm saves the input itself, or a wide copy of it.
         copied = sizes.job.kernels == "torch" and sizes.e != sizes.wide
@@ -108,7 +109,7 @@ class Activations:
         longest = max(map(len, units), default=0)
         modules = max(self.whole[layer] - self.kept[layer] for layer in {*letters})
         largest = max(self.whole[layer] for layer in {*letters})
-        return kept, max(longest * largest + self._beside, modules)
+        return kept, max(longest * largest + self._beside if units else 0, modules, 0)
 
     def _kept_between(self, letters: str, first: int, end: int) -> int:
         if letters not in self._sums:

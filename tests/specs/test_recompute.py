@@ -142,7 +142,7 @@ def _differing(
             id="packs-together",
         ),
         pytest.param(
-            tiny_model("AEMEAEMRAE"),
+            tiny_model("AE|MEA|EMR|AE"),
             "tp=2,pp=2,vpp=2,etp=1",
             (),
             FORMS[1:3],
