@@ -45,7 +45,7 @@ SIZES: dict[str, Any] = {
     "seq_length": 512,
 }
 QUICK: dict[str, Any] = {**SIZES, "seq_length": 128}
-PATTERN = "AEMEMEMR"
+PATTERN = "ARMEMEME"
 FORMS: dict[str, dict[str, Any]] = {
     "selective: mamba": {"recompute_modules": ["mamba"]},
     "selective: m2rnn": {"recompute_modules": ["m2rnn"]},

@@ -143,7 +143,7 @@ def _differing(
         ),
         pytest.param(
             tiny_model("AE|MEA|EMR|AE"),
-            "tp=2,pp=2,vpp=2,etp=1",
+            "pp=2,vpp=2",
             (),
             FORMS[1:3],
             id="virtual-stages",
