@@ -18,6 +18,7 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Settings
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.settings.combinations import (
+    OWN_MODULES,
     bias_violations,
     ignored_violations,
     range_violations,
@@ -54,7 +55,16 @@ class HybridConfig(HybridFields, TransformerConfig):
 
     def __post_init__(self) -> None:
         self.finalize()
+        modules: list[str] | None = self.recompute_modules
+        if modules is not None:
+            # Megatron asserts that it knows every name.
+            self.recompute_modules: list[str] | None = [
+                name for name in modules if name not in OWN_MODULES
+            ]
         super().__post_init__()
+        if modules is not None:
+            filled_in = [name for name in self.recompute_modules or () if name not in modules]
+            self.recompute_modules = [*modules, *filled_in]
 
     def finalize(self) -> None:
         """Validate the hybrid fields, and derive what follows from them."""

@@ -87,6 +87,49 @@ def record_step(spec: StepSpec, layout: ParallelLayout) -> Recorded:
     )
 
 
+def peak_of_saved(spec: StepSpec, layout: ParallelLayout) -> int:
+    """Return the most bytes that autograd kept at any one time of a step of ``spec``, on this rank:
+    a storage counts once, from where it is first kept to where it is last released."""
+    step = prepare(spec, layout)
+    live = _Live({t.untyped_storage().data_ptr() for t in _parameter_storage(step)})
+    with torch.autograd.graph.saved_tensors_hooks(live.pack, lambda kept: kept.tensor):
+        step.forward_backward()
+    assert live.now == 0
+    return live.peak
+
+
+class _Live:
+    """Counts the bytes of what autograd keeps."""
+
+    def __init__(self, skip: set[int]) -> None:
+        self._skip, self._holders = skip, Counter[int]()
+        self.now = self.peak = 0
+
+    def pack(self, tensor: torch.Tensor) -> _Kept:
+        return _Kept(self, tensor)
+
+    def hold(self, storage: torch.UntypedStorage, holders: int) -> None:
+        pointer = storage.data_ptr()
+        if pointer in self._skip:
+            return
+        before = self._holders[pointer]
+        self._holders[pointer] += holders
+        if not before or not self._holders[pointer]:
+            self.now += holders * storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+
+class _Kept:
+    """A tensor until autograd releases it."""
+
+    def __init__(self, live: _Live, tensor: torch.Tensor) -> None:
+        self._live, self.tensor = live, tensor
+        live.hold(tensor.untyped_storage(), 1)
+
+    def __del__(self) -> None:
+        self._live.hold(self.tensor.untyped_storage(), -1)
+
+
 def _bytes(tensors: Any) -> int:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -7,6 +7,7 @@ import pytest
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.proof.small_models import tiny_model
+from nemo_megacpp.settings.combinations import with_modules_of
 
 
 @pytest.mark.parametrize(
@@ -58,10 +59,11 @@ def test_biases_where_every_block_has_them() -> None:
 @pytest.mark.parametrize(
     ("pattern", "modules", "message"),
     [
-        ("AMR", ["moe"], "no block of this model recomputes moe. It can recompute core_attn."),
+        ("AMR", ["moe"], "recomputes moe. It can recompute core_attn, mamba, m2rnn."),
         ("AE", ["core_attn", "mlp"], "No block has a dense MLP"),
         ("E", None, r"\['core_attn'\] \(Megatron's default\): no block of this model recomputes"),
-        ("MR", ["layernorm"], "Its blocks recompute nothing; leave recompute_granularity out."),
+        ("MR", ["layernorm"], "recomputes layernorm. It can recompute mamba, m2rnn."),
+        ("AE", ["mamba"], "recomputes mamba. It can recompute core_attn, moe"),
         ("AE", [], r"recompute_modules=\[\]: is empty"),
     ],
 )
@@ -71,6 +73,47 @@ def test_what_no_block_recomputes_is_refused(
     asked = {"recompute_granularity": "selective", "recompute_modules": modules}
     with pytest.raises(UserError, match=message):
         HybridConfig(**tiny_model(pattern, **asked))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recompute_num_layers": 1}, "needs recompute_method. Legal: 'uniform'"),
+        ({"recompute_method": "uniform"}, "needs recompute_num_layers of at least 1; it is None"),
+        ({"recompute_method": "block", "recompute_num_layers": 0}, "of at least 1; it is 0"),
+        (
+            {
+                "recompute_method": "block",
+                "recompute_num_layers": 1,
+                "recompute_modules": ["moe"],
+            },
+            "recompute_modules=.'moe'. has no effect with recompute_granularity='full'",
+        ),
+        ({"moe_layer_recompute": True}, "moe_layer_recompute=True has no effect with"),
+        (
+            {"recompute_granularity": None, "recompute_method": "block"},
+            "recompute_method='block', recompute_num_layers=None have no effect without",
+        ),
+    ],
+)
+def test_full_recompute_says_what_it_needs(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        HybridConfig(**tiny_model("AEMR", **{"recompute_granularity": "full", **settings}))
+
+
+def test_modules_that_megatron_does_not_know_are_kept() -> None:
+    modules = ["mamba", "core_attn", "m2rnn"]
+    asked = {"recompute_granularity": "selective", "recompute_modules": modules}
+    assert HybridConfig(**tiny_model("AMR", **asked)).recompute_modules == modules
+
+
+def test_a_part_of_the_families_keeps_its_modules() -> None:
+    asked = {"recompute_granularity": "selective", "recompute_modules": ["moe", "mamba"]}
+    assert with_modules_of(asked, "AM") == {**asked, "recompute_modules": ["mamba"]}
+    assert with_modules_of({**asked, "num_layers": 1}, "A") == {"num_layers": 1}
+    default = {"recompute_granularity": "selective"}
+    assert with_modules_of(default, "AE")["recompute_modules"] == ["core_attn"]
+    assert with_modules_of(asked, "X") == asked
 
 
 def test_a_shared_expert_that_is_not_there_is_not_recomputed() -> None:

@@ -34,6 +34,13 @@ def add_parser(commands: Any) -> None:
     add_recipe(parser, overrides="settings to change; a degree, such as tp=8, fixes that axis")
     add_hardware(parser)
     parser.add_argument("--top", default="10", metavar="N", help="layouts to show; default: 10")
+    parser.add_argument(
+        "--recompute",
+        choices=("given", "auto"),
+        default="given",
+        help="auto: if no layout fits, choose the recompute of activations with which one does; "
+        "default: as the recipe has it",
+    )
     parser.add_argument("--rejected", action="store_true", help="show every reason for a rejection")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
@@ -53,6 +60,7 @@ def _run(args: Namespace) -> int:
         UserError: an option or setting that cannot be read, or nothing to write.
     """
     from nemo_megacpp.contract.layout_search import search_layouts
+    from nemo_megacpp.contract.recompute_choice import search_with_recompute
     from nemo_megacpp.contract.search_tables import layouts_document, print_layouts
     from nemo_megacpp.layout import ParallelLayout
     from nemo_megacpp.preflight.model_checks import validate_model
@@ -77,7 +85,16 @@ def _run(args: Namespace) -> int:
     recipe = _in_layout(given, ParallelLayout(world_size=world), given.pattern.letters)
     validate_model(recipe)
     job = job_of(recipe, **hardware)
-    search = search_layouts(job, shape_of(recipe), world, machine, fixed)
+    shape = shape_of(recipe)
+    search = search_layouts(job, shape, world, machine, fixed)
+    if args.recompute == "auto" and search.ranked and not search.fitting:
+        found = search_with_recompute(
+            job, lambda job: search_layouts(job, shape, world, machine, fixed)
+        )
+        if found is not None:
+            form, job, search = found
+            given = _with_recompute(given, form)
+            print(f"No layout fits as given. Chosen: {_settings(form)}.", file=sys.stderr)
     if not search.candidates.total:
         given_degrees = ", ".join(f"{k}={str(v).lower()}" for k, v in fixed.items())
         raise UserError(
@@ -99,13 +116,27 @@ def _run(args: Namespace) -> int:
         return 2
     if not search.fitting and hbm is not None:
         least = show_bytes(search.too_big[0].memory)
+        hint = "; --recompute auto tries recompute" if args.recompute == "given" else ""
         print(
             f"nemo-megacpp: none of {len(search.too_big):,} legal layouts fits {show_bytes(hbm)}; "
-            f"the smallest holds {least} on its fullest GPU.",
+            f"the smallest holds {least} on its fullest GPU{hint}.",
             file=sys.stderr,
         )
         return 1
     return 0
+
+
+def _with_recompute(recipe: Recipe, form: dict[str, Any]) -> Recipe:
+    from nemo_megacpp.contract.recompute_choice import SETTINGS
+
+    own = {name: value for name, value in recipe.model.items() if name not in SETTINGS}
+    return dataclasses.replace(recipe, model={**own, **form})
+
+
+def _settings(form: dict[str, Any]) -> str:
+    """Return settings as a command line takes them."""
+    words = (f"{k}={','.join(v) if isinstance(v, list) else v}" for k, v in form.items())
+    return " ".join(words)
 
 
 def _fixed(layout: ParallelLayout, args: Namespace) -> dict[str, Any]:

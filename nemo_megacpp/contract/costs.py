@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from nemo_megacpp.contract.recompute import recomputed_share
 from nemo_megacpp.contract.stages import BuiltStage
-from nemo_megacpp.formulas.saved import COUNTED_RECOMPUTATION
+from nemo_megacpp.formulas.recompute import described
 from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.layout.placement import group_facts, group_size
 from nemo_megacpp.mixers.kernels.mamba3_gpu import mamba3_gpu_reason
@@ -170,11 +171,11 @@ def _optimizer(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
 def _kernels(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     if sizes.has(Family.RECURRENT) and not sizes.m2rnn_in_triton:
         yield Cost("MODEL", "forces", "Saved states of R: one per token (torch kernel)")
-    if sizes.config.recompute_granularity == "selective":
-        again = ", ".join(sizes.config.recompute_modules)
-        left = sorted(set(sizes.config.recompute_modules) - COUNTED_RECOMPUTATION)
-        uncounted = f" (activations still include those of {', '.join(left)})" if left else ""
-        yield Cost("MODEL", "repeats", f"Recomputation in the backward pass: {again}{uncounted}")
+    if sizes.config.recompute_granularity is not None:
+        chunks = [chunk for stage in stages for chunk in stage.chunks]
+        share = recomputed_share(sizes.config, chunks)
+        text = f"{described(sizes.config)}: {share:.0%} of the forward pass again"
+        yield Cost("MODEL", "repeats", f"Recomputation in the backward pass: {text}")
     if sizes.config.mode == "mamba3" and sizes.has(Family.MAMBA):
         reason = mamba3_gpu_reason(sizes.mamba3, dtype=sizes.config.params_dtype)
         if reason is not None or sizes.config.mamba3_kernel == "torch":

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_megacpp.contract.machine import Machine
-from nemo_megacpp.contract.memory import GRADIENT_BYTES, saved_activations
+from nemo_megacpp.contract.memory import GRADIENT_BYTES
+from nemo_megacpp.contract.recompute import saved_activations
 from nemo_megacpp.contract.stages import BuiltParameter
 from nemo_megacpp.families import block_of
 from nemo_megacpp.formulas.saved import total

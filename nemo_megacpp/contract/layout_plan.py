@@ -8,14 +8,9 @@ from typing import Any
 
 from nemo_megacpp.contract.costs import Cost, costs
 from nemo_megacpp.contract.machine import Machine, machine_document
-from nemo_megacpp.contract.memory import (
-    StageMemory,
-    saved_activations,
-    saved_bytes,
-    stage_buffers,
-    stage_memory,
-)
+from nemo_megacpp.contract.memory import StageMemory, stage_buffers, stage_memory
 from nemo_megacpp.contract.ownership import OwnedParameter, ownership, parameter_count
+from nemo_megacpp.contract.recompute import Activations, saved_activations
 from nemo_megacpp.contract.stages import BuiltStage, build_stages
 from nemo_megacpp.contract.step_tables import assumptions, step_document
 from nemo_megacpp.contract.step_time import StepEstimator, StepTime, places_of
@@ -174,7 +169,7 @@ def make_plan(job: Job, machine: Machine | None = None) -> Plan:
     sizes, built = Sizes(job), build_stages(job)
     owned = tuple(ownership(job, built))
     kinds = [group for group in GROUPS if group_size(job.layout, group) > 1]
-    saved = saved_bytes(sizes)
+    saved = Activations(sizes)
     return Plan(
         sizes,
         parameter_count(owned),
@@ -189,7 +184,7 @@ def make_plan(job: Job, machine: Machine | None = None) -> Plan:
 
 
 def _estimate(
-    machine: Machine, sizes: Sizes, built: Sequence[BuiltStage], saved: dict[str, int]
+    machine: Machine, sizes: Sizes, built: Sequence[BuiltStage], saved: Activations
 ) -> StepTime:
     job, places = sizes.job, places_of(built)
     buffers = [stage_buffers(job, stage) for stage in built]
@@ -199,7 +194,7 @@ def _estimate(
     return estimator.estimate(sizes, places, built, memories, buffers)
 
 
-def _plan_stage(sizes: Sizes, built: BuiltStage, saved: dict[str, int]) -> StagePlan:
+def _plan_stage(sizes: Sizes, built: BuiltStage, saved: Activations) -> StagePlan:
     layout, buffers = sizes.layout, stage_buffers(sizes.job, built)
     ranks = layout.world // layout.pp
     first = built.pp_rank * ranks

@@ -25,10 +25,10 @@ from nemo_megacpp.contract.memory import (
     chunk_buffers,
     optimizer_bytes_per_element,
     replicas_of,
-    saved_bytes,
     stage_memory,
 )
 from nemo_megacpp.contract.pipeline_cuts import choose_cuts, work_weight
+from nemo_megacpp.contract.recompute import Activations
 from nemo_megacpp.contract.stages import BuiltParameter, BuiltStage, ComposedStages
 from nemo_megacpp.contract.step_time import StepEstimator, StepTime
 from nemo_megacpp.contract.traffic import traffic, whole_step
@@ -220,7 +220,7 @@ class _Searcher:
 
     def _priced(self, layout: ParallelLayout, pattern: HybridPattern, balance: Balance) -> Priced:
         sizes = self._sizes(layout, pattern)
-        saved, chunks = saved_bytes(sizes), layout.chunks_count
+        saved, chunks = Activations(sizes), layout.chunks_count
         weight = work_weight(self._letters, chunks, self.work)
         weights = [
             weight(index, layers.start, layers.stop)
@@ -254,19 +254,19 @@ class _Searcher:
 
     def _memory_weight(self, sizes: Sizes) -> Callable[[int, int, int], int]:
         """Return the bytes of a stage that holds given layers, without padding."""
-        job, layout, saved = sizes.job, sizes.layout, saved_bytes(sizes)
+        job, layout, saved = sizes.job, sizes.layout, Activations(sizes)
         static = {
             place: sum(p.numel * _bytes_per_element(job, p) for p in parameters)
             for place, parameters in self._composed.places(layout).items()
         }
         static_before = [0, *accumulate(static[letter] for letter in self._letters)]
-        saved_before = [0, *accumulate(saved[letter] for letter in self._letters)]
 
         def weight(stage: int, first: int, end: int) -> int:
             ends = ["embedding"] * (stage == 0) + ["head"] * (stage == layout.pp - 1)
             held = static_before[end] - static_before[first] + sum(static[e] for e in ends)
-            waiting = saved_before[end] - saved_before[first] + sum(saved[e] for e in ends)
-            return held + waiting * min(layout.pp - stage, job.num_microbatches)
+            kept, regained = saved.at_most(self._letters, first, end)
+            kept += sum(saved.kept[e] for e in ends)
+            return held + kept * min(layout.pp - stage, job.num_microbatches) + regained
 
         return weight
 

@@ -5,23 +5,21 @@ Parameters, gradients and the optimizer are exact. ``_ParamAndGradBuffer``
 order: dense and expert ones apart, and apart by dtype, as a few of a bf16 model are float32. The
 distributed optimizer pads them and gives each data-parallel rank an equal share of every bucket,
 wherever parameters end. Activations are formulas, times the microbatches in flight of Megatron's
-schedule.
+schedule, and what recompute regains in one backward pass (:mod:`nemo_megacpp.contract.recompute`).
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 
+from nemo_megacpp.contract.recompute import Activations
 from nemo_megacpp.contract.stages import BuiltChunk, BuiltParameter, BuiltStage
-from nemo_megacpp.families import block_of
-from nemo_megacpp.formulas.saved import Saved, norm, total
 from nemo_megacpp.formulas.sizes import Job, Sizes
-from nemo_megacpp.pattern import Family
 
 GRADIENT_BYTES = 4
 """A gradient is accumulated and reduced in float32, in either precision."""
@@ -38,7 +36,7 @@ class StageMemory:
         parameters, gradients: as allocated, with the distributed optimizer's padding.
         optimizer: float32 parameters and Adam's state, on the rank that owns most.
         activations: the peak over the schedule, by formula.
-        activations_per_microbatch: of all the stage's chunks, by formula.
+        activations_per_microbatch: what all the stage's chunks keep of one, by formula.
         in_flight: most microbatches whose activations a chunk holds at once, in order of depth.
     """
 
@@ -56,7 +54,7 @@ class StageMemory:
 
 
 def stage_memory(
-    sizes: Sizes, stage: BuiltStage, buffers: Sequence[Buffer], saved: Mapping[str, int]
+    sizes: Sizes, stage: BuiltStage, buffers: Sequence[Buffer], saved: Activations
 ) -> StageMemory:
     """Return the memory of a rank of ``stage``.
 
@@ -64,10 +62,12 @@ def stage_memory(
         sizes: the job.
         stage: the stage.
         buffers: its gradient buffers.
-        saved: activations of one microbatch, by place (`saved_bytes`).
+        saved: activations of one microbatch.
     """
-    per_chunk = [sum(saved[place] for place in chunk.places) for chunk in stage.chunks]
-    peak, in_flight = peak_of_schedule(sizes.job, stage.pp_rank, per_chunk)
+    chunks = [saved.chunk(chunk.places) for chunk in stage.chunks]
+    per_chunk = [chunk.kept for chunk in chunks]
+    regained = [chunk.peak - chunk.kept for chunk in chunks]
+    peak, in_flight = peak_of_schedule(sizes.job, stage.pp_rank, per_chunk, regained)
     return StageMemory(
         sum(buffer.numel * buffer.element_size for buffer in buffers),
         sum(buffer.numel for buffer in buffers) * GRADIENT_BYTES,
@@ -76,28 +76,6 @@ def stage_memory(
         sum(per_chunk),
         in_flight,
     )
-
-
-def saved_activations(sizes: Sizes, place: str) -> list[Saved]:
-    """Return what one layer of a family, the embedding or the head saves of one microbatch."""
-    tokens = sizes.tokens
-    if place == "embedding":
-        mask = tokens if sizes.layout.tp > 1 else 0
-        return [Saved("token numbers and their mask", tokens * 8 + mask)]
-    if place == "head":  # with the final norm and the loss
-        return [
-            *norm(sizes),
-            Saved("probabilities of the vocabulary (float32)", tokens * sizes.vocabulary * 4),
-            Saved("targets and their mask", tokens * 9),
-        ]
-    formula = block_of(Family(place)).saved_activations
-    assert formula is not None, "a job refuses a family without formulas"
-    return [item for item in formula(sizes) if item.bytes]
-
-
-def saved_bytes(sizes: Sizes) -> dict[str, int]:
-    """Return the bytes of `saved_activations`, by place."""
-    return {place: total(saved_activations(sizes, place)) for place in sizes.places}
 
 
 @dataclass(frozen=True)
@@ -254,7 +232,7 @@ def largest_optimizer_bytes(job: Job, buffers: Sequence[Buffer]) -> int:
 
 
 def peak_of_schedule(
-    job: Job, pp_rank: int, bytes_per_chunk: Sequence[int]
+    job: Job, pp_rank: int, bytes_per_chunk: Sequence[int], regained: Sequence[int] = ()
 ) -> tuple[int, tuple[int, ...]]:
     """Play Megatron's schedule on one stage.
 
@@ -262,6 +240,7 @@ def peak_of_schedule(
         job: the job; more than a few rounds of microbatches change no peak, and are not played.
         pp_rank: the stage.
         bytes_per_chunk: activations of one microbatch, by virtual stage.
+        regained: what a chunk holds beyond them in its backward pass, where it recomputes.
 
     Returns:
         The most bytes held at once, and the most microbatches that each chunk holds at once.
@@ -281,6 +260,7 @@ def peak_of_schedule(
             peak = max(peak, now)
         if step >= warm_up:
             chunk = backward[step - warm_up]
+            peak = max(peak, now + (regained[chunk] if regained else 0))
             held[chunk] -= 1
             now -= bytes_per_chunk[chunk]
     assert now == 0

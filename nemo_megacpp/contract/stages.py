@@ -31,6 +31,7 @@ from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import CUT, Family
 from nemo_megacpp.runtime.distributed import fake_rank
+from nemo_megacpp.settings.combinations import with_modules_of
 from nemo_megacpp.specs.backend import TorchBackend
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 
@@ -284,4 +285,5 @@ class ComposedStages:
     def _build(self, layout: ParallelLayout, pattern: str) -> list[BuiltStage]:
         depth = len(pattern.replace(CUT, ""))
         model = {**self._job.model, "hybrid_pattern": pattern, "num_layers": depth}
+        model = with_modules_of(model, {*pattern} - {CUT})
         return build_stages(dataclasses.replace(self._job, model=model, layout=layout))

@@ -18,7 +18,8 @@ from nemo_megacpp.contract.collective_time import CollectiveTime
 from nemo_megacpp.contract.layer_time import LayerTime, LayerTimes
 from nemo_megacpp.contract.machine import Machine
 from nemo_megacpp.contract.memory import Buffer, StageMemory
-from nemo_megacpp.contract.stages import BuiltChunk, BuiltParameter, BuiltStage
+from nemo_megacpp.contract.recompute import recomputed_layers
+from nemo_megacpp.contract.stages import BuiltParameter, BuiltStage
 from nemo_megacpp.contract.traffic import pipeline_messages, place_collectives, step_collectives
 from nemo_megacpp.contract.work import FORWARD_AND_BACKWARD
 from nemo_megacpp.families import block_of
@@ -152,7 +153,7 @@ class StepEstimator:
             for axis, seconds in self._exposed(sizes, place, links, stage.pp_rank).items():
                 parts[axis] += count * seconds
         for chunk in stage.chunks:
-            for letter, count in _recomputed(sizes, chunk).items():
+            for letter, count in Counter(recomputed_layers(sizes, chunk.letters)).items():
                 parts[AGAIN] += count * self._time(sizes, places, letter).forward
                 sent = self._exposed(sizes, letter, links, stage.pp_rank, repeated=True)
                 for axis, seconds in sent.items():
@@ -196,15 +197,6 @@ def _split(sizes: Sizes) -> tuple[object, ...]:
     layout, config = sizes.layout, sizes.config
     again = (config.recompute_granularity, tuple(config.recompute_modules or ()))
     return (layout.tp, layout.sp, layout.cp, layout.ep, layout.etp, *again)
-
-
-def _recomputed(sizes: Sizes, chunk: BuiltChunk) -> Counter[str]:
-    """Return the layers that ``recompute_granularity='full'`` computes again, by family."""
-    config = sizes.config
-    if config.recompute_granularity != "full":
-        return Counter()
-    first = config.recompute_num_layers if config.recompute_method == "block" else None
-    return Counter(chunk.letters[:first])
 
 
 def places_of(stages: Sequence[BuiltStage]) -> Places:

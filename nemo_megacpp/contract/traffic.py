@@ -14,12 +14,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from nemo_megacpp.contract.memory import GRADIENT_BYTES, Buffer
+from nemo_megacpp.contract.recompute import recomputed_layers
 from nemo_megacpp.contract.stages import BuiltStage
 from nemo_megacpp.families import block_of
 from nemo_megacpp.formulas.collectives import (
     Collective,
     Kind,
     Role,
+    again,
     between_several,
     column_parallel,
     there_and_back,
@@ -55,13 +57,20 @@ def microbatch_collectives(
     sizes: Sizes, stages: Sequence[BuiltStage]
 ) -> list[tuple[str, int, list[Collective]]]:
     """Return ``(place, how many, collectives of one)`` in one microbatch, for one rank of each
-    stage together. The place ``pipeline`` is what passes between stages."""
+    stage together. The place ``pipeline`` is what passes between stages; of a place whose layers
+    are recomputed in part, those that are come first."""
     counts = Counter(place for stage in stages for place in stage.places)
-    found = [
-        (place, counts[place], place_collectives(sizes, place))
-        for place in sizes.places
-        if counts[place]
-    ]
+    chunks = (chunk for stage in stages for chunk in stage.chunks)
+    whole = Counter(layer for chunk in chunks for layer in recomputed_layers(sizes, chunk.letters))
+    found = []
+    for place in sizes.places:
+        made = place_collectives(sizes, place)
+        for layers, collectives in (
+            (whole[place], made + again(made)),
+            (counts[place] - whole[place], made),
+        ):
+            if layers:
+                found.append((place, layers, collectives))
     if sizes.layout.pp > 1:
         messages = [made for stage in stages for made in pipeline_messages(sizes, stage)]
         found.append(("pipeline", 1, messages))

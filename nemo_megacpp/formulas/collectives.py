@@ -41,6 +41,7 @@ class Collective:
         what: the tensor.
         count: how often, in one microbatch (in one step, if the phase is ``step``).
         neighbour: for messages along a group, how many places up the partner sits.
+        once: made only where gradients are on, so that recompute does not repeat it.
     """
 
     kind: Kind
@@ -51,6 +52,7 @@ class Collective:
     what: str
     count: int = 1
     neighbour: int = 0
+    once: bool = False
 
     def wire_bytes(self, size: int) -> float:
         """Bytes that leave this rank in all, in a ring (or direct) algorithm over ``size`` ranks.
@@ -71,7 +73,8 @@ def between_several(sizes: Sizes, collectives: Iterable[Collective]) -> list[Col
 
 def again(collectives: Iterable[Collective]) -> list[Collective]:
     """Return the forward collectives as the backward pass repeats them when it recomputes."""
-    return [replace(c, phase="recompute") for c in collectives if c.phase == "forward"]
+    forward = (c for c in collectives if c.phase == "forward" and not c.once)
+    return [replace(c, phase="recompute") for c in forward]
 
 
 def column_parallel(sizes: Sizes, what: str) -> list[Collective]:

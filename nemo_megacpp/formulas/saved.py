@@ -5,9 +5,10 @@ torch modules and kernels and are held to recorded runs. The ``gpu`` entries fol
 Engine's and mamba_ssm's autograd functions save; no GPU has confirmed them yet. Routing is data:
 E's entries are those of balanced routing.
 
-Of Megatron's selective recomputation, ``core_attn``, ``moe`` and ``shared_experts`` are counted;
-other modules are counted as if they saved everything. Not counted for either: tensors that live
-only inside a kernel or between two operations, and what an allocator rounds up or cannot reuse.
+What a module saves is left out where ``recompute_modules`` names it; the full recompute of layers
+is counted from these entries (:mod:`nemo_megacpp.contract.recompute`). Not counted for either:
+tensors that live only inside a kernel or between two operations, and what an allocator rounds up or
+cannot reuse.
 """
 
 from __future__ import annotations
@@ -17,10 +18,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from nemo_megacpp.formulas.sizes import Sizes
-
-
-COUNTED_RECOMPUTATION = frozenset(("core_attn", "moe", "shared_experts"))
-"""Megatron's ``recompute_modules`` whose effect the formulas know."""
 
 
 class Saved(NamedTuple):

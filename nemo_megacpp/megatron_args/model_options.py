@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import padded_vocab_size
 from nemo_megacpp.megatron_args.dialect import Dialect
+from nemo_megacpp.settings.combinations import OWN_MODULES
 from nemo_megacpp.specs.named import CARRIED, SPEC_MODULE, spec_name
 
 _ACTIVATIONS = {
@@ -95,6 +96,8 @@ def model_options(config: HybridConfig, dialect: Dialect) -> tuple[list[str], li
     if config.num_query_groups != config.num_attention_heads:
         words += ["--group-query-attention", "--num-query-groups", str(config.num_query_groups)]
 
+    if own := [name for name in config.recompute_modules or () if name in OWN_MODULES]:
+        refusals.append(f"recompute_modules={own}: Megatron-Core 0.16 asserts that it knows them")
     carried = {*_SET_BY_THE_SCRIPT, *_WRITTEN, *_WRITTEN_HYBRID, *CARRIED}
     plain = {field.name for field in dataclasses.fields(TransformerConfig)}
     for field in dataclasses.fields(HybridConfig):

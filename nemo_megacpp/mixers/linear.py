@@ -9,10 +9,9 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.transformer import TransformerConfig
-from torch.nn import functional as F
 
 from nemo_megacpp.mixers.head_parallel import log_once
-from nemo_megacpp.mixers.norm import validate_torch_norm
+from nemo_megacpp.mixers.norm import rms_norm, validate_torch_norm
 from nemo_megacpp.mixers.replicated import mark_replicated, replicated
 
 
@@ -50,9 +49,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         weight: torch.Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        normed = F.rms_norm(
-            input_, (self.input_size,), self.layer_norm_weight, self.config.layernorm_epsilon
-        )
+        normed = rms_norm(input_, self.layer_norm_weight, self.config.layernorm_epsilon)
         return super().forward(normed, weight, runtime_gather_output)
 
 

@@ -47,6 +47,7 @@ from nemo_megacpp.mixers.head_parallel import (
 from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d, causal_conv1d_state
 from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_scan
 from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
+from nemo_megacpp.mixers.recompute import recomputable
 from nemo_megacpp.mixers.replicated import replicated, sum_over_tp
 from nemo_megacpp.mixers.sequence_layout import (
     TokenOrder,
@@ -136,6 +137,7 @@ class M2RNNMixer(HeadParallelMixer):
             self.A_log.copy_(torch.log(_LARGEST_DECAY_RATE * uniform))
             init_step_size_bias(self.dt_bias)
 
+    @recomputable("m2rnn")
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -10,6 +10,7 @@ from megatron.core.ssm.mamba_mixer import MambaMixer
 
 from nemo_megacpp.mixers.float32 import KeepsFloat32, keep_in_float32
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
+from nemo_megacpp.mixers.recompute import recomputable
 from nemo_megacpp.mixers.sequence_layout import token_order
 
 
@@ -28,6 +29,12 @@ class Mamba2Mixer(KeepsFloat32, MambaMixer):
         super().__init__(*args, **kwargs)
         for parameter in (self.A_log, self.dt_bias, self.D):
             keep_in_float32(parameter, self.config)
+
+    @recomputable("mamba")
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return super().forward(hidden_states, *args, **kwargs)
 
     def _ssm_training(
         self, zxBCdt: torch.Tensor, packed_seq_params: PackedSeqParams | None = None

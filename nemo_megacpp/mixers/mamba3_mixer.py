@@ -50,6 +50,7 @@ from nemo_megacpp.mixers.mamba3_rows import (
     rows_per_head,
     split_rows,
 )
+from nemo_megacpp.mixers.recompute import recomputable
 from nemo_megacpp.mixers.replicated import replicated
 from nemo_megacpp.mixers.sequence_layout import (
     gather_sequence,
@@ -123,6 +124,7 @@ class Mamba3Mixer(HeadParallelMixer):
             with get_cuda_rng_tracker().fork():
                 init_step_size_bias(self.dt_bias)
 
+    @recomputable("mamba")
     def forward(
         self,
         hidden_states: torch.Tensor,

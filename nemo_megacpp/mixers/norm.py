@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import TransformerConfig
+from torch.nn import functional as F
 
 from nemo_megacpp.errors import UserError
 
@@ -43,6 +44,15 @@ def validate_torch_norm(config: TransformerConfig) -> None:
         )
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float | None) -> torch.Tensor:
+    """Normalize the last axis of ``x``.
+
+    The parts of the input's gradient are summed before the residual's is added, as in a fused norm:
+    in one order, whether the norm is recomputed or not.
+    """
+    return F.rms_norm(x.view_as(x), weight.shape, weight, eps)
+
+
 class TorchRMSNorm(torch.nn.RMSNorm):
     """``torch.nn.RMSNorm`` with the constructor and the parameter tags that Megatron expects.
 
@@ -65,6 +75,10 @@ class TorchRMSNorm(torch.nn.RMSNorm):
             dtype=config.params_dtype,
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize the last axis."""
+        return rms_norm(x, self.weight, self.eps)
 
 
 class NormOfConfig:

@@ -93,6 +93,7 @@ def _model(name: str, *apart: str, **fields: Any) -> Varied:
 
 _SHARDED = {"use_distributed_optimizer": True}
 _SELECTIVE: dict[str, Any] = {"recompute_granularity": "selective"}
+_FULL: dict[str, Any] = {"recompute_granularity": "full"}
 
 SETTINGS: tuple[Varied, ...] = (
     # The batch and the loss.
@@ -158,13 +159,24 @@ SETTINGS: tuple[Varied, ...] = (
     ),
     Varied("hidden dropout", model={"hidden_dropout": 0.2}, pattern="AMRA", axes=(_WITHOUT_SP,)),
     # Recomputation.
-    _model("recompute attention", recompute_modules=["core_attn"], **_SELECTIVE),
-    _model("recompute MoE", recompute_modules=["moe"], **_SELECTIVE),
+    Varied(
+        "recompute with dropout",
+        model={"recompute_modules": ["core_attn", "mamba", "m2rnn"], **_SELECTIVE},
+        pattern="AMRA",
+        axes=(_WITHOUT_SP,),
+    ),
     _model(
-        "recompute shared experts",
+        "recompute modules",
         "shared expert overlap",
-        recompute_modules=["shared_experts"],
+        recompute_modules=["core_attn", "shared_experts", "mamba", "m2rnn"],
         **_SELECTIVE,
+    ),
+    _model("recompute modules of packs", recompute_modules=["moe", "mamba", "m2rnn"], **_SELECTIVE),
+    _model("recompute all layers", recompute_method="uniform", recompute_num_layers=3, **_FULL),
+    Varied(
+        "recompute first layers",
+        model={"recompute_method": "block", "recompute_num_layers": 2, **_FULL},
+        dtype="float32",
     ),
     # The optimizer; with the expert bias, which moves after every step.
     Varied("three steps", spec={"steps": 3, "learning_rate": 1e-3}, dtype="float32"),

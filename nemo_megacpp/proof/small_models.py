@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import HybridPattern
+from nemo_megacpp.settings.combinations import with_modules_of
 
 # Every size different, so that a transposed or permuted axis cannot pass unseen.
 _TINY: dict[str, Any] = {
@@ -108,7 +109,8 @@ def _depth(model: Mapping[str, Any], chunks: int) -> int:
 
 def one_family(small: Mapping[str, Any], letter: str, layout: ParallelLayout) -> dict[str, Any]:
     """Return ``small`` with layers of one family only, one to a pipeline chunk."""
-    return {**small, "hybrid_pattern": letter, "num_layers": layout.chunks_count}
+    alone = {**small, "hybrid_pattern": letter, "num_layers": layout.chunks_count}
+    return with_modules_of(alone, letter)
 
 
 def every_expert(small: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Megatron script.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,25 +58,48 @@ def bias_violations(config: TransformerConfig, unbiased: list[str]) -> Iterator[
 _RECOMPUTED = {
     "A": ("core_attn",),
     "E": ("moe", "shared_experts", "moe_act", "layernorm"),
-    "M": (),
-    "R": (),
+    "M": ("mamba",),
+    "R": ("m2rnn",),
 }
-"""What the blocks of a family can recompute in the backward pass."""
+"""What the blocks of a family can recompute in the backward pass, beside the whole block."""
+
+OWN_MODULES = ("mamba", "m2rnn")
+"""Of these, the names that Megatron-Core 0.16 does not know."""
+
+
+def with_modules_of(model: Mapping[str, Any], letters: Collection[str]) -> dict[str, Any]:
+    """Return fields of a model with only those modules recomputed that blocks of ``letters`` have,
+    for a model of a part of the families."""
+    if model.get("recompute_granularity") != "selective" or not set(letters) <= set(_RECOMPUTED):
+        return dict(model)
+    can = {name for letter in letters for name in _RECOMPUTED[letter]}
+    modules = [name for name in model.get("recompute_modules") or ["core_attn"] if name in can]
+    if modules:
+        return {**model, "recompute_modules": modules}
+    return {name: value for name, value in model.items() if not name.startswith("recompute_")}
 
 
 def recompute_violations(config: TransformerConfig, letters: Collection[str]) -> Iterator[str]:
-    """Yield modules to be recomputed that no block has.
+    """Yield what is missing or pointless in the settings of recomputation, and modules to be
+    recomputed that no block has.
 
     Args:
-        letters: of the pattern; with a user's family among them nothing is refused, as its modules
-            are not known.
+        letters: of the pattern; with a user's family among them no module is refused, as its
+            modules are not known.
     """
-    if config.recompute_granularity != "selective" or not set(letters) <= set(_RECOMPUTED):
+    granularity, modules = config.recompute_granularity, config.recompute_modules
+    if granularity == "full":
+        yield from _full_recompute_violations(config)
+    elif config.recompute_method is not None or config.recompute_num_layers is not None:
+        yield (
+            f"recompute_method={config.recompute_method!r}, recompute_num_layers="
+            f"{config.recompute_num_layers} have no effect without recompute_granularity='full'."
+        )
+    if granularity != "selective" or not set(letters) <= set(_RECOMPUTED):
         return
     can = [name for letter in letters for name in _RECOMPUTED[letter]]
     if not config.moe_shared_expert_intermediate_size and "shared_experts" in can:
         can.remove("shared_experts")
-    modules = config.recompute_modules
     known = {"mlp", "mla_up_proj", *(name for names in _RECOMPUTED.values() for name in names)}
     chosen = ["core_attn"] if modules is None else modules
     wrong = [name for name in chosen if name in known - set(can)]
@@ -85,11 +108,29 @@ def recompute_violations(config: TransformerConfig, letters: Collection[str]) ->
         yield (
             f"recompute_modules={modules or wrong}{default}: "
             + (f"no block of this model recomputes {', '.join(wrong)}. " if wrong else "is empty. ")
-            + (
-                f"It can recompute {', '.join(can)}."
-                if can
-                else "Its blocks recompute nothing; leave recompute_granularity out."
-            )
+            + f"It can recompute {', '.join(can)}."
+        )
+
+
+def _full_recompute_violations(config: TransformerConfig) -> Iterator[str]:
+    """Yield what whole layers cannot be recomputed without, or with."""
+    if config.recompute_method is None:
+        yield (
+            "recompute_granularity='full' needs recompute_method. Legal: 'uniform' (all layers, "
+            "recompute_num_layers at a time), 'block' (the first recompute_num_layers of each "
+            "pipeline chunk)."
+        )
+    count = config.recompute_num_layers
+    if count is None or count < 1:
+        yield (
+            f"recompute_granularity='full' needs recompute_num_layers of at least 1; it is {count}."
+        )
+    if config.moe_layer_recompute:
+        yield "moe_layer_recompute=True has no effect with recompute_granularity='full'."
+    if config.recompute_modules not in (None, ["core_attn"]):  # what Megatron fills in
+        yield (
+            f"recompute_modules={config.recompute_modules!r} has no effect with "
+            f"recompute_granularity='full', which recomputes whole layers."
         )
 
 

@@ -326,21 +326,33 @@ _IMPLEMENTATION = table(
     # Recompute and offloading.
     covered(
         "recompute_granularity",
-        "Computes activations again in the backward pass",
-        legal=("selective",),
-        otherwise="Only Megatron's TransformerBlock recomputes whole layers",
+        "Computes activations again in the backward pass: those of whole layers, or of modules",
+        legal=("full", "selective"),
+    ),
+    covered(
+        "recompute_method",
+        "Which layers recompute_granularity='full' recomputes",
+        legal=("uniform", "block"),
+    ),
+    covered(
+        "recompute_num_layers",
+        "How many layers are recomputed at a time ('uniform'), or of each chunk ('block')",
     ),
     covered(
         "recompute_modules",
         "What recompute_granularity='selective' recomputes",
-        legal=("core_attn", "moe", "shared_experts", "moe_act", "layernorm"),
+        legal=("core_attn", "moe", "shared_experts", "moe_act", "layernorm", "mamba", "m2rnn"),
         otherwise="No block has a dense MLP ('mlp') or latent attention ('mla_up_proj')",
         each=True,
     ),
     refused(
-        """recompute_method recompute_num_layers distribute_saved_activations
-        num_microbatches_with_partial_activation_checkpoints""",
-        "Only the full recompute of Megatron's TransformerBlock reads it",
+        "distribute_saved_activations",
+        "It splits over TP what SP splits already; Megatron refuses it with SP, and E blocks need "
+        "SP",
+    ),
+    refused(
+        "num_microbatches_with_partial_activation_checkpoints",
+        "MambaModel recomputes in every microbatch alike",
     ),
     refused("fine_grained_activation_offloading", "Only Megatron's GPTModel offloads"),
     only_with("offload_modules min_offloaded_tensor_size", "fine_grained_activation_offloading"),

@@ -86,7 +86,6 @@ def _collectives(sizes: Sizes) -> list[Collective]:
     ]
     made = [*shared, *_capacity(sizes), *dispatch(sizes)]
     if sizes.recomputes("moe"):
-        # In the pass that saves nothing Megatron skips the auxiliary losses.
         made += again(made)
     elif sizes.recomputes("shared_experts"):
         made += again(shared)
@@ -94,11 +93,15 @@ def _collectives(sizes: Sizes) -> list[Collective]:
 
 
 def _auxiliary_losses(sizes: Sizes) -> list[Collective]:
-    """The counts that balancing losses need, of the tokens that the ranks of a group hold."""
+    """The counts that balancing losses need, of the tokens that the ranks of a group hold. In the
+    pass that builds no graph, Megatron skips these losses."""
     from nemo_megacpp.mixers.aux_loss import balancing_kinds
 
     return [
-        Collective("all_reduce", "tp-cp", rows * sizes.experts * 8, "forward", "routing", what)
+        Collective(
+            *("all_reduce", "tp-cp", rows * sizes.experts * 8, "forward", "routing", what),
+            once=True,
+        )
         for kind in balancing_kinds(sizes.config)
         for what, rows in [("tokens per expert", sizes.batch if kind == "seq_aux_loss" else 1)]
     ]
@@ -151,6 +154,8 @@ def _all_gather_dispatch(sizes: Sizes) -> list[Collective]:
 
 def _saved_activations(sizes: Sizes) -> list[Saved]:
     kept = norm(sizes)
+    if sizes.recomputes("layernorm"):
+        kept.pop()  # the output
     if sizes.recomputes("moe"):
         return kept
     if not sizes.recomputes("shared_experts"):
@@ -191,6 +196,7 @@ def _routed(sizes: Sizes) -> list[Saved]:
     rows, e = sizes.expert_rows, sizes.e
     width = rows * (sizes.config.moe_ffn_hidden_size or 0) // sizes.layout.etp * e
     inside = _inside_mlp(sizes) + (1 if sizes.job.kernels == "torch" else 0)
+    inside -= sizes.recomputes("moe_act")  # the product, which the second matrix takes
     return [
         Saved("experts: token copies", rows * sizes.h * e),
         Saved("experts: probabilities", rows * sizes.router_bytes),

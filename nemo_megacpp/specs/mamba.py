@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.formulas.collectives import (
     Collective,
+    again,
     column_parallel,
     exchange,
     replicated_weight,
@@ -93,14 +94,19 @@ def _is_mamba3(sizes: Sizes) -> bool:
 
 
 def _collectives(sizes: Sizes) -> list[Collective]:
-    return [
+    made = [
         *column_parallel(sizes, "normed hidden states"),
         *(_mamba3_exchanges(sizes) if _is_mamba3(sizes) else _mamba2_exchanges(sizes)),
         *row_parallel(sizes, "mixer output"),
     ]
+    return made + (again(made) if sizes.recomputes("mamba") else [])
 
 
 def _saved_activations(sizes: Sizes) -> list[Saved]:
+    if sizes.recomputes("mamba"):
+        # Megatron's mixer has the norm inside; before ours it stands alone.
+        inside = [Saved("mixer input", sizes.shared_tokens * sizes.h * sizes.e)]
+        return norm(sizes) if _is_mamba3(sizes) else inside
     scan = _mamba3_scan(sizes) if _is_mamba3(sizes) else _mamba2_scan(sizes)
     return [*norm(sizes), *(Saved(*item) for item in scan)]
 

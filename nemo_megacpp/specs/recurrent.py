@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.formulas.collectives import (
     Collective,
+    again,
     column_parallel,
     exchange,
     replicated_weight,
@@ -70,7 +71,8 @@ def _collectives(sizes: Sizes) -> list[Collective]:
     made += there_and_back(
         "all_reduce", "all_reduce", "tp", square, "sum", "mean square of each token"
     )
-    return made + row_parallel(sizes, "mixer output")
+    made += row_parallel(sizes, "mixer output")
+    return made + (again(made) if sizes.recomputes("m2rnn") else [])
 
 
 def _handed_on(size: int, what: str) -> list[Collective]:
@@ -85,7 +87,8 @@ def _handed_on(size: int, what: str) -> list[Collective]:
 
 
 def _saved_activations(sizes: Sizes) -> list[Saved]:
-    return [*norm(sizes), *(Saved(*item) for item in _scan(sizes))]
+    scan = [] if sizes.recomputes("m2rnn") else _scan(sizes)
+    return [*norm(sizes), *(Saved(*item) for item in scan)]
 
 
 def _scan(sizes: Sizes) -> list[tuple[str, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +35,10 @@ from megatron.core.utils import WrappedTensor, make_viewless_tensor
 from nemo_megacpp.config import HybridConfig, config_violations
 from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.families import added, registered
+from nemo_megacpp.formulas.recompute import recompute_units
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
+from nemo_megacpp.mixers.recompute import recompute
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.settings.script import validate_script
 from nemo_megacpp.specs.backend import default_backend
@@ -188,34 +191,55 @@ class HybridStack(MegatronModule):
         # With SP, ranks of a tensor-parallel group hold different tokens: different dropout masks.
         tracker = get_cuda_rng_tracker()
         rng = tracker.fork() if self.config.sequence_parallel else nullcontext()
+        run = partial(self._run_layers, packed_seq_params, delayed)
+        others = (attention_mask, rotary_pos_emb, padding_mask)
         with rng, get_fp8_context(self.config) if delayed else nullcontext():
-            for index, family, layer in zip(
-                self.layer_range, self.families, self.layers, strict=True
-            ):
-                if family in self._added_families:
-                    # They may read parameters of modules that they do not call.
-                    wait_for_parameters(*layer.modules())
-                with nullcontext() if delayed else get_fp8_context(self.config, index):
-                    if isinstance(layer, TransformerLayer):
-                        hidden_states, _ = layer(
-                            hidden_states=hidden_states,
-                            attention_mask=attention_mask,
-                            rotary_pos_emb=rotary_pos_emb,
-                            packed_seq_params=packed_seq_params,
-                            padding_mask=padding_mask,
-                        )
-                    else:
-                        hidden_states = layer(
-                            hidden_states=hidden_states,
-                            attention_mask=attention_mask,
-                            packed_seq_params=packed_seq_params,
-                        )
+            done = 0
+            for unit in recompute_units(self.config, len(self.layers)) if self.training else ():
+                assert not self.config.fp8, "Transformer Engine has a checkpoint of its own"
+                hidden_states = recompute(partial(run, unit), hidden_states, *others)
+                done = unit.stop
+            hidden_states = run(range(done, len(self.layers)), hidden_states, *others)
         if hasattr(self, "final_norm"):
             hidden_states = self.final_norm(hidden_states)
         # The pipeline frees what it sent by its storage, which a view would keep alive.
         return make_viewless_tensor(
             inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
         )
+
+    def _run_layers(
+        self,
+        packed_seq_params: PackedSeqParams | None,
+        fp8_is_on: bool,
+        layers: range,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rotary_pos_emb: torch.Tensor | None,
+        padding_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run some layers of the chunk; ``fp8_is_on``: inside a context around all of them."""
+        for local in layers:
+            layer = self.layers[local]
+            if self.families[local] in self._added_families:
+                # They may read parameters of modules that they do not call.
+                wait_for_parameters(*layer.modules())
+            index = self.layer_range[local]
+            with nullcontext() if fp8_is_on else get_fp8_context(self.config, index):
+                if isinstance(layer, TransformerLayer):
+                    hidden_states, _ = layer(
+                        hidden_states=hidden_states,
+                        attention_mask=attention_mask,
+                        rotary_pos_emb=rotary_pos_emb,
+                        packed_seq_params=packed_seq_params,
+                        padding_mask=padding_mask,
+                    )
+                else:
+                    hidden_states = layer(
+                        hidden_states=hidden_states,
+                        attention_mask=attention_mask,
+                        packed_seq_params=packed_seq_params,
+                    )
+        return hidden_states
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple | None = None, metadata: dict | None = None

@@ -97,6 +97,21 @@ def test_nothing_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert not file.exists()
 
 
+def test_recompute_is_chosen_where_nothing_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    words = ("nam56r", "micro_batch_size=4", "tp=4", "pp=2", "vpp=none", "etp=1", "ep=4")
+    hbm = ("--world-size", "8", "--hbm", "18GB")
+    assert _run(*words, *hbm) == 1
+    assert "--recompute auto tries recompute" in capsys.readouterr().err
+    assert _run(*words, *hbm, "--recompute", "auto", "--write", str(file)) == 0
+    assert "Chosen: recompute_granularity=" in capsys.readouterr().err
+    plan = read_arguments(["plan", str(file), *hbm])
+    assert plan.run(plan) == 0
+    assert "Recomputation in the backward pass: " in capsys.readouterr().out
+
+
 def test_nothing_is_legal(capsys: pytest.CaptureFixture[str]) -> None:
     # 8 rows a step cannot be shared out over 7 replicas, nor 12 layers and 28 heads over 7 x ....
     assert _run("nam56r_tiny", "tp=1", "cp=1", "pp=1", "--world-size", "7") == 2

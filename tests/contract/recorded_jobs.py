@@ -14,6 +14,7 @@ from tests.record import Recorded, record_step
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "short_conv.py")
 BALANCED = {"moe_router_topk": 8}  # every token to every expert: routing sends equal shares
 SELECTIVE = {"recompute_granularity": "selective"}
+FULL = {"recompute_granularity": "full"}
 
 
 def job_of(model: dict[str, Any], layout: ParallelLayout, **changes: Any) -> Job:
@@ -34,11 +35,15 @@ def job_of(model: dict[str, Any], layout: ParallelLayout, **changes: Any) -> Job
 
 def recorded(ranks: WorkerPool, job: Job) -> list[Recorded]:
     """Run one step of a job; return what each rank held and sent."""
-    spec = StepSpec(
+    return ranks.run(job.layout.world, record_step, spec_of(job), job.layout)
+
+
+def spec_of(job: Job) -> StepSpec:
+    """Return a step of a job."""
+    return StepSpec(
         job.model,
         micro_batch_size=job.micro_batch_size,
         global_batch_size=job.global_batch_size,
         dtype="float32" if job.precision == "fp32" else "bfloat16",
         use_distributed_optimizer=job.use_distributed_optimizer,
     )
-    return ranks.run(job.layout.world, record_step, spec, job.layout)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nemo_megacpp.contract.memory import saved_activations, saved_bytes
+from nemo_megacpp.contract.recompute import saved_activations, saved_bytes
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.small_models import tiny_model
@@ -30,6 +30,9 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("E", BALANCED, ("tp=1", "tp=2", "tp=2,cp=2,ep=2,etp=1")),
     ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["moe"]}, ("ep=2",)),
     ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["shared_experts"]}, ("tp=2",)),
+    ("M", {**SELECTIVE, "recompute_modules": ["mamba"]}, ("tp=2,cp=2",)),
+    ("M", {**SELECTIVE, "recompute_modules": ["mamba"], "mode": "mamba3"}, ("tp=2",)),
+    ("R", {**SELECTIVE, "recompute_modules": ["m2rnn"]}, ("tp=2",)),
 ]
 
 

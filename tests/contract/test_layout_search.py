@@ -32,11 +32,17 @@ def _case(name: str, *overrides: str, **hardware: Any) -> tuple[Job, ModelShape]
     "overrides",
     [
         ("share_embeddings_and_output_weights=true",),
-        ("use_distributed_optimizer=true", "precision=bf16"),
-        ("recipe=nam56r_tiny_mamba3",),
+        (
+            *("use_distributed_optimizer=true", "precision=bf16", "recompute_granularity=full"),
+            *("recompute_method=block", "recompute_num_layers=2"),
+        ),
+        (
+            "recipe=nam56r_tiny_mamba3",
+            *("recompute_granularity=selective", "recompute_modules=[mamba,m2rnn,moe]"),
+        ),
         ("pattern=AMR", "num_layers=6"),
     ],
-    ids=["tied", "distributed", "mamba3", "without-experts"],
+    ids=["tied", "distributed-full", "mamba3-selective", "without-experts"],
 )
 def test_prices_equal_the_plan(overrides: tuple[str, ...]) -> None:
     job, shape = _case(

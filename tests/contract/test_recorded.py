@@ -23,7 +23,7 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.placement import group_of
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
-from tests.contract.recorded_jobs import BALANCED, EXAMPLE, SELECTIVE, job_of, recorded
+from tests.contract.recorded_jobs import BALANCED, EXAMPLE, FULL, SELECTIVE, job_of, recorded
 from tests.record import Recorded
 from tests.selection import slow_if
 
@@ -148,6 +148,29 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = [
         {},
     ),
     ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["moe"]}, ("tp=2,ep=2,etp=1",), {}),
+    (
+        "MRMR",
+        {
+            **SELECTIVE,
+            "mode": "mamba3",
+            "recompute_modules": ["mamba", "m2rnn"],
+            "m2rnn_context_parallel": "serial",
+        },
+        ("tp=2,sp=false", "cp=2,pp=2", "tp=2,cp=2"),
+        {},
+    ),
+    (
+        "AEMRA",
+        {**BALANCED, **FULL, "recompute_method": "uniform", "recompute_num_layers": 2},
+        ("ep=2", "pp=2,vpp=2", "tp=2,cp=2,ep=2,etp=1"),
+        {},
+    ),
+    (
+        "AEEMRA",
+        {**BALANCED, **FULL, "recompute_method": "block", "recompute_num_layers": 2},
+        ("tp=2,pp=2,etp=1", "pp=2"),
+        MANY,
+    ),
     ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["shared_experts"]}, ("tp=2",), {}),
     (
         "AEMR",

@@ -12,7 +12,8 @@ from nemo_megacpp.contract.collective_time import CollectiveTime
 from nemo_megacpp.contract.layer_time import LayerTimes
 from nemo_megacpp.contract.layout_plan import make_plan
 from nemo_megacpp.contract.machine import Efficiency, Link, Machine
-from nemo_megacpp.contract.memory import saved_bytes, stage_buffers, stage_memory
+from nemo_megacpp.contract.memory import stage_buffers, stage_memory
+from nemo_megacpp.contract.recompute import Activations
 from nemo_megacpp.contract.stages import BuiltParameter, build_stages
 from nemo_megacpp.contract.step_tables import bar, legend
 from nemo_megacpp.contract.step_time import StepEstimator, StepTime, places_of
@@ -178,7 +179,7 @@ def test_full_recomputation_computes_and_sends_forward_again() -> None:
     sizes, stages = Sizes(job), build_stages(job)
     places, buffers = places_of(stages), [stage_buffers(job, stage) for stage in stages]
     estimator = StepEstimator(PLAIN, whole, work_of(whole, places))
-    saved = saved_bytes(sizes)
+    saved = Activations(sizes)
     memory = [stage_memory(sizes, stages[0], buffers[0], saved)]
     kept = estimator.estimate(sizes, places, stages, memory, buffers)
     config = copy(sizes.config)

@@ -233,15 +233,23 @@ def test_what_cannot_be_said_is_listed_at_once() -> None:
             "nam56r_tiny",
             *("tp=1", "pp=4", "vpp=3", "global_batch_size=16"),
             *("softmax_scale=0.5", "resume=runs/old"),
+            *("recompute_granularity=selective", "recompute_modules=[core_attn,mamba]"),
         )
     lines = str(refusal.value).splitlines()
     assert lines[0] == "pretrain_mamba.py has no option for this of nam56r_tiny:"
     for line, start in zip(
         lines[1:],
-        ("softmax_scale=0.5", "resume", "virtual_pipeline"),
+        ("recompute_modules=['mamba']: ", "softmax_scale=0.5", "resume", "virtual_pipeline"),
         strict=True,
     ):
         assert line.strip().startswith(start)
+
+
+def test_full_recompute_is_an_option() -> None:
+    settings = ("recompute_granularity=full", "recompute_method=block", "recompute_num_layers=2")
+    read = _parse(_words("nam56r_tiny", *settings))
+    assert (read.recompute_granularity, read.recompute_method) == ("full", "block")
+    assert read.recompute_num_layers == "2"
 
 
 def test_a_stage_without_experts_is_refused() -> None:
@@ -364,7 +372,7 @@ def _plain_stack(settings: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recompute_granularity": "full"}, "recompute_granularity='full': Only"),
+        ({"distribute_saved_activations": True}, "distribute_saved_activations=True: It splits"),
         ({"virtual_pipeline_model_parallel_size": 2}, "2 virtual pipeline stages"),
         ({"qk_layernorm": True}, "qk_layernorm=True: An A block is grouped-query attention"),
         ({"hidden_dropout": 1.0}, "hidden_dropout: 1.0 must be at least 0 and below 1"),

@@ -167,7 +167,7 @@ def test_a_depth_below_the_unit_is_refused() -> None:
         (("seq_length=0",), "seq_length: 0 must be at least 1."),
         (("vocab_size=0",), "vocab_size: 0 must be at least 1."),
         (("moe_router_topk=17",), "moe_router_topk=17 experts per token are more than num_moe_exp"),
-        (("recompute_granularity=full",), "recompute_granularity='full': Only"),
+        (("recompute_granularity=full",), "recompute_granularity='full' needs recompute_method"),
         (("moe_router_score_function=softmax",), "Megatron refuses this model: Expert bias"),
         (
             ("recompute_granularity=selective", "recompute_modules=[foo]"),

@@ -82,9 +82,17 @@ def test_a_refused_setting_of_the_model(field: dataclasses.Field[Any], setting: 
     assert f"{field.name}={value!r}: {_words(setting)}. Legal: " in message
 
 
-_LISTS = {"moe_router_load_balancing_type": ["aux_loss", "none"], "recompute_modules": ["moe"]}
+_TRIED: dict[str, Any] = {
+    "moe_router_load_balancing_type": ["aux_loss", "none"],
+    "recompute_granularity": "full",
+    "recompute_modules": ["moe"],
+}
+"""One value of settings whose values are lists, or want different others."""
 _BESIDE: dict[str, dict[str, Any]] = {
     "sequence_parallel": {"tensor_model_parallel_size": 2},
+    "recompute_granularity": {"recompute_method": "uniform", "recompute_num_layers": 1},
+    "recompute_method": {"recompute_granularity": "full", "recompute_num_layers": 1},
+    "recompute_num_layers": {"recompute_granularity": "full", "recompute_method": "block"},
     "recompute_modules": {"recompute_granularity": "selective"},
     "moe_router_load_balancing_type": {"moe_aux_loss_coeff": [0.1, 0.2]},
     "overlap_p2p_comm_warmup_flush": {"overlap_p2p_comm": True, "batch_p2p_comm": False},
@@ -111,8 +119,8 @@ def test_other_settings_of_the_model_can_be_built(
 ) -> None:
     default = getattr(HybridConfig, field.name, None)
     hint = get_type_hints(TransformerConfig)[field.name]
-    if field.name in _LISTS:
-        values: list[Any] = [_LISTS[field.name]]
+    if field.name in _TRIED:
+        values: list[Any] = [_TRIED[field.name]]
     elif setting.legal is not None:
         values = list(setting.legal)
     elif isinstance(default, bool):

@@ -1,0 +1,57 @@
+"""The form of recompute with which a layout fits: the one that computes least again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from nemo_megacpp.contract.layout_search import Search
+from nemo_megacpp.formulas.sizes import Job
+from nemo_megacpp.pattern import Family
+
+SETTINGS = (
+    "recompute_granularity",
+    "recompute_modules",
+    "recompute_method",
+    "recompute_num_layers",
+)
+_MIXERS = {Family.MAMBA: "mamba", Family.RECURRENT: "m2rnn"}
+
+
+def recompute_forms(job: Job) -> list[dict[str, Any]]:
+    """Return the forms of recompute to try, as fields of the model, in the order of what they
+    compute again: the mixers of M and R, E as well, and all layers, one at a time."""
+    present = set(job.config().pattern.families)
+    mixers = [module for family, module in _MIXERS.items() if family in present]
+    lists = [mixers, [*mixers, "moe"]] if Family.EXPERT in present else [mixers]
+    selective = [
+        {"recompute_granularity": "selective", "recompute_modules": modules}
+        for modules in lists
+        if modules
+    ]
+    full = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    return [*selective, full]
+
+
+def search_with_recompute(
+    job: Job, search: Callable[[Job], Search]
+) -> tuple[dict[str, Any], Job, Search] | None:
+    """Return the first form with which a layout fits, the job with it, and its search; None if no
+    layout fits with any.
+
+    Args:
+        job: whose own recompute is replaced.
+        search: of the layouts of a job.
+    """
+    own = {name: value for name, value in job.model.items() if name not in SETTINGS}
+    for form in recompute_forms(job):
+        again = dataclasses.replace(job, model={**own, **form})
+        found = search(again)
+        if found.fitting:
+            return form, again, found
+    return None
