@@ -9,6 +9,7 @@ from nemo_megacpp.contract.stages import BuiltStage
 from nemo_megacpp.formulas.saved import COUNTED_RECOMPUTATION
 from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.layout.placement import group_facts, group_size
+from nemo_megacpp.mixers.kernels.m2rnn_scan import CHECKPOINT_EVERY
 from nemo_megacpp.mixers.kernels.mamba3_gpu import mamba3_gpu_reason
 from nemo_megacpp.pattern import Family, known_families
 
@@ -169,7 +170,8 @@ def _optimizer(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
 
 def _kernels(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     if sizes.has(Family.RECURRENT) and not sizes.m2rnn_in_triton:
-        yield Cost("MODEL", "forces", "Saved states of R: one per token (torch kernel)")
+        text = f"Saved states of R: one in {CHECKPOINT_EVERY} tokens (torch kernel)"
+        yield Cost("MODEL", "forces", text)
     if sizes.config.recompute_granularity == "selective":
         again = ", ".join(sizes.config.recompute_modules)
         left = sorted(set(sizes.config.recompute_modules) - COUNTED_RECOMPUTATION)
