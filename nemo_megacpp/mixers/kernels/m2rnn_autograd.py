@@ -228,7 +228,8 @@ def _block_backward(
         carry: ``[b·g, v, k]``, the gradient of the state after the block; overwritten.
     """
     clip, clip_before_output = clipping
-    states, candidates, totals, grad_pre = scratch[0], *scratch[1:, 1:].unbind(0)
+    states = scratch[0]
+    candidates, totals, grad_pre = scratch[1:, 1:].unbind(0)
     _run_block(group, block, states, candidates)
     grads.q[block] += _over_values(grad_y, states[1:], grads.q)
     for t in range(len(candidates)):
