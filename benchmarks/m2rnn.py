@@ -123,9 +123,7 @@ def forms_on(
     reason = m2rnn_triton_reason(value_dim=value_dim, dtype=dtype, device=device)
     if reason is not None:
         return forms, [("m2rnn: the Triton kernel", f"it {reason}")]
-    for block_k in (16, 32, 64):
-        forms[f"triton, {block_k} rows a program"] = partial(m2rnn_triton, block_k=block_k)
-    return forms, []
+    return {"triton": m2rnn_triton, **forms}, []
 
 
 def with_gradients(form: Form, inputs: Inputs, weights: list[Tensor], **options: object) -> Inputs:
