@@ -1,6 +1,7 @@
 """The M²RNN recurrence on a GPU, in Triton.
 
-Compared with the reference loop in Triton's interpreter, and compiled for NVIDIA's sm_80 and sm_90;
+Compared with the reference loop in Triton's interpreter, and compiled for NVIDIA's sm_80 and sm_90
+(``benchmarks/m2rnn_sass.py``; beyond 32 values a head, the backward pass spills 8 bytes on sm_80);
 **not run on a GPU yet**. ``benchmarks/m2rnn.py`` checks and times it on one.
 """
 
