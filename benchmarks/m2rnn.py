@@ -1,32 +1,42 @@
-"""Check the forms of the M²RNN recurrence against the reference, and time them side by side.
+"""Time the M²RNN recurrence beside the eager loop that its authors' torch forms are.
 
-    python benchmarks/m2rnn.py                 # a GPU where there is one, else the CPU
-    python benchmarks/m2rnn.py --device cpu --length 512 --heads 8
+    python -m benchmarks.m2rnn                 # a GPU where there is one, else the CPU
+    python -m benchmarks.m2rnn --device cpu --length 512 --heads 8
 
-First every form that runs here is held to the reference loop in float64, at an odd length, on
-packed documents and in both clip orders; then all are timed in ``--dtype``, forward and with the
-backward pass, on the same numbers. Exit status 1 if a form differs by more than ``--tolerance`` of
-the largest value of any output or gradient.
+First every form that runs here is held to the loop in float64, at an odd length, on packed
+documents and in both clip orders; then all are timed in ``--dtype`` on the same numbers. Exit
+status 1 if a form differs by more than ``--tolerance`` of the largest value of any output or
+gradient. The loop indexes its inputs token by token, as the authors' do, which costs its backward
+pass time that grows with the square of the length; beside it, a loop that does not.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness import (
+    Row,
+    Sample,
+    common_arguments,
+    finish,
+    matmul_peak,
+    paired,
+    peak_bytes,
+    start,
+)
 from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_scan
 from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
 from nemo_megacpp.mixers.kernels.packing import accumulation_dtype
 
 Form = Callable[..., tuple[Tensor, Tensor]]
 Inputs = dict[str, Tensor]
+Work = Callable[[Form], Callable[[], object]]
 
 
 def m2rnn_naive(
@@ -40,8 +50,13 @@ def m2rnn_naive(
     seq_idx: Tensor | None = None,
     state_gradient_clip: float | None = None,
     clip_order: str = "before_output",
+    unbind: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence of :func:`m2rnn_scan`, token by token, with gradients by autograd."""
+    """The recurrence of :func:`m2rnn_scan`, token by token, with gradients by autograd.
+
+    With ``unbind``, tokens are cut from the inputs at once: the gradient of an index is as large as
+    the whole input, for every token.
+    """
     acc = accumulation_dtype(v)
     batch, length, heads, value_dim = v.shape
     q_acc = (q if q.dim() == 4 else q[:, :, None]).to(acc)
@@ -50,18 +65,21 @@ def m2rnn_naive(
     state = v_acc.new_zeros(batch, heads, k.shape[-1], value_dim)
     if initial_state is not None:
         state = initial_state.to(acc)
+    inputs = (q_acc, k_acc, v_acc, f_acc)
+    cut = [x.unbind(1) for x in inputs] if unbind else None
     outputs = []
     for t in range(length):
+        q_t, k_t, v_t, f_t = [x[t] for x in cut] if cut else [x[:, t] for x in inputs]
         if seq_idx is not None and t > 0:
             same = seq_idx[:, t] == seq_idx[:, t - 1]
             state = torch.where(same[:, None, None, None], state, torch.zeros_like(state))
-        drive = k_acc[:, t, :, :, None] * v_acc[:, t, :, None, :]
+        drive = k_t[..., :, None] * v_t[..., None, :]
         candidate = torch.tanh(torch.einsum("bnku,nuv->bnkv", state, W_acc) + drive)
-        f = f_acc[:, t, :, None, None]
+        f = f_t[..., None, None]
         state = f * state + (1 - f) * candidate
         if clip_order == "after_output":
             state = _clip_gradient(state, state_gradient_clip)
-        outputs.append((state * q_acc[:, t, :, :, None]).sum(dim=2))
+        outputs.append((state * q_t[..., None]).sum(dim=2))
         if clip_order == "before_output":
             state = _clip_gradient(state, state_gradient_clip)
     return torch.stack(outputs, dim=1).to(v.dtype), state
@@ -97,19 +115,15 @@ def make_inputs(
     }
 
 
-def forms_on(device: torch.device, value_dim: int, dtype: torch.dtype) -> dict[str, Form]:
-    """Return the kernels that run here, and print why the Triton kernels do not if they do not."""
-    forms: dict[str, Form] = {
-        "torch": m2rnn_scan,
-        "torch, 1 state in 64 saved": partial(m2rnn_scan, checkpoint_every=64),
-    }
+def forms_on(
+    device: torch.device, value_dim: int, dtype: torch.dtype
+) -> tuple[dict[str, Form], list[tuple[str, str]]]:
+    """Return the kernels that run here, and which do not and why."""
+    forms: dict[str, Form] = {"torch": m2rnn_scan}
     reason = m2rnn_triton_reason(value_dim=value_dim, dtype=dtype, device=device)
     if reason is not None:
-        print(f"Skipping the Triton kernel, which {reason}.")
-        return forms
-    for block_k in (16, 32, 64):
-        forms[f"triton, {block_k} rows a program"] = partial(m2rnn_triton, block_k=block_k)
-    return forms
+        return forms, [("m2rnn: the Triton kernel", f"it {reason}")]
+    return {"triton": m2rnn_triton, **forms}, []
 
 
 def with_gradients(form: Form, inputs: Inputs, weights: list[Tensor], **options: object) -> Inputs:
@@ -151,59 +165,71 @@ def check(forms: dict[str, Form], device: torch.device, key_dim: int, value_dim:
     return worst
 
 
-def milliseconds(work: Callable[[], object], device: torch.device, repeat: int) -> float:
-    """Return the median time of ``work`` after one run to warm up."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    times = []
-    for _ in range(repeat + 1):
-        wait()
-        start = time.perf_counter()
-        work()
-        wait()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
-
-
-def time_forms(forms: dict[str, Form], inputs: Inputs, repeat: int) -> None:
-    """Print a row for every form: forward, forward and backward, and peak memory on a GPU."""
-    device = inputs["v"].device
+def compare(
+    name: str, form: Form, inputs: Inputs, arguments: argparse.Namespace, peak: float
+) -> list[Row]:
+    """Return a form's rows beside the eager loops: time, peak memory."""
+    device, dtype = inputs["v"].device, arguments.dtype
+    batch, length, heads, value_dim = inputs["v"].shape
+    key_dim = inputs["q"].shape[-1]
+    sizes = f"b={batch} l={length} n={heads} k={key_dim} v={value_dim} {dtype}, clip 1"
+    # H W and the read-out; the outer product k vᵀ counts as one operation a number.
+    operations = batch * length * heads * key_dim * value_dim * (2 * value_dim + 3)
     weights = [torch.randn_like(inputs["v"]), torch.randn_like(inputs["initial_state"])]
-    print(f"{'form':<28}{'forward':>12}{'+ backward':>12}{'peak memory':>14}")
-    for name, form in forms.items():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        with torch.no_grad():
-            forward = milliseconds(partial(form, **inputs, state_gradient_clip=1.0), device, repeat)
-        step = partial(with_gradients, form, inputs, weights, state_gradient_clip=1.0)
-        both = milliseconds(step, device, repeat)
-        memory = "-"
-        if device.type == "cuda":
-            memory = f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB"
-        print(f"{name:<28}{forward:>9.2f} ms{both:>9.2f} ms{memory:>14}", flush=True)
+
+    def step(form: Form) -> Callable[[], object]:
+        return partial(with_gradients, form, inputs, weights, state_gradient_clip=1.0)
+
+    def forward(form: Form) -> Callable[[], object]:
+        return torch.no_grad()(partial(form, **inputs, state_gradient_clip=1.0))
+
+    def timed(what: str, work: Work, peer: Form, peer_name: str, passes: int, aim: int) -> Row:
+        ours, theirs = paired(work(form), work(peer), repeats=arguments.repeats, device=device)
+        row = Row(f"m2rnn, {name}: {what}", ours, theirs, peer_name, sizes, passes * operations)
+        row.peak, row.aim_ratio = peak, aim or None
+        row.aim = f"at least {aim}x" if aim else ""
+        return row
+
+    indexed, unbound = "eager loop, indexing", "eager loop, unbinding"
+    memory = Row(
+        f"m2rnn, {name}: peak memory",
+        *(Sample([float(peak_bytes(step(f), device))], "B") for f in (form, m2rnn_naive)),
+        indexed,
+        sizes,
+        aim="at most a tenth",
+        aim_ratio=10.0,
+    )
+    return [
+        timed("forward and backward", step, m2rnn_naive, indexed, 3, 10),
+        timed("forward and backward", step, partial(m2rnn_naive, unbind=True), unbound, 3, 0),
+        timed("forward", forward, m2rnn_naive, indexed, 1, 0),
+        memory,
+    ]
 
 
 def main() -> int:
-    """Parse the command line, check, time; return the exit status."""
+    """Check, time; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help=f"here: {default}")
+    common_arguments(parser)
+    parser.set_defaults(repeats=3)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--heads", type=int, default=28, help="of one rank; NAM56R at TP=8 has 28")
+    parser.add_argument("--length", type=int, help="2048, on a GPU 4096")
+    parser.add_argument("--heads", type=int, help="of one rank: 44, on a GPU 28 (NAM56R at TP=8)")
     parser.add_argument("--key-dim", type=int, default=64)
     parser.add_argument("--value-dim", type=int, default=16)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="float32, on a GPU bfloat16"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-5)
     arguments = parser.parse_args()
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    sizes = (arguments.heads, arguments.key_dim, arguments.value_dim)
+    device = start(arguments)
+    gpu = device.type == "cuda"
+    length = arguments.length or (128 if arguments.quick else 4096 if gpu else 2048)
+    heads = arguments.heads or (4 if arguments.quick else 28 if gpu else 44)
+    arguments.dtype = arguments.dtype or ("bfloat16" if gpu else "float32")
+    dtype = getattr(torch, arguments.dtype)
 
-    forms = forms_on(device, arguments.value_dim, dtype)
+    forms, skipped = forms_on(device, arguments.value_dim, dtype)
     worst = check(forms, device, arguments.key_dim, arguments.value_dim)
     for name, (error, where) in worst.items():
         print(f"{name:<28}largest relative difference {error:.1e} ({where})")
@@ -211,14 +237,13 @@ def main() -> int:
     if wrong:
         print(f"More than {arguments.tolerance:g} from the reference: {', '.join(wrong)}.")
         return 1
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(
-        f"\n{where}, {arguments.dtype}, b={arguments.batch} l={arguments.length} "
-        "n={} k={} v={}, median of {}".format(*sizes, arguments.repeat)
-    )
-    inputs = make_inputs(arguments.batch, arguments.length, *sizes, device)
-    time_forms(forms, {name: t.to(dtype) for name, t in inputs.items()}, arguments.repeat)
-    return 0
+    sizes = (arguments.batch, length, heads, arguments.key_dim, arguments.value_dim)
+    inputs = {name: t.to(dtype) for name, t in make_inputs(*sizes, device).items()}
+    peak = matmul_peak(device, dtype)
+    rows = [
+        row for name, form in forms.items() for row in compare(name, form, inputs, arguments, peak)
+    ]
+    return finish(arguments, rows, skipped)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from nemo_megacpp.contract.stages import BuiltStage
 from nemo_megacpp.formulas.recompute import described
 from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.layout.placement import group_facts, group_size
+from nemo_megacpp.mixers.kernels.m2rnn_scan import CHECKPOINT_EVERY
 from nemo_megacpp.mixers.kernels.mamba3_gpu import mamba3_gpu_reason
 from nemo_megacpp.pattern import Family, known_families
 
@@ -170,7 +171,8 @@ def _optimizer(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
 
 def _kernels(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     if sizes.has(Family.RECURRENT) and not sizes.m2rnn_in_triton:
-        yield Cost("MODEL", "forces", "Saved states of R: one per token (torch kernel)")
+        text = f"Saved states of R: one in {CHECKPOINT_EVERY} tokens (torch kernel)"
+        yield Cost("MODEL", "forces", text)
     if sizes.config.recompute_granularity is not None:
         chunks = [chunk for stage in stages for chunk in stage.chunks]
         share = recomputed_share(sizes.config, chunks)

@@ -93,7 +93,7 @@ def _saved_activations(sizes: Sizes) -> list[Saved]:
 
 def _scan(sizes: Sizes) -> list[tuple[str, int]]:
     """What our mixer saves between its projections, as ``(what, bytes)``."""
-    from nemo_megacpp.mixers.kernels.m2rnn_triton import CHECKPOINT_EVERY
+    from nemo_megacpp.mixers.kernels import m2rnn_scan, m2rnn_triton
 
     dims, e, wide, cp = sizes.m2rnn, sizes.e, sizes.wide, sizes.layout.cp
     spread = 1 if sizes.m2rnn_is_serial else cp
@@ -114,13 +114,12 @@ def _scan(sizes: Sizes) -> list[tuple[str, int]]:
         ("norm: normed and output", 2 * tokens * inner * e),
     ]
     state = heads * dims.key_head_dim * dims.value_head_dim
+    kernel = m2rnn_triton if sizes.m2rnn_in_triton else m2rnn_scan
+    kept = batch * -(-length // kernel.CHECKPOINT_EVERY) * state
+    items.append((f"states of the recurrence, one in {kernel.CHECKPOINT_EVERY}", kept * wide))
     if sizes.m2rnn_in_triton:
-        kept = batch * -(-length // CHECKPOINT_EVERY)
-        items.append((f"states of the recurrence, one in {CHECKPOINT_EVERY}", kept * state * 4))
         items.append(("q, k and v, each by itself", tokens * channels * e))
-        return items
-    items.append(("every state of the recurrence", batch * (length + 1) * state * wide))
-    if e != wide:
+    elif e != wide:
         items.append(("q, k and v in float32", tokens * channels * wide))
         items.append(
             ("state weight in float32", heads * dims.value_head_dim * dims.value_head_dim * wide)

@@ -65,7 +65,7 @@ def test_one_family_and_one_stage(capsys: Any) -> None:
         "replicated on tp",
         "gather boundary",
         "layout transition",
-        "every state of the recurrence",
+        "states of the recurrence, one in 16",
         "compared with recorded runs",
     ):
         assert part in out

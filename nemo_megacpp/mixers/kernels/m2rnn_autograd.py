@@ -1,103 +1,126 @@
 """The M²RNN recurrence with a hand-written backward, few operations a token.
 
-Inside, a state is kept as ``[n, v, b, k]``: the small product with W becomes ``n`` products
-``[v, v] @ [v, b·k]`` with a long inner axis, and every elementwise operation runs over contiguous
-memory. Work that does not depend on the previous token is done for a block of tokens at once.
+Inside, a state is kept as ``[b·g, v, k]`` for all rows and ``g`` heads at a time, few enough to
+stay in a core's cache from token to token. What does not depend on the previous token is done for
+a block of tokens at once. Every row and head is computed by itself; only the gradients of a query
+or key that heads share sum over heads.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-# What one array over a block may take: few enough bytes to stay in cache.
-_BLOCK_BYTES = 2**20
-# exp() of more overflows float32; tanh is -1 to its last digit long before.
+# What the states of one token may take: with what the recurrence computes from them they then stay
+# in a core's L2 cache, and torch starts no threads for them, which would cost more than they bring.
+_STATE_BYTES = 2**17
+# exp() of more overflows float32; tanh is 1 to its last digit long before.
 _EXP_LIMIT = 80.0
 
 
-class _TimeMajor(NamedTuple):
-    """Per-token tensors that broadcast against states ``[l, n, v, b, k]``."""
+class _Group(NamedTuple):
+    """The inputs of some heads; per-token tensors broadcast against states ``[l, b, g, v, k]``."""
 
-    q: Tensor  # [l, 1 or n, 1, b, k]
-    k: Tensor  # [l, 1 or n, 1, b, k]
-    v: Tensor  # [l, n, v, b, 1]
-    f: Tensor  # [l, n, 1, b, 1]
+    q: Tensor  # [l, b, 1 or g, 1, k]
+    k: Tensor  # [l, b, 1 or g, 1, k]
+    v: Tensor  # [l, b, g, v, 1]
+    f: Tensor  # [l, b·g, 1, 1]
+    W: Tensor  # [b·g, v, v]
+    starts: dict[int, Tensor]  # by token: [b·g, 1, 1], True in rows that start a document there
+    overflows: bool  # may exp(2x) overflow?
+    shape: torch.Size  # b, g, v, k
+
+    def before(self, token: int, state: Tensor) -> Tensor:
+        """Return ``state [b·g, v, k]``, zero where a document starts at this token.
+
+        Also of a gradient; NaN and Inf do not pass from one document to the next.
+        """
+        start = self.starts.get(token)
+        return state if start is None else state.masked_fill(start, 0.0)
 
 
-class _Resets(NamedTuple):
-    """Where packed documents start."""
-
-    keep: Tensor  # [l, 1, 1, b, 1], zero where a document starts
-    any_row: list[bool]  # does any row start a document at this token?
-
-
-class _Inputs(NamedTuple):
-    tokens: _TimeMajor
-    W: Tensor  # [n, v, v]
-    resets: _Resets | None
-
-
-def _time_major(q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> _TimeMajor:
-    """Return views, so that gradients can be written through them as well."""
+def _time_major(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views ``[l, b, heads, 1, k]`` twice and ``[l, b, n, v, 1]``, to read or to write."""
 
     def keys(x: Tensor) -> Tensor:
-        per_head = x if x.dim() == 4 else x[:, :, None]
-        return per_head.permute(1, 2, 0, 3)[:, :, None]
+        return (x if x.dim() == 4 else x[:, :, None]).transpose(0, 1)[..., None, :]
 
-    return _TimeMajor(
-        keys(q), keys(k), v.permute(1, 2, 3, 0)[..., None], f.permute(1, 2, 0)[:, :, None, :, None]
-    )
+    return keys(q), keys(k), v.transpose(0, 1)[..., None]
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, keep: Tensor | None) -> _Inputs:
-    tokens = _TimeMajor(*(x.contiguous() for x in _time_major(q, k, v, f)))
-    if keep is None:
-        return _Inputs(tokens, W, None)
-    rows = keep.to(v.dtype).t()[:, None, None, :, None]
-    return _Inputs(tokens, W, _Resets(rows, (~keep).any(dim=0).tolist()))
+def _own(heads: slice, keys: Tensor) -> slice:
+    """Return where ``heads`` have their query or key in ``keys [l, b, 1 or n, 1, k]``."""
+    return heads if keys.shape[2] > 1 else slice(None)
 
 
-def _block_length(state: Tensor) -> int:
-    """Tokens worked on at once: 8 to 64, measured on a CPU."""
-    return max(8, min(64, _BLOCK_BYTES // (state.numel() * state.element_size())))
+def _groups(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, initial: Tensor, keep: Tensor | None
+) -> Iterator[tuple[slice, _Group]]:
+    """Cut the heads into groups of nearly equal size."""
+    length, (batch, heads, key_dim, value_dim) = v.shape[1], initial.shape
+    head_bytes = batch * key_dim * value_dim * initial.element_size()
+    count = min(heads, math.ceil(heads * head_bytes / _STATE_BYTES))
+    size = math.ceil(heads / count)
+    queries, keys, values = _time_major(q, k, v)
+    new = None if keep is None else ~keep
+    tokens = [] if new is None else new.any(dim=0).nonzero().flatten().tolist()
+    overflows = _may_overflow(k, v, W, initial)
+    for first in range(0, heads, size):
+        own = slice(first, min(first + size, heads))
+        shape = torch.Size((batch, own.stop - own.start, value_dim, key_dim))
+
+        def chains(per_row: Tensor, shape: torch.Size = shape) -> Tensor:
+            return per_row.view(-1, 1, 1, 1).expand(*shape[:2], 1, 1).reshape(-1, 1, 1)
+
+        yield (
+            own,
+            _Group(
+                queries[:, :, _own(own, queries)],
+                keys[:, :, _own(own, keys)],
+                values[:, :, own],
+                f.transpose(0, 1)[:, :, own].reshape(length, -1, 1, 1),
+                W[own].expand(batch, -1, -1, -1).reshape(-1, value_dim, value_dim),
+                {t: chains(new[:, t]) for t in tokens} if new is not None else {},
+                overflows,
+                shape,
+            ),
+        )
 
 
-def _keep_at(inputs: _Inputs, t: int, state: Tensor, shape: torch.Size) -> Tensor:
-    """Zero the rows of ``state [n, v, b·k]`` whose document starts at token ``t``."""
-    if inputs.resets is None or not inputs.resets.any_row[t]:
-        return state
-    return (state.view(shape) * inputs.resets.keep[t]).flatten(2)
+def _may_overflow(k: Tensor, v: Tensor, W: Tensor, initial: Tensor) -> bool:
+    """Bound ``2x``, ``x = H W + k vᵀ``, from the inputs: ``|H|`` is at most 1, or what it was."""
+    if v.device.type != "cpu":
+        return True  # to ask would wait for the device
+    state = initial.abs().amax().clamp(min=1.0)
+    bound = 2.0 * (k.abs().amax() * v.abs().amax() + state * W.abs().sum(dim=1).amax())
+    return not bound.item() < _EXP_LIMIT - 1.0  # NaN: ask nothing of it
 
 
-def _tanh_of_halves(twice: Tensor) -> Tensor:
-    """Return ``tanh(x) = -e/(e + 2)``, ``e = expm1(-2x)``, and overwrite ``twice = -2x``.
+def _run_block(group: _Group, block: slice, states: Tensor, candidates: Tensor) -> None:
+    """Fill ``states[1:]`` from ``states[0]``, and ``candidates`` with ``Z``.
 
-    Accurate relative to the result, as states of a new model need, which are far below 1; a form by
-    the sigmoid is accurate to 2e-7 only relative to 1. On a CPU, half as long as ``torch.tanh``.
+    ``tanh(x) = e/(e + 2)``, ``e = expm1(2x)``, is accurate relative to the result, as states of a
+    new model need, which are far below 1; a form by the sigmoid is accurate only relative to 1. On
+    a CPU, it takes about half as long as ``torch.tanh``.
     """
-    e = twice.clamp_(max=_EXP_LIMIT).expm1_()
-    return e.neg().div_(e.add_(2.0))
-
-
-def _drive(inputs: _Inputs, block: slice, out: Tensor) -> Tensor:
-    """Write ``-2·k_t v_tᵀ`` for a block of tokens into ``out [t, n, v, b, k]``."""
-    return torch.mul(inputs.tokens.v[block] * -2.0, inputs.tokens.k[block], out=out)
-
-
-def _run_block(inputs: _Inputs, block: slice, states: Tensor) -> None:
-    """Fill ``states[1:]`` from ``states[0]``; ``states`` is ``[t + 1, n, v, b, k]``."""
-    shape = states.shape[1:]
-    weight = (inputs.W * -2.0).transpose(1, 2)
-    forgets = inputs.tokens.f[block].expand(-1, *shape).contiguous().flatten(3).unbind(0)
-    drives = _drive(inputs, block, torch.empty_like(states[1:])).flatten(3).unbind(0)
-    rows = states.flatten(3).unbind(0)
-    for t, (drive, forget) in enumerate(zip(drives, forgets, strict=True)):
-        previous = _keep_at(inputs, block.start + t, rows[t], shape)
-        candidate = _tanh_of_halves(drive.baddbmm_(weight, previous))
+    drive = candidates.view(-1, *group.shape)
+    torch.mul(2.0 * group.v[block], group.k[block], out=drive)
+    weight = (2.0 * group.W).transpose(1, 2)
+    divisor, two = torch.empty_like(candidates[0]), candidates.new_tensor(2.0)
+    rows = states.unbind(0)
+    per_token = zip(candidates.unbind(0), group.f[block].unbind(0), strict=True)
+    for t, (candidate, forget) in enumerate(per_token):
+        previous = group.before(block.start + t, rows[t])
+        candidate.baddbmm_(weight, previous)
+        if group.overflows:
+            candidate.clamp_(max=_EXP_LIMIT)
+        candidate.expm1_()
+        candidate.div_(torch.add(candidate, two, out=divisor))
         torch.lerp(candidate, previous, forget, out=rows[t + 1])
 
 
@@ -105,8 +128,8 @@ class M2RNNFunction(torch.autograd.Function):
     """``(y, final_state)`` of the recurrence; see :func:`m2rnn_scan` for the arguments.
 
     All tensors come in the accumulation dtype; ``keep`` is bool ``[b, l]``, False where a document
-    starts. Saved for the backward pass: the inputs, and the state after every token or, with
-    ``checkpoint_every``, before every block of so many tokens.
+    starts. Saved for the backward pass: the inputs, and the state before every block of
+    ``checkpoint_every`` tokens.
     """
 
     @staticmethod
@@ -121,125 +144,130 @@ class M2RNNFunction(torch.autograd.Function):
         keep: Tensor | None,
         clip: float | None,
         clip_before_output: bool,
-        checkpoint_every: int | None,
+        checkpoint_every: int,
     ) -> tuple[Tensor, Tensor]:
-        inputs = _prepare(q, k, v, f, W, keep)
-        length = v.shape[1]
-        first = initial_state.permute(1, 3, 0, 2)
-        size = min(checkpoint_every or _block_length(first), length)
-        starts = range(0, length, size)
-        kept = first.new_empty(len(starts) if checkpoint_every else length + 1, *first.shape)
-        kept[0] = first
-        scratch = first.new_empty(size + 1, *first.shape) if checkpoint_every else None
-        outputs = []
-        for index, start in enumerate(starts):
-            stop = min(start + size, length)
-            if scratch is None:
-                states = kept[start : stop + 1]
-            else:
-                states = scratch[: stop - start + 1]
-                states[0] = kept[index] if index == 0 else scratch[size]
-                kept[index] = states[0]
-            _run_block(inputs, slice(start, stop), states)
-            outputs.append((states[1:] * inputs.tokens.q[start:stop]).sum(dim=-1))
-        y = torch.cat(outputs).permute(3, 0, 1, 2).contiguous()
-        final_state = states[-1].permute(2, 0, 3, 1).contiguous()
+        length, size = v.shape[1], min(checkpoint_every, v.shape[1])
+        first = initial_state.transpose(2, 3)  # [b, n, v, k]
+        kept = first.new_empty(math.ceil(length / size), *first.shape)
+        y, final_state = torch.empty_like(v), torch.empty_like(initial_state)
+        for heads, group in _groups(q, k, v, f, W, initial_state, keep):
+            chains = group.shape[:2].numel()
+            states = first.new_empty(size + 1, chains, *group.shape[2:])
+            candidates = torch.empty_like(states[1:])
+            states[-1] = first[:, heads].flatten(0, 1)
+            for index, start in enumerate(range(0, length, size)):
+                block = slice(start, min(start + size, length))
+                count = block.stop - block.start
+                states[0] = states[-1]
+                kept[index, :, heads] = states[0].view(group.shape)
+                _run_block(group, block, states[: count + 1], candidates[:count])
+                after = states[1 : count + 1].view(-1, *group.shape)
+                read = torch.mul(after, group.q[block], out=candidates[:count].view_as(after))
+                y[:, block, heads] = read.sum(dim=-1).transpose(0, 1)
+            final_state[:, heads] = after[-1].transpose(2, 3)
         ctx.save_for_backward(q, k, v, f, W, keep, kept)
-        ctx.options = (clip, clip_before_output, checkpoint_every, size)  # type: ignore[attr-defined]
+        ctx.options = (clip, clip_before_output, size)  # type: ignore[attr-defined]
         return y, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, f, W, keep, kept = ctx.saved_tensors  # type: ignore[attr-defined]
-        clip, before, checkpoint_every, size = ctx.options  # type: ignore[attr-defined]
-        inputs = _prepare(q, k, v, f, W, keep)
+        clip, before, size = ctx.options  # type: ignore[attr-defined]
         length = v.shape[1]
-        grad_outputs = grad_y.permute(1, 2, 3, 0)[..., None].contiguous()
-        grad_q, grad_k, grad_v, grad_f = (torch.empty_like(x) for x in (q, k, v, f))
-        grads = _time_major(grad_q, grad_k, grad_v, grad_f)
-        grad_W = torch.zeros_like(W)
-        carry = grad_final.permute(1, 3, 0, 2).contiguous().flatten(2)
-        # Allocated once: blocks are large enough for the allocator to ask the system for each.
-        scratch = kept.new_empty(5, size, *kept.shape[1:])
-        for start in reversed(range(0, length, size)):
-            block = slice(start, min(start + size, length))
-            if checkpoint_every:
-                states = kept.new_empty(block.stop - start + 1, *kept.shape[1:])
-                states[0] = kept[start // size]
-                _run_block(inputs, block, states)
-            else:
-                states = kept[start : block.stop + 1]
-            carry = _block_backward(
-                inputs,
-                grads,
-                grad_W,
-                block,
-                states,
-                grad_outputs[block],
-                carry,
-                (clip, before),
-                scratch[:, : block.stop - start],
+        # Heads add to the gradients of a query and key that they share.
+        grad_q, grad_k = torch.zeros_like(q), torch.zeros_like(k)
+        grad_v, grad_f, grad_W = (torch.empty_like(x) for x in (v, f, W))
+        grad_initial = torch.empty_like(grad_final)
+        queries, keys, values = _time_major(grad_q, grad_k, grad_v)
+        for heads, group in _groups(q, k, v, f, W, kept[0].transpose(2, 3), keep):
+            grads = _Gradients(
+                queries[:, :, _own(heads, queries)],
+                keys[:, :, _own(heads, keys)],
+                values[:, :, heads],
+                grad_f.transpose(0, 1)[:, :, heads],
+                torch.zeros_like(group.W),
             )
-        batch, key_dim = v.shape[0], q.shape[-1]
-        grad_initial = carry.unflatten(2, (batch, key_dim)).permute(2, 0, 3, 1)
+            carry = grad_final[:, heads].transpose(2, 3).flatten(0, 1).contiguous()
+            scratch = kept.new_empty(4, size + 1, *carry.shape)
+            for start in reversed(range(0, length, size)):
+                block = slice(start, min(start + size, length))
+                here = scratch[:, : block.stop - start + 1]
+                here[0, 0] = kept[start // size][:, heads].flatten(0, 1)
+                outputs = grad_y[:, block, heads].transpose(0, 1)
+                carry = _block_backward(group, grads, block, here, outputs, carry, (clip, before))
+            grad_W[heads] = grads.W.view(-1, *W[heads].shape).sum(dim=0)
+            grad_initial[:, heads] = carry.view(group.shape).transpose(2, 3)
         return grad_q, grad_k, grad_v, grad_f, grad_W, grad_initial, None, None, None, None
 
 
+class _Gradients(NamedTuple):
+    """Where the gradients of a group go."""
+
+    q: Tensor  # as in _Group
+    k: Tensor
+    v: Tensor
+    f: Tensor  # [l, b, g]
+    W: Tensor  # [b·g, v, v]
+
+
 def _block_backward(
-    inputs: _Inputs,
-    grads: _TimeMajor,
-    grad_W: Tensor,
+    group: _Group,
+    grads: _Gradients,
     block: slice,
-    states: Tensor,
+    scratch: Tensor,
     grad_y: Tensor,
     carry: Tensor,
     clipping: tuple[float | None, bool],
-    scratch: Tensor,
 ) -> Tensor:
-    """Write the block's gradients into ``grads``, add to ``grad_W``, return the carried one."""
-    tokens, shape = inputs.tokens, states.shape[1:]
+    """Write or add the block's gradients, return the gradient of the state before the block.
+
+    Args:
+        scratch: ``[4, t + 1, b·g, v, k]``; the first of all is the state before the block.
+        grad_y: ``[t, b, g, v]``.
+        carry: ``[b·g, v, k]``, the gradient of the state after the block; overwritten.
+    """
     clip, clip_before_output = clipping
-    half, totals, forget, slope, grad_pre = scratch.unbind(0)
-    previous, after = states[:-1], states[1:]
-    if inputs.resets is not None and any(inputs.resets.any_row[block]):
-        previous = previous * inputs.resets.keep[block]
-    forget.copy_(tokens.f[block].expand_as(forget))
-    weight = (inputs.W * -2.0).transpose(1, 2)
-    candidate = _tanh_of_halves(
-        _drive(inputs, block, half).add_((weight @ previous.flatten(3)).view_as(half))
+    states = scratch[0]
+    candidates, totals, grad_pre = scratch[1:, 1:].unbind(0)
+    _run_block(group, block, states, candidates)
+    grads.q[block] += _over_values(grad_y, states[1:], grads.q)
+    for t in range(len(candidates)):
+        states[t] = group.before(block.start + t, states[t])
+    torch.mul(grad_y[..., None], group.q[block], out=totals.view(-1, *group.shape))
+
+    forgets, keeps = group.f[block].unbind(0), (1.0 - group.f[block]).unbind(0)
+    rows = list(zip(totals.unbind(0), candidates.unbind(0), grad_pre.unbind(0), strict=True))
+    for t, (total, candidate, pre) in reversed(list(enumerate(rows))):
+        # dL/dH_t: what y_t sends back, and what later tokens do, clipped as asked
+        if clip is not None and clip_before_output:
+            carry.clamp_(-clip, clip)
+        total.add_(carry)
+        if clip is not None and not clip_before_output:
+            total.clamp_(-clip, clip)
+        torch.mul(total, keeps[t], out=carry)
+        torch.ops.aten.tanh_backward.grad_input(carry, candidate, grad_input=pre)
+        torch.mul(total, forgets[t], out=carry).baddbmm_(group.W, pre)
+        carry = group.before(block.start + t, carry)
+
+    before = states[:-1]
+    grads.W.add_((before @ grad_pre.transpose(-1, -2)).sum(dim=0))
+    sent = torch.sub(before, candidates, out=candidates).mul_(totals)
+    grads.f[block] = sent.view(-1, *group.shape).sum(dim=(3, 4))
+    sent = torch.mul(
+        grad_pre.view(-1, *group.shape), group.k[block], out=totals.view(-1, *group.shape)
     )
-    # dH_t/dpre_t = (1 - f)(1 - Z²), for all tokens at once.
-    one = candidate.new_ones(())
-    torch.addcmul(one, candidate, candidate, value=-1.0, out=slope).mul_(1.0 - tokens.f[block])
-    torch.mul(grad_y, tokens.q[block], out=totals)  # becomes dL/dH_t, clipped as asked
-
-    total_rows, forget_rows = totals.flatten(3).unbind(0), forget.flatten(3).unbind(0)
-    slope_rows, grad_pre_rows = slope.flatten(3).unbind(0), grad_pre.flatten(3).unbind(0)
-    for t in reversed(range(len(total_rows))):
-        total = total_rows[t]
-        if clip is None:
-            total.add_(carry)
-        elif clip_before_output:
-            total.add_(carry.clamp(-clip, clip))
-        else:
-            total.add_(carry).clamp_(-clip, clip)
-        torch.mul(slope_rows[t], total, out=grad_pre_rows[t])
-        carry = torch.mul(forget_rows[t], total).baddbmm_(inputs.W, grad_pre_rows[t])
-        carry = _keep_at(inputs, block.start + t, carry, shape)
-
-    grad_W += (previous.flatten(3) @ grad_pre.flatten(3).transpose(-1, -2)).sum(dim=0)
-    product = torch.sub(previous, candidate, out=slope).mul_(totals)
-    grads.f[block] = product.sum(dim=(2, 4), keepdim=True)
-    product = torch.mul(grad_pre, tokens.k[block], out=slope)
-    grads.v[block] = product.sum(dim=4, keepdim=True)
-    product = grad_pre.mul_(tokens.v[block])
-    grads.k[block] = product.sum(dim=_summed_axes(tokens.k, tokens.v), keepdim=True)
-    product = torch.mul(after, grad_y, out=slope)
-    grads.q[block] = product.sum(dim=_summed_axes(tokens.q, tokens.v), keepdim=True)
+    grads.v[block] = sent.sum(dim=-1, keepdim=True)
+    grads.k[block] += _over_values(group.v[block].squeeze(-1), grad_pre, grads.k)
     return carry
 
 
-def _summed_axes(keys: Tensor, values: Tensor) -> tuple[int, ...]:
-    """Axes of ``[t, n, v, b, k]`` that a query or key is shared over: values, and heads if one."""
-    return (2,) if keys.shape[1] == values.shape[1] else (1, 2)
+def _over_values(values: Tensor, states: Tensor, like: Tensor) -> Tensor:
+    """Sum ``values [t, b, g, v] · states [t, b·g, v, k]`` over v, and over heads where ``like
+    [l, b, 1 or g, 1, k]`` has one."""
+    count, axes = len(values), like.shape[1:]
+    matrices = count * axes[0] * axes[1]
+    product = torch.bmm(
+        values.reshape(matrices, 1, -1), states.reshape(matrices, -1, states.shape[-1])
+    )
+    return product.view(count, *axes)

@@ -17,6 +17,8 @@ from nemo_megacpp.mixers.kernels.m2rnn_autograd import M2RNNFunction
 from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, check_shapes, document_starts
 
 _CLIP_ORDERS = ("before_output", "after_output")
+CHECKPOINT_EVERY = 16
+"""By default, one state in this many is saved for the backward pass."""
 
 
 def check_inputs(
@@ -55,7 +57,7 @@ def m2rnn_scan(
     seq_idx: Tensor | None = None,
     state_gradient_clip: float | None = None,
     clip_order: ClipOrder = "before_output",
-    checkpoint_every: int | None = None,
+    checkpoint_every: int = CHECKPOINT_EVERY,
 ) -> tuple[Tensor, Tensor]:
     """Run the M²RNN recurrence over a batch of sequences, with a hand-written backward.
 
@@ -76,8 +78,8 @@ def m2rnn_scan(
             then adds this token's ``q_t·dy_tᵀ``, as XMA's Triton kernel does; ``'after_output'``
             clips the sum, as XMA's torch reference does. The initial state's gradient is not
             clipped again, so a sequence cut in two gives the gradients of the whole.
-        checkpoint_every: save one state in this many for the backward pass and recompute the
-            others; None saves all, ``b·l·n·k·v`` numbers.
+        checkpoint_every: ``c``: save one state in this many for the backward pass,
+            ``b·n·⌈l/c⌉·k·v`` numbers, and recompute the others. Any ``c`` gives the same numbers.
 
     Returns:
         ``y [b, l, n, v]`` in the dtype of ``v``, and the final state ``[b, n, k, v]`` in the
@@ -87,8 +89,8 @@ def m2rnn_scan(
         UserError: a shape or an option is wrong.
     """
     check_inputs(q, k, v, forget, W, initial_state, state_gradient_clip, clip_order)
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise UserError(f"checkpoint_every must be at least 1 or None, got {checkpoint_every}.")
+    if checkpoint_every < 1:
+        raise UserError(f"checkpoint_every must be at least 1, got {checkpoint_every}.")
     acc = accumulation_dtype(v)
     batch, length, heads, value_dim = v.shape
     if initial_state is None:

@@ -1,6 +1,7 @@
 """The M²RNN recurrence on a GPU, in Triton.
 
-Compared with the reference loop in Triton's interpreter, and compiled for NVIDIA's sm_80 and sm_90;
+Compared with the reference loop in Triton's interpreter, and compiled for NVIDIA's sm_80 and sm_90
+(``benchmarks/m2rnn_sass.py``; beyond 32 values a head, the backward pass spills 8 bytes on sm_80);
 **not run on a GPU yet**. ``benchmarks/m2rnn.py`` checks and times it on one.
 """
 
@@ -22,7 +23,9 @@ from nemo_megacpp.mixers.kernels.packing import document_starts
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # W and its gradient are V×V numbers each, and stay in the registers of one program.
 _LARGEST_VALUE_DIM = 64
-_SMALLEST_TILE = 16
+# Tensor cores take tiles of 16. A program owns 16 rows of the state: with 32 or 64 its registers do
+# not hold what the backward pass keeps, and spill (benchmarks/m2rnn_sass.py).
+_SMALLEST_TILE = BLOCK_K = 16
 CHECKPOINT_EVERY = 64
 """By default, one state in this many is saved for the backward pass."""
 _TENSOR_CORES = (8, 0)
@@ -81,22 +84,20 @@ def m2rnn_triton(
     state_gradient_clip: float | None = None,
     clip_order: ClipOrder = "before_output",
     checkpoint_every: int = CHECKPOINT_EVERY,
-    block_k: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """:func:`nemo_megacpp.mixers.kernels.m2rnn_scan.m2rnn_scan` on a GPU; computes in float32.
 
-    One program for each head, batch row and ``block_k`` rows of the state. No atomics: the same
+    One program for each head, batch row and 16 rows of the state. No atomics: the same
     inputs give the same bits. Saved for the backward pass, beside the inputs: one state in
     ``checkpoint_every`` (``c``), ``b·n·⌈l/c⌉·k·v`` float32 numbers. Temporary in the backward pass:
     ``b·n·c·k·v`` for states, ``2·b·l·n·k`` for the gradients of q and k per head, and
-    ``⌈k/block_k⌉·b·l·n·v`` for those of v; in the forward pass as many for y.
+    ``⌈k/16⌉·b·l·n·v`` for those of v; in the forward pass as many for y.
 
     Args:
         q, k, v, forget, W, initial_state, seq_idx, state_gradient_clip, clip_order: as there; any
             mix of bfloat16, float16 and float32.
         checkpoint_every: ``c``; the states between are recomputed. Any ``c`` gives the same
             numbers; memory is smallest near the square root of the length.
-        block_k: rows of the state that a program owns: a power of two, at least 16.
 
     Returns:
         ``y [b, l, n, v]`` in the dtype of ``v``, and the final state ``[b, n, k, v]`` in float32.
@@ -107,8 +108,6 @@ def m2rnn_triton(
     check_inputs(q, k, v, forget, W, initial_state, state_gradient_clip, clip_order)
     if checkpoint_every < 1:
         raise UserError(f"checkpoint_every must be at least 1, got {checkpoint_every}.")
-    if block_k < _SMALLEST_TILE or block_k & (block_k - 1):
-        raise UserError(f"block_k must be a power of two from {_SMALLEST_TILE} on, got {block_k}.")
     reason = m2rnn_triton_reason(value_dim=v.shape[-1], dtype=v.dtype)
     if reason is not None:
         raise UserError(f"The Triton M²RNN kernel cannot run: it {reason}.")
@@ -130,18 +129,31 @@ def m2rnn_triton(
         state_gradient_clip,
         clip_order == "before_output",
         min(checkpoint_every, length),
-        block_k,
     )
     return y, final_state
+
+
+def tile_options(key_dim: int, value_dim: int, chunk: int) -> dict[str, int]:
+    """Return the constants of both kernels and their warps."""
+    block_v = max(_SMALLEST_TILE, 1 << (value_dim - 1).bit_length())
+    return {
+        "K": key_dim,
+        "V": value_dim,
+        "BLOCK_K": BLOCK_K,
+        "BLOCK_V": block_v,
+        "CHUNK": chunk,
+        # A 16×16 tile is work for one warp, which then waits for no other.
+        "num_warps": block_v // 16,
+    }
 
 
 class _Launch:
     """What both kernels are launched with, from the shapes of the inputs."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, chunk: int, block_k: int) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, chunk: int) -> None:
         self.batch, self.length, self.heads, self.value_dim = v.shape
         self.key_dim = k.shape[-1]
-        self.parts = math.ceil(self.key_dim / block_k)
+        self.parts = math.ceil(self.key_dim / BLOCK_K)
         self.chunks = math.ceil(self.length / chunk)
         self.grid = (self.heads, self.batch, self.parts)
         self.integers = (
@@ -149,16 +161,7 @@ class _Launch:
             self.heads,
             *(x.shape[2] if x.dim() == 4 else 1 for x in (q, k)),
         )
-        block_v = max(_SMALLEST_TILE, 1 << (self.value_dim - 1).bit_length())
-        self.options = {
-            "K": self.key_dim,
-            "V": self.value_dim,
-            "BLOCK_K": block_k,
-            "BLOCK_V": block_v,
-            "CHUNK": chunk,
-            # A 16×16 tile is work for one warp, which then waits for no other.
-            "num_warps": block_k * block_v // 256,
-        }
+        self.options = tile_options(self.key_dim, self.value_dim, chunk)
 
     def states(self, like: Tensor, *axes: int) -> Tensor:
         """Return an empty ``[b, n, *axes, k, v]`` in float32."""
@@ -185,12 +188,11 @@ class _M2RNNTriton(torch.autograd.Function):
         clip: float | None,
         clip_before_output: bool,
         chunk: int,
-        block_k: int,
     ) -> tuple[Tensor, Tensor]:
         kernels = _kernels()
         assert not isinstance(kernels, str), "m2rnn_triton_reason is checked before"
         inputs = tuple(x.contiguous() for x in (q, k, v, forget, W))
-        launch = _Launch(q, k, v, chunk, block_k)
+        launch = _Launch(q, k, v, chunk)
         y = launch.floats(v, launch.parts, *v.shape)
         final_state, kept = launch.states(v), launch.states(v, launch.chunks)
         with torch.cuda.device_of(v):
@@ -206,7 +208,7 @@ class _M2RNNTriton(torch.autograd.Function):
                 **launch.options,
             )
         ctx.save_for_backward(*inputs, keep, kept)
-        ctx.options = (clip, clip_before_output, chunk, block_k)  # type: ignore[attr-defined]
+        ctx.options = (clip, clip_before_output, chunk)  # type: ignore[attr-defined]
         return y.sum(dim=0).to(v.dtype), final_state
 
     @staticmethod
@@ -215,8 +217,8 @@ class _M2RNNTriton(torch.autograd.Function):
         kernels = _kernels()
         assert not isinstance(kernels, str), "the forward pass has run"
         q, k, v, forget, W, keep, kept = ctx.saved_tensors  # type: ignore[attr-defined]
-        clip, before, chunk, block_k = ctx.options  # type: ignore[attr-defined]
-        launch = _Launch(q, k, v, chunk, block_k)
+        clip, before, chunk = ctx.options  # type: ignore[attr-defined]
+        launch = _Launch(q, k, v, chunk)
         per_head = (launch.batch, launch.length, launch.heads)
         grad_q, grad_k = (launch.floats(v, *per_head, launch.key_dim) for _ in range(2))
         grad_v = launch.floats(v, launch.parts, *v.shape)
@@ -256,4 +258,4 @@ class _M2RNNTriton(torch.autograd.Function):
             grad_W.sum(dim=(0, 1)),
         )
         cast = (g.to(x.dtype) for g, x in zip(gradients, (q, k, v, forget, W), strict=True))
-        return *cast, grad_initial, None, None, None, None, None
+        return *cast, grad_initial, None, None, None, None

@@ -4,7 +4,8 @@ A program owns ``BLOCK_K`` rows of one head's state on one row of the batch and 
 Rows of the state never mix (``H W`` and ``k vᵀ`` act row by row), so programs need not meet: what
 sums over rows, they write as partial sums, one slab a program, and torch adds the slabs in a fixed
 order. W and the state stay on chip, in float32; sizes are padded to ``BLOCK_K`` and ``BLOCK_V``
-with zeros, which stay zero.
+with zeros, which stay zero. While a token is computed, the next one is loaded, since nothing else
+could hide the latency of memory from a program of one warp.
 """
 
 # Triton compiles annotations too, and knows none but its own.
@@ -20,10 +21,15 @@ NO_CLIP, CLIP_BEFORE_OUTPUT, CLIP_AFTER_OUTPUT = 0, 1, 2
 
 
 @triton.jit
+def _dot(a, b):
+    # Three TF32 products on tensor cores; one alone would lose what the recurrence then amplifies.
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
 def _candidate(state, weight, key, value):
     """``Z = tanh(H W + k vᵀ)``, accurate to 1e-6 relative to the result."""
-    # Products in full float32: TF32 would lose what the recurrence then amplifies.
-    pre = tl.dot(state, weight, input_precision="ieee") + key[:, None] * value[None, :]
+    pre = _dot(state, weight) + key[:, None] * value[None, :]
     # By the sigmoid tanh is accurate relative to 1 only; near 0 its series takes over.
     square = pre * pre
     series = (62.0 / 2835.0 - 1382.0 / 155925.0 * square) * square - 17.0 / 315.0
@@ -37,6 +43,19 @@ def _places(part, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr)
     rows = part * BLOCK_K + tl.arange(0, BLOCK_K)
     cols = tl.arange(0, BLOCK_V)
     return rows, cols, rows[:, None] * V + cols[None, :], cols[:, None] * V + cols[None, :]
+
+
+@triton.jit
+def _row(x, token, head, heads, places, WIDTH: tl.constexpr):
+    """Load a head's row of a token, ``places`` of ``WIDTH``, of ``x [tokens, heads, WIDTH]``."""
+    at = x + (token * heads + head % heads) * WIDTH + places
+    return tl.load(at, mask=places < WIDTH, other=0.0)
+
+
+@triton.jit
+def _keep(keep, token, HAS_RESETS: tl.constexpr):
+    """Does the token continue its document?"""
+    return tl.load(keep + token) != 0 if HAS_RESETS else True
 
 
 @triton.jit
@@ -77,19 +96,24 @@ def m2rnn_forward(
 
     W = tl.load(weight + head * V * V + in_weight, mask=has_weight, other=0.0).to(tl.float32)
     state = tl.load(initial + sequence * (K * V) + in_state, mask=has_state, other=0.0)
+    q_next = _row(q, first_token, head, q_heads, rows, K)
+    k_next = _row(k, first_token, head, k_heads, rows, K)
+    v_next = _row(v, first_token, head, heads, cols, V)
+    f_next = tl.load(forget + first_token * heads + head)
+    keep_next = _keep(keep, first_token, HAS_RESETS)
     for chunk in range(chunks):
         tl.store(kept + (sequence * chunks + chunk) * (K * V) + in_state, state, mask=has_state)
         for t in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length)):
-            token = first_token + t
-            q_at = (token * q_heads + head % q_heads) * K + rows
-            k_at = (token * k_heads + head % k_heads) * K + rows
-            q_t = tl.load(q + q_at, mask=has_row, other=0.0).to(tl.float32)
-            k_t = tl.load(k + k_at, mask=has_row, other=0.0).to(tl.float32)
-            v_at = (token * heads + head) * V + cols
-            v_t = tl.load(v + v_at, mask=has_col, other=0.0).to(tl.float32)
-            f_t = tl.load(forget + token * heads + head).to(tl.float32)
+            q_t, k_t, v_t = q_next.to(tl.float32), k_next.to(tl.float32), v_next.to(tl.float32)
+            f_t, keep_t = f_next.to(tl.float32), keep_next
+            token = first_token + tl.minimum(t + 1, length - 1)
+            q_next = _row(q, token, head, q_heads, rows, K)
+            k_next = _row(k, token, head, k_heads, rows, K)
+            v_next = _row(v, token, head, heads, cols, V)
+            f_next = tl.load(forget + token * heads + head)
+            keep_next = _keep(keep, token, HAS_RESETS)
             if HAS_RESETS:
-                state = state * tl.load(keep + token).to(tl.float32)
+                state = tl.where(keep_t, state, 0.0)
             state = f_t * state + (1.0 - f_t) * _candidate(state, W, k_t, v_t)
             y_at = ((first_output + t) * heads + head) * V + cols
             tl.store(y + y_at, tl.sum(state * q_t[:, None], axis=0), mask=has_col)
@@ -151,33 +175,49 @@ def m2rnn_backward(
         state = tl.load(
             kept + (sequence * chunks + chunk) * (K * V) + in_state, mask=has_state, other=0.0
         )
+        token = first_token + start
+        k_next = _row(k, token, head, k_heads, rows, K)
+        v_next = _row(v, token, head, heads, cols, V)
+        f_next = tl.load(forget + token * heads + head)
+        keep_next = _keep(keep, token, HAS_RESETS)
         for i in range(count):
-            token = first_token + start + i
-            k_at = (token * k_heads + head % k_heads) * K + rows
-            k_t = tl.load(k + k_at, mask=has_row, other=0.0).to(tl.float32)
-            v_at = (token * heads + head) * V + cols
-            v_t = tl.load(v + v_at, mask=has_col, other=0.0).to(tl.float32)
-            f_t = tl.load(forget + token * heads + head).to(tl.float32)
+            k_t, v_t = k_next.to(tl.float32), v_next.to(tl.float32)
+            f_t, keep_t = f_next.to(tl.float32), keep_next
+            token = first_token + start + tl.minimum(i + 1, count - 1)
+            k_next = _row(k, token, head, k_heads, rows, K)
+            v_next = _row(v, token, head, heads, cols, V)
+            f_next = tl.load(forget + token * heads + head)
+            keep_next = _keep(keep, token, HAS_RESETS)
             if HAS_RESETS:
-                state = state * tl.load(keep + token).to(tl.float32)
+                state = tl.where(keep_t, state, 0.0)
             tl.store(scratch + (sequence * CHUNK + i) * (K * V) + in_state, state, mask=has_state)
             state = f_t * state + (1.0 - f_t) * _candidate(state, W, k_t, v_t)
         # Threads read states that other threads have written.
         tl.debug_barrier()
+        token = first_token + start + count - 1
+        last = scratch + (sequence * CHUNK + count - 1) * (K * V)
+        previous_next = tl.load(last + in_state, mask=has_state, other=0.0)
+        q_next = _row(q, token, head, q_heads, rows, K)
+        k_next = _row(k, token, head, k_heads, rows, K)
+        v_next = _row(v, token, head, heads, cols, V)
+        dy_next = _row(grad_y, token, head, heads, cols, V)
+        f_next = tl.load(forget + token * heads + head)
+        keep_next = _keep(keep, token, HAS_RESETS)
         for back in range(count):
             i = count - 1 - back
-            token = first_token + start + i
-            previous = tl.load(
-                scratch + (sequence * CHUNK + i) * (K * V) + in_state, mask=has_state, other=0.0
-            )
-            q_at = (token * q_heads + head % q_heads) * K + rows
-            k_at = (token * k_heads + head % k_heads) * K + rows
-            v_at = (token * heads + head) * V + cols
-            q_t = tl.load(q + q_at, mask=has_row, other=0.0).to(tl.float32)
-            k_t = tl.load(k + k_at, mask=has_row, other=0.0).to(tl.float32)
-            v_t = tl.load(v + v_at, mask=has_col, other=0.0).to(tl.float32)
-            dy_t = tl.load(grad_y + v_at, mask=has_col, other=0.0).to(tl.float32)
-            f_t = tl.load(forget + token * heads + head).to(tl.float32)
+            previous, dy_t = previous_next, dy_next.to(tl.float32)
+            q_t, k_t, v_t = q_next.to(tl.float32), k_next.to(tl.float32), v_next.to(tl.float32)
+            f_t, keep_t = f_next.to(tl.float32), keep_next
+            then = tl.maximum(i - 1, 0)
+            place = scratch + (sequence * CHUNK + then) * (K * V)
+            previous_next = tl.load(place + in_state, mask=has_state, other=0.0)
+            token = first_token + start + then
+            q_next = _row(q, token, head, q_heads, rows, K)
+            k_next = _row(k, token, head, k_heads, rows, K)
+            v_next = _row(v, token, head, heads, cols, V)
+            dy_next = _row(grad_y, token, head, heads, cols, V)
+            f_next = tl.load(forget + token * heads + head)
+            keep_next = _keep(keep, token, HAS_RESETS)
             candidate = _candidate(previous, W, k_t, v_t)
             after = f_t * previous + (1.0 - f_t) * candidate
 
@@ -188,7 +228,7 @@ def m2rnn_backward(
                 total = tl.minimum(tl.maximum(total, -bound), bound)
             grad_pre = (1.0 - f_t) * (1.0 - candidate * candidate) * total
 
-            own = (token * heads + head) * K + rows
+            own = ((first_token + start + i) * heads + head) * K + rows
             tl.store(grad_q + own, tl.sum(after * dy_t[None, :], axis=1), mask=has_row)
             tl.store(grad_k + own, tl.sum(grad_pre * v_t[None, :], axis=1), mask=has_row)
             at = (slab * length + start + i) * heads + head
@@ -196,10 +236,10 @@ def m2rnn_backward(
             tl.store(grad_v + at * V + cols, dv_t, mask=has_col)
             df_t = tl.sum(tl.sum((previous - candidate) * total, axis=1), axis=0)
             tl.store(grad_forget + at, df_t)
-            grad_W += tl.dot(tl.trans(previous), grad_pre, input_precision="ieee")
-            carry = f_t * total + tl.dot(grad_pre, W_transposed, input_precision="ieee")
+            grad_W += _dot(tl.trans(previous), grad_pre)
+            carry = f_t * total + _dot(grad_pre, W_transposed)
             if HAS_RESETS:
-                carry = carry * tl.load(keep + token).to(tl.float32)
+                carry = tl.where(keep_t, carry, 0.0)
         # The next chunk overwrites what other threads may still be reading.
         tl.debug_barrier()
     tl.store(grad_initial + sequence * (K * V) + in_state, carry, mask=has_state)

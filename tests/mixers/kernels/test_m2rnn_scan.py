@@ -8,7 +8,9 @@ import torch
 
 from benchmarks.m2rnn import m2rnn_naive
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.mixers.kernels import m2rnn_autograd
 from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_scan
+from tests.mixers.kernels.conftest import run_with_gradients
 from tests.mixers.kernels.inputs import m2rnn_inputs
 
 DTYPE = torch.float64
@@ -50,13 +52,48 @@ def test_float32(hold_to, packed):
     hold_to(m2rnn_naive, m2rnn_scan, tensors, 1e-5, options, reference_dtype=torch.float64)
 
 
-@pytest.mark.parametrize("scale", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("scale", [1e-1, 1e-3, 1e-6])
 def test_float32_of_small_inputs(hold_to, scale):
     """A new model's keys and values are small: the state is accurate relative to itself."""
     tensors = m2rnn_inputs(length=33, heads=4, key=16, value=8, dtype=torch.float32)
     tensors |= {name: scale * tensors[name] for name in ("q", "k", "v")}
     tensors |= {"W": 0.3 * tensors["W"], "initial_state": scale**2 * tensors["initial_state"]}
     hold_to(m2rnn_naive, m2rnn_scan, tensors, 1e-5, {}, reference_dtype=torch.float64)
+
+
+def test_tanh_is_accurate_relative_to_itself():
+    """Element by element, from what float32 hardly holds to where tanh is 1: W = 0 and f = 0."""
+    size = torch.logspace(-37, 38, 3001).float()
+    x = torch.cat([-size, size]).view(1, 1, -1, 1)
+    zero, one = torch.zeros(1, 1, x.shape[2]), torch.ones(1, 1, 1)
+    W = torch.zeros(x.shape[2], 1, 1)
+    y, _ = m2rnn_scan(one, one, x, zero, W)
+    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=4e-7, atol=0)
+
+
+def test_large_inputs_do_not_overflow():
+    tensors = m2rnn_inputs(dtype=torch.float32)
+    tensors |= {name: 1e15 * tensors[name] for name in ("k", "v", "initial_state")}
+    assert all(t.isfinite().all() for t in run_with_gradients(m2rnn_scan, tensors, {}).values())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v", "forget"])
+def test_a_bad_number_stays_in_its_document(packed, name, bad):
+    rows = [[9, 14, 14], [20, 17]]
+    mine = torch.zeros(2, 37, dtype=torch.bool)
+    mine[0, 9:23] = True
+    options = {"seq_idx": packed(rows), "state_gradient_clip": 0.3}
+    tensors = m2rnn_inputs(dtype=torch.float32)
+    clean = run_with_gradients(m2rnn_scan, tensors, options)
+    tensors[name][0, 15] = bad
+    found = run_with_gradients(m2rnn_scan, tensors, options)
+    honest, _ = m2rnn_naive(**tensors, **options)
+    assert torch.equal(found["output 0"].isfinite(), honest.isfinite())
+    for tensor in ("output 0", "grad q", "grad k", "grad v", "grad forget"):
+        assert torch.equal(found[tensor][~mine], clean[tensor][~mine]), tensor
+    for tensor in ("output 1", "grad initial_state"):
+        assert torch.equal(found[tensor], clean[tensor]), tensor
 
 
 def test_gradients_are_finite_differences(packed):
@@ -219,6 +256,19 @@ def test_a_slice_of_heads_is_bit_identical(dtype):
     part_y, part_final = m2rnn_scan(**part)
     assert torch.equal(y[:, :, 2:5], part_y)
     assert torch.equal(final[:, 2:5], part_final)
+
+
+def test_groups_of_heads_and_checkpoints_are_bit_identical(monkeypatch, packed):
+    """Those of a large model, whose heads are computed in several groups of unequal size."""
+    t = m2rnn_inputs(heads=7, key=16, value=4, per_head=True, dtype=torch.float32)
+    options = {"seq_idx": packed([[12, 25], [37]])}
+    whole = run_with_gradients(m2rnn_scan, t, options)
+    monkeypatch.setattr(m2rnn_autograd, "_STATE_BYTES", 3 * 2 * 16 * 4 * 4)
+    groups = run_with_gradients(m2rnn_scan, t, options)
+    assert all(torch.equal(groups[name], whole[name]) for name in whole)
+    sparse = run_with_gradients(m2rnn_scan, t, options | {"checkpoint_every": 5})
+    del groups["grad W"], sparse["grad W"]  # a sum over blocks
+    assert all(torch.equal(groups[name], sparse[name]) for name in groups)
 
 
 def test_bfloat16_accumulates_in_float32():

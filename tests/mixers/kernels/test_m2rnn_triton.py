@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import m2rnn_sass
 from benchmarks.m2rnn import m2rnn_naive
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers import kernels as package
@@ -23,6 +24,7 @@ from nemo_megacpp.mixers.kernels import m2rnn_triton as triton_form
 from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
 from tests.mixers.kernels.conftest import assert_same, run_with_gradients
 from tests.mixers.kernels.inputs import m2rnn_inputs
+from tests.selection import slow_if
 
 Tensors = dict[str, Tensor]
 
@@ -102,44 +104,36 @@ def test_bfloat16_computes_in_float32(interpreted):
 
 # -- on a GPU --------------------------------------------------------------------------------------
 
-_POINTERS = {"q": "bf16", "k": "bf16", "v": "bf16", "forget": "bf16", "weight": "bf16"}
-_POINTERS |= {"keep": "i8", "grad_y": "bf16"}
-_SIZES = {"length": "i32", "heads": "i32", "q_heads": "i32", "k_heads": "i32", "bound": "fp32"}
-_CONSTANTS = {"K": 64, "V": 16, "BLOCK_K": 16, "BLOCK_V": 16, "CHUNK": 64}
+_VARIANTS: list[dict[str, Any]] = [
+    # Triton takes a missing pointer and a size of one as constants.
+    {"HAS_RESETS": False, "keep": None, "CLIP": 0},
+    {"length": 1, "heads": 1},
+    {"CLIP": 2, "dtype": "fp32"},
+]
 
 
-@pytest.mark.parametrize("kernel", ["m2rnn_forward", "m2rnn_backward"])
+@pytest.mark.parametrize("kernel", m2rnn_sass.LOOPS)
 @pytest.mark.parametrize(
-    "constants",
+    ("value_dim", "variant"),
     [
-        # Triton takes a missing pointer and a size of one as constants.
-        {"HAS_RESETS": False, "keep": None, "CLIP": 0, "q_heads": 1, "k_heads": 1},
-        {"HAS_RESETS": True, "CLIP": 1, "length": 1, "heads": 1},
-        {"HAS_RESETS": True, "CLIP": 2},
+        pytest.param(value_dim, variant, marks=slow_if(value_dim != 16))
+        for value_dim in (16, 17, 32, 33, 64)
+        for variant in _VARIANTS
     ],
 )
-def test_compiles_for_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernel: str, constants: dict[str, Any]
+def test_compiles_for_a_gpu_without_spills(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kernel: str,
+    value_dim: int,
+    variant: dict[str, Any],
 ) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from nemo_megacpp.mixers.kernels import m2rnn_triton_kernels
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(m2rnn_triton_kernels, kernel)
-    values = {k: v for k, v in (_CONSTANTS | constants).items() if k in function.arg_names}
-    types = {
-        name: "constexpr"
-        if name in values
-        else _SIZES.get(name) or "*" + _POINTERS.get(name, "fp32")
-        for name in function.arg_names
-    }
-    source = ASTSource(function, types, values)
-    options = {"num_warps": 1}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert compiled.asm["cubin"]
+    found = m2rnn_sass.figures(kernel, value_dim, **variant)
+    assert found.spilled == 0
+    assert all(found.tensor_core)
+    if value_dim == 16 and "length" not in variant:
+        assert max(found.barriers) <= 4
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -181,8 +175,6 @@ def test_a_triton_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch
         ({"W": torch.randn(2, 3, 4)}, "W must"),
         ({"state_gradient_clip": 0.0}, "state_gradient_clip"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
-        ({"block_k": 8}, "block_k"),
-        ({"block_k": 48}, "block_k"),
         ({"v": torch.randn(1, 9, 2, 3).double()}, "float64"),
     ],
 )

@@ -57,8 +57,23 @@ def _complete_the_interpreter() -> None:
             return x
         return handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    def dot_of_numbers(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        return dot(self, widened(a), widened(b), d, *rest)
+    def dot_of_numbers(self: Any, a: Any, b: Any, d: Any, precision: Any, *rest: Any) -> Any:
+        a, b = widened(a), widened(b)
+        if precision.name == "TF32x3":
+            (a, a_rest), (b, b_rest) = in_tf32(a), in_tf32(b)
+            for left, right in ((a, b_rest), (a_rest, b)):
+                d = dot(self, left, right, d, precision, *rest)
+        return dot(self, a, b, d, precision, *rest)
+
+    def in_tf32(x: Any) -> Any:
+        """Return ``x`` in the 11 bits of TF32, and the rest, in TF32 too."""
+
+        def rounded(data: Any) -> Any:
+            bits = data.view(np.uint32).astype(np.uint64) + 0x1000 & 0xFFFFE000
+            return bits.astype(np.uint32).view(np.float32)
+
+        near = rounded(x.data)
+        return handle(near, tl.float32), handle(rounded(x.data - near), tl.float32)
 
     def binary_of_numbers(self: Any, a: Any, b: Any, op: Any) -> Any:
         result = binary(self, widened(a), widened(b), op)
