@@ -42,7 +42,7 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Speed and memory beside peers: one table, and build/bench-cpu.json. On an idle machine.
-bench: $(ORACLES) $(PEERS)
+bench: $(INSTALLED) $(ORACLES) $(PEERS)
 	$(BIN)/python -m benchmarks --device cpu --peers $(dir $(PEERS))
 
 # The same on a GPU, with $(PYTHON) as it is: no set-up, no network, no NeMo. It says what is missing.

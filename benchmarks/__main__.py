@@ -39,6 +39,7 @@ REQUIRED = {
     "psutil": "psutil",
     "pydantic": "pydantic",
     "yaml": "pyyaml",
+    "setuptools": "setuptools",  # which torch's benchmark module imports
 }
 PEERS = {
     "transformers": "Hugging Face's mixers, beside SSD",

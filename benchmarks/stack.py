@@ -6,7 +6,7 @@ optimizer step on one rank.
 
 Two peers: Megatron's ``MambaStack`` around our layers, which leaves only what the stack itself
 costs, and ``MambaStack`` around Megatron's own modules in their plain torch form (its Transformer
-Engine form where that is installed). Losses and stepped weights must agree, or the script fails.
+Engine form where that is installed). The losses of three steps must agree, or the script fails.
 """
 
 from __future__ import annotations
