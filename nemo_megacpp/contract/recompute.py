@@ -6,6 +6,7 @@ pass runs, it holds all that it saves without recompute as well.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -60,6 +61,17 @@ class ChunkActivations:
     peak: int
 
 
+def _either(sizes: Sizes, without: Sizes, place: str) -> int:
+    """Return the bytes of the tensors that a place saves with recompute, without, or both."""
+    found: Counter[str] = Counter()
+    for each in (sizes, without):
+        once: Counter[str] = Counter()
+        for item in saved_activations(each, place):
+            once[item.what] += item.bytes
+        found |= once  # the larger of both
+    return found.total()
+
+
 class Activations:
     """The saved activations of a job's layers, with recompute.
 
@@ -75,7 +87,8 @@ class Activations:
         if self._config.recompute_granularity == "selective":
             plain = copy(self._config)
             plain.recompute_granularity = None
-            self.whole = saved_bytes(Sizes(sizes.job, plain))
+            without = Sizes(sizes.job, plain)
+            self.whole = {place: _either(sizes, without, place) for place in sizes.places}
         self.unit_input = sizes.shared_tokens * sizes.h * sizes.e
         # The first norm saves the input itself, or a wide copy of it.
         copied = sizes.job.kernels == "torch" and sizes.e != sizes.wide

@@ -105,7 +105,7 @@ def _collectives(sizes: Sizes) -> list[Collective]:
 def _saved_activations(sizes: Sizes) -> list[Saved]:
     if sizes.recomputes("mamba"):
         # Megatron's mixer has the norm inside; before ours it stands alone.
-        inside = [Saved("mixer input", sizes.shared_tokens * sizes.h * sizes.e)]
+        inside = [Saved("norm: input", sizes.shared_tokens * sizes.h * sizes.e)]
         return norm(sizes) if _is_mamba3(sizes) else inside
     scan = _mamba3_scan(sizes) if _is_mamba3(sizes) else _mamba2_scan(sizes)
     return [*norm(sizes), *(Saved(*item) for item in scan)]

@@ -160,8 +160,8 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = [
         {},
     ),
     (
-        "AEMRA",
-        {**BALANCED, **FULL, "recompute_method": "uniform", "recompute_num_layers": 2},
+        "AEMRAEMR",
+        {**BALANCED, **FULL, "recompute_method": "uniform", "recompute_num_layers": 3},
         ("ep=2", "pp=2,vpp=2", "tp=2,cp=2,ep=2,etp=1"),
         {},
     ),
