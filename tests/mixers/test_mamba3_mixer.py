@@ -171,7 +171,9 @@ def test_forward_and_gradients_by_hand(ranks: WorkerPool, variant: str) -> None:
             assert abs(value).max() > 0, name
             assert abs(found[name] - value).max() <= 1e-12 * abs(value).max(), name
     whole, packs = (found["output"] for found, _ in result["pairs"])
-    assert (whole[:5] == packs[:5]).all() and not (whole[5:] == packs[5:]).all()
+    # Chunks end with the documents, so that sums have other lengths than in a whole row.
+    assert abs(whole[:5] - packs[:5]).max() <= 1e-12 * abs(whole).max()
+    assert abs(whole[5:] - packs[5:]).max() > 1e-3 * abs(whole).max()
     # bfloat16 keeps 8 bits, of weights and activations alike.
     assert abs(result["narrow"] - whole).max() <= 0.03 * abs(whole).max()
 
