@@ -31,6 +31,8 @@ class Job:
         precision: of parameters and activations. In ``bf16`` gradients, and the optimizer's
             copy of the parameters, are float32.
         use_distributed_optimizer: shard the optimizer's state over data-parallel ranks.
+        overlap_grad_reduce, overlap_param_gather: gradients are reduced during the backward pass,
+            parameters gathered during the forward pass; moves no byte.
         kernels: ``gpu`` is Transformer Engine and mamba_ssm, ``torch`` the plain forms of a machine
             without a GPU. They save different activations, and split attention over CP differently.
         gpus_per_node: ranks of one NVLink domain.
@@ -51,6 +53,8 @@ class Job:
     gpus_per_node: int = 8
     hbm_bytes: int | None = None
     name: str = "model"
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
 
     def __post_init__(self) -> None:
         load_families(self.model.get("family_modules"))

@@ -76,8 +76,13 @@ class Training:
     """AdamW epsilon."""
     clip_grad: _NotNegative = 1.0
     """Upper bound on the gradient norm; 0: no bound."""
-    use_distributed_optimizer: bool = False
+    use_distributed_optimizer: bool = True
     """Shard the optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = True
+    """Reduce gradients over data-parallel ranks while the backward pass computes others."""
+    overlap_param_gather: bool | None = None
+    """Gather parameters over data-parallel ranks while the forward pass computes; null: with
+    ``use_distributed_optimizer`` and ``overlap_grad_reduce``, without which it is illegal."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of parameters and activations."""
 
@@ -134,6 +139,12 @@ class Training:
         default = self.lr / (self.warmup_steps + 1)
         return default if self.lr_warmup_init is None else self.lr_warmup_init
 
+    @property
+    def gathers_in_forward(self) -> bool:
+        """``overlap_param_gather``, or its default."""
+        default = self.use_distributed_optimizer and self.overlap_grad_reduce
+        return default if self.overlap_param_gather is None else self.overlap_param_gather
+
     @model_validator(mode="after")
     def _validate_relations(self) -> Training:
         raise_violations(self._violations())
@@ -173,6 +184,13 @@ class Training:
             yield (
                 f"lr_wsd_decay_steps: {decay} is more than the steps after the warm-up, max_steps="
                 f"{self.max_steps} - warmup_steps={self.warmup_steps}."
+            )
+        needed = ("use_distributed_optimizer", "overlap_grad_reduce")
+        if self.overlap_param_gather and (off := [n for n in needed if not getattr(self, n)]):
+            yield (
+                f"overlap_param_gather=true with {' and '.join(f'{name}=false' for name in off)}: "
+                f"Megatron gathers parameters during the forward pass only with both "
+                f"{' and '.join(f'{name}=true' for name in needed)}. Leave overlap_param_gather out."
             )
         usual, slow = self.heartbeat_timeout_minutes, self.init_timeout_minutes
         if usual is not None and slow < usual:
