@@ -186,11 +186,12 @@ class Training:
                 f"{self.max_steps} - warmup_steps={self.warmup_steps}."
             )
         needed = ("use_distributed_optimizer", "overlap_grad_reduce")
-        if self.overlap_param_gather and (off := [n for n in needed if not getattr(self, n)]):
+        off = [f"{name}=false" for name in needed if not getattr(self, name)]
+        if self.overlap_param_gather and off:
             yield (
-                f"overlap_param_gather=true with {' and '.join(f'{name}=false' for name in off)}: "
-                f"Megatron gathers parameters during the forward pass only with both "
-                f"{' and '.join(f'{name}=true' for name in needed)}. Leave overlap_param_gather out."
+                f"overlap_param_gather=true with {' and '.join(off)}: Megatron gathers parameters "
+                f"during the forward pass only with use_distributed_optimizer=true and "
+                f"overlap_grad_reduce=true. Leave overlap_param_gather out."
             )
         usual, slow = self.heartbeat_timeout_minutes, self.init_timeout_minutes
         if usual is not None and slow < usual:
