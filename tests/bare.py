@@ -165,6 +165,7 @@ def _wrap(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.bf16,
         use_distributed_optimizer=spec.use_distributed_optimizer,
+        **spec.ddp,
     )
     wrapped = [
         DistributedDataParallel(

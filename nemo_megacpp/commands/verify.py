@@ -85,6 +85,10 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
         "loss_mask": "uneven",
         "packed": recipe.training.packed_documents,
         "use_distributed_optimizer": recipe.training.use_distributed_optimizer,
+        "ddp": {
+            "overlap_grad_reduce": recipe.training.overlap_grad_reduce,
+            "overlap_param_gather": recipe.training.overlap_param_gather,
+        },
     }
     say = lambda line: console.print(f"  {line}")  # noqa: E731
     from nemo_megacpp.nemo.proof_run import NEMO  # once all is valid: it imports NeMo

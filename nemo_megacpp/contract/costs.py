@@ -161,10 +161,11 @@ def _optimizer(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
             f"(use_distributed_optimizer=true shards it)"
         )
         yield Cost("DP", "repeats", text)
-    if replicas > 1 and job.use_distributed_optimizer and sizes.has(Family.EXPERT):
+    twice = job.use_distributed_optimizer and not job.overlap_param_gather
+    if replicas > 1 and twice and sizes.has(Family.EXPERT):
         text = (
             "Repeated parameter gather: 2 per chunk (Megatron's dense and its expert optimizer "
-            "each gather the whole chunk, unless overlap_param_gather is on)"
+            "each gather the whole chunk; with overlap_param_gather once)"
         )
         yield Cost("DP", "repeats", text)
 

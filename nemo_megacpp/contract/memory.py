@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 from nemo_megacpp.contract.recompute import Activations
 from nemo_megacpp.contract.stages import BuiltChunk, BuiltParameter, BuiltStage
@@ -26,6 +26,8 @@ GRADIENT_BYTES = 4
 
 _PARAMETER_ALIGNMENT = 64
 _BUCKET_ALIGNMENT = 128
+_BUCKET_ELEMENTS = 40_000_000
+_BUCKET_ELEMENTS_PER_REPLICA = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ class Buffer:
         chunk: index of the chunk.
         is_expert: reduced over ``edp`` instead of ``dp-cp``.
         element_size: bytes of a parameter's element.
-        buckets: without the distributed optimizer one, without padding.
+        buckets: padded with the distributed optimizer; several in the first chunk with
+            ``overlap_grad_reduce``.
     """
 
     chunk: int
@@ -154,33 +157,44 @@ def chunk_buffers(job: Job, chunk: BuiltChunk, is_expert: bool) -> list[Buffer]:
     for parameter in reversed(chunk.parameters):
         if parameter.is_expert == is_expert:
             by_size.setdefault(parameter.element_size, []).append(parameter)
-    padded = job.use_distributed_optimizer
     return [
         Buffer(
             chunk.index,
             is_expert,
             element_size,
-            tuple(
-                _bucket(job, is_expert, run)
-                # The distributed optimizer puts a tied embedding into a bucket of its own.
-                for _, run in groupby(parameters, lambda p: padded and p.shared_embedding)
-            ),
+            tuple(_buckets(job, is_expert, parameters, divided=chunk.index == 0)),
         )
         for element_size, parameters in by_size.items()
     ]
 
 
-def _bucket(job: Job, is_expert: bool, parameters: Iterable[BuiltParameter]) -> Bucket:
-    align, unit = 1, 1
+def _buckets(
+    job: Job, is_expert: bool, parameters: Iterable[BuiltParameter], divided: bool
+) -> Iterator[Bucket]:
+    """Yield the buckets of a buffer. ``divided``: Megatron divides only those of the first chunk,
+    and only to reduce them during the backward pass."""
+    align, unit, most = 1, 1, math.inf
     if job.use_distributed_optimizer:
         align = _PARAMETER_ALIGNMENT
         unit = math.lcm(replicas_of(job, is_expert), _BUCKET_ALIGNMENT)
-    end, ranges = 0, []
+    if divided and job.overlap_grad_reduce:
+        most = max(_BUCKET_ELEMENTS, _BUCKET_ELEMENTS_PER_REPLICA * job.layout.data_parallel_size)
+    end = 0
+    ranges: list[tuple[int, int]] = []
     for parameter in parameters:
+        # The distributed optimizer puts a tied embedding into a bucket of its own.
+        alone = job.use_distributed_optimizer and parameter.shared_embedding
+        if alone and ranges:
+            yield Bucket(_round_up(end, unit), tuple(ranges))
+            end, ranges = 0, []
         start = _round_up(end, align)
         end = start + parameter.numel
         ranges.append((start, end))
-    return Bucket(_round_up(end, unit), tuple(ranges))
+        if alone or end >= most:
+            yield Bucket(_round_up(end, unit), tuple(ranges))
+            end, ranges = 0, []
+    if ranges:
+        yield Bucket(_round_up(end, unit), tuple(ranges))
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -122,10 +122,11 @@ def step_collectives(
                 once("all_reduce", buffer.group, gradients, "gradient", f"gradients of {where}")
                 continue
             once("reduce_scatter", buffer.group, gradients, "gradient", f"gradients of {where}")
-            # Each of Megatron's two optimizers, of dense and of expert parameters, gathers the
-            # whole chunk when it is done.
+            # After the step each of Megatron's two optimizers, of dense and of expert parameters,
+            # gathers the whole chunk; in the forward pass it is gathered once.
             size = bucket.numel * buffer.element_size
-            once("all_gather", buffer.group, size, "parameter", where, 1 + has_experts)
+            times = 1 if job.overlap_param_gather else 1 + has_experts
+            once("all_gather", buffer.group, size, "parameter", where, times)
     if layout.sp:
         size = sum(p.numel for p in stage.parameters if p.sequence_parallel) * GRADIENT_BYTES
         what = "gradients of parameters that tp ranks use for their own tokens or heads"

@@ -48,7 +48,8 @@ _TRAINING_OPTIONS = {
 _PROFILE_OPTIONS = ("profile_step_start", "profile_step_end", "profile_ranks")
 _OTHER_TRAINING = frozenset(
     (
-        *("precision", "use_distributed_optimizer", "lr_warmup_init", "lr_wsd_decay_style"),
+        *("precision", "lr_warmup_init", "lr_wsd_decay_style"),
+        *("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"),
         *("tensorboard", "wandb_project", "wandb_name", "use_pytorch_profiler"),
         *_PROFILE_OPTIONS,
     )
@@ -190,4 +191,8 @@ def _training(training: Training) -> list[str]:
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
     if training.use_distributed_optimizer:
         words.append("--use-distributed-optimizer")
+    if training.overlap_grad_reduce:
+        words.append("--overlap-grad-reduce")
+    if training.overlap_param_gather:
+        words.append("--overlap-param-gather")
     return words

@@ -103,18 +103,21 @@ def _data_module(recipe: Recipe) -> run.Config:
 
 
 def _strategy(recipe: Recipe) -> run.Config:
+    training = recipe.training
     ddp = run.Config(
         DistributedDataParallelConfig,
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=True,
-        use_distributed_optimizer=recipe.training.use_distributed_optimizer,
+        use_distributed_optimizer=training.use_distributed_optimizer,
+        overlap_grad_reduce=training.overlap_grad_reduce,
+        overlap_param_gather=training.overlap_param_gather,
     )
     return run.Config(
         HybridStrategy,
-        seed=recipe.training.seed,
+        seed=training.seed,
         **recipe.layout.megatron_fields(),
         pipeline_dtype=dtype_of(recipe),
-        ckpt_async_save=recipe.training.async_save,
+        ckpt_async_save=training.async_save,
         gradient_as_bucket_view=True,
         ddp=ddp,
     )
@@ -140,6 +143,7 @@ def _optimizer(recipe: Recipe) -> run.Config:
         bf16=training.precision == "bf16",
         params_dtype=dtype_of(recipe),
         use_distributed_optimizer=training.use_distributed_optimizer,
+        overlap_param_gather=training.overlap_param_gather,
         **{name: getattr(training, name) for name in same},
     )
     schedule = run.Config(

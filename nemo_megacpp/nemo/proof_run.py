@@ -214,10 +214,10 @@ def _configuration(
     config.optim.config.adam_eps = ADAM_EPS
     if spec.objective == "logits":
         config.model.config.forward_step_fn = linear_form_step
-    if spec.dtype == "float64":
-        _in_float64(config)
     _update(config.trainer.strategy.ddp, spec.ddp)
     _update(config.optim.config, spec.optimizer)
+    if spec.dtype == "float64":
+        _in_float64(config)
     return config
 
 
@@ -228,6 +228,8 @@ def _in_float64(config: run.Partial) -> None:
     config.trainer.strategy.pipeline_dtype = torch.float64
     config.trainer.strategy.ddp.grad_reduce_in_fp32 = False
     config.optim.config.params_dtype = torch.float64
+    for part in (config.trainer.strategy.ddp, config.optim.config):
+        part.use_distributed_optimizer = part.overlap_param_gather = False
 
 
 def _update(config: run.Config, fields: Mapping[str, Any]) -> None:

@@ -183,6 +183,11 @@ SETTINGS: tuple[Varied, ...] = (
     Varied("weight decay", optimizer={"weight_decay": 0.3}, dtype="float32"),
     Varied("tight clipping", optimizer={"clip_grad": 0.1}, dtype="float32"),
     Varied("bias update rate", model={"moe_router_bias_update_rate": 0.1}, dtype="float32"),
+    Varied(  # float64 cases without it have the other value
+        "gradients after the backward pass",
+        ddp={"overlap_grad_reduce": False},
+        apart=("starved experts",),
+    ),
     Varied("gradient overlap", ddp={"overlap_grad_reduce": True}, dtype="float32"),
     Varied("small buckets", ddp={"bucket_size": 2000}, dtype="float32"),
     Varied("distributed optimizer", spec=_SHARDED, dtype="float32"),
@@ -195,6 +200,12 @@ SETTINGS: tuple[Varied, ...] = (
     ),
     # Mixed precision, with the router's own choice of experts.
     Varied("bfloat16 with top-k", dtype="bfloat16"),
+    Varied(
+        "bfloat16 in shards",
+        ddp={"overlap_grad_reduce": True},
+        spec=_SHARDED,
+        dtype="bfloat16",
+    ),
 )
 """What the covering list varies."""
 

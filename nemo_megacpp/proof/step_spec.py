@@ -29,8 +29,10 @@ class StepSpec:
             row over cp, have equally many left.
         documents: lengths of the documents that each row packs; empty for rows of one document.
         starved_experts: experts whose routing bias is set so low that no token reaches them.
-        use_distributed_optimizer: shard the optimizer's state over data-parallel ranks.
-        ddp: further fields of Megatron's ``DistributedDataParallelConfig``.
+        use_distributed_optimizer: shard the optimizer's state over data-parallel ranks; not in
+            float64, which Megatron's distributed optimizer does not accept.
+        ddp: further fields of Megatron's ``DistributedDataParallelConfig``; by default a run's,
+            which overlaps the reduction of gradients.
         optimizer: further fields of Megatron's ``OptimizerConfig``.
     """
 

@@ -76,8 +76,13 @@ class Training:
     """AdamW epsilon."""
     clip_grad: _NotNegative = 1.0
     """Upper bound on the gradient norm; 0: no bound."""
-    use_distributed_optimizer: bool = False
+    use_distributed_optimizer: bool = True
     """Shard the optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = True
+    """Reduce gradients over data-parallel ranks while the backward pass computes others."""
+    overlap_param_gather: bool = False
+    """Gather parameters over data-parallel ranks while the forward pass computes. Needs
+    ``use_distributed_optimizer`` and ``overlap_grad_reduce``."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of parameters and activations."""
 
@@ -173,6 +178,14 @@ class Training:
             yield (
                 f"lr_wsd_decay_steps: {decay} is more than the steps after the warm-up, max_steps="
                 f"{self.max_steps} - warmup_steps={self.warmup_steps}."
+            )
+        needed = ("use_distributed_optimizer", "overlap_grad_reduce")
+        off = [f"{name}=false" for name in needed if not getattr(self, name)]
+        if self.overlap_param_gather and off:
+            yield (
+                f"overlap_param_gather=true with {' and '.join(off)}: Megatron gathers parameters "
+                f"during the forward pass only with use_distributed_optimizer=true and "
+                f"overlap_grad_reduce=true. Leave overlap_param_gather out."
             )
         usual, slow = self.heartbeat_timeout_minutes, self.init_timeout_minutes
         if usual is not None and slow < usual:

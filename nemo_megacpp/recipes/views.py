@@ -51,6 +51,8 @@ def job_of(recipe: Recipe, **hardware: Any) -> Job:
         training.precision,
         training.use_distributed_optimizer,
         name=recipe.name,
+        overlap_grad_reduce=training.overlap_grad_reduce,
+        overlap_param_gather=training.overlap_param_gather,
         **hardware,
     )
 

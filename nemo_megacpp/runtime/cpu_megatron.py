@@ -72,6 +72,16 @@ def _reduce_scatter_uneven(stock: Callable[..., torch.Tensor]) -> Callable[..., 
     return reduce_scatter
 
 
+def _gather_bytes(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron gathers the bfloat16 and the float32 parameters of a later chunk in one coalesced
+    call, and gloo's corrupts tensors of several dtypes. To bytes it does nothing."""
+
+    def gather(output: torch.Tensor, shard: torch.Tensor, **options: Any) -> Any:
+        return stock(output.view(torch.uint8), shard.view(torch.uint8), **options)
+
+    return gather
+
+
 def _init_data_here(stock: Callable[..., None]) -> Callable[..., None]:
     """``ShardedTensor.init_data`` took ``torch.empty`` as its default before the stand-in was put
     in its place, and Megatron's parallel loading asks for tensors on ``"cuda"``."""
@@ -103,6 +113,7 @@ class _QuietAboutOneGenerator(logging.Filter):
 def install() -> None:
     """Install the replacements. Called once, by :func:`nemo_megacpp.runtime.host.ensure_host`."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -111,6 +122,8 @@ def install() -> None:
     sharded_tensor.init_data = _init_data_here(sharded_tensor.init_data)
     tensor: Any = torch.Tensor
     tensor.type = _type_as_on_cuda(tensor.type)
+    buffers: Any = param_and_grad_buffer
+    buffers.dist_all_gather_func = _gather_bytes(buffers.dist_all_gather_func)
     regions: Any = mappings
     regions._gather_along_first_dim = _gather_uneven(regions._gather_along_first_dim)
     regions._reduce_scatter_along_first_dim = _reduce_scatter_uneven(

@@ -203,6 +203,13 @@ def training_violations(
             "calculate_per_token_loss=True gradients are summed, and then divided by the number of "
             "tokens. Legal: False."
         )
+    needed = ("use_distributed_optimizer", "overlap_grad_reduce")
+    if ddp.overlap_param_gather and (off := [n for n in needed if not getattr(ddp, n)]):
+        yield (
+            f"DistributedDataParallelConfig.overlap_param_gather=True with "
+            f"{' and '.join(f'{name}=False' for name in off)}: Megatron gathers parameters during "
+            f"the forward pass only with both {' and '.join(f'{name}=True' for name in needed)}."
+        )
     if optimizer is not None and optimizer.bf16 != model.bf16:
         yield (
             f"OptimizerConfig.bf16={optimizer.bf16}, and the model has bf16={model.bf16}: a "

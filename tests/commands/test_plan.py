@@ -76,7 +76,9 @@ def test_one_family_and_one_stage(capsys: Any) -> None:
 
 def test_json_and_page(capsys: Any, tmp_path: Path) -> None:
     page = tmp_path / "plan.html"
-    code, out, _ = plan(f"nam56r {BIG} --json --html {page}", capsys)
+    code, out, _ = plan(
+        f"nam56r {BIG} --json --html {page} use_distributed_optimizer=false", capsys
+    )
     document = json.loads(out)
     assert (code, document["schema"], document["legal"], document["fits"]) == (0, 1, True, None)
     assert [stage["first_rank"] for stage in document["stages"]] == [0, 256, 512, 768]

@@ -33,17 +33,25 @@ def job_of(model: dict[str, Any], layout: ParallelLayout, **changes: Any) -> Job
     )
 
 
-def recorded(ranks: WorkerPool, job: Job) -> list[Recorded]:
-    """Run one step of a job; return what each rank held and sent."""
-    return ranks.run(job.layout.world, record_step, spec_of(job), job.layout)
+def recorded(ranks: WorkerPool, job: Job, **ddp: Any) -> list[Recorded]:
+    """Run one step of a job; return what each rank held and sent.
+
+    ``ddp`` are further fields of Megatron's ``DistributedDataParallelConfig``.
+    """
+    return ranks.run(job.layout.world, record_step, spec_of(job, **ddp), job.layout)
 
 
-def spec_of(job: Job) -> StepSpec:
+def spec_of(job: Job, **ddp: Any) -> StepSpec:
     """Return a step of a job."""
+    overlap = {
+        "overlap_grad_reduce": job.overlap_grad_reduce,
+        "overlap_param_gather": job.overlap_param_gather,
+    }
     return StepSpec(
         job.model,
         micro_batch_size=job.micro_batch_size,
         global_batch_size=job.global_batch_size,
         dtype="float32" if job.precision == "fp32" else "bfloat16",
         use_distributed_optimizer=job.use_distributed_optimizer,
+        ddp={**overlap, **ddp},
     )

@@ -28,6 +28,7 @@ from tests.record import Recorded
 from tests.selection import slow_if
 
 DISTRIBUTED = {"use_distributed_optimizer": True}
+OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 MANY = {"global_batch_size": 8}
 
 
@@ -93,8 +94,8 @@ def collectives_of(recorded: Recorded) -> Counter[Message]:
     return found
 
 
-def hold(ranks: WorkerPool, job: Job) -> None:
-    runs = recorded(ranks, job)
+def hold(ranks: WorkerPool, job: Job, **ddp: Any) -> None:
+    runs = recorded(ranks, job, **ddp)
     stages: list[BuiltStage] = build_stages(job)
     sizes = Sizes(job)
     for rank, run in enumerate(runs):
@@ -221,3 +222,24 @@ def test_what_is_routed_unevenly_sums_to_the_plan(ranks: WorkerPool) -> None:
 
     assert [exchanged(one) for one in actual] != [exchanged(one) for one in planned]
     assert sum(map(exchanged, actual)) == sum(map(exchanged, planned))
+
+
+@pytest.mark.parametrize(
+    ("layout", "run"),
+    [
+        ("world=2", OVERLAPPED),
+        ("world=2", {"overlap_grad_reduce": True}),
+        pytest.param("ep=2,pp=2,vpp=2", OVERLAPPED, marks=pytest.mark.slow),
+    ],
+)
+def test_buckets_of_overlapped_reduction(
+    ranks: WorkerPool, monkeypatch: pytest.MonkeyPatch, layout: str, run: dict[str, Any]
+) -> None:
+    """The first chunk has several; a parameter of 40 million elements would be slow to test."""
+    monkeypatch.setattr("nemo_megacpp.contract.memory._BUCKET_ELEMENTS", 2000)
+    monkeypatch.setattr("nemo_megacpp.contract.memory._BUCKET_ELEMENTS_PER_REPLICA", 1)
+    job = job_of(tiny_model("AEMR", **BALANCED), ParallelLayout.parse(layout), **run)
+    first, *others = build_stages(job)
+    assert max(len(buffer.buckets) for buffer in stage_buffers(job, first)) > 2
+    assert {len(b.buckets) for stage in others for b in stage_buffers(job, stage)} <= {1}
+    hold(ranks, job, bucket_size=2000)

@@ -28,7 +28,7 @@ def test_choices_and_ranges_are_those_that_are_declared() -> None:
     text = " ".join(settings_help().split())
     assert "(constant, linear, cosine, WSD) [cosine]" in text
     assert "AdamW beta2 (at least 0 and below 1) [0.95]" in text
-    assert "Shard the optimizer state over data-parallel ranks [false]" in text
+    assert "Shard the optimizer state over data-parallel ranks [true]" in text
 
 
 def test_every_name_that_is_listed_is_a_setting() -> None:

@@ -15,6 +15,7 @@ from nemo_megacpp.nemo.resume_demo import MAX_STEPS
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping, resolve
+from nemo_megacpp.recipes.views import job_of
 
 ARTICLES_YAML = """\
 mode: nemo_native
@@ -399,12 +400,30 @@ def test_values_of_a_wrong_type(override: str, message: str) -> None:
         ("lr_warmup_init=0.1", "lr_warmup_init: 0.1 is above lr=0.004, the peak."),
         ("stop_after=161", "stop_after: 161 is past the end of the run, max_steps=160"),
         ("lr=1e-5", "min_lr: 0.0004 is above lr=1e-05"),
+        (
+            "overlap_param_gather=true use_distributed_optimizer=false",
+            "overlap_param_gather=true with use_distributed_optimizer=false: Megatron gathers",
+        ),
+        (
+            "overlap_param_gather=true overlap_grad_reduce=false",
+            "overlap_param_gather=true with overlap_grad_reduce=false: Megatron gathers",
+        ),
         ("adam_beta2=1", "adam_beta2: 1 must be at least 0 and below 1."),
         ("precision=fp8", "precision: 'fp8' is not 'fp32' or 'bf16'."),
     ],
 )
 def test_values_out_of_range(override: str, message: str) -> None:
-    assert message in refused(override)
+    assert message in refused(*override.split())
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_the_plan_has_the_overlaps_of_the_run(on: bool) -> None:
+    names = ("overlap_grad_reduce", "overlap_param_gather")
+    job = job_of(resolve("nam56r_tiny", [f"{name}={str(on).lower()}" for name in names]))
+    assert [getattr(job, name) for name in names] == [on, on]
+    default = job_of(resolve("nam56r"))
+    assert default.use_distributed_optimizer and default.overlap_grad_reduce
+    assert not default.overlap_param_gather
 
 
 def test_everything_that_is_wrong_is_listed_at_once_as_it_was_written() -> None:

@@ -68,7 +68,7 @@ def _moved(one: tuple[str, ...], two: tuple[str, ...], name: str = "nam56r_tiny"
         ((), ("moe_token_dispatcher_type=allgather",), ["kernels"]),
         ((), ("recompute_granularity=selective", "recompute_modules=[moe]"), ["recompute"]),
         ((), ("lr=1e-3",), ["optimizer"]),
-        ((), ("use_distributed_optimizer=true",), ["optimizer"]),
+        ((), ("use_distributed_optimizer=false",), ["optimizer"]),
         ((), ("seed=1",), ["data"]),
         ((), ("data=data/mine",), ["data"]),
         ((), ("resume=runs/x",), ["start"]),

@@ -307,6 +307,12 @@ def test_a_script_without_arguments_is_none(monkeypatch: pytest.MonkeyPatch) -> 
             {},
             r"average_in_collective=True: .* Legal: False\.",
         ),
+        (
+            {},
+            {"overlap_param_gather": True, "overlap_grad_reduce": True},
+            {},
+            r"overlap_param_gather=True with use_distributed_optimizer=False: Megatron gathers",
+        ),
         ({}, {}, {"bf16": True}, r"OptimizerConfig\.bf16=True, and the model has bf16=False"),
     ],
 )
