@@ -41,37 +41,46 @@ class InnerDecays:
         halves: ``[b, c, h, log2 q, q]``: for halves of 1, 2, 4, … tokens, the factors of the tokens
             of second halves (from the middle up to the token), then those of first halves (from
             behind the token to the middle).
+        step: the number of chunks in a block.
     """
 
-    def __init__(self, halves: Tensor):
-        self._halves = halves
+    def __init__(self, halves: Tensor, step: int):
+        batch, count, heads, levels, size = halves.shape
+        self._shape = (batch, heads, levels, size)
+        self._counts = [min(step, count - start) for start in range(0, count, step)]
+        self._like = halves
         self._factors = []
-        for level in range(halves.shape[-2]):
-            second, first = halves[..., level, :].unflatten(-1, (2, -1, 1 << level)).unbind(-3)
-            self._factors.append((second[..., :, None], first[..., None, :]))
+        outer, start = halves.stride()[:3], halves.storage_offset()
+        for half in (1 << level for level in range(levels)):
+            shape = (batch, count, heads, size // (2 * half), half)
+            second = halves.as_strided((*shape, 1), (*outer, half, 1, 1), start)
+            middle = start + size // 2
+            first = halves.as_strided((*shape[:4], 1, half), (*outer, half, 1, 1), middle)
+            start += size
+            self._factors.append((second.split(step, dim=1), first.split(step, dim=1)))
         self._squares: dict[int, tuple[Tensor, Tensor, list[Tensor]]] = {}
 
-    def of(self, block: slice, diagonal: Tensor | None = None) -> Tensor:
+    def of(self, block: int, diagonal: Tensor | None = None) -> Tensor:
         """Return the decays of a block of ``k`` chunks, zero for ``j > i``.
 
         Args:
-            block: the chunks.
+            block: its number.
             diagonal: ``[b, k, h, q]``, put in place of the ones for ``j = i``.
 
         Returns:
             ``[b, k, h, q, q]`` with axes ``i``, ``j``; the next call overwrites it.
         """
-        count = block.stop - block.start
+        count = self._counts[block]
         square, own, quadrants = self._squares.get(count) or self._new_square(count)
         if diagonal is not None:
             own.copy_(diagonal)
         for (second, first), to in zip(self._factors, quadrants, strict=True):
-            torch.mul(second[:, block], first[:, block], out=to)
+            torch.mul(second[block], first[block], out=to)
         return square
 
     def _new_square(self, count: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        batch, _, heads, levels, size = self._halves.shape
-        square = self._halves.new_zeros(batch, count, heads, size, size)
+        batch, heads, levels, size = self._shape
+        square = self._like.new_zeros(batch, count, heads, size, size)
         own = square.diagonal(dim1=-2, dim2=-1).fill_(1)
         quadrants = []
         for half in (1 << level for level in range(levels)):
@@ -100,13 +109,15 @@ def _segments(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.cat(segments, dim=1).to(device=device, dtype=dtype)
 
 
-def segment_decays(log_decay: Tensor) -> SegmentDecays:
-    """Build the decays of every chunk from ``log_decay [b, c, h, q]``."""
+def segment_decays(log_decay: Tensor, step: int) -> SegmentDecays:
+    """Build the decays of every chunk from ``log_decay [b, c, h, q]``, for blocks of ``step``."""
     size = log_decay.shape[-1]
     # A product with zeros and ones adds what lies in a stretch and nothing else, in one operation.
     decays = log_decay @ _segments(size, log_decay.dtype, log_decay.device)
     decays = decays.exp_().unflatten(-1, (-1, size))
-    return SegmentDecays(InnerDecays(decays[..., :-2, :]), decays[..., -2, :], decays[..., -1, :])
+    return SegmentDecays(
+        InnerDecays(decays[..., :-2, :], step), decays[..., -2, :], decays[..., -1, :]
+    )
 
 
 @cache
