@@ -18,9 +18,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from nemo_megacpp.mixers.kernels.segment_decays import log_decay_gradient, segment_decays
 
-# What one array over a block of chunks may take: few enough bytes that a block stays in cache. No sum
-# runs over blocks, so the number of chunks in one has no effect on the result.
-_BLOCK_BYTES = 2**20
+# What one array over a block of chunks may take: few enough bytes that a block stays in cache. No
+# sum runs over blocks, so the number of chunks in one has no effect on the result.
+_BLOCK_BYTES = 2**18
 
 
 class _Inputs(NamedTuple):
