@@ -20,7 +20,7 @@ from nemo_megacpp.mixers.kernels.segment_decays import log_decay_gradient, segme
 
 # What one array over a block of chunks may take: few enough bytes that a block stays in cache. No
 # sum runs over blocks, so the number of chunks in one has no effect on the result.
-_BLOCK_BYTES = 2**18
+_BLOCK_BYTES = 2**19
 
 
 class _Inputs(NamedTuple):

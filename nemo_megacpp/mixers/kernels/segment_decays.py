@@ -102,10 +102,10 @@ class InnerDecays:
         return self._squares[count]
 
 
-def _halves(size: int) -> list[int]:
-    return [
-        half for half in (1 << level for level in range(size.bit_length() - 1)) if half >= _NEAR
-    ]
+@cache
+def _halves(size: int) -> tuple[int, ...]:
+    halves = (1 << level for level in range(size.bit_length() - 1))
+    return tuple(half for half in halves if half >= _NEAR)
 
 
 @cache
