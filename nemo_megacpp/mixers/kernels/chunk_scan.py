@@ -16,15 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from nemo_megacpp.mixers.kernels.segment_decays import (
-    SegmentDecays,
-    log_decay_gradient,
-    segment_decays,
-)
+from nemo_megacpp.mixers.kernels.segment_decays import log_decay_gradient, segment_decays
 
-# What one array over a block of chunks may take: few enough bytes to stay in cache. No sum runs
-# over blocks, so the number of chunks in one has no effect on the result.
-_BLOCK_BYTES = 2**20
+# What one array over a block of chunks may take: few enough bytes that a block stays in cache. No
+# sum runs over blocks, so the number of chunks in one has no effect on the result.
+_BLOCK_BYTES = 2**19
 
 
 class _Inputs(NamedTuple):
@@ -38,53 +34,130 @@ class _Inputs(NamedTuple):
     diagonal: Tensor | None  # [b, c, q, h]
     D: Tensor | None  # [h] or [h, p]
 
-    def blocks(self) -> list[slice]:
-        batch, count, size, heads, rank, dim = self.values.shape
-        row = batch * heads * size * rank * max(dim, size * rank) * self.values.element_size()
-        step = max(1, _BLOCK_BYTES // row)
-        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+class _Row:
+    """Views of all chunks, made once, each cut into blocks of ``step`` chunks.
+
+    Values are seen as ``[b, k, g, e, q, r, p]`` with ``e = h/g`` heads a group.
+    """
+
+    def __init__(self, inputs: _Inputs):
+        batch, count, size, heads, rank, dim = inputs.values.shape
+        groups, state = inputs.keys.shape[3], inputs.keys.shape[5]
+        row = batch * heads * size * rank * max(dim, size * rank) * inputs.values.element_size()
+        self.step = max(1, _BLOCK_BYTES // row)
+        self.sizes = (batch, groups, heads // groups, size, rank, dim, state)
+        self.blocks = [
+            slice(start, min(start + self.step, count)) for start in range(0, count, self.step)
+        ]
+        self.decays = segment_decays(_heads_first(inputs.log_decay).contiguous(), self.step)
+        self.incoming, self.outgoing = (
+            x.view(batch, count, groups, -1, size, 1, 1).split(self.step, dim=1)
+            for x in (self.decays.incoming, self.decays.outgoing)
+        )
+        self.values, self.weight = self.by_head(inputs.values), self.of_token(inputs.weight)
+        self.keys, self.queries = self.by_group(inputs.keys), self.by_group(inputs.queries)
+        self.diagonal = None
+        if inputs.diagonal is not None:
+            self.diagonal = _heads_first(inputs.diagonal).split(self.step, dim=1)
+        # [b, c, g, 1, e, 1] against states [b, c, g, n, e, p].
+        self.total = self.decays.total().view(batch, count, groups, 1, -1, 1)
+        # [g, e, 1, 1, 1 or p] against values.
+        self.D = None if inputs.D is None else inputs.D.view(*self.sizes[1:3], 1, 1, -1)
+
+    def by_head(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``[b, c, q, h, r, p]`` as values."""
+        batch, groups, heads, size, rank, dim, _ = self.sizes
+        x = x.view(batch, -1, size, groups, heads, rank, dim).permute(0, 1, 3, 4, 2, 5, 6)
+        return x.split(self.step, dim=1)
+
+    def of_token(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``[b, c, q, h]`` against values."""
+        batch, groups, heads, size, *_ = self.sizes
+        x = x.view(batch, -1, size, groups, heads, 1, 1).permute(0, 1, 3, 4, 2, 5, 6)
+        return x.split(self.step, dim=1)
+
+    def by_group(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``[b, c, q, g, r, n]`` as ``[b, k, g, q, r, n]``."""
+        return _heads_first(x).split(self.step, dim=1)
 
 
 class _Block:
     """A block of ``k`` chunks as operands of matrix products, ``m = b·k``."""
 
-    def __init__(self, inputs: _Inputs, decays: SegmentDecays, block: slice):
-        self.values = _heads_first(inputs.values[:, block])  # [b, k, h, q, r, p], a view
-        batch, count, heads, size, rank, self.dim = self.values.shape
-        groups = inputs.keys.shape[3]
-        self.shape = (batch, count, groups, heads // groups, size, rank)
+    def __init__(self, row: _Row, index: int):
+        batch, groups, heads, size, rank, dim, state = row.sizes
+        self.values, self.weight = row.values[index], row.weight[index]
+        self.incoming, self.outgoing = row.incoming[index], row.outgoing[index]
+        count = self.values.shape[1]
         self.rows = size * rank
+        self.shape = (batch, count, groups, heads, size, rank)
+        self.grouped = (batch, count, groups, size, rank, heads, dim)
         self.keys, self.queries = (
-            _heads_first(x[:, block]).reshape(-1, self.rows, x.shape[-1])
-            for x in (inputs.keys, inputs.queries)
+            x[index].reshape(-1, self.rows, state) for x in (row.keys, row.queries)
         )  # [m·g, q·r, n]
-        self.incoming, self.outgoing = decays.incoming[:, block], decays.outgoing[:, block]
-        self.weight = inputs.weight[:, block].transpose(2, 3)  # [b, k, h, q], as the two above
-        self.inputs = _product(self.values, self.weight[..., None, None])
-        diagonal = inputs.diagonal
-        if diagonal is not None:
-            diagonal = diagonal[:, block].transpose(2, 3)
-        self.inner = decays.inner.of(block, diagonal)  # [b, k, h, q, q]
+        self.inner = row.decays.inner.of(index, row.diagonal and row.diagonal[index])
         self.scores = self.queries @ self.keys.transpose(1, 2)  # [m·g, q·r, q·r]
+        self.inputs = self.per_head(self.values, self.weight)
+        self.weighted = self.per_group(self.by_head(self.inputs), self.outgoing)
 
-    def per_head(self, x: Tensor) -> Tensor:
-        """``[b, k, h, q, r, ·]`` as matrices ``[m·h, q·r, ·]``."""
-        return x.view(-1, self.rows, x.shape[-1])
+    def per_head(self, x: Tensor, factor: Tensor) -> Tensor:
+        """``x [b, k, g, e, q, r, p] · factor`` as matrices ``[m·h, q·r, p]``."""
+        out = x.new_empty(x.shape)
+        return torch.mul(x, factor, out=out).view(-1, self.rows, x.shape[-1])
 
-    def decayed(self, x: Tensor) -> Tensor:
-        """``x [m·g or m·h, q·r, q·r]`` times the decays inside chunks: ``[m·h, q·r, q·r]``."""
-        batch, count, groups, heads, size, rank = self.shape
-        inner = self.inner.view(batch, count, groups, heads, size, 1, size, 1)
-        full = x.view(batch, count, groups, -1, size, rank, size, rank)
-        return _product(full, inner).view(-1, self.rows, self.rows)
+    def per_group(self, x: Tensor, factor: Tensor) -> Tensor:
+        """``x [b, k, g, e, q, r, p] · factor``, the heads of a group side by side:
+        ``[m·g, q·r, e·p]``."""
+        out = x.new_empty(self.grouped)
+        torch.mul(x, factor, out=out.permute(0, 1, 2, 5, 3, 4, 6))
+        return out.view(-1, self.rows, self.grouped[-2] * self.grouped[-1])
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """Undo :meth:`per_head`; a view."""
+        return x.view(*self.shape, x.shape[-1])
+
+    def from_groups(self, x: Tensor) -> Tensor:
+        """``[m·g, q·r, e·p]`` as ``[b, k, g, e, q, r, p]``, a view."""
+        return x.view(self.grouped).permute(0, 1, 2, 5, 3, 4, 6)
+
+    def over_rows(self, x: Tensor) -> Tensor:
+        """Sum ``[m·g, q·r, e·p]`` over the rows of a token and ``p``: ``[b, k, h, q]``."""
+        batch, count, groups, heads, size, _ = self.shape
+        return (
+            x.view(self.grouped)
+            .sum(dim=(4, 6))
+            .transpose(3, 4)
+            .reshape(batch, count, groups * heads, size)
+        )
+
+    def decayed_scores(self) -> Tensor:
+        """The scores times the decays inside chunks: ``[m·h, q·r, q·r]``."""
+        return self._decayed(self.scores, 1, None)
+
+    def decay(self, x: Tensor) -> None:
+        """Multiply ``x [m·h, q·r, q·r]`` by the decays inside chunks, in place."""
+        self._decayed(x, self.shape[3], x)
+
+    def _decayed(self, x: Tensor, heads: int, out: Tensor | None) -> Tensor:
+        batch, count, groups, all_heads, size, rank = self.shape
+        full = (batch, count, groups, all_heads, size, rank, size, rank)
+        out = x.new_empty(full) if out is None else out.view(full)
+        torch.mul(
+            x.view(batch, count, groups, heads, size, rank, size, rank),
+            self.inner.view(batch, count, groups, all_heads, size, 1, size, 1),
+            out=out,
+        )
+        return out.view(-1, self.rows, self.rows)
 
     def times_scores(self, x: Tensor) -> Tensor:
         """Multiply ``x [m·h, q·r, q·r]`` by the scores in place; ``[b, k, h, q, q]``, summed over
         the rows of a token."""
         batch, count, groups, heads, size, rank = self.shape
-        x.view(-1, heads, self.rows, self.rows).mul_(self.scores[:, None])
-        by_token = x.view(batch, count, groups * heads, size, rank, size, rank)
-        return by_token.sum(dim=(-3, -1)) if rank > 1 else by_token[..., 0, :, 0]
+        x.view(-1, heads, self.rows, self.rows).mul_(self.scores.unsqueeze(1))
+        if rank > 1:
+            x = x.view(-1, size, rank, size, rank).sum(dim=(-3, -1))
+        return x.view(batch, count, groups * heads, size, size)
 
     def on_diagonal(self, x: Tensor) -> Tensor:
         """The product of ``x [m·h, q·r, q·r]`` and scores, summed over the rows of each token with
@@ -100,22 +173,6 @@ class _Block:
         """Sum ``[m·h, q·r, q·r]`` over the heads of each group: ``[m·g, q·r, q·r]``."""
         heads = self.shape[3]
         return x if heads == 1 else x.view(-1, heads, self.rows, self.rows).sum(dim=1)
-
-    def per_group(self, x: Tensor, factor: Tensor) -> Tensor:
-        """``x [b, k, h, q, r, p]`` times ``factor [b, k, h, q]``, the heads of a group side by
-        side: ``[m·g, q·r, h/g·p]``."""
-        groups = self.shape[2:4]
-        product = _product(
-            x.unflatten(2, groups).movedim(3, 5),
-            factor[..., None, None].unflatten(2, groups).movedim(3, 5),
-        )
-        return product.view(-1, self.rows, groups[1] * self.dim)
-
-    def from_groups(self, x: Tensor) -> Tensor:
-        """``[m·g, q·r, h/g·p]`` as ``[b, k, h, q, r, p]``, a view of the memory where it can."""
-        batch, count, groups, heads, size, rank = self.shape
-        by_group = x.view(batch, count, groups, size, rank, heads, self.dim)
-        return by_group.movedim(5, 3).flatten(2, 3)
 
 
 class _ChunkScan(torch.autograd.Function):
@@ -133,29 +190,26 @@ class _ChunkScan(torch.autograd.Function):
         starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         inputs = _Inputs(values, keys, queries, log_decay, weight, diagonal, D)
-        decays = segment_decays(_heads_first(log_decay).contiguous())
+        row = _Row(inputs)
         resets = _resets(starts, values.shape[1])
         y = _empty(values)
-        state = _state_by_group(initial, keys.shape[3])  # [b, g, n, h/g, p]
+        out = row.by_head(y)
+        state = _state_by_group(initial, keys.shape[3])  # [b, g, n, e, p]
         before = state.new_empty(state.shape[0], values.shape[1] + 1, *state.shape[1:])
         before[:, 0] = state  # and the state after the last chunk is the last
-        total = _factor_of_state(decays, keys.shape[3])
-        for block in inputs.blocks():
-            part = _Block(inputs, decays, block)
-            inside = part.decayed(part.scores) @ part.per_head(part.inputs)
-            added = part.keys.transpose(1, 2) @ part.per_group(part.inputs, part.outgoing)
-            added = added.view(before[:, block].shape).unbind(1)
-            for c, more in zip(range(block.start, block.stop), added, strict=True):
+        for index, block in enumerate(row.blocks):
+            part = _Block(row, index)
+            inside = part.by_head(part.decayed_scores() @ part.inputs)
+            added = part.keys.transpose(1, 2) @ part.weighted
+            added = added.view(-1, part.shape[1], *state.shape[1:])
+            for i, c in enumerate(range(block.start, block.stop)):
                 if resets[c] is not None:
                     before[:, c].masked_fill_(resets[c], 0)
-                torch.addcmul(more, before[:, c], total[:, c], out=before[:, c + 1])
+                torch.addcmul(added[:, i], before[:, c], row.total[:, c], out=before[:, c + 1])
             read = part.queries @ before[:, block].reshape(-1, *_matrix(before))
-            out = _heads_first(y[:, block])
-            read = part.from_groups(read)
-            torch.mul(read, part.incoming[..., None, None], out=out)
-            out += inside.view(out.shape)
-            if D is not None:
-                out.addcmul_(part.values, _of_head(D))
+            if row.D is not None:
+                inside.addcmul_(part.values, row.D)
+            torch.addcmul(inside, part.from_groups(read), part.incoming, out=out[index])
         ctx.save_for_backward(*inputs, before, starts)
         return y, _state_by_head(before[:, -1])
 
@@ -164,8 +218,8 @@ class _ChunkScan(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
         *saved, before, starts = ctx.saved_tensors  # type: ignore[attr-defined]
         inputs = _Inputs(*saved)
-        values, keys, D = inputs.values, inputs.keys, inputs.D
-        decays = segment_decays(_heads_first(inputs.log_decay).contiguous())
+        row = _Row(inputs)
+        values, D = inputs.values, inputs.D
         resets = _resets(starts, values.shape[1])
         grads = _Inputs(
             values=_empty(inputs.values),
@@ -177,15 +231,17 @@ class _ChunkScan(torch.autograd.Function):
             # Of each chunk by itself, [b, c, h, p]: no sum runs over blocks.
             D=None if D is None else _empty(values[:, :, 0, :, 0]),
         )
-        state = _state_by_group(grad_final, keys.shape[3])
-        total = _factor_of_state(decays, keys.shape[3])
-        for block in reversed(inputs.blocks()):
-            part = _Block(inputs, decays, block)
-            grad = _heads_first(grad_y[:, block])
-            grad_heads = part.per_head(grad.contiguous())
-            grad_read = part.per_group(grad, part.incoming)  # [m·g, q·r, h/g·p]
-            states = before[:, block].reshape(-1, *_matrix(before))  # [m·g, n, h/g·p]
-            weighted = part.per_group(part.inputs, part.outgoing)
+        grad_values = row.by_head(grads.values)
+        grad_keys, grad_queries = row.by_group(grads.keys), row.by_group(grads.queries)
+        grad_weight, grad_log_decay = _heads_first(grads.weight), _heads_first(grads.log_decay)
+        grad_rows = row.by_head(grad_y)
+        state = _state_by_group(grad_final, inputs.keys.shape[3])
+        for index, block in reversed(list(enumerate(row.blocks))):
+            part = _Block(row, index)
+            grad = grad_rows[index]
+            grad_heads = grad.contiguous().view(-1, part.rows, grad.shape[-1])
+            grad_read = part.per_group(grad, part.incoming)  # [m·g, q·r, e·p]
+            states = before[:, block].reshape(-1, *_matrix(before))  # [m·g, n, e·p]
 
             # The state, from the last chunk to the first.
             grad_before = (part.queries.transpose(1, 2) @ grad_read).view(before[:, block].shape)
@@ -194,44 +250,43 @@ class _ChunkScan(torch.autograd.Function):
             for c in range(block.stop - 1, block.start - 1, -1):
                 i = c - block.start
                 to = grad_added[:, i - 1] if i else state
-                torch.addcmul(grad_before[:, i], grad_added[:, i], total[:, c], out=to)
+                torch.addcmul(grad_before[:, i], grad_added[:, i], row.total[:, c], out=to)
                 if resets[c] is not None:
                     to.masked_fill_(resets[c], 0)
-            grad_total = (grad_added * before[:, block]).sum(dim=(-3, -1)).flatten(2)
-            grad_total *= decays.total()[:, block]
+            torch.mul(grad_added, before[:, block], out=grad_before)
+            grad_total = grad_before.sum(dim=(-3, -1)).flatten(2)
+            grad_total *= row.decays.total()[:, block]
             grad_added = grad_added.view(states.shape)
 
             # Inside chunks: the gradient of scores times decays, and what it gives to both.
-            grad_inputs = part.decayed(part.scores).transpose(1, 2) @ grad_heads
-            grad_inner = grad_heads @ part.per_head(part.inputs).transpose(1, 2)
+            grad_inputs = part.decayed_scores().transpose(1, 2) @ grad_heads
+            grad_inner = grad_heads @ part.inputs.transpose(1, 2)
             if grads.diagonal is not None:
                 _heads_first(grads.diagonal[:, block]).copy_(part.on_diagonal(grad_inner))
-            grad_inner = part.decayed(grad_inner)
+            part.decay(grad_inner)
             grad_scores = part.over_heads(grad_inner)
-            grad_queries = grad_scores @ part.keys
-            grad_queries.baddbmm_(grad_read, states.transpose(1, 2))
-            grad_keys = grad_scores.transpose(1, 2) @ part.queries
-            grad_keys.baddbmm_(weighted, grad_added.transpose(1, 2))
+            of_queries = grad_scores @ part.keys
+            of_queries.baddbmm_(grad_read, states.transpose(1, 2))
+            grad_queries[index].copy_(of_queries.view(grad_queries[index].shape))
+            of_keys = grad_scores.transpose(1, 2) @ part.queries
+            of_keys.baddbmm_(part.weighted, grad_added.transpose(1, 2))
+            grad_keys[index].copy_(of_keys.view(grad_keys[index].shape))
             grad_log_inner = part.times_scores(grad_inner)  # overwrites the scores' gradient
-            for name, x in (("queries", grad_queries), ("keys", grad_keys)):
-                to = _heads_first(getattr(grads, name)[:, block])
-                to.copy_(x.view(to.shape))
 
-            read = part.from_groups(part.queries @ states).mul_(grad)
-            grad_incoming = read.sum(dim=(-2, -1)).mul_(part.incoming)
-            later = _product(
-                part.from_groups(part.keys @ grad_added), part.outgoing[..., None, None]
-            )
-            grad_outgoing = (later * part.values).sum(dim=(-2, -1)).mul_(part.weight)
-            later += grad_inputs.view(later.shape)
-            to = _heads_first(grads.values[:, block])
-            torch.mul(later, part.weight[..., None, None], out=to)
-            if D is not None and grads.D is not None:
-                to.addcmul_(grad, _of_head(D))
-                grads.D[:, block] = (grad * part.values).sum(dim=(3, 4))
-            _heads_first(grads.weight[:, block]).copy_(later.mul_(part.values).sum(dim=(-2, -1)))
-            _heads_first(grads.log_decay[:, block]).copy_(
-                log_decay_gradient(grad_log_inner, grad_incoming, grad_outgoing, grad_total)
+            grad_incoming = part.over_rows(grad_read.mul_(part.queries @ states))
+            later = part.keys @ grad_added
+            grad_outgoing = part.over_rows(part.weighted.mul_(later))
+            of_inputs = part.by_head(grad_inputs)
+            of_inputs.addcmul_(part.from_groups(later), part.outgoing)
+            to = grad_values[index]
+            torch.mul(of_inputs, part.weight, out=to)
+            if row.D is not None and grads.D is not None:
+                to.addcmul_(grad, row.D)
+                grads.D[:, block] = (grad * part.values).sum(dim=(4, 5)).flatten(2, 3)
+            of_weight = of_inputs.mul_(part.values).sum(dim=(-2, -1))
+            grad_weight[:, block] = of_weight.flatten(2, 3)
+            grad_log_decay[:, block] = log_decay_gradient(
+                grad_log_inner, grad_incoming, grad_outgoing, grad_total
             )
         if grads.D is not None and D is not None:
             grad_D = grads.D.sum(dim=(0, 1))
@@ -248,16 +303,6 @@ def _empty(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """``x · y`` in contiguous memory, whatever the order of theirs."""
-    return torch.mul(x, y, out=x.new_empty(torch.broadcast_shapes(x.shape, y.shape)))
-
-
-def _of_head(D: Tensor) -> Tensor:
-    """``[h]`` or ``[h, p]`` against ``[b, k, h, q, r, p]``."""
-    return (D if D.dim() == 2 else D[:, None])[:, None, None]
-
-
 def _state_by_group(state: Tensor, groups: int) -> Tensor:
     """``[b, h, p, n]`` as ``[b, g, n, h/g, p]``, for products of all heads of a group at once."""
     return state.unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3).contiguous()
@@ -265,11 +310,6 @@ def _state_by_group(state: Tensor, groups: int) -> Tensor:
 
 def _state_by_head(state: Tensor) -> Tensor:
     return state.permute(0, 1, 3, 4, 2).flatten(1, 2)
-
-
-def _factor_of_state(decays: SegmentDecays, groups: int) -> Tensor:
-    """The decay over each chunk, ``[b, c, g, 1, h/g, 1]``."""
-    return decays.total().unflatten(2, (groups, 1, -1))[..., None]
 
 
 def _matrix(states: Tensor) -> tuple[int, int]:

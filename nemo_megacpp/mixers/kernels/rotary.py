@@ -14,6 +14,9 @@ from nemo_megacpp.mixer_settings import Pairs
 PAIRS = ("interleaved", "halves")
 TWO_PI = 2 * math.pi
 
+# What the part of one array that is worked on at a time may take.
+_BLOCK_BYTES = 2**19
+
 
 def check_pairs(pairs: str, state_dim: int, num_angles: int) -> None:
     """Raise :class:`UserError` unless ``num_angles`` pairs of this kind fit into ``state_dim``."""
@@ -66,7 +69,11 @@ def accumulated_angles(rate: Tensor, dt: Tensor, initial: Tensor, starts: Tensor
 
 
 class _RotateWithBias(torch.autograd.Function):
-    """See :func:`rotate_with_bias`. Saved are the results, which the scan saves as well."""
+    """See :func:`rotate_with_bias`. Saved are the results, which the scan saves as well.
+
+    Worked off a few chunks at a time, which stay in cache; the cost of a token does not grow with
+    the length. No sum runs over chunks before the last line.
+    """
 
     @staticmethod
     def forward(
@@ -74,31 +81,48 @@ class _RotateWithBias(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         cos, sin = (y[..., None, :] for y in (angle.cos(), angle.sin()))
         groups = B.shape[3]
-        keys, queries = (
-            (x[..., None, :, :] + bias.unflatten(0, (groups, -1))).flatten(3, 4)
-            for x, bias in ((B, B_bias), (C, C_bias))
-        )
-        for x in (keys, queries):
-            _turn(*_pairs(x, cos), cos, sin)
-        ctx.save_for_backward(keys, queries, cos, sin)
+        heads = B_bias.shape[0]
+        turned = []
+        for x, bias in ((B, B_bias), (C, C_bias)):
+            by_group = bias.unflatten(0, (groups, -1))
+            out = x.new_empty(*x.shape[:3], heads, *x.shape[4:])
+            for block in _blocks(out):
+                to = out[:, block]
+                torch.add(x[:, block, :, :, None], by_group, out=to.unflatten(3, (groups, -1)))
+                part_cos, part_sin = cos[:, block], sin[:, block]
+                _turn(*_pairs(to, part_cos), part_cos, part_sin)
+            turned.append(out)
+        ctx.save_for_backward(*turned, cos, sin)
         ctx.groups = groups  # type: ignore[attr-defined]
-        return keys, queries
+        return turned[0], turned[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
         *turned, cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
+        groups: int = ctx.groups  # type: ignore[attr-defined]
         grad_angle = torch.zeros_like(cos[..., 0, :])
         projected, biases = [], []
         for x, grad in zip(turned, grads, strict=True):
-            (a, b), (grad_a, grad_b) = _pairs(x, cos), _pairs(grad, cos)
-            grad_angle += (grad_b * a).sub_(grad_a * b).sum(dim=-2)
-            back = grad.clone(memory_format=torch.contiguous_format)
-            _turn(*_pairs(back, cos), cos, -sin)
-            by_group = back.unflatten(3, (ctx.groups, -1))  # type: ignore[attr-defined]
-            projected.append(by_group.sum(dim=4))
-            biases.append(back.sum(dim=(0, 1, 2)))
+            of_group = x.new_empty(*x.shape[:3], groups, *x.shape[4:])
+            of_bias = x.new_empty(*x.shape[:2], *x.shape[3:])
+            for block in _blocks(x):
+                part_cos, part_sin = cos[:, block], sin[:, block]
+                (a, b), (grad_a, grad_b) = (_pairs(y[:, block], part_cos) for y in (x, grad))
+                grad_angle[:, block] += (grad_b * a).sub_(grad_a * b).sum(dim=-2)
+                back = grad[:, block].clone(memory_format=torch.contiguous_format)
+                _turn(*_pairs(back, part_cos), part_cos, -part_sin)
+                torch.sum(back.unflatten(3, (groups, -1)), dim=4, out=of_group[:, block])
+                torch.sum(back, dim=2, out=of_bias[:, block])
+            projected.append(of_group)
+            biases.append(of_bias.sum(dim=(0, 1)))
         return *projected, *biases, grad_angle
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    count = x.shape[1]
+    step = max(1, _BLOCK_BYTES * count // (x.numel() * x.element_size()))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _pairs(x: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:

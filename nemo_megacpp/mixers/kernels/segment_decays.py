@@ -4,7 +4,7 @@ The logarithm of a decay over tokens ``j+1 … i`` is the sum of theirs. As a di
 from the chunk's start it would lose the digits that one large term takes, and so would its
 gradient. Here a stretch is halved at the largest power of two between its ends: what lies left of
 it is a sum up to it, what lies right a sum from it, so the decay is the product of two factors, one
-of ``i`` and one of ``j``.
+of ``i`` and one of ``j``. Between tokens of the same eight, the sum is written out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_NEAR = 8  # tokens in the smallest stretch; smaller halves cost more operations than they save
 
 
 class SegmentDecays(NamedTuple):
@@ -38,59 +40,82 @@ class InnerDecays:
     """The decay from token ``j`` to token ``i`` of a chunk, built a few chunks at a time.
 
     Args:
-        halves: ``[b, c, h, log2 q, q]``: for halves of 1, 2, 4, … tokens, the factors of the tokens
-            of second halves (from the middle up to the token), then those of first halves (from
+        near: ``[b, c, h, q/s, s, s]``, the decays between tokens of the same ``s``; overwritten.
+        halves: ``[b, c, h, ·, q]``: for halves of s, 2s, 4s, … tokens, the factors of the tokens of
+            second halves (from the middle up to the token), then those of first halves (from
             behind the token to the middle).
+        step: the number of chunks in a block.
     """
 
-    def __init__(self, halves: Tensor):
-        self._halves = halves
+    def __init__(self, near: Tensor, halves: Tensor, step: int):
+        batch, count, heads, _, size = halves.shape
+        self._near = near.tril_().split(step, dim=1)
+        self._size = size
         self._factors = []
-        for level in range(halves.shape[-2]):
-            second, first = halves[..., level, :].unflatten(-1, (2, -1, 1 << level)).unbind(-3)
-            self._factors.append((second[..., :, None], first[..., None, :]))
-        self._squares: dict[int, tuple[Tensor, Tensor, list[Tensor]]] = {}
+        outer, start = halves.stride()[:3], halves.storage_offset()
+        for half in _halves(size):
+            shape = (batch, count, heads, size // (2 * half), half)
+            second = halves.as_strided((*shape, 1), (*outer, half, 1, 1), start)
+            middle = start + size // 2
+            first = halves.as_strided((*shape[:4], 1, half), (*outer, half, 1, 1), middle)
+            start += size
+            self._factors.append((second.split(step, dim=1), first.split(step, dim=1)))
+        self._squares: dict[int, tuple[Tensor, Tensor, Tensor, list[Tensor]]] = {}
 
-    def of(self, block: slice, diagonal: Tensor | None = None) -> Tensor:
+    def of(self, block: int, diagonal: Tensor | None = None) -> Tensor:
         """Return the decays of a block of ``k`` chunks, zero for ``j > i``.
 
         Args:
-            block: the chunks.
+            block: its number.
             diagonal: ``[b, k, h, q]``, put in place of the ones for ``j = i``.
 
         Returns:
             ``[b, k, h, q, q]`` with axes ``i``, ``j``; the next call overwrites it.
         """
-        count = block.stop - block.start
-        square, own, quadrants = self._squares.get(count) or self._new_square(count)
+        near = self._near[block]
+        square, own, diagonal_squares, quadrants = self._square(near)
+        diagonal_squares.copy_(near)
         if diagonal is not None:
             own.copy_(diagonal)
         for (second, first), to in zip(self._factors, quadrants, strict=True):
-            torch.mul(second[:, block], first[:, block], out=to)
+            torch.mul(second[block], first[block], out=to)
         return square
 
-    def _new_square(self, count: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        batch, _, heads, levels, size = self._halves.shape
-        square = self._halves.new_zeros(batch, count, heads, size, size)
-        own = square.diagonal(dim1=-2, dim2=-1).fill_(1)
-        quadrants = []
-        for half in (1 << level for level in range(levels)):
-            # Second half by first half of each stretch of 2·half tokens.
-            shape = (batch, count, heads, size // (2 * half), half, half)
-            strides = (*square.stride()[:3], 2 * half * (size + 1), size, 1)
-            quadrants.append(square.as_strided(shape, strides, half * size))
-        self._squares[count] = (square, own, quadrants)
+    def _square(self, near: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        count, size = near.shape[1], self._size
+        if count not in self._squares:
+            square = near.new_zeros(*near.shape[:3], size, size)
+            outer = square.stride()[:3]
+
+            def along(half: int, step: int, offset: int) -> Tensor:
+                shape = (*near.shape[:3], size // step, half, half)
+                return square.as_strided(shape, (*outer, step * (size + 1), size, 1), offset)
+
+            side = near.shape[-1]
+            self._squares[count] = (
+                square,
+                square.diagonal(dim1=-2, dim2=-1),
+                along(side, side, 0),
+                # Second half by first half of each stretch of 2·half tokens.
+                [along(half, 2 * half, half * size) for half in _halves(size)],
+            )
         return self._squares[count]
 
 
 @cache
+def _halves(size: int) -> tuple[int, ...]:
+    halves = (1 << level for level in range(size.bit_length() - 1))
+    return tuple(half for half in halves if half >= _NEAR)
+
+
+@cache
 def _segments(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Which tokens each decay sums over, ``[q, (log2 q + 2)·q]`` of zeros and ones: level after
-    level as in :class:`InnerDecays`, then from the chunk's start, then to its end."""
+    """Which tokens each decay sums over, ``[q, ·]`` of zeros and ones: level after level as in
+    :class:`InnerDecays`, then from the chunk's start, then to its end."""
     token = torch.arange(size)
     row = token[:, None]  # the token that is summed
     segments = []
-    for half in (1 << level for level in range(size.bit_length() - 1)):
+    for half in _halves(size):
         # Of every token, whether it lies in a second half; second halves first, then first halves.
         later = (token // half) % 2 == 1
         up_to = (row // half == token // half) & (row <= token)
@@ -100,13 +125,25 @@ def _segments(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.cat(segments, dim=1).to(device=device, dtype=dtype)
 
 
-def segment_decays(log_decay: Tensor) -> SegmentDecays:
-    """Build the decays of every chunk from ``log_decay [b, c, h, q]``."""
+@cache
+def _near_segments(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Which of ``s`` tokens lie behind ``j`` and up to ``i``: ``[s, s·s]``, columns ``i, j``."""
+    token = torch.arange(size)
+    summed, i, j = token[:, None, None], token[:, None], token
+    return ((j < summed) & (summed <= i)).flatten(1).to(device=device, dtype=dtype)
+
+
+def segment_decays(log_decay: Tensor, step: int) -> SegmentDecays:
+    """Build the decays of every chunk from ``log_decay [b, c, h, q]``, for blocks of ``step``."""
     size = log_decay.shape[-1]
+    side = min(size, _NEAR)
+    kind = log_decay.dtype, log_decay.device
     # A product with zeros and ones adds what lies in a stretch and nothing else, in one operation.
-    decays = log_decay @ _segments(size, log_decay.dtype, log_decay.device)
-    decays = decays.exp_().unflatten(-1, (-1, size))
-    return SegmentDecays(InnerDecays(decays[..., :-2, :]), decays[..., -2, :], decays[..., -1, :])
+    near = (log_decay.view(-1, side) @ _near_segments(side, *kind)).exp_()
+    near = near.view(*log_decay.shape[:3], -1, side, side)
+    decays = (log_decay @ _segments(size, *kind)).exp_().unflatten(-1, (-1, size))
+    inner = InnerDecays(near, decays[..., :-2, :], step)
+    return SegmentDecays(inner, decays[..., -2, :], decays[..., -1, :])
 
 
 @cache
