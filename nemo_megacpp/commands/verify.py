@@ -87,7 +87,7 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
         "use_distributed_optimizer": recipe.training.use_distributed_optimizer,
         "ddp": {
             "overlap_grad_reduce": recipe.training.overlap_grad_reduce,
-            "overlap_param_gather": recipe.training.overlap_param_gather,
+            "overlap_param_gather": recipe.training.gathers_in_forward,
         },
     }
     say = lambda line: console.print(f"  {line}")  # noqa: E731

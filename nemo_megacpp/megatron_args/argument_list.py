@@ -193,6 +193,6 @@ def _training(training: Training) -> list[str]:
         words.append("--use-distributed-optimizer")
     if training.overlap_grad_reduce:
         words.append("--overlap-grad-reduce")
-    if training.overlap_param_gather:
+    if training.gathers_in_forward:
         words.append("--overlap-param-gather")
     return words

@@ -110,7 +110,7 @@ def _strategy(recipe: Recipe) -> run.Config:
         check_for_nan_in_grad=True,
         use_distributed_optimizer=training.use_distributed_optimizer,
         overlap_grad_reduce=training.overlap_grad_reduce,
-        overlap_param_gather=training.overlap_param_gather,
+        overlap_param_gather=training.gathers_in_forward,
     )
     return run.Config(
         HybridStrategy,
@@ -143,7 +143,7 @@ def _optimizer(recipe: Recipe) -> run.Config:
         bf16=training.precision == "bf16",
         params_dtype=dtype_of(recipe),
         use_distributed_optimizer=training.use_distributed_optimizer,
-        overlap_param_gather=training.overlap_param_gather,
+        overlap_param_gather=training.gathers_in_forward,
         **{name: getattr(training, name) for name in same},
     )
     schedule = run.Config(

@@ -202,7 +202,7 @@ SETTINGS: tuple[Varied, ...] = (
     Varied("bfloat16 with top-k", dtype="bfloat16"),
     Varied(
         "bfloat16 in shards",
-        ddp={"overlap_grad_reduce": True},
+        ddp={"overlap_param_gather": True, "overlap_grad_reduce": True},
         spec=_SHARDED,
         dtype="bfloat16",
     ),

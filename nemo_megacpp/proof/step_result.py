@@ -118,12 +118,12 @@ def _gather_shards(buffer: Any) -> None:
 
 
 def gather_parameters(chunks: Sequence[torch.nn.Module]) -> GlobalValues | None:
-    """Gather every saved tensor to rank 0: of a bfloat16 parameter the float32 copy, where this
-    rank has all of it."""
+    """Gather every saved tensor to rank 0: of a bfloat16 parameter the float32 copy, unless the
+    distributed optimizer has divided it, which would leave some parameters without."""
 
     def value_of(tensor: torch.Tensor) -> torch.Tensor:
         copy = getattr(tensor, "main_param", None)
-        whole = copy is not None and copy.shape == tensor.shape
-        return copy if whole else tensor  # type: ignore[return-value]
+        divided = getattr(tensor, "main_param_sharded", False)
+        return tensor if copy is None or divided else copy
 
     return gather_values(chunks, value_of)

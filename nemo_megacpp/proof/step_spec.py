@@ -32,7 +32,7 @@ class StepSpec:
         use_distributed_optimizer: shard the optimizer's state over data-parallel ranks; not in
             float64, which Megatron's distributed optimizer does not accept.
         ddp: further fields of Megatron's ``DistributedDataParallelConfig``; by default a run's,
-            which overlaps the reduction of gradients.
+            which overlaps the reduction of gradients and the gather of parameters.
         optimizer: further fields of Megatron's ``OptimizerConfig``.
     """
 

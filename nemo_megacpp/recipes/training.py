@@ -80,9 +80,9 @@ class Training:
     """Shard the optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = True
     """Reduce gradients over data-parallel ranks while the backward pass computes others."""
-    overlap_param_gather: bool = False
-    """Gather parameters over data-parallel ranks while the forward pass computes. Needs
-    ``use_distributed_optimizer`` and ``overlap_grad_reduce``."""
+    overlap_param_gather: bool | None = None
+    """Gather parameters over data-parallel ranks while the forward pass computes; null: with
+    ``use_distributed_optimizer`` and ``overlap_grad_reduce``, without which it is illegal."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of parameters and activations."""
 
@@ -138,6 +138,12 @@ class Training:
         """Learning rate of the first step of a warm-up: above 0 by default, as in NeMo."""
         default = self.lr / (self.warmup_steps + 1)
         return default if self.lr_warmup_init is None else self.lr_warmup_init
+
+    @property
+    def gathers_in_forward(self) -> bool:
+        """``overlap_param_gather``, or its default."""
+        default = self.use_distributed_optimizer and self.overlap_grad_reduce
+        return default if self.overlap_param_gather is None else self.overlap_param_gather
 
     @model_validator(mode="after")
     def _validate_relations(self) -> Training:

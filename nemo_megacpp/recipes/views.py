@@ -52,7 +52,7 @@ def job_of(recipe: Recipe, **hardware: Any) -> Job:
         training.use_distributed_optimizer,
         name=recipe.name,
         overlap_grad_reduce=training.overlap_grad_reduce,
-        overlap_param_gather=training.overlap_param_gather,
+        overlap_param_gather=training.gathers_in_forward,
         **hardware,
     )
 

@@ -185,12 +185,11 @@ def test_data_and_training(small_data: PreparedData) -> None:
     )
     assert args.padded_vocab_size == "384", "300 tokens, in multiples of 128 whatever TP is"
     assert (args.exit_interval, args.bf16, args.use_distributed_optimizer) == ("7", True, True)
-    assert args.overlap_grad_reduce and not args.overlap_param_gather
-    assert _parse(_words("nam56r_tiny", "overlap_param_gather=true")).overlap_param_gather
+    assert args.overlap_grad_reduce and args.overlap_param_gather
     assert not args.mock_data and args.load is None
     plain = _parse(_words("nam56r_tiny", "use_distributed_optimizer=false"))
     assert plain.overlap_grad_reduce
-    assert not plain.use_distributed_optimizer
+    assert not plain.use_distributed_optimizer and not plain.overlap_param_gather
     mock = _parse(_words("nam56r_tiny", "resume=auto", "tensorboard=false", "wandb_project=us"))
     assert (mock.load, mock.tensorboard_dir) == (mock.save, None)
     assert (mock.wandb_project, mock.wandb_exp_name) == ("us", "there")

@@ -416,14 +416,21 @@ def test_values_out_of_range(override: str, message: str) -> None:
     assert message in refused(*override.split())
 
 
-@pytest.mark.parametrize("on", [False, True])
-def test_the_plan_has_the_overlaps_of_the_run(on: bool) -> None:
-    names = ("overlap_grad_reduce", "overlap_param_gather")
-    job = job_of(resolve("nam56r_tiny", [f"{name}={str(on).lower()}" for name in names]))
-    assert [getattr(job, name) for name in names] == [on, on]
-    default = job_of(resolve("nam56r"))
-    assert default.use_distributed_optimizer and default.overlap_grad_reduce
-    assert not default.overlap_param_gather
+@pytest.mark.parametrize(
+    ("overrides", "gathers"),
+    [
+        ((), True),
+        (("overlap_param_gather=false",), False),
+        (("use_distributed_optimizer=false",), False),
+        (("overlap_grad_reduce=false",), False),
+    ],
+)
+def test_parameters_are_gathered_in_the_forward_pass_where_that_is_legal(
+    overrides: tuple[str, ...], gathers: bool
+) -> None:
+    recipe = resolve("nam56r_tiny", overrides)
+    assert recipe.training.gathers_in_forward is gathers
+    assert job_of(recipe).overlap_param_gather is gathers
 
 
 def test_everything_that_is_wrong_is_listed_at_once_as_it_was_written() -> None:
