@@ -229,7 +229,7 @@ def test_the_plan_stands_beside_the_memory_that_the_model_added(run_dir: Path) -
     )
     text = write_page(read_run(run_dir)).read_text()
     for row in (
-        "<th>planned</th><td>218 MB</td>",
+        "<th>planned</th><td>136 MB</td>",
         "<th>measured peak</th><td>1.30 GB</td>",
         "<th>before the model was built</th><td>1.05 GB</td>",
         "<th>added by model, optimizer and training</th><td>250 MB</td>",
