@@ -30,7 +30,7 @@ COMMANDS = {
 ALONE = ("verify", "nemo", "megatron", "containers", "extending")
 """Pages whose commands use nothing that those of another page have made."""
 SLOW = (
-    *("first-run-2", "layouts-5", "checkpoints-2", "checkpoints-4"),
+    *("first-run-2", "layouts-6", "checkpoints-2", "checkpoints-4"),
     *("verify-0", "extending-0", "nemo-0", "nemo-2", "nemo-3"),
 )
 """Commands that import NeMo or start ranks and do what tests with the pool do in less time,
