@@ -121,7 +121,7 @@ def test_a_family_without_formulas_is_not_priced_by_guess(tmp_path: Path) -> Non
     module.write_text(
         "from nemo_megacpp.families import BlockFamily, register\n"
         "def spec(backend, settings): ...\n"
-        "register(BlockFamily('Q', spec))\n"
+        "register(BlockFamily('Y', spec))\n"
     )
-    with pytest.raises(UserError, match="Q blocks, whose family declares neither collectives nor"):
-        Job(tiny_model("AQ", family_modules=[str(module)]))
+    with pytest.raises(UserError, match="Y blocks, whose family declares neither collectives nor"):
+        Job(tiny_model("AY", family_modules=[str(module)]))
