@@ -243,6 +243,9 @@ def _become(request: dict[str, Any], then: Callable[..., Any] | None, given: Any
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
             if isinstance(ended.code, str):
                 print(ended.code, file=sys.stderr)
+        # The command has ended: what follows is the campaign's.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         if code == 0 and then is not None:
             (place / _RESULT).write_text(json.dumps(then(*given)))
     except UserError as error:
