@@ -275,7 +275,10 @@ def scan_checkpoint(weights: Path, share: int = 0, of: int = 1) -> int:
     ][share::of]
     files = sorted(weights.rglob("*.pt"))
     for path in files:
-        if any(EXTRA_STATE in key for key in _keys(read_torch_file(path))):
+        held = read_torch_file(path)
+        if path.name == COMMON and not isinstance(held, dict):
+            raise UserError(f"{path} is damaged: it holds a {type(held).__name__}, not a mapping.")
+        if any(EXTRA_STATE in key for key in _keys(held)):
             raise UserError(f"{path} is refused: {EXTRA_STATE} does not belong in this file.")
     for name, place in places:
         file, what = weights / place.relative_path, f"{weights / place.relative_path} ({name})"

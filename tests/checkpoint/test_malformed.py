@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import randoms
 
@@ -204,6 +205,14 @@ def test_metadata_that_does_not_agree(case: str, own_weights: Path) -> None:
     change, message = INCONSISTENT[case]
     change_metadata(own_weights, change)
     assert message in outcome(lambda: scan_checkpoint(own_weights))
+
+
+@pytest.mark.parametrize("held", ["a text", True, [1, 2]])
+def test_common_state_is_a_mapping(own_weights: Path, held: object) -> None:
+    """Megatron would merge it with the sharded state, and end in a traceback."""
+    torch.save(held, own_weights / "common.pt")
+    with pytest.raises(UserError, match=r"common\.pt is damaged: it holds a .*, not a mapping"):
+        scan_checkpoint(own_weights)
 
 
 @pytest.mark.parametrize("name", ["weights/common.pt", "weights/.metadata", IDENTITY, MANIFEST])
