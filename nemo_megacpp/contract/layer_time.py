@@ -19,6 +19,7 @@ from nemo_megacpp.contract.memory import GRADIENT_BYTES
 from nemo_megacpp.contract.recompute import saved_activations
 from nemo_megacpp.contract.stages import BuiltParameter
 from nemo_megacpp.families import block_of
+from nemo_megacpp.formulas.recompute import MIXER_MODULES
 from nemo_megacpp.formulas.saved import total
 from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.pattern import Family
@@ -36,13 +37,6 @@ _PERMUTED = 4
 """Permutations of the token copies in a pass of E: before and after both exchanges."""
 _ATTENTION_BACKWARD = 2.5
 """Flash attention's operations of the backward pass over those of the forward pass."""
-_ONCE_MORE = {
-    Family.ATTENTION.value: "core_attn",
-    Family.MAMBA.value: "mamba",
-    Family.EXPERT.value: "moe",
-    Family.RECURRENT.value: "m2rnn",
-}
-"""The module of ``recompute_modules`` that computes what a family's layer adds."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +82,10 @@ class LayerTimes:
         moved = self._elementwise(sizes, place)
         forward = matrices[0] + mixed[0] + moved[0]
         again = 0.0
-        if len(place) == 1 and sizes.recomputes(_ONCE_MORE.get(place, "")):
-            again = mixed[0] if place == Family.ATTENTION.value else forward
+        if sizes.recomputes(MIXER_MODULES.get(place, "")):
+            again = forward
+        elif place == Family.ATTENTION.value and sizes.recomputes("core_attn"):
+            again = mixed[0]
         elif place == Family.EXPERT.value and sizes.recomputes("shared_experts"):
             shared = [p for p in parameters if ".shared_experts." in p.name]
             again = self._matrices(sizes, place, shared)[0]

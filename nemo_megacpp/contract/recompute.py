@@ -16,13 +16,10 @@ from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.contract.stages import BuiltChunk, BuiltParameter
 from nemo_megacpp.contract.work import work_of
 from nemo_megacpp.families import block_of
-from nemo_megacpp.formulas.recompute import recompute_units
+from nemo_megacpp.formulas.recompute import MIXER_MODULES, recompute_units
 from nemo_megacpp.formulas.saved import Saved, norm, total
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.pattern import Family
-
-_WHOLE_MIXERS = {"E": "moe", "M": "mamba", "R": "m2rnn"}
-"""The module that holds all matrices of a layer."""
 
 
 def saved_activations(sizes: Sizes, place: str) -> list[Saved]:
@@ -181,7 +178,7 @@ def recomputed_share(config: HybridConfig, chunks: Sequence[BuiltChunk]) -> floa
 def _of_modules(sizes: Sizes, layer: str, work: int) -> int:
     """Return the operations of the modules of a layer that are recomputed. Those of norms and
     activation functions are not counted, as in all work."""
-    if sizes.recomputes(_WHOLE_MIXERS.get(layer, "")):
+    if sizes.recomputes(MIXER_MODULES.get(layer, "")):
         return work
     if layer == "A" and sizes.recomputes("core_attn"):
         mixing = block_of(Family.ATTENTION).mixing

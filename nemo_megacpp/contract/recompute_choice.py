@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_megacpp.contract.layout_search import Search
+from nemo_megacpp.formulas.recompute import MIXER_MODULES
 from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.pattern import Family
 
@@ -16,15 +17,15 @@ SETTINGS = (
     "recompute_method",
     "recompute_num_layers",
 )
-_MIXERS = {Family.MAMBA: "mamba", Family.RECURRENT: "m2rnn"}
 
 
 def recompute_forms(job: Job) -> list[dict[str, Any]]:
     """Return the forms of recompute to try, as fields of the model, in the order of what they
     compute again: the mixers of M and R, E as well, and all layers, one at a time."""
     present = set(job.config().pattern.families)
-    mixers = [module for family, module in _MIXERS.items() if family in present]
-    lists = [mixers, [*mixers, "moe"]] if Family.EXPERT in present else [mixers]
+    mixers = [MIXER_MODULES[f.value] for f in (Family.MAMBA, Family.RECURRENT) if f in present]
+    experts = MIXER_MODULES[Family.EXPERT.value]
+    lists = [mixers, [*mixers, experts]] if Family.EXPERT in present else [mixers]
     selective = [
         {"recompute_granularity": "selective", "recompute_modules": modules}
         for modules in lists

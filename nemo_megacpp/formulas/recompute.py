@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
+MIXER_MODULES = {"E": "moe", "M": "mamba", "R": "m2rnn"}
+"""The module of ``recompute_modules`` that holds all matrices of a family's layer."""
+
 
 def recompute_units(config: TransformerConfig, layers: int) -> list[range]:
     """Return the runs of layers of a chunk that are recomputed together, in order.
