@@ -8,7 +8,7 @@ import pytest
 from megatron.core import parallel_state
 
 from nemo_megacpp.contract.memory import peak_of_schedule
-from nemo_megacpp.contract.recompute import Activations, recomputed_share
+from nemo_megacpp.contract.recompute import Activations, recomputed_share, repeated_operations
 from nemo_megacpp.contract.stages import build_stages
 from nemo_megacpp.formulas.recompute import recompute_units
 from nemo_megacpp.formulas.sizes import Job, Sizes
@@ -104,3 +104,12 @@ def test_operations_done_again(form: dict[str, Any], least: float, most: float) 
     job = Job(tiny_model("AEMR", **form))
     (stage,) = build_stages(job)
     assert least <= recomputed_share(job.config(), stage.chunks) <= most
+
+
+@pytest.mark.parametrize(("letter", "module"), [("E", "moe"), ("M", "mamba"), ("R", "m2rnn")])
+def test_a_mixer_is_done_again_as_a_whole(letter: str, module: str) -> None:
+    """Its own module, and no other family's, repeats the operations of its layer."""
+    model = tiny_model("EMR", recompute_granularity="selective", recompute_modules=[module])
+    sizes = Sizes(Job(model))
+    work = {"E": 3, "M": 5, "R": 7}
+    assert repeated_operations(sizes, work, ["EMR"]) == work[letter]
