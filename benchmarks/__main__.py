@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("startup", "stack", "tp_step", "ssd", "mamba3", "m2rnn", "recompute")
+SCRIPTS = ("startup", "stack", "tp_step", "ssd", "mamba3", "m2rnn", "recompute", "cp_attention")
 """In the order in which they run, one per claim."""
 REQUIRED = {
     "torch": "torch",

@@ -77,6 +77,18 @@ GPT_OSS_120B = {
 }
 
 
+LLAMA3_70B = {
+    "hybrid_pattern": "AF",
+    "num_layers": 160,
+    "hidden_size": 8192,
+    "num_attention_heads": 64,
+    "num_query_groups": 8,
+    "kv_channels": 128,
+    "ffn_hidden_size": 28672,
+    "vocab_size": 128256,
+}
+
+
 @dataclass(frozen=True)
 class Published:
     """A published throughput.
@@ -155,6 +167,10 @@ ROWS = (
         *(4, 1280, 4096, 16_640, 452, "[A], 26.04.01"),
         node=64,
         remarks="as above",
+    ),
+    Published(
+        *("Llama 3 70B, 64 x H100, FP8", LLAMA3_70B, "dgx-h100", 64),
+        *({"tp": 4, "pp": 8, "vpp": 5}, 1, 256, 8192, 1_621, 728, "[A], 26.02", True),
     ),
     Published(
         *("NAM56R, 8 x H200, BF16", {}, "dgx-h200", 8, {}, 1, 256, 4096, 0, 289),

@@ -1,4 +1,4 @@
-"""Hybrid A/M/E/R language models for Megatron-Core and NeMo.
+"""Hybrid A/M/E/F/R language models for Megatron-Core and NeMo.
 
 Importing the package loads neither torch nor NeMo; the rooms do, when they are used.
 """

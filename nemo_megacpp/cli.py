@@ -24,6 +24,8 @@ from nemo_megacpp.commands import (
     data,
     demo,
     doctor,
+    gathers,
+    ladder,
     layouts,
     measure_machine,
     megatron_args,
@@ -40,7 +42,7 @@ from nemo_megacpp.printable import screenful
 from nemo_megacpp.runtime.imports import importing
 
 COMMANDS = (
-    *(train, demo, verify, recipes, plan, layouts, compare, data, checkpoint),
+    *(train, demo, verify, gathers, ladder, recipes, plan, layouts, compare, data, checkpoint),
     *(megatron_args, settings, doctor, measure_machine, placement, report, completion),
 )
 """In the order of the help."""
@@ -81,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of ``nemo-megacpp``; building it loads neither torch nor NeMo."""
     parser: argparse.ArgumentParser = _Parser(
         prog="nemo-megacpp",
-        description="Hybrid A/M/E/R language models for Megatron-Core and NeMo.",
+        description="Hybrid A/M/E/F/R language models for Megatron-Core and NeMo.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -25,12 +25,13 @@ from nemo_megacpp.settings.combinations import (
     recompute_violations,
 )
 from nemo_megacpp.settings.validate import setting_violations
+from nemo_megacpp.side_channels import side_channel_violations
 from nemo_megacpp.values import choices
 
 
 @dataclass
 class HybridConfig(HybridFields, TransformerConfig):
-    """``TransformerConfig`` of a hybrid A/M/E/R model.
+    """``TransformerConfig`` of a hybrid model.
 
     ``num_layers`` is the depth to which ``hybrid_pattern`` is tiled; left at 0 it is the pattern's
     own length. The ``m2rnn_*`` and ``mamba3_*`` fields are those of :class:`M2RNNSettings` and
@@ -96,6 +97,7 @@ class HybridConfig(HybridFields, TransformerConfig):
     def _violations(self, pattern: HybridPattern) -> Iterator[str]:
         """Yield everything that cannot be built or would not be read as it is meant."""
         yield from config_violations(self, pattern)
+        yield from side_channel_violations(self.side_channels, len(pattern))
         yield from self._field_violations()
         families = pattern.families
         mixers: list[Callable[[], object]] = [
@@ -182,8 +184,8 @@ def config_violations(
     hybrid = hybrid or HybridFields()
     yield from setting_violations(TransformerConfig, vars(config))
     yield from range_violations(config)
-    yield from ignored_violations(config)
     present = dict.fromkeys(pattern.families)
+    yield from ignored_violations(config, [family.value for family in present])
     yield from recompute_violations(config, [family.value for family in present])
     unbiased = {Family.RECURRENT} | ({Family.MAMBA} if hybrid.mode == "mamba3" else set())
     yield from bias_violations(config, [family.value for family in present if family in unbiased])

@@ -1,7 +1,7 @@
 """Block families: one declaration holds everything about a family.
 
 A family is a letter, a layer spec, the rules of legal layouts, and what a layer communicates, saves
-and computes. The four built-in families are declared in :mod:`nemo_megacpp.specs`, one file each. A
+and computes. The built-in families are declared in :mod:`nemo_megacpp.specs`, one file each. A
 user's module adds one by calling :func:`register`; a recipe (or ``HybridConfig``) names the module
 in ``family_modules``, and every rank imports it before it parses the pattern.
 """
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from nemo_megacpp.hybrid_fields import HybridFields
 
 BUILT_IN_MODULES = tuple(
-    f"nemo_megacpp.specs.{name}" for name in ("attention", "mamba", "expert", "recurrent")
+    f"nemo_megacpp.specs.{name}"
+    for name in ("attention", "mamba", "expert", "recurrent", "feed_forward")
 )
 """They load no torch before a layer spec or a formula is called."""
 
@@ -99,7 +100,7 @@ def register(block: BlockFamily) -> BlockFamily:
 
 
 def registered() -> tuple[BlockFamily, ...]:
-    """Return all families: the four built-in ones, then the others in the order of registration."""
+    """Return all families: the built-in ones, then the others in the order of registration."""
     for module in BUILT_IN_MODULES:
         import_module(module)
     first = [_registered[family.value] for family in BUILT_IN]

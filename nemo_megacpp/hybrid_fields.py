@@ -54,7 +54,7 @@ class HybridFields:
     """
 
     hybrid_pattern: str = ""
-    """The A/M/E/R pattern, with ``|`` for explicit pipeline cuts (:mod:`nemo_megacpp.pattern`)."""
+    """The pattern, with ``|`` for explicit pipeline cuts (:mod:`nemo_megacpp.pattern`)."""
     mode: Mode = "nemo_native"
     """Which mixer an M block gets: ``nemo_native`` is Megatron's own ``MambaMixer`` (Mamba-2),
     ``mamba3`` is ours (:mod:`nemo_megacpp.mixers.mamba3_mixer`). Both take Megatron's
@@ -62,6 +62,10 @@ class HybridFields:
 
     family_modules: Optional[list[str]] = None
     """Modules, or paths of Python files, that add block families (:mod:`nemo_megacpp.families`)."""
+
+    side_channels: Optional[list[dict[str, Any]]] = None
+    """Integers beside the tokens, and the layers that embed them, each with the fields of
+    :class:`nemo_megacpp.side_channels.SideChannel`."""
 
     vocab_size: int = 0
     """Tokens of the tokenizer, before padding."""
@@ -85,6 +89,7 @@ class HybridFields:
     m2rnn_clip_order: ClipOrder = M2RNNSettings.clip_order
     m2rnn_context_parallel: SequenceExchange = M2RNNSettings.context_parallel
     m2rnn_kernel: Kernel = M2RNNSettings.kernel
+    m2rnn_depth_state: bool = M2RNNSettings.depth_state
 
     mamba3_mimo_rank: int = Mamba3Settings.mimo_rank
     mamba3_rope_fraction: float = Mamba3Settings.rope_fraction

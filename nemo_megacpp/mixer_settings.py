@@ -19,6 +19,12 @@ Pairs = Literal["interleaved", "halves"]
 Kernel = Literal["auto", "torch", "triton"]
 
 
+def row_padding(rows: int) -> int:
+    """Return the zeros with which our input projections end a token's ``rows`` outputs: to a
+    multiple of eight, 16 bytes in bfloat16, the alignment that tensor cores want of a row."""
+    return -rows % 8
+
+
 @dataclass(frozen=True)
 class MixerSettings:
     """The base of a mixer's settings: a frozen dataclass with a prefix."""
@@ -55,6 +61,8 @@ class M2RNNSettings(MixerSettings):
             the heads of a tensor-parallel rank divide by cp, else ``serial``.
         kernel: ``torch``, ``triton`` (this package's; an error where it cannot run), or ``auto``:
             ``triton`` where it can run.
+        depth_state: hand each token's read-out, averaged over heads, to the next R block in depth,
+            which adds it to its values through a learned gate.
 
     Raises:
         UserError: a setting is illegal.
@@ -70,6 +78,7 @@ class M2RNNSettings(MixerSettings):
     clip_order: ClipOrder = "before_output"
     context_parallel: SequenceExchange = "auto"
     kernel: Kernel = "auto"
+    depth_state: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "key_head_dim", "value_head_dim", "conv_kernel"):

@@ -1,4 +1,4 @@
-"""The A/M/E/R language: a hybrid model's layers written as a string.
+"""The pattern language: a hybrid model's layers written as a string of letters.
 
 ``AEMEAEMEAEMR`` is a unit of twelve layers; tiled to 52 it is NAM56R. ``|`` marks a place where the
 pipeline may be cut. Position ``i`` of a pattern is global layer ``i``, counted from 0. A family
@@ -16,6 +16,8 @@ from typing import ClassVar
 from nemo_megacpp.errors import UserError
 
 CUT = "|"
+_MEGATRON_SYMBOLS = {"A": "*", "F": "-"}
+"""Letter -> symbol, where they differ."""
 MAX_DEPTH = 65_536
 """Layers that a pattern is tiled to: a thousand times those of any model."""
 
@@ -34,33 +36,41 @@ class Family:
     MAMBA: ClassVar[Family]
     EXPERT: ClassVar[Family]
     RECURRENT: ClassVar[Family]
+    FEED_FORWARD: ClassVar[Family]
 
     @property
     def long_name(self) -> str:
-        """The articles' name: ``ablock``, ``mblock``, ``eblock`` or ``rblock``."""
+        """``ablock``, ``mblock``, ``eblock`` and ``rblock``, as in the articles, and ``fblock``."""
         return f"{self.value.lower()}block"
 
     @property
     def megatron_symbol(self) -> str:
         """The symbol in Megatron's ``hybrid_override_pattern``.
 
-        ``*``, ``M`` and ``E`` are those of Megatron-Core 0.16.1
+        ``*``, ``M``, ``E`` and ``-`` are those of Megatron-Core 0.16.1
         (``megatron/core/ssm/mamba_hybrid_layer_allocation.py``). Megatron has no recurrent layer:
         ``R`` is added by this package's stack, as are the letters of added families, and stock
         ``MambaStack`` refuses them.
         """
-        return "*" if self == Family.ATTENTION else self.value
+        return _MEGATRON_SYMBOLS.get(self.value, self.value)
 
 
 Family.ATTENTION, Family.MAMBA = Family("A"), Family("M")
 Family.EXPERT, Family.RECURRENT = Family("E"), Family("R")
+Family.FEED_FORWARD = Family("F")
 
-BUILT_IN = (Family.ATTENTION, Family.MAMBA, Family.EXPERT, Family.RECURRENT)
+BUILT_IN = (
+    Family.ATTENTION,
+    Family.MAMBA,
+    Family.EXPERT,
+    Family.RECURRENT,
+    Family.FEED_FORWARD,
+)
 _families: dict[str, Family] = {family.value: family for family in BUILT_IN}
 
 
 def known_families() -> tuple[Family, ...]:
-    """Return the four families, and after them those that were added."""
+    """Return the built-in families, and after them those that were added."""
     return tuple(_families.values())
 
 
@@ -68,7 +78,7 @@ def add_family(letter: str) -> Family:
     """Make ``letter`` a family's letter in every pattern that this process reads from now on.
 
     Raises:
-        UserError: it is no upper-case ASCII letter, or one of the four families'.
+        UserError: it is no upper-case ASCII letter, or a built-in family's.
     """
     if not (len(letter) == 1 and letter.isascii() and letter.isupper()):
         raise UserError(f"A block family's letter is one of A to Z; got {letter!r}.")
@@ -114,8 +124,8 @@ class HybridPattern:
         """Read a pattern, and tile it to ``depth`` layers if a depth is given.
 
         Args:
-            text: letters A, M, E, R in either case, Megatron's ``*`` for A, or the long names
-                (``ablock, eblock``); whitespace is ignored, ``|`` is a pipeline cut.
+            text: letters A, M, E, R, F in either case, Megatron's ``*`` for A and ``-`` for F, or
+                the long names (``ablock, eblock``); whitespace is ignored, ``|`` is a pipeline cut.
             depth: number of layers. ``text`` is then a unit that repeats, with its cuts, until
                 ``depth`` layers exist; the last repeat is truncated. A ``|`` at the unit's end cuts
                 after each repeat; one that falls on the end of the stack separates nothing and is
@@ -151,8 +161,9 @@ class HybridPattern:
 
     @classmethod
     def from_megatron(cls, text: str) -> HybridPattern:
-        """Read Megatron's symbols (``*``, ``M``, ``E``, our ``R``, and ``|``), as `to_megatron`
-        writes them. Megatron's symbols have one case; the letter ``A`` is not one of them.
+        """Read Megatron's symbols (``*``, ``M``, ``E``, ``-``, our ``R``, and ``|``), as
+        `to_megatron` writes them. They have one case; the letters ``A`` and ``F`` are not among
+        them.
 
         Raises:
             UserError: as `parse`, for any other symbol.
@@ -182,8 +193,8 @@ class HybridPattern:
         return len(self.families)
 
     def counts(self) -> dict[Family, int]:
-        """The number of layers of each of the four families, zeros included, and of others that
-        are there."""
+        """The number of layers of each built-in family, zeros included, and of others that are
+        there."""
         families = dict.fromkeys((*BUILT_IN, *self.families))
         return {family: self.families.count(family) for family in families}
 
@@ -291,10 +302,10 @@ def _unknown(char: str, megatron: bool) -> tuple[str, str]:
         for symbol in [family.megatron_symbol if megatron else family.value]
     )
     legal = f"Legal letters: {letters}, and {CUT!r} for a pipeline cut."
-    if char == "-":
-        legal += " Megatron's '-' (an MLP layer) is not supported: use an expert layer E."
-    elif char == "A":
+    if char == "A":
         legal += " Megatron writes attention as '*'."
+    elif char == "F":
+        legal += " Megatron writes an MLP layer as '-'."
     shown = repr(char)
     if not char.isascii():
         shown += f" (U+{ord(char):04X})"

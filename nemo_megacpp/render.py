@@ -174,7 +174,7 @@ def show_bytes(size: float) -> str:
         if abs(size) < 999.5 or unit == "PB":
             break
         size /= 1000
-    digits = 0 if unit == "B" or size >= 99.95 else (1 if size >= 9.995 else 2)
+    digits = 0 if unit == "B" or abs(size) >= 99.95 else (1 if abs(size) >= 9.995 else 2)
     return f"{size:.{digits}f} {unit}"
 
 

@@ -89,7 +89,8 @@ def type_words(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin in (list, tuple):
-        return "a list" if origin is list else f"a list of {len(arguments)}"
+        any_length = origin is list or Ellipsis in arguments
+        return "a list" if any_length else f"a list of {len(arguments)}"
     return _WORDS.get(hint, "")
 
 

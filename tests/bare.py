@@ -33,6 +33,7 @@ from nemo_megacpp.proof.step_data import Rows
 from nemo_megacpp.proof.step_result import ADAM_EPS, disturb
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
+from nemo_megacpp.side_channels import BATCH_PREFIX
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 
 
@@ -134,7 +135,10 @@ def microbatches(spec: StepSpec) -> Iterator[dict[str, Any]]:
         begins = batch.pop("document_start", None)
         packed = None if begins is None else packed_seq_params(begins)
         batch = {name: tensor.to(device()) for name, tensor in batch.items()}
-        yield {**split_batch_for_cp(batch, packed), "packed_seq_params": packed}
+        here = split_batch_for_cp(batch, packed)
+        ids = {name: here.pop(name) for name in list(here) if name.startswith(BATCH_PREFIX)}
+        channels = {name.removeprefix(BATCH_PREFIX): value for name, value in ids.items()}
+        yield {**here, "packed_seq_params": packed, "side_channels": channels}
 
 
 def forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Any, Any]:
@@ -149,6 +153,7 @@ def forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module) -> tupl
         None,
         labels=batch["labels"],
         packed_seq_params=batch["packed_seq_params"],
+        side_channels=batch["side_channels"],
     )
     return losses, _mean
 

@@ -6,7 +6,6 @@ whatever name, is seen; so are the tensors that autograd keeps for the backward 
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,23 +15,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.collective_calls import collective_call
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.side_channels import channel_place
 from tests.bare import Trainee, prepare
-
-# What torch.distributed's functions become, and which argument holds the larger side.
-_KINDS: dict[str, tuple[str, int]] = {
-    "allreduce_": ("all_reduce", 0),
-    "allreduce_coalesced_": ("all_reduce", 0),
-    "_allgather_base_": ("all_gather", 0),
-    "allgather_": ("all_gather", 0),
-    "allgather_into_tensor_coalesced_": ("all_gather", 0),
-    "_reduce_scatter_base_": ("reduce_scatter", 1),
-    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
-    "alltoall_base_": ("all_to_all", 1),
-    "send": ("send", 0),
-    "recv_": ("receive", 0),
-    "broadcast_": ("broadcast", 0),
-}
 
 
 class Sent(NamedTuple):
@@ -165,36 +151,12 @@ class _Collectives(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if func.namespace == "c10d":
-            self._note(func._schema.name.removeprefix("c10d::"), args)
+        call = collective_call(func, args)
+        if call is not None:
+            p2p = call.kind in ("send", "receive")
+            ranks = (torch.distributed.get_rank(), call.peer) if p2p else call.ranks
+            self.counted[Sent(call.kind, ranks, call.bytes)] += 1
         return func(*args, **(kwargs or {}))
-
-    def _note(self, name: str, args: tuple) -> None:
-        group = next(pg for pg in map(_group_of, args) if pg is not None)
-        if group.size() == 1:
-            return
-        kind, argument = _KINDS[name]
-        ranks = torch.distributed.get_process_group_ranks(group)
-        if kind in ("send", "receive"):
-            ranks = [torch.distributed.get_rank(), ranks[args[2]]]
-        size = sum(t.numel() * t.element_size() for t in _tensors(args[argument]))
-        self.counted[Sent(kind, tuple(ranks), size)] += 1
-
-
-def _group_of(argument: Any) -> torch.distributed.ProcessGroup | None:
-    if not isinstance(argument, torch.ScriptObject):
-        return None
-    with contextlib.suppress(RuntimeError):  # a reduction operator
-        return torch.distributed.ProcessGroup.unbox(argument)
-    return None
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if torch.is_tensor(value):
-        yield value
-    else:
-        for item in value:
-            yield from _tensors(item)
 
 
 class _Saved:
@@ -215,8 +177,13 @@ class _Saved:
             self._watch(model, "head" if model.post_process else "between layers")
             for number, layer in zip(decoder.layer_range, decoder.layers, strict=True):
                 self._watch(layer, str(number))
+            for channels in decoder.side_channels.values():
+                self._watch(channels, channel_place(channels.channels))
             if model.pre_process:
                 self._watch(model.embedding, "embedding")
+                if hasattr(model.embedding, "side_channels"):
+                    channels = model.embedding.side_channels
+                    self._watch(channels, channel_place(channels.channels))
             if model.post_process:
                 self._watch(decoder.final_norm, "head")
                 self._watch(model.output_layer, "head")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import published_steps
 from benchmarks.harness import Row, Sample, peak_bytes, record
 from benchmarks.page import write
 
@@ -96,3 +97,14 @@ def test_nothing_in_benchmarks_imports_nemo() -> None:
             if words[:1] in (["import"], ["from"]):
                 assert words[1].split(".")[0] not in ("nemo", "nemo_run"), f"{script}: {line}"
                 assert not words[1].startswith("nemo_megacpp.nemo"), f"{script}: {line}"
+
+
+@pytest.mark.slow
+def test_the_table_of_published_steps_is_what_the_script_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert published_steps.main() == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == len(published_steps.ROWS)
+    page = (Path(__file__).parents[1] / "docs" / "estimates.md").read_text()
+    assert not [row for row in rows if row not in page]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch.nn import functional as F
 
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.errors import UserError
@@ -48,8 +49,27 @@ def test_refused(field: str, value: object) -> None:
         HybridConfig(**tiny_model("AEMR", **{field: value}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias_activation_fusion": True, "activation_func": F.gelu}, "only silu with a gate"),
+        (
+            {"gated_linear_unit": False, "glu_linear_offset": 1.0},
+            "glu_linear_offset=1.0 would be ignored",
+        ),
+    ],
+)
+def test_an_activation_that_an_mlp_would_not_compute(
+    changes: dict[str, object], message: str
+) -> None:
+    without_experts = {"num_moe_experts": None, "moe_ffn_hidden_size": None}
+    with pytest.raises(UserError, match=message):
+        HybridConfig(**tiny_model("AF", **without_experts, **changes))
+    HybridConfig(**tiny_model("A", **without_experts, **changes))
+
+
 def test_biases_where_every_block_has_them() -> None:
-    assert HybridConfig(**tiny_model("AM", add_bias_linear=True)).add_bias_linear
+    assert HybridConfig(**tiny_model("AMF", add_bias_linear=True)).add_bias_linear
     with pytest.raises(
         UserError, match=r"add_bias_linear=True: the projections of M have no biases"
     ):
@@ -60,7 +80,9 @@ def test_biases_where_every_block_has_them() -> None:
     ("pattern", "modules", "message"),
     [
         ("AMR", ["moe"], "recomputes moe. It can recompute core_attn, mamba, m2rnn."),
-        ("AE", ["core_attn", "mlp"], "No block has a dense MLP"),
+        ("AE", ["core_attn", "mlp"], "recomputes mlp. It can recompute core_attn, moe"),
+        ("FA", ["mla_up_proj"], "No block has latent attention"),
+        ("FA", ["layernorm"], "recomputes layernorm. It can recompute mlp, core_attn."),
         ("E", None, r"\['core_attn'\] \(Megatron's default\): no block of this model recomputes"),
         ("MR", ["layernorm"], "recomputes layernorm. It can recompute mamba, m2rnn."),
         ("AE", ["mamba"], "recomputes mamba. It can recompute core_attn, moe"),

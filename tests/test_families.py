@@ -46,9 +46,9 @@ def test_registering_twice_is_once_and_another_family_is_refused() -> None:
         register(BlockFamily("Z", lambda backend, settings: _spec(backend, settings)))
 
 
-@pytest.mark.parametrize("letter", ["A", "M", "E", "R"])
-def test_the_four_letters_are_taken(letter: str) -> None:
-    with pytest.raises(UserError, match="A, M, E, R are taken"):
+@pytest.mark.parametrize("letter", ["A", "M", "E", "R", "F"])
+def test_the_letters_of_built_in_families_are_taken(letter: str) -> None:
+    with pytest.raises(UserError, match="A, M, E, R, F are taken"):
         register(BlockFamily(letter, _spec))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -34,11 +34,15 @@ class Shape:
     num_moe_experts: int | None = 16
     moe_ffn_hidden_size: int | None = 896
     moe_shared_expert_intermediate_size: int | None = 1024
+    ffn_hidden_size: int | None = 18944
     vocab_size: int = 65536
     make_vocab_size_divisible_by: int | None = 128
+    side_channels: list[dict[str, Any]] | None = None
     seq_length: int | None = 4096
     micro_batch_size: int | None = 1
     global_batch_size: int | None = 256
+    cp_comm_type: str | None = None
+    m2rnn_depth_state: bool = False
 
 
 NAM56R = Shape()
@@ -186,6 +190,8 @@ CASES: list[tuple[str, Shape, str, str, tuple[str, ...]]] = [
     ("etp=5", only("E"), "expert-ffn", "896 is not divisible by ETP = 5", ("etp=4", "etp=7")),
     ("tp=4,etp=1", only("E", moe_shared_expert_intermediate_size=6), "shared-expert-ffn", "6 is",
      ("tp=1", "tp=2")),
+    ("tp=8", only("F", ffn_hidden_size=12), "ffn", "12 is not divisible by TP = 8",
+     ("tp=2", "tp=4")),
     ("tp=2,sp=false", only("E"), "experts-need-sp", "TP = 2", ("sp=true",)),
     ("sp=true", only("A"), "sp-without-tp", "TP is 1", ("sp=false",)),
     ("ep=2", only("A", num_moe_experts=None), "no-experts", "EP = 2", ("ep=1",)),
@@ -264,7 +270,8 @@ def test_every_layout_choice_that_is_offered_does_repair(layout: str, shape: Sha
         ("A", ("mamba_num_heads", "mamba_num_groups", "m2rnn_num_heads", "num_moe_experts")),
         ("M", ("num_attention_heads", "m2rnn_num_heads", "num_moe_experts")),
         ("R", ("num_attention_heads", "mamba_num_heads", "mamba_num_groups")),
-        ("E", ("num_attention_heads", "mamba_num_heads", "m2rnn_num_heads")),
+        ("E", ("num_attention_heads", "mamba_num_heads", "m2rnn_num_heads", "ffn_hidden_size")),
+        ("F", ("num_attention_heads", "num_moe_experts", "m2rnn_num_heads")),
     ],
 )
 def test_absent_families_are_not_looked_at(letters: str, absent: tuple[str, ...]) -> None:
@@ -275,7 +282,7 @@ def test_absent_families_are_not_looked_at(letters: str, absent: tuple[str, ...]
 
 def test_a_present_family_needs_its_sizes() -> None:
     shape = only(
-        "AMER",
+        "AMERF",
         num_attention_heads=None,
         num_query_groups=None,
         mamba_num_heads=0,
@@ -284,15 +291,34 @@ def test_a_present_family_needs_its_sizes() -> None:
         num_moe_experts=None,
         moe_ffn_hidden_size=None,
         moe_shared_expert_intermediate_size=None,
+        ffn_hidden_size=None,
     )
     violations = check_layout(L("tp=2,cp=2"), shape)
-    assert len(violations) == 6
+    assert len(violations) == 7
     assert {violation.axis for violation in violations} == {"MODEL"}
 
 
 def test_an_undecided_batch_and_sequence_are_not_checked() -> None:
     shape = only("A", seq_length=None, global_batch_size=None)
     assert check_layout(L("tp=2,cp=2,pp=1,world=12"), shape) == []
+
+
+def test_exchanged_attention_heads_bind_cp() -> None:
+    shape = only("A", cp_comm_type="a2a")
+    assert not check_layout(L("tp=4,cp=2"), shape)
+    violation = one("tp=4,cp=4", shape)
+    assert (violation.axis, violation.rule) == ("CP", "query-groups-cp")
+    assert "num_query_groups = 8 is not divisible by TP x CP = 4 x 4 = 16" in violation.message
+    assert {"cp_comm_type=p2p", "cp=2", "tp=2"} <= set(violation.legal)
+
+
+def test_the_depth_state_crosses_no_virtual_stages_of_more_than_two_stages() -> None:
+    shape = only("RRRRRRRR", m2rnn_depth_state=True)
+    assert not check_layout(L("pp=4"), shape) and not check_layout(L("pp=2,vpp=2"), shape)
+    violation = one("pp=4,vpp=2", shape)
+    assert (violation.axis, violation.rule) == ("VPP", "depth-state-vpp")
+    assert {"vpp=1", "pp=2"} <= set(violation.legal)
+    assert not check_layout(L("pp=4,vpp=2"), only("RRRRRRRR"))
 
 
 def test_attention_and_recurrent_heads_do_not_bind_cp() -> None:
@@ -377,3 +403,12 @@ def test_padded_vocabulary(vocab: int, by: int | None, tp: int, rows: int) -> No
 def test_unpadded_vocabulary_must_divide() -> None:
     with pytest.raises(UserError, match="100 is not divisible by TP = 3, and padding is off"):
         padded_vocab_size(100, None, 3)
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in fields(Shape) if isinstance(getattr(NAM56R, field.name), int)]
+)
+def test_a_negative_size_is_a_violation_or_not_read(name: str) -> None:
+    for layout in ("tp=1", "tp=2,cp=2,pp=2,ep=2,etp=1"):
+        for violation in check_layout(L(layout), replace(NAM56R, **{name: -1})):
+            assert str(violation)

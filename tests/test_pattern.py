@@ -1,4 +1,4 @@
-"""The A/M/E/R language: what it reads, what it refuses, and that it never loses a layer."""
+"""The pattern language: what it reads, what it refuses, and that it never loses a layer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.pattern import BUILT_IN, Family, HybridPattern
 
 A, M, E, R = Family.ATTENTION, Family.MAMBA, Family.EXPERT, Family.RECURRENT
+F = Family.FEED_FORWARD
 UNIT = "AEMEAEMEAEMR"
 
 
@@ -20,6 +21,7 @@ def test_families_have_letters_long_names_and_megatron_symbols() -> None:
         ("M", "mblock", "M"),
         ("E", "eblock", "E"),
         ("R", "rblock", "R"),
+        ("F", "fblock", "-"),
     ]
 
 
@@ -28,12 +30,13 @@ def test_megatron_symbols_are_those_of_megatron_core() -> None:
     assert A.megatron_symbol == allocation.Symbols.ATTENTION
     assert M.megatron_symbol == allocation.Symbols.MAMBA
     assert E.megatron_symbol == allocation.Symbols.MOE
+    assert F.megatron_symbol == allocation.Symbols.MLP
     assert R.megatron_symbol not in allocation.Symbols.VALID
 
 
 def test_nam56r_has_its_published_counts() -> None:
     pattern = HybridPattern.parse(UNIT, depth=52)
-    assert pattern.counts() == {A: 13, E: 22, M: 13, R: 4}
+    assert pattern.counts() == {A: 13, E: 22, M: 13, R: 4, F: 0}
     assert len(pattern) == 52
     assert pattern.letters == UNIT * 4 + "AEME"
     stages = pattern.chunks(4)
@@ -49,6 +52,8 @@ def test_nam56r_has_its_published_counts() -> None:
         ("A|eM", "A|EM"),
         (" a | e m ", "A|EM"),
         ("*EM|R", "AEM|R"),
+        ("-*-|M", "FAF|M"),
+        ("f, -, fblock", "FFF"),
         ("ablock, eblock, mblock", "AEM"),
         ("ABlock eblock | mblock rblock", "AE|MR"),
         ("A,E,M,", "AEM"),
@@ -83,7 +88,7 @@ def test_tiling_repeats_cuts_and_truncates(unit: str, depth: int, expected: str)
     ("text", "caret_at", "words"),
     [
         ("AEXME", 2, "'X' is not a letter"),
-        ("  AEM-", 5, "MLP"),
+        ("  AEM+", 5, "'+' is not a letter"),
         ("A\nE\tQ", 4, "'Q' is not a letter"),
         ("aemblock", 3, "'b' is not a letter"),
         ("ablock, xblock", 8, "'x' is not a letter"),
@@ -124,6 +129,8 @@ def test_an_unknown_letter_names_the_legal_ones() -> None:
         HybridPattern.parse("AEZ")
     with pytest.raises(UserError, match=r"\* \(ablock\).*writes attention as '\*'"):
         HybridPattern.from_megatron("AEM")
+    with pytest.raises(UserError, match=r"- \(fblock\).*writes an MLP layer as '-'"):
+        HybridPattern.from_megatron("*F")
 
 
 @pytest.mark.parametrize("text", ["|AE", "A||E"])
@@ -163,16 +170,17 @@ def test_the_constructor_refuses_bad_cuts(cuts: tuple[int, ...]) -> None:
         HybridPattern(())
 
 
-@pytest.mark.parametrize("text", ["AEMR", "AE|M|R", "M", "R|A"])
+@pytest.mark.parametrize("text", ["AEMR", "AE|M|R", "M", "R|A", "FAF|MF"])
 def test_megatron_round_trip(text: str) -> None:
     pattern = HybridPattern.parse(text)
-    assert pattern.to_megatron(cuts=True) == text.replace("A", "*")
-    assert pattern.to_megatron() == text.replace("A", "*").replace("|", "")
+    symbols = text.translate({ord("A"): "*", ord("F"): "-"})
+    assert pattern.to_megatron(cuts=True) == symbols
+    assert pattern.to_megatron() == symbols.replace("|", "")
     assert HybridPattern.from_megatron(pattern.to_megatron(cuts=True)) == pattern
     assert HybridPattern.from_megatron(pattern.to_megatron()).families == pattern.families
 
 
-@pytest.mark.parametrize("text", ["AE", "m*", "*,M", "ablock"])
+@pytest.mark.parametrize("text", ["AE", "m*", "*,M", "ablock", "MF"])
 def test_from_megatron_reads_only_megatron(text: str) -> None:
     with pytest.raises(UserError):
         HybridPattern.from_megatron(text)

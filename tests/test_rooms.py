@@ -12,7 +12,7 @@ import nemo_megacpp
 ROOT = Path(nemo_megacpp.__file__).parent
 
 ROOMS = (
-    *("printable", "errors", "json_files", "yaml_files", "values", "render"),
+    *("printable", "errors", "json_files", "yaml_files", "values", "render", "side_channels"),
     *("mixer_settings", "hybrid_fields"),
     *("pattern", "families", "layout", "settings", "config"),
     *("mixers", "formulas", "specs", "runtime", "checkpoint", "contract", "proof", "data"),

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 from nemo_megacpp.checkpoint.safe_pickle import EXTRA_STATE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from torch.distributed.checkpoint.metadata import Metadata
 
 # Fused and unfused name, between the layer's number and "weight" or "bias".
@@ -42,7 +45,9 @@ def other_name(key: str) -> str | None:
     return None
 
 
-def fit_to_checkpoint(sharded_state_dict: dict[str, Any], metadata: Metadata) -> None:
+def fit_to_checkpoint(
+    sharded_state_dict: dict[str, Any], metadata: Metadata, *, new_side_channels: bool = False
+) -> None:
     """Give the model's tensors the names that they have in the checkpoint, in place.
 
     A module's ``_extra_state`` that was not saved is left as it is. Any other tensor that the
@@ -51,6 +56,8 @@ def fit_to_checkpoint(sharded_state_dict: dict[str, Any], metadata: Metadata) ->
     Args:
         sharded_state_dict: of the model, and of its optimizer, about to be loaded.
         metadata: of the checkpoint.
+        new_side_channels: leave the tensors of side channels, too, as they are where the checkpoint
+            has none of their name and shape.
     """
     from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
     from megatron.core.dist_checkpointing.mapping import (
@@ -64,6 +71,8 @@ def fit_to_checkpoint(sharded_state_dict: dict[str, Any], metadata: Metadata) ->
     def fit(value: Any) -> Any:
         if isinstance(value, ShardedObject) and EXTRA_STATE in value.key:
             return value if value.unique_key in saved else LocalNonpersistentObject(value.data)
+        if new_side_channels and isinstance(value, ShardedTensor) and _is_new_channel(value, saved):
+            return LocalNonpersistentObject(value.data)
         if isinstance(value, ShardedTensor) and value.key not in saved:
             other = other_name(value.key)
             if other in saved:
@@ -71,3 +80,10 @@ def fit_to_checkpoint(sharded_state_dict: dict[str, Any], metadata: Metadata) ->
         return value
 
     dict_list_map_inplace(fit, sharded_state_dict)
+
+
+def _is_new_channel(value: ShardedTensor, saved: Mapping[str, Any]) -> bool:
+    """Whether a tensor belongs to side channels and the checkpoint has no such tensor."""
+    size = getattr(saved.get(value.key), "size", None)
+    known = size is not None and tuple(size) == tuple(value.global_shape)
+    return "side_channels" in value.key.split(".") and not known

@@ -11,6 +11,8 @@ shape, under the name it has in the checkpoint without NeMo's ``module.`` in fro
 ``decoder.layers.N.mlp.experts.experts.*``     E: ``linear_fc1.weight`` ``[experts, 2·ffn, hidden]``
                                                (gate over up), ``linear_fc2.weight``
 ``decoder.layers.N.mlp.router.*``              E: ``weight``, ``expert_bias``
+``decoder.layers.N.mlp.linear_fc1.*``          F: ``weight`` ``[2·ffn, hidden]`` (gate over up),
+                                               ``layer_norm_weight``; ``linear_fc2.weight``
 ``decoder.layers.N.mixer.*``                   M and R; the packed rows of Mamba-2 are separate
                                                tensors: ``in_proj.weight.z``, ``.x``, ``.B``, …
 ``decoder.final_norm.weight``, ``output_layer.weight``

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired
 
@@ -15,6 +15,7 @@ from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.hybrid_fields import size_violations
 from nemo_megacpp.json_files import Count, Text, read_json
 from nemo_megacpp.printable import cut
+from nemo_megacpp.side_channels import SideChannel, read_side_channels, side_channel_violations
 
 if TYPE_CHECKING:
     from nemo_megacpp.pattern import HybridPattern
@@ -34,11 +35,19 @@ STRUCTURE = (
     "mamba3_output_norm", "mamba3_pairs", "mamba3_A_activation", "mamba3_A_floor",
     "m2rnn_conv_kernel", "normalization", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
     "gated_linear_unit", "moe_router_enable_expert_bias", "moe_shared_expert_gate",
-    "share_embeddings_and_output_weights",
+    "share_embeddings_and_output_weights", "ffn_hidden_size", "m2rnn_depth_state",
 )
 """What decides the shape or the meaning of a saved tensor. Everything else of a model
 (coefficients, clips, sequence length) may change between two runs from one checkpoint."""
 # fmt: on
+_READ_ONLY_BY = {
+    "ffn_hidden_size": "F",
+    **dict.fromkeys(
+        (name for name in STRUCTURE if name.startswith("moe_") or name == "num_moe_experts"), "E"
+    ),
+}
+"""Name in `STRUCTURE` -> the one family whose tensors depend on it. `HybridConfig` clears sizes of
+experts in a model without E blocks, so a saved model may lack what its recipe has."""
 
 
 class Identity(TypedDict):
@@ -116,13 +125,19 @@ def saved_model(directory: Path, identity: Identity) -> tuple[dict[str, Any], Hy
         if fields["num_layers"] < 0:
             raise UserError(f"num_layers is {fields['num_layers']}.")
         pattern = HybridPattern.parse(fields["hybrid_pattern"], depth=fields["num_layers"] or None)
+        raise_violations(side_channel_violations(fields["side_channels"], len(pattern)))
     except UserError as error:
         raise UserError(f"{directory / FILE} is damaged: model: {error}") from None
     return fields, pattern
 
 
 def validate_same_model(
-    directory: Path, model: Mapping[str, Any], letters: str, tokenizer: str | None
+    directory: Path,
+    model: Mapping[str, Any],
+    letters: str,
+    tokenizer: str | None,
+    *,
+    new_side_channels: bool = False,
 ) -> None:
     """Refuse to load a checkpoint whose tensors mean something else.
 
@@ -131,6 +146,7 @@ def validate_same_model(
         model: fields of the model that will load it; one that is left out has its default.
         letters: its families, one letter per layer, without cuts.
         tokenizer: fingerprint of the tokenizer of its data; None if that is not known yet.
+        new_side_channels: accept channels that only one of both has.
 
     Raises:
         UserError: listing every difference.
@@ -143,15 +159,21 @@ def validate_same_model(
     saved, pattern = saved_model(directory, identity)
     defaults = {field.name: field.default for field in dataclasses.fields(HybridConfig)}
     model = {**defaults, **model}
+    saved_channels, channels = map(_channels, (saved, model))
     differences = [
         f"{name} is {cut(str(saved.get(name)))} there and {model.get(name)} here"
         for name in STRUCTURE
-        if saved.get(name) != model.get(name)
+        if saved.get(name) != model.get(name) and _READ_ONLY_BY.get(name, "") in letters
     ]
     if pattern.letters != letters:
         differences.append(
             f"the pattern is {cut(pattern.letters, 200)} there and {cut(letters, 200)} here"
         )
+    if new_side_channels:
+        saved_channels, channels = _of_both(saved_channels, channels)
+    if saved_channels != channels:
+        there, here = (_named(each) for each in (saved_channels, channels))
+        differences.append(f"the side channels are {cut(there, 400)} there and {here} here")
     other = identity["tokenizer"]
     if tokenizer is not None and other is not None and other != tokenizer:
         differences.append(
@@ -161,3 +183,35 @@ def validate_same_model(
         raise UserError(
             f"{directory} is a checkpoint of another model: " + "; ".join(differences) + "."
         )
+
+
+def _channels(model: Mapping[str, Any]) -> tuple[SideChannel, ...]:
+    """Return the side channels of a model, without what does not change their tensors: how TP holds
+    them."""
+    channels = read_side_channels(model.get("side_channels"))
+    return tuple(dataclasses.replace(channel, partition="replicated") for channel in channels)
+
+
+def _of_both(
+    saved: Sequence[SideChannel], channels: Sequence[SideChannel]
+) -> tuple[tuple[SideChannel, ...], tuple[SideChannel, ...]]:
+    """Return both without the channels whose name only one has."""
+    names = {channel.name for channel in saved} & {channel.name for channel in channels}
+    first, second = (tuple(c for c in each if c.name in names) for each in (saved, channels))
+    return first, second
+
+
+def _named(channels: Sequence[SideChannel]) -> str:
+    """Return the channels for people: what decides on their tensors, and the ids they mean."""
+    return (
+        ", ".join(
+            f"{c.name} ({c.vocab_size} ids of {c.source}, owner {_owner(c)}, {c.combine}"
+            + (f", width {c.width})" if c.width else ")")
+            for c in channels
+        )
+        or "none"
+    )
+
+
+def _owner(channel: SideChannel) -> str:
+    return channel.owner if isinstance(channel.owner, str) else str(list(channel.owner))

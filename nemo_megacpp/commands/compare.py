@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_megacpp.commands.arguments import print_json, read_count
+from nemo_megacpp.commands.plan import add_hardware, read_hardware
 from nemo_megacpp.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ def add_parser(commands: Any) -> None:
         "compare",
         help="what differs between two recipes or two runs, and what one moved axis did",
         description="Sort what differs into axes. If one axis moved, show its effect on memory "
-        "and communication and, for runs, on loss and speed; if several did, draw no conclusion.",
+        "and communication and, for runs, on loss, measured memory and speed; if several did, draw "
+        "no conclusion.",
     )
     parser.add_argument("a", metavar="A", help="a recipe's name, a YAML file, or a run folder")
     parser.add_argument("b", metavar="B", help="the other one")
@@ -34,10 +36,14 @@ def add_parser(commands: Any) -> None:
             metavar="key=value",
             help=f"a setting to change in recipe {side.upper()}; may be given again",
         )
-    parser.add_argument("--world-size", metavar="N", help="ranks, for both recipes")
-    parser.add_argument("--gpus-per-node", default="8", metavar="N", help="default: 8")
+    add_hardware(parser)
     parser.add_argument(
-        "--kernels", choices=("gpu", "torch"), default="gpu", help="whose activations are counted"
+        "--layout",
+        action="append",
+        default=[],
+        metavar="tp=4,cp=2,…",
+        help="a layout that was not run: degrees to change in A's; says why it is illegal, or what "
+        "it would hold; may be given again",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the losses of two runs")
@@ -57,15 +63,17 @@ def _run(args: Namespace) -> int:
     from nemo_megacpp.runs.comparison import compare_sides, comparison_document, read_side
     from nemo_megacpp.runs.comparison_tables import print_comparison
     from nemo_megacpp.runs.curves import draw_runs
+    from nemo_megacpp.runs.untried import judge_layout
 
-    gpus = read_count("--gpus-per-node", args.gpus_per_node)
+    hardware, _ = read_hardware(args)
     if args.world_size is not None:
         read_count("--world-size", args.world_size)
     a = read_side("A", args.a, args.in_a, args.world_size)
     b = read_side("B", args.b, args.in_b, args.world_size)
     if args.plot is not None:
         _validate_plot(Path(args.plot), a, b)
-    comparison = compare_sides(a, b, gpus_per_node=gpus, kernels=args.kernels)
+    untried = tuple(judge_layout(a.recipe, degrees, **hardware) for degrees in args.layout)
+    comparison = compare_sides(a, b, untried=untried, **hardware)
     if args.json:
         print_json(comparison_document(comparison))
     else:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nemo_megacpp.data.corpus import USUAL_DOCUMENT_BYTES, Tally
+from nemo_megacpp.errors import UserError
 from nemo_megacpp.printable import printable, say
 from nemo_megacpp.render import Table, make_console, print_table
 
@@ -75,6 +76,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         ("workers", None, "processes (default: one for a small corpus, else one per core)"),
     ):
         prepare.add_argument(f"--{option}", type=int, default=default, metavar="N", help=text)
+    prepare.add_argument(
+        "--side-channel",
+        action="append",
+        default=[],
+        metavar="name=N,vocab_size=V,field=F",
+        help="write the ids of a side channel beside the tokens, from a JSONL field (one integer, "
+        "or one for each character), or with ngram=N in place of field=F from a hash of the last "
+        "N tokens; may be given several times",
+    )
     prepare.set_defaults(run=_run_prepare)
 
     adopt = commands.add_parser(
@@ -141,6 +151,7 @@ def _run_prepare(args: argparse.Namespace) -> int:
     from nemo_megacpp.data.prepare import prepare
 
     args.num_workers = args.workers
+    args.side_channels = list(map(_side_channel, args.side_channel))
     names = inspect.signature(prepare).parameters.keys() & vars(args).keys()
     try:
         data = prepare(**{name: getattr(args, name) for name in names})
@@ -149,6 +160,20 @@ def _run_prepare(args: argparse.Namespace) -> int:
         os._exit(128 + signal.SIGINT)
     _print_counts(make_console(_WIDTH), data)
     return 0
+
+
+def _side_channel(text: str) -> dict[str, int | str]:
+    """Read ``name=language,vocab_size=16,field=lang``."""
+    found: dict[str, int | str] = {}
+    for part in text.split(","):
+        key, separator, value = part.strip().partition("=")
+        if not separator or key not in ("name", "vocab_size", "field", "ngram") or key in found:
+            raise UserError(
+                f"--side-channel {printable(text)}: give name, vocab_size, and either field or "
+                f"ngram, each once, as in name=language,vocab_size=16,field=lang."
+            )
+        found[key] = int(value) if key in ("vocab_size", "ngram") and value.isdigit() else value
+    return found
 
 
 def _run_verify(args: argparse.Namespace) -> int:
@@ -233,6 +258,9 @@ def _print_counts(console: Console, data: PreparedData) -> None:
             f"Documents are padded to multiples of {data.document_multiple} tokens with "
             f"{padding:,} end tokens."
         )
+    if data.side_channels:
+        listed = (f"{c.name} ({c.source}, {c.vocab_size:,} ids)" for c in data.side_channels)
+        say(f"Side channels: {', '.join(listed)}.")
     for line in Tally(Counter(data.skipped), data.skipped_names).describe():
         say(line)
 

@@ -21,7 +21,6 @@ from nemo_megacpp.render import show_bytes
 if TYPE_CHECKING:
     from nemo_megacpp.contract.layout_plan import Plan
     from nemo_megacpp.contract.machine import Machine
-    from nemo_megacpp.layout import LayoutViolation, ModelShape, ParallelLayout
     from nemo_megacpp.recipes.recipe import Recipe
 
 _WIDTH = 150
@@ -112,7 +111,12 @@ def _run(args: Namespace) -> int:
     from nemo_megacpp.contract.layout_plan import make_plan, plan_document, refusal_document
     from nemo_megacpp.contract.plan_page import html_report
     from nemo_megacpp.contract.plan_tables import print_plan
-    from nemo_megacpp.layout import check_layout
+    from nemo_megacpp.layout import (
+        check_layout,
+        describe_nearest,
+        describe_violations,
+        nearest_in_any_world,
+    )
     from nemo_megacpp.preflight.model_checks import validate_model
     from nemo_megacpp.recipes.views import job_of, shape_of, validate_countable
     from nemo_megacpp.render import make_console
@@ -124,11 +128,13 @@ def _run(args: Namespace) -> int:
     layout, shape, gpus = recipe.layout, shape_of(recipe), hardware["gpus_per_node"]
     violations = check_layout(layout, shape, gpus_per_node=gpus)
     if violations:
-        nearest = _nearest(layout, shape, gpus)
+        nearest = nearest_in_any_world(layout, shape, gpus_per_node=gpus)
         if args.json:
             print_json(refusal_document(layout, violations, nearest))
         else:
-            print(_refusal(layout, shape, violations, nearest), file=sys.stderr)
+            why = describe_violations(layout, shape, violations)
+            near = describe_nearest(layout, nearest)
+            print(f"nemo-megacpp: {why}\n{near}", file=sys.stderr)
         return 2
     validate_model(recipe)
     plan = make_plan(job_of(recipe, **hardware), machine)
@@ -149,33 +155,6 @@ def print_assumed(recipe: Recipe) -> None:
     """Print which defaults were taken, on standard error, where the user left the model open."""
     if recipe.assumed:
         print(f"defaults taken: {'; '.join(recipe.assumed)}", file=sys.stderr)
-
-
-def _nearest(layout: ParallelLayout, shape: ModelShape, gpus: int) -> list[ParallelLayout]:
-    """Return legal layouts of the same world, or of another one if it has none."""
-    from nemo_megacpp.layout import nearest_legal
-
-    if any(degree < 1 for degree in (layout.world, layout.minimal_world_size)):
-        return []  # unreadable degrees have no neighbours
-    here = nearest_legal(layout, shape, gpus_per_node=gpus)
-    anywhere = dataclasses.replace(layout, world_size=None)
-    return here or nearest_legal(anywhere, shape, gpus_per_node=gpus)
-
-
-def _refusal(
-    layout: ParallelLayout,
-    shape: ModelShape,
-    violations: list[LayoutViolation],
-    nearest: list[ParallelLayout],
-) -> str:
-    from nemo_megacpp.layout import describe_violations
-
-    text = f"nemo-megacpp: {describe_violations(layout, shape, violations)}\n"
-    if not nearest:
-        return f"{text}No layout near this one is legal."
-    elsewhere = layout.world_size != nearest[0].world_size
-    where = " in a world of another size" if elsewhere else ""
-    return f"{text}Nearest legal layouts{where}: {'; '.join(x.short() for x in nearest)}."
 
 
 def _check_narrowing(plan: Plan, family: str | None, stage: int | None) -> None:

@@ -47,7 +47,6 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
     Raises:
         UserError: for a recipe or layout that is illegal.
     """
-    from nemo_megacpp.config import HybridConfig
     from nemo_megacpp.layout import validate_layout
     from nemo_megacpp.preflight.model_checks import validate_model
     from nemo_megacpp.proof.case_report import RANKS_ON, print_cases, verify_document
@@ -66,10 +65,8 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
     if recipe.model.get("m2rnn_num_heads") is not None:
         # Before Megatron's checks of the model, which end at the first thing wrong with a layout.
         validate_layout(recipe.layout, shape(recipe.model))
-    validate_model(recipe)
-    model = {**recipe.model}
-    if model.get("m2rnn_num_heads") is None:
-        model["m2rnn_num_heads"] = HybridConfig(**recipe.model).m2rnn_num_heads
+    config = validate_model(recipe)
+    model = {**recipe.model, "m2rnn_num_heads": config.m2rnn_num_heads}
 
     device = device_for(recipe.layout.world) if pool is None else pool.device
     console = make_console(_WIDTH, stderr=as_json)
@@ -78,7 +75,7 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
         f"{RANKS_ON[device]}",
         soft_wrap=True,
     )
-    for line in _differences_from(recipe):
+    for line in differences_from(recipe):
         console.print(line)
     training = {
         "micro_batch_size": size,
@@ -101,7 +98,7 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
     return 0 if all(case.passed for case in cases) else 1
 
 
-def _differences_from(recipe: Recipe) -> list[str]:
+def differences_from(recipe: Recipe) -> list[str]:
     """Return the defaults that the recipe takes, and what of it the proof leaves out."""
     from nemo_megacpp.proof.small_models import DRAWN
 

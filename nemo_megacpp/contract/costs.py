@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from nemo_megacpp.contract.recompute import recomputed_share
+from nemo_megacpp.contract.stage_cuts import stage_cuts
 from nemo_megacpp.contract.stages import BuiltStage
 from nemo_megacpp.formulas.recompute import described
 from nemo_megacpp.formulas.sizes import Sizes
@@ -13,6 +14,7 @@ from nemo_megacpp.layout.placement import group_facts, group_size
 from nemo_megacpp.mixers.kernels.m2rnn_scan import CHECKPOINT_EVERY
 from nemo_megacpp.mixers.kernels.mamba3_gpu import mamba3_gpu_reason
 from nemo_megacpp.pattern import Family, known_families
+from nemo_megacpp.specs.payload import SHAPE_BYTES
 
 
 class Cost(NamedTuple):
@@ -75,13 +77,11 @@ def _context(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     text = f"Document padding: to a multiple of {2 * cp} tokens in packed rows (CP={cp})"
     yield Cost("CP", "forces", text)
     if sizes.has(Family.ATTENTION):
-        text = (
-            f"Ring attention in A: {cp - 1} exchanges of K and V (CP={cp}, Transformer Engine; by "
-            f"formula)"
-            if sizes.job.kernels == "gpu"
-            else f"Gathered K and V in A: the whole sequence on every CP rank (CP={cp}, torch "
-            f"kernels)"
-        )
+        text = {
+            "p2p": f"Ring attention in A: {cp - 1} exchanges of K and V (CP={cp})",
+            "all_gather": f"Gathered K and V in A: the whole sequence on every CP rank (CP={cp})",
+            "a2a": f"Heads of A over CP: {sizes.kv_heads} KV heads per TP rank (CP={cp})",
+        }[sizes.cp_comm_type]
         yield Cost("CP", "forces", text)
     if sizes.has(Family.RECURRENT):
         heads = sizes.m2rnn_heads
@@ -137,6 +137,18 @@ def _pipeline(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
         f"{sizes.job.num_microbatches} microbatches{chunks})"
     )
     yield Cost("PP", "bubble", text)
+    firsts = [c.layers.start for stage in stages for c in stage.chunks if not c.owns_embedding]
+    cuts = stage_cuts(sizes, firsts)
+    for cut in cuts:
+        if cut.seam is not None:
+            yield Cost("PP", "waits", cut.seam)
+    if wider := [cut for cut in cuts if len(cut.items) > 1]:
+        names = ", ".join(dict.fromkeys(name for cut in wider for name in cut.items))
+        text = (
+            f"Shape messages: {SHAPE_BYTES} bytes and a synchronization of the device before each "
+            f"transfer ({names} cross {len(wider)} of {len(cuts)} cuts)"
+        )
+        yield Cost("PP", "forces", text)
     uneven = []
     for family in known_families():
         counts = [stage.places.count(family.value) for stage in stages]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from nemo_megacpp.contract.costs import Cost, costs
@@ -11,6 +12,7 @@ from nemo_megacpp.contract.machine import Machine, machine_document
 from nemo_megacpp.contract.memory import StageMemory, stage_buffers, stage_memory
 from nemo_megacpp.contract.ownership import OwnedParameter, ownership, parameter_count
 from nemo_megacpp.contract.recompute import Activations, saved_activations
+from nemo_megacpp.contract.stage_cuts import StageCut, stage_cuts
 from nemo_megacpp.contract.stages import BuiltStage, build_stages
 from nemo_megacpp.contract.step_tables import assumptions, step_document
 from nemo_megacpp.contract.step_time import StepEstimator, StepTime, places_of
@@ -49,6 +51,7 @@ list; keys are only ever added within a version::
         activations_per_microbatch, in_flight, exact: [...], formula: [...]},
         microbatch: [{place, layers, collectives: [COLLECTIVE]}], step: [COLLECTIVE],
         traffic: [{group, calls, tensor_bytes, sent_bytes, between_nodes}]}]
+    cuts: [{layer, between, items: {name: bytes}, seam, bytes}], of one microbatch, forward
     costs: [{axis, effect, message}]
     estimate: {seconds, parts: {part: seconds}, slowest_stage, tokens_per_second_per_gpu,
         model_flops_per_second_per_gpu, model_flops_utilization, machine, assumptions}
@@ -128,6 +131,13 @@ class Plan:
     @property
     def job(self) -> Job:
         return self.sizes.job
+
+    @cached_property
+    def cuts(self) -> list[StageCut]:
+        """What crosses each pipeline cut."""
+        chunks = (chunk for stage in self.stages for chunk in stage.built.chunks)
+        firsts = [chunk.layers.start for chunk in chunks if not chunk.owns_embedding]
+        return stage_cuts(self.sizes, firsts)
 
     @property
     def fullest(self) -> StagePlan:
@@ -234,6 +244,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             place: [item._asdict() for item in items] for place, items in plan.activations.items()
         },
         "stages": [_stage(stage) for stage in plan.stages],
+        "cuts": [{**cut._asdict(), "bytes": cut.bytes} for cut in plan.cuts],
         "costs": [cost._asdict() for cost in plan.costs],
         "estimate": _estimate_document(plan),
     }

@@ -51,8 +51,9 @@ class Priced:
         stages: the memory of each stage's fullest rank.
         bubble: pipeline idle time, as a share of the work.
         heaviest: work of the heaviest chunk over that of the mean chunk.
-        between_nodes, sent: bytes of one step over all ranks: that leave a node, and in all; None
-            for a layout that does not fit.
+        between_nodes: bytes of one step over all ranks that leave a node; None for a layout that
+            does not fit.
+        sent: the same in all.
         step: the estimated time of a step; None for a layout that does not fit.
     """
 

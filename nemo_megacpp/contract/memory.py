@@ -20,6 +20,7 @@ from itertools import accumulate
 from nemo_megacpp.contract.recompute import Activations
 from nemo_megacpp.contract.stages import BuiltChunk, BuiltParameter, BuiltStage
 from nemo_megacpp.formulas.sizes import Job, Sizes
+from nemo_megacpp.side_channels import channel_places
 
 GRADIENT_BYTES = 4
 """A gradient is accumulated and reduced in float32, in either precision."""
@@ -66,7 +67,13 @@ def stage_memory(
         buffers: its gradient buffers.
         saved: activations of one microbatch.
     """
-    chunks = [saved.chunk(chunk.places) for chunk in stage.chunks]
+    chunks = [
+        saved.chunk(
+            chunk.places,
+            [*channel_places(sizes.config.side_channels, chunk.owners), *[""] * chunk.owns_head],
+        )
+        for chunk in stage.chunks
+    ]
     per_chunk = [chunk.kept for chunk in chunks]
     regained = [chunk.peak - chunk.kept for chunk in chunks]
     peak, in_flight = peak_of_schedule(sizes.job, stage.pp_rank, per_chunk, regained)

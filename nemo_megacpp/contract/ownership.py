@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from nemo_megacpp.contract.stages import BuiltChunk, BuiltParameter, BuiltStage
 from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.layout.placement import group_size
+from nemo_megacpp.side_channels import channel_place, channels_at, read_side_channels
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class OwnedParameter:
     """One parameter of a family, the same in all layers of the family.
 
     Attributes:
-        family: a letter, ``embedding`` or ``head``.
+        family: a letter, ``embedding``, ``head``, or a place of side channels.
         name: within the layer; all experts of a rank under one name, stacked on a leading axis.
         layers: how many layers of the whole model have it.
         global_shape, local_shape: of the whole, and of one rank's part.
@@ -56,7 +57,7 @@ def ownership(job: Job, stages: Sequence[BuiltStage]) -> list[OwnedParameter]:
         experts = len({p.name.split("local_experts.")[1].split(".")[0]
                        for p in chunk.parameters if p.is_expert})  # fmt: skip
         for parameter in chunk.parameters:
-            family, name = place = _place(parameter, chunk)
+            family, name = place = _place(job, parameter, chunk)
             layers.setdefault(place, set()).add(parameter.layer)
             if place not in found:
                 local = parameter.local_shape
@@ -71,9 +72,13 @@ def parameter_count(owned: Iterable[OwnedParameter]) -> int:
     return sum(item.layers * math.prod(item.global_shape) for item in owned)
 
 
-def _place(parameter: BuiltParameter, chunk: BuiltChunk) -> tuple[str, str]:
+def _place(job: Job, parameter: BuiltParameter, chunk: BuiltChunk) -> tuple[str, str]:
     """Return the family and the name within the layer, which all experts of a layer share."""
     parts = parameter.name.split(".")
+    if parameter.is_side_channel:
+        channels = read_side_channels(job.model.get("side_channels"))
+        place = channel_place(channels_at(channels, parameter.layer))
+        return place, ".".join(parts[2 if parameter.layer is None else 3 :])
     if parameter.layer is None:
         return ("embedding" if parts[0] == "embedding" else "head"), parameter.name
     name = ".".join(part for part in parts[3:] if not (parameter.is_expert and part.isdigit()))

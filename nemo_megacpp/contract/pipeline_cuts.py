@@ -8,8 +8,8 @@ The rules, in order:
 2. The heaviest chunk is as light as possible.
 3. Of what is left, the choice in which the chunk with most R blocks has fewest: their recurrences
    wait step by step, which no count of operations shows.
-4. Of what is left, the choice in which fewest chunks begin with an E: it stays with the mixer
-   before it, as the MLP does in a transformer layer.
+4. Of what is left, the choice in which fewest chunks begin with an E or an F: it stays with the
+   mixer before it, as the MLP does in a transformer layer.
 5. Of what is left, the most even one (least sum of squared weights), and then the latest cuts.
 
 All of it is exact, by dynamic programming over layers and chunks. With virtual stages the chunk is
@@ -32,6 +32,7 @@ Weight = Callable[[int, int, int], int]
 """``(chunk, first layer, end layer)`` to the weight of that chunk; grows with the layers in it."""
 
 _SEAMS = (Family.EXPERT.value, Family.RECURRENT.value)
+_AFTER_A_MIXER = (Family.EXPERT.value, Family.FEED_FORWARD.value)
 
 
 def choose_cuts(
@@ -70,7 +71,7 @@ def choose_cuts(
         count = spread(chunk, first, end)
         if count is None or count > most:
             return None
-        parts = first > 0 and letters[first] == Family.EXPERT.value
+        parts = first > 0 and letters[first] in _AFTER_A_MIXER
         return parts * above_all_squares + weight(chunk, first, end) ** 2
 
     even = _plan(letters, chunks, parted_or_uneven, int.__add__)
@@ -81,6 +82,12 @@ def choose_cuts(
 def is_seam(letters: str, cut: int) -> bool:
     """Whether a cut before layer ``cut`` slices a run of E or of R blocks."""
     return letters[cut - 1] == letters[cut] and letters[cut] in _SEAMS
+
+
+def seam_at(letters: str, cut: int) -> bool:
+    """Whether a cut before layer ``cut`` has an E or R block on both sides: what routes or recurs
+    before it must end before the message leaves."""
+    return letters[cut - 1] in _SEAMS and letters[cut] in _SEAMS
 
 
 def work_weight(letters: str, chunks: int, work: Mapping[str, int]) -> Weight:

@@ -24,7 +24,7 @@ from nemo_megacpp.contract.step_tables import assumptions, parts_table, step_lin
 from nemo_megacpp.layout.placement import degrees_of
 from nemo_megacpp.render import html_details, html_list, html_page, html_table, show_bytes
 
-FAMILY_COLOURS = {"A": "#4c78a8", "M": "#54a24b", "E": "#f58518", "R": "#b279a2"}
+FAMILY_COLOURS = {"A": "#4c78a8", "M": "#54a24b", "E": "#f58518", "R": "#b279a2", "F": "#ff9da6"}
 END_COLOUR = "#9d9da1"
 MEMORY_COLOURS = {
     "parameters": "#4c78a8",

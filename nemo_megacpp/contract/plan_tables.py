@@ -14,6 +14,7 @@ from nemo_megacpp.formulas.collectives import Collective
 from nemo_megacpp.formulas.saved import total
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.render import Cell, Table, Toned, print_table, show_bytes
+from nemo_megacpp.side_channels import channel_places, is_channel_place
 
 NOT_COUNTED = "temporaries, fragmentation, the communication library's buffers"
 _EXAMPLE = 9
@@ -46,6 +47,8 @@ def print_plan(
         style = None if plan.fits else "red"
         console.print(f"{verdict(plan)}; not counted: {NOT_COUNTED}.", style=style)
     tables = [family_table(plan), group_table(plan), traffic_table(shown)]
+    if plan.cuts and stage is None:
+        tables.append(cut_table(plan))
     for table in [*tables, step_table(shown)] if stage is not None else tables:
         console.print()
         print_table(console, table)
@@ -152,7 +155,7 @@ def family_table(plan: Plan) -> Table:
         owned = [item for item in plan.owned if item.family == place]
         table.add(
             place_name(place),
-            str(plan.sizes.letters.count(place) if len(place) == 1 else 1),
+            str(_layers_of(plan, place)),
             f"{sum(item.local_numel for item in owned) / 1e6:,.2f} M",
             show_bytes(total(saved)),
             sent(made for made in collectives if made.phase == "forward"),
@@ -160,6 +163,14 @@ def family_table(plan: Plan) -> Table:
             ", ".join(dict.fromkeys(made.group for made in collectives)) or "-",
         )
     return table
+
+
+def _layers_of(plan: Plan, place: str) -> int:
+    """Return how often the whole model has a place."""
+    if is_channel_place(place):
+        owners = (None, *range(len(plan.sizes.letters)))
+        return channel_places(plan.sizes.config.side_channels, owners).count(place)
+    return plan.sizes.letters.count(place) if len(place) == 1 else 1
 
 
 def group_table(plan: Plan) -> Table:
@@ -198,6 +209,19 @@ def traffic_table(stage: StagePlan) -> Table:
     )
     calls = sum(item.calls for item in stage.traffic)
     table.total = ("all", f"{calls:,}", *map(show_bytes, sums))
+    return table
+
+
+def cut_table(plan: Plan) -> Table:
+    """Return what crosses each pipeline cut."""
+    table = Table(
+        ("<cut before layer", "<between", "bytes", "<of"),
+        "What crosses each cut in one microbatch of a rank, forward; its gradient comes back",
+    )
+    for cut in plan.cuts:
+        parts = (f"{name} {show_bytes(size)}" for name, size in cut.items.items())
+        what = ", ".join(parts) if len(cut.items) > 1 else next(iter(cut.items))
+        table.add(str(cut.layer), cut.between, show_bytes(cut.bytes), what)
     return table
 
 

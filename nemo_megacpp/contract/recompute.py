@@ -7,7 +7,7 @@ pass runs, it holds all that it saves without recompute as well.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,8 +18,10 @@ from nemo_megacpp.contract.work import work_of
 from nemo_megacpp.families import block_of
 from nemo_megacpp.formulas.recompute import MIXER_MODULES, recompute_units
 from nemo_megacpp.formulas.saved import Saved, norm, total
+from nemo_megacpp.formulas.side_channels import channel_activations
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.pattern import Family
+from nemo_megacpp.side_channels import is_channel_place
 
 
 def saved_activations(sizes: Sizes, place: str) -> list[Saved]:
@@ -35,6 +37,8 @@ def saved_activations(sizes: Sizes, place: str) -> list[Saved]:
             Saved("probabilities of the vocabulary (float32)", tokens * sizes.vocabulary * 4),
             Saved("targets and their mask", tokens * 9),
         ]
+    if is_channel_place(place):
+        return channel_activations(sizes, place)
     formula = block_of(Family(place)).saved_activations
     assert formula is not None, "a job refuses a family without formulas"
     return [item for item in formula(sizes) if item.bytes]
@@ -92,18 +96,29 @@ class Activations:
         self._beside = self.unit_input if copied else 0
         self._sums: dict[str, list[int]] = {}
 
-    def chunk(self, places: Sequence[str]) -> ChunkActivations:
-        """Return what a chunk with these places holds."""
+    def chunk(self, places: Sequence[str], beside: Sequence[str] = ()) -> ChunkActivations:
+        """Return what a chunk with these places holds.
+
+        Args:
+            places: of the chunk, in order.
+            beside: the place of side channels at each of them; empty for none.
+        """
         layers = [place for place in places if place not in ("embedding", "head")]
+        channels = [self.whole.get(place, 0) for place in beside] or [0] * len(places)
         units = recompute_units(self._config, len(layers))
-        again = [self._unit([layers[layer] for layer in unit]) for unit in units]
         first = "embedding" in places
         last = first + (units[-1].stop if units else 0)
-        parts = [
-            *((self.kept[place], self.whole[place]) for place in places[:first]),
-            *again,
-            *((self.kept[place], self.whole[place]) for place in places[last:]),
+        again = [self._unit([layers[layer] for layer in unit]) for unit in units]
+        again = [
+            (kept, during + sum(channels[first + layer] for layer in unit))
+            for unit, (kept, during) in zip(units, again, strict=True)
         ]
+
+        def stands(start: int, stop: int | None) -> Iterator[tuple[int, int]]:
+            for place, extra in zip(places[start:stop], channels[start:stop], strict=True):
+                yield self.kept[place] + extra, self.whole[place] + extra
+
+        parts = [*stands(0, first), *again, *stands(last, None)]
         now = peak = 0
         for kept, during in parts:  # the backward pass meets them from the last to the first
             peak = max(peak, now + during)
@@ -166,7 +181,7 @@ def recomputed_share(config: HybridConfig, chunks: Sequence[BuiltChunk]) -> floa
     for chunk in chunks:
         for number, letter in zip(chunk.layers, chunk.letters, strict=True):
             if letter not in places:
-                places[letter] = [p for p in chunk.parameters if p.layer == number]
+                places[letter] = chunk.of_layer(number)
         if chunk.owns_head:
             ends = [p for p in chunk.parameters if p.layer is None]
             places["head"] = [p for p in ends if not p.name.startswith("embedding.")]

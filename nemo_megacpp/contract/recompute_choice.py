@@ -21,11 +21,17 @@ SETTINGS = (
 
 def recompute_forms(job: Job) -> list[dict[str, Any]]:
     """Return the forms of recompute to try, as fields of the model, in the order of what they
-    compute again: the mixers of M and R, E as well, and all layers, one at a time."""
+    compute again: the mixers of M and R, E and F as well, and all layers, one at a time."""
     present = set(job.config().pattern.families)
-    mixers = [MIXER_MODULES[f.value] for f in (Family.MAMBA, Family.RECURRENT) if f in present]
-    experts = MIXER_MODULES[Family.EXPERT.value]
-    lists = [mixers, [*mixers, experts]] if Family.EXPERT in present else [mixers]
+
+    def modules(*families: Family) -> list[str]:
+        return [MIXER_MODULES[family.value] for family in families if family in present]
+
+    mixers, others = (
+        modules(Family.MAMBA, Family.RECURRENT),
+        modules(Family.EXPERT, Family.FEED_FORWARD),
+    )
+    lists = [mixers, [*mixers, *others]] if others else [mixers]
     selective = [
         {"recompute_granularity": "selective", "recompute_modules": modules}
         for modules in lists

@@ -19,7 +19,7 @@ added within a version::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
@@ -27,8 +27,9 @@ from rich.console import Console
 from nemo_megacpp.contract.candidates import Rejection
 from nemo_megacpp.contract.layout_search import Priced, Search
 from nemo_megacpp.contract.machine import Machine, machine_document
+from nemo_megacpp.contract.stage_cuts import stage_cuts
 from nemo_megacpp.contract.step_tables import assumptions, bar, legend, show_step, step_document
-from nemo_megacpp.formulas.sizes import Job
+from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.render import Table, Toned, print_table, show_bytes
 
 SCHEMA = 1
@@ -87,7 +88,7 @@ def print_layouts(
     if search.ranked:
         console.print(f"order: {ORDER}\n" if search.fitting else "order: memory\n")
         _ranking(console, search.ranked[:top], machine, limit)
-        _cuts(console, search)
+        _cuts(console, job, search)
     _rejections(console, candidates.rejected, every_rejection)
 
 
@@ -136,7 +137,7 @@ def _chunks(sizes: Sequence[int]) -> str:
     return f"{len(sizes)} chunks of {min(sizes)} to {max(sizes)}"
 
 
-def _cuts(console: Console, search: Search) -> None:
+def _cuts(console: Console, job: Job, search: Search) -> None:
     best = search.ranked[0]
     if best.layout.pp == 1:
         return
@@ -145,10 +146,16 @@ def _cuts(console: Console, search: Search) -> None:
     console.print(
         f"cuts of the first: {best.pattern}\n"
         f"  balanced by work, in units of the heaviest layer ({unit / 1e6:,.1f} M operations a "
-        f"token, forward): {weights}\n",
+        f"token, forward): {weights}",
         highlight=False,
         soft_wrap=True,
     )
+    sizes = Sizes(replace(job, layout=best.layout))
+    chunks = best.pattern.chunks(best.layout.chunks_count)
+    for cut in stage_cuts(sizes, [chunk.start for chunk in chunks[1:]]):
+        if cut.seam is not None:
+            console.print(f"  {cut.seam}", highlight=False, soft_wrap=True)
+    console.print()
 
 
 def _families(search: Search) -> dict[str, int]:

@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from typing import Any
@@ -32,6 +32,7 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import CUT, Family
 from nemo_megacpp.runtime.distributed import fake_rank
 from nemo_megacpp.settings.combinations import with_modules_of
+from nemo_megacpp.side_channels import channels_at, read_side_channels
 from nemo_megacpp.specs.backend import TorchBackend
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 
@@ -42,7 +43,8 @@ class BuiltParameter:
 
     Attributes:
         name: within the chunk.
-        layer: global number of the layer, from 0; None outside the layers.
+        layer: global number of the layer, from 0, whose it is or whose side channel; None outside
+            the layers.
         local_shape: what the rank holds; with a leading axis of experts for an expert's weight.
         global_shape: of the whole parameter, as a checkpoint knows it.
         is_expert: reduced over the expert-data-parallel group.
@@ -67,6 +69,11 @@ class BuiltParameter:
     def numel(self) -> int:
         """Elements on this rank."""
         return math.prod(self.local_shape)
+
+    @property
+    def is_side_channel(self) -> bool:
+        """Whether it belongs to side channels, not to the layer's family or to the embedding."""
+        return "side_channels" in self.name.split(".")
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,15 @@ class BuiltChunk:
     def places(self) -> list[str]:
         """What the chunk computes, in order: one place for each layer and for each end."""
         return ["embedding"] * self.owns_embedding + [*self.letters] + ["head"] * self.owns_head
+
+    @property
+    def owners(self) -> list[int | None]:
+        """Who may own side channels: the embedding (None) and its layers, by their numbers."""
+        return [None] * self.owns_embedding + [*self.layers]
+
+    def of_layer(self, layer: int) -> list[BuiltParameter]:
+        """Return the parameters of a layer's family."""
+        return [p for p in self.parameters if p.layer == layer and not p.is_side_channel]
 
 
 @dataclass(frozen=True)
@@ -174,7 +190,7 @@ def read_chunk(chunk: Any, index: int = 0) -> BuiltChunk:
         parameters.append(
             BuiltParameter(
                 name,
-                decoder.layer_range[int(parts[2])] if parts[:2] == ["decoder", "layers"] else None,
+                _layer(decoder.layer_range, parts),
                 (1,) * stacked + tuple(parameter.shape),
                 global_shape,
                 is_expert=not getattr(parameter, "allreduce", True),
@@ -192,6 +208,13 @@ def read_chunk(chunk: Any, index: int = 0) -> BuiltChunk:
         chunk.post_process,
         tuple(parameters),
     )
+
+
+def _layer(layers: Sequence[int], parts: list[str]) -> int | None:
+    """Return the global number of a parameter's layer. Side channels are named by it."""
+    if parts[:2] == ["decoder", "layers"]:
+        return layers[int(parts[2])]
+    return int(parts[2]) if parts[:2] == ["decoder", "side_channels"] else None
 
 
 def _global_shape(item: ShardedTensor | ShardedTensorFactory) -> tuple[int, tuple[int, ...]]:
@@ -229,6 +252,7 @@ class ComposedStages:
         self.letters = job.config().pattern.letters
         self._places: dict[tuple[Any, ...], dict[str, tuple[BuiltParameter, ...]]] = {}
         self._chunks: dict[tuple[Any, ...], BuiltChunk] = {}
+        self._channels: dict[tuple[Any, ...], tuple[BuiltParameter, ...]] = {}
 
     def places(self, layout: ParallelLayout) -> dict[str, tuple[BuiltParameter, ...]]:
         """Return the parameters of one layer of each family, of ``embedding`` and of ``head``."""
@@ -249,9 +273,28 @@ class ComposedStages:
             letters = self.letters[layers.start : layers.stop]
             chunk = BuiltChunk(index, layers, letters, index == 0, index == len(chunks) - 1, ())
             parameters = self.places(layout)
-            inside = tuple(p for place in chunk.places for p in parameters[place])
-            self._chunks[key] = dataclasses.replace(chunk, parameters=inside)
+            inside = [p for place in chunk.places for p in parameters[place]]
+            for layer in layers:
+                inside += self._side_channels(layout, layer)
+            self._chunks[key] = dataclasses.replace(chunk, parameters=tuple(inside))
         return self._chunks[key]
+
+    def _side_channels(self, layout: ParallelLayout, layer: int) -> tuple[BuiltParameter, ...]:
+        """Return the parameters of the side channels that a layer owns."""
+        declared = self._job.model.get("side_channels")
+        owned = channels_at(read_side_channels(declared), layer)
+        key = (layout.tp, layout.sp, *(channel.name for channel in owned))
+        if owned and key not in self._channels:
+            alone = [{**asdict(channel), "owner": [0]} for channel in owned]
+            dense = ParallelLayout(
+                tensor_model_parallel_size=layout.tp,
+                sequence_parallel=layout.sp,
+                expert_tensor_parallel_size=1,
+            )
+            (stage,) = self._build(dense, self.letters[layer], alone)
+            found = tuple(p for p in stage.parameters if p.is_side_channel)
+            self._channels[key] = found
+        return self._channels[key] if owned else ()
 
     def _build_places(self, layout: ParallelLayout) -> dict[str, tuple[BuiltParameter, ...]]:
         letters = "".join(dict.fromkeys(self.letters))
@@ -282,8 +325,16 @@ class ComposedStages:
             places[Family.EXPERT.value] += tuple(p for p in stage.parameters if p.is_expert)
         return places
 
-    def _build(self, layout: ParallelLayout, pattern: str) -> list[BuiltStage]:
+    def _build(
+        self,
+        layout: ParallelLayout,
+        pattern: str,
+        side_channels: list[dict[str, Any]] | None = None,
+    ) -> list[BuiltStage]:
+        """Build a small model; with the embedding's side channels if none are given."""
         depth = len(pattern.replace(CUT, ""))
         model = {**self._job.model, "hybrid_pattern": pattern, "num_layers": depth}
+        known = read_side_channels(model.get("side_channels"))
+        model["side_channels"] = side_channels or [asdict(c) for c in channels_at(known, None)]
         model = with_modules_of(model, {*pattern} - {CUT})
         return build_stages(dataclasses.replace(self._job, model=model, layout=layout))

@@ -68,7 +68,7 @@ def legend(steps: list[StepTime]) -> str:
     if axes:
         letters = " ".join(_LETTERS[name] for name in axes)
         words.insert(0, f"{letters} collectives of {', '.join(map(str.upper, axes))}")
-    return "A M E R and other capitals: computation of the families; " + "; ".join(words)
+    return "A M E R F and other capitals: computation of the families; " + "; ".join(words)
 
 
 def step_line(step: StepTime, machine: Machine, arithmetic: Arithmetic) -> str:

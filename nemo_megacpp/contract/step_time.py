@@ -109,7 +109,9 @@ class StepEstimator:
         Args:
             sizes: the job in its layout.
             places: the parameters of its layers.
-            stages, memories, buffers: of its pipeline, stage by stage.
+            stages: of its pipeline.
+            memories: of the stages.
+            buffers: of the stages.
         """
         job, layout = sizes.job, sizes.layout
         ranks = layout.world // layout.pp
@@ -207,7 +209,7 @@ def places_of(stages: Sequence[BuiltStage]) -> Places:
         for layer, letter in zip(chunk.layers, chunk.letters, strict=True):
             first.setdefault(letter, layer)
         for letter, layer in first.items():
-            found.setdefault(letter, [p for p in chunk.parameters if p.layer == layer])
+            found.setdefault(letter, chunk.of_layer(layer))
         ends = [p for p in chunk.parameters if p.layer is None]
         if chunk.owns_embedding:
             found["embedding"] = [p for p in ends if p.name.startswith("embedding.")]

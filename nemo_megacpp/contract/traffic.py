@@ -26,10 +26,14 @@ from nemo_megacpp.formulas.collectives import (
     column_parallel,
     there_and_back,
 )
+from nemo_megacpp.formulas.side_channels import channel_collectives
 from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.placement import EMBEDDING, group_of, group_size
 from nemo_megacpp.pattern import Family
+from nemo_megacpp.side_channels import channel_places, is_channel_place
+from nemo_megacpp.specs.payload import DEPTH_STATE, SHAPE_BYTES, declared, payload_at
+from nemo_megacpp.specs.recurrent import depth_state_handed_on, depth_state_taken
 
 
 def place_collectives(sizes: Sizes, place: str) -> list[Collective]:
@@ -46,6 +50,8 @@ def place_collectives(sizes: Sizes, place: str) -> list[Collective]:
             Collective("all_reduce", "tp", sizes.tokens * 4, "forward", "sum", f"{what} per token")
             for what in ("largest logit", "target's logit", "sum of exponentials")
         ]
+    elif is_channel_place(place):
+        made = channel_collectives(sizes, place)
     else:
         formula = block_of(Family(place)).collectives
         assert formula is not None, "a job refuses a family without formulas"
@@ -60,8 +66,13 @@ def microbatch_collectives(
     stage together. The place ``pipeline`` is what passes between stages; of a place whose layers
     are recomputed in part, those that are come first."""
     counts = Counter(place for stage in stages for place in stage.places)
-    chunks = (chunk for stage in stages for chunk in stage.chunks)
-    whole = Counter(layer for chunk in chunks for layer in recomputed_layers(sizes, chunk.letters))
+    whole: Counter[str] = Counter()
+    declared = sizes.config.side_channels
+    for chunk in (chunk for stage in stages for chunk in stage.chunks):
+        recomputed = recomputed_layers(sizes, chunk.letters)
+        whole.update(recomputed)
+        whole.update(filter(None, channel_places(declared, chunk.layers[: len(recomputed)])))
+        counts.update(filter(None, channel_places(declared, chunk.owners)))
     found = []
     for place in sizes.places:
         made = place_collectives(sizes, place)
@@ -71,6 +82,9 @@ def microbatch_collectives(
         ):
             if layers:
                 found.append((place, layers, collectives))
+    handed = [made for stage in stages for made in depth_state_collectives(sizes, stage)]
+    if handed:
+        found.append(("depth state", 1, handed))
     if sizes.layout.pp > 1:
         messages = [made for stage in stages for made in pipeline_messages(sizes, stage)]
         found.append(("pipeline", 1, messages))
@@ -79,25 +93,54 @@ def microbatch_collectives(
 
 def pipeline_messages(sizes: Sizes, stage: BuiltStage) -> list[Collective]:
     """Return what all chunks of a stage send to and receive from others for one microbatch."""
-    size = sizes.shared_tokens * sizes.h * sizes.e
     messages: list[Collective] = []
+    letters, config = sizes.letters, sizes.config
+    with_shapes = bool(declared(letters, config))
 
-    def between(chunk: int, outgoing: bool) -> None:
-        """The hidden states of ``chunk``, sent to the next stage or received from the last one,
-        and their gradient, which goes the other way."""
+    def between(chunk: int, cut: int, outgoing: bool) -> None:
+        """The payload of ``chunk``, sent to the next stage or received from the last one, and its
+        gradient, which goes the other way."""
+        payload = payload_at(cut, letters, config, config)
+        size = sizes.shared_tokens * payload.width * sizes.e
         there: Kind = "send" if outgoing else "receive"
         back: Kind = "receive" if outgoing else "send"
-        step, what = (1 if outgoing else -1), f"hidden states of chunk {chunk}"
-        messages.append(Collective(there, "pp", size, "forward", "pipeline", what, 1, step))
+        names = ", ".join(["hidden states", *(item.name for item in payload.items)])
+        step, what = (1 if outgoing else -1), f"{names} of chunk {chunk}"
+        forward = Collective(there, "pp", size, "forward", "pipeline", what, 1, step)
         what = f"gradient of {what}"
-        messages.append(Collective(back, "pp", size, "backward", "pipeline", what, 1, step))
+        backward = Collective(back, "pp", size, "backward", "pipeline", what, 1, step)
+        for message in (forward, backward):
+            messages.append(message)
+            if with_shapes:
+                what = f"shape of {message.what}"
+                messages.append(replace(message, bytes=SHAPE_BYTES, what=what))
 
     for chunk in stage.chunks:
         if not chunk.owns_embedding:
-            between(chunk.index - 1, outgoing=False)
+            between(chunk.index - 1, chunk.layers.start, outgoing=False)
         if not chunk.owns_head:
-            between(chunk.index, outgoing=True)
+            between(chunk.index, chunk.layers.stop, outgoing=True)
     return messages
+
+
+def depth_state_collectives(sizes: Sizes, stage: BuiltStage) -> list[Collective]:
+    """Return what the R blocks of a stage make of the state that they hand on in depth, in one
+    microbatch: the first of the model takes none, and the last hands none on."""
+    if not (everything := declared(sizes.letters, sizes.config)):
+        return []
+    (state,) = (each for each in everything if each.item.name == DEPTH_STATE)
+    found: list[Collective] = []
+    for chunk in stage.chunks:
+        whole = len(recomputed_layers(sizes, chunk.letters))
+        for place, (layer, letter) in enumerate(zip(chunk.layers, chunk.letters, strict=True)):
+            if letter != Family.RECURRENT.value:
+                continue
+            made = depth_state_taken(sizes) if layer > state.first else []
+            made += depth_state_handed_on(sizes) if layer < state.last else []
+            found += made
+            if place < whole or sizes.recomputes("m2rnn"):
+                found += again(made)
+    return between_several(sizes, found)
 
 
 def step_collectives(

@@ -74,7 +74,9 @@ def _head(sizes: Sizes, parameters: Sequence[BuiltParameter]) -> int:
 
 
 def _matrices(sizes: Sizes, parameters: Sequence[BuiltParameter]) -> int:
-    matrices = [p for p in parameters if len(p.global_shape) > 1]
+    # A look-up in a table of side channels is no product; their projection is.
+    tables = {p for p in parameters if p.is_side_channel and ".tables." in p.name}
+    matrices = [p for p in parameters if len(p.global_shape) > 1 and p not in tables]
     dense = sum(math.prod(p.global_shape) for p in matrices if not p.is_expert)
     # The first axis of an expert's parameter is that of the experts, of which a rank has 1 / EP.
     experts = sum(p.local_shape[0] * math.prod(p.global_shape[1:]) for p in matrices if p.is_expert)

@@ -169,7 +169,8 @@ def _listed(data: PreparedData) -> dict[str, File]:
         files = read_blocks(data.root / CHECKSUMS)
     except UserError as error:
         raise data.damaged(str(error)) from error
-    splits = {f"{split}.{kind}" for split in data.splits for kind in ("bin", "idx")}
+    streams = {f"{split}{name}" for split in data.splits for name in _vocabularies(data)}
+    splits = {f"{stream}.{kind}" for stream in streams for kind in ("bin", "idx")}
     known = splits | {"data.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
     there = {path.relative_to(data.root).as_posix() for path in data.tokenizer_dir.rglob("*")}
     for name in sorted(known - files.keys()):
@@ -197,13 +198,25 @@ def _describe(name: str, blocks: list[Block]) -> str:
     return f"{name} has changed in block {first.offset // BLOCK_BYTES:,} ({where}){others}."
 
 
+def _vocabularies(data: PreparedData) -> dict[str, int]:
+    """Return the number of ids of tokens (an empty name) and of each side channel (``.NAME``)."""
+    channels = {f".{channel.name}": channel.vocab_size for channel in data.side_channels}
+    return {"": data.vocab_size, **channels}
+
+
 class _Ids:
-    """Looks for ids beyond the vocabulary in tokens that are read."""
+    """Looks for ids beyond the vocabulary in tokens and side channels that are read."""
 
     def __init__(self, data: PreparedData, advance: Advance | None):
         self._data, self._advance = data, advance
-        opened = {f"{split}.bin": IndexedTokens.open(data.root / split) for split in data.splits}
-        self._opened = opened
+        self._sizes = {
+            f"{split}{name}.bin": size
+            for split in data.splits
+            for name, size in _vocabularies(data).items()
+        }
+        self._opened = {
+            name: IndexedTokens.open(data.root / name.removesuffix(".bin")) for name in self._sizes
+        }
         self._wrong: list[tuple[str, int, int]] = []
 
     def visit(self, name: str, offset: int, chunk: memoryview) -> None:
@@ -214,8 +227,9 @@ class _Ids:
             return
         dtype = np.dtype(self._opened[name].dtype)
         ids = np.frombuffer(chunk, dtype, len(chunk) // dtype.itemsize)
-        if len(ids) and (ids.min() < 0 or ids.max() >= self._data.vocab_size):
-            first = int(np.flatnonzero((ids < 0) | (ids >= self._data.vocab_size))[0])
+        size = self._sizes[name]
+        if len(ids) and (ids.min() < 0 or ids.max() >= size):
+            first = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
             self._wrong.append((name, offset + first * dtype.itemsize, int(ids[first])))
 
     def refuse(self) -> None:
@@ -227,5 +241,5 @@ class _Ids:
         document = int(np.searchsorted(offsets, offset, side="right")) - 1
         raise self._data.damaged(
             f"{name} has token id {found} in document {max(document, 0):,}, but the vocabulary has "
-            f"{self._data.vocab_size} tokens."
+            f"{self._sizes[name]} tokens."
         )

@@ -17,13 +17,17 @@ import os
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from nemo_megacpp.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from nemo_megacpp.data.side_channels import Values
+    from nemo_megacpp.side_channels import SideChannel
 
 MAX_DOCUMENT_BYTES = 1 << 30
 """A byte is at most one token, and Megatron's index holds a document's length as an int32."""
@@ -89,11 +93,13 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Document:
-    """One document; ``key`` is the file's, with the line number for JSONL, ``size`` in UTF-8."""
+    """One document; ``key`` is the file's, with the line number for JSONL, ``size`` in UTF-8,
+    ``values`` of its side channels."""
 
     key: str
     text: str
     size: int
+    values: Mapping[str, Values] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,18 @@ class Reading:
         text_key: field of a JSONL line that holds the text.
         max_document_bytes: larger documents are left out (of a JSONL line: with its JSON).
         encoding: of text that is not UTF-8 and has no byte-order mark; None leaves it out.
+        side_channels: whose ids are made.
     """
 
     text_key: str = "text"
     max_document_bytes: int = USUAL_DOCUMENT_BYTES
     encoding: str | None = None
+    side_channels: tuple[SideChannel, ...] = ()
+
+    @property
+    def fields(self) -> list[str]:
+        """The JSONL fields that side channels need."""
+        return [channel.field for channel in self.side_channels if channel.field is not None]
 
 
 @dataclass
@@ -265,7 +278,12 @@ def iter_documents(
         lines = tally.counts["bad_line"]
         try:
             with _open(source.path) as stream:
-                if source.is_jsonl:
+                if reading.fields and not source.is_jsonl:
+                    reasons.append(
+                        f"{source.path} is not JSONL and has no field {reading.fields[0]!r} for a "
+                        f"side channel."
+                    )
+                elif source.is_jsonl:
                     yield from _json_lines(stream, source, reading, tally, reasons)
                 else:
                     yield from _whole_file(stream, source, reading, tally)
@@ -320,6 +338,8 @@ def _json_lines(
     tally: Tally,
     reasons: list[str],
 ) -> Iterator[Document]:
+    from nemo_megacpp.data.side_channels import read_values  # it loads numpy
+
     for number, raw in _lines(stream, source, reading):
         where = f"{source.path}:{number}"
         if len(raw) > reading.max_document_bytes:
@@ -332,7 +352,8 @@ def _json_lines(
             tally.note(kind, where, raw)
             continue
         try:
-            text = _text_field(line, reading.text_key)
+            record, text = _text_field(line, reading.text_key)
+            values = read_values(record, text, reading.side_channels)
         except ValueError as error:
             tally.counts["bad_line"] += 1
             if not reasons:
@@ -348,7 +369,7 @@ def _json_lines(
         if kind:
             tally.note(kind, where)
         if kind != "empty":
-            yield Document(f"{source.key}:{number}", text, size)
+            yield Document(f"{source.key}:{number}", text, size, values)
 
 
 def _lines(
@@ -390,8 +411,8 @@ def wide_encoding(head: bytes, encoding: str | None) -> str | None:
     )
 
 
-def _text_field(line: str | None, text_key: str) -> str:
-    """Return the text of a JSONL line.
+def _text_field(line: str | None, text_key: str) -> tuple[dict[str, Any], str]:
+    """Return the object of a JSONL line, and its text.
 
     Raises:
         ValueError: what is wrong with the line.
@@ -416,7 +437,7 @@ def _text_field(line: str | None, text_key: str) -> str:
     text = record[text_key]
     if not isinstance(text, str):
         raise ValueError(f"has a {type(text).__name__} in field {text_key!r}, not a string.")
-    return text
+    return record, text
 
 
 def _decode(raw: bytes, encoding: str | None) -> tuple[str | None, str]:

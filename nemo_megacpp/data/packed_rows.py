@@ -11,11 +11,12 @@ load what it finds there with pickle, which runs the code of a planted file.
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from nemo_megacpp.data.indexed import IndexedTokens
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.mixers.documents import pack_row
+from nemo_megacpp.side_channels import SideChannel
 
 NO_CACHE = ""
 """Megatron's ``path_to_cache`` that neither reads nor writes a file; None is beside the data."""
@@ -43,11 +45,44 @@ class CheckedRows(GPTDataset):
     With TP, Megatron embeds such an id as zeros and reports no error. The check takes about 10 µs
     per row of 4,096 tokens.
 
+    A sample has the ids of the model's side channels too, each under
+    :attr:`nemo_megacpp.side_channels.SideChannel.key`, read for the row that was cut from the
+    tokens: the documents and offsets are those of the same entry of the sample index.
+
     Attributes:
         vocab_size: of the model; see `rows_class`.
+        side_channels: of the model.
     """
 
     vocab_size: int
+    side_channels: tuple[SideChannel, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._beside = [(channel, self._read_beside(channel)) for channel in self.side_channels]
+
+    def _read_beside(self, channel: SideChannel) -> GPTDataset:
+        """Return a dataset that cuts the same rows from the ids of a side channel."""
+        rows: GPTDataset = copy.copy(self)
+        rows.dataset = IndexedDataset(f"{self.dataset_path}.{channel.name}")
+        rows._pad_token_id = 0
+        return rows
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        return {**super().__getitem__(idx), **self._ids_beside(0 if idx is None else idx)}
+
+    def _ids_beside(self, idx: int) -> dict[str, torch.Tensor]:
+        found = {}
+        for channel, rows in self._beside:
+            ids, _ = GPTDataset._query_document_sample_shuffle_indices(rows, idx)
+            if ids.min() < 0 or ids.max() >= channel.vocab_size:
+                raise UserError(
+                    f"The {Path(str(self.dataset_path)).name} split of "
+                    f"{Path(str(self.dataset_path)).parent} has an id beyond vocab_size="
+                    f"{channel.vocab_size} in side channel {channel.name}: the data are damaged."
+                )
+            found[channel.key] = torch.from_numpy(ids[: self.config.sequence_length]).long()
+        return found
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
         text, documents = super()._query_document_sample_shuffle_indices(idx)
@@ -84,13 +119,17 @@ class PackedDocuments(CheckedRows):
         row = pack_row(torch.from_numpy(text).long(), self.config.tokenizer.eod)
         if idx is None:  # a row that fills up a batch
             row["loss_mask"].zero_()
-        return row
+        return {**row, **self._ids_beside(0 if idx is None else idx)}
 
 
-def rows_class(vocab_size: int, packed: bool) -> type[CheckedRows]:
-    """Return the dataset's class for a model of ``vocab_size``, with documents marked or not."""
+def rows_class(
+    vocab_size: int, packed: bool, side_channels: Sequence[SideChannel] = ()
+) -> type[CheckedRows]:
+    """Return the dataset's class for a model of ``vocab_size`` and ``side_channels``, with
+    documents marked or not."""
     kind = PackedDocuments if packed else CheckedRows
-    return type(kind.__name__, (kind,), {"vocab_size": vocab_size})
+    attributes = {"vocab_size": vocab_size, "side_channels": tuple(side_channels)}
+    return type(kind.__name__, (kind,), attributes)
 
 
 class DocumentPart(NamedTuple):
@@ -150,7 +189,13 @@ def read_rows(
         yield parts
 
 
-def open_epoch(data: PreparedData, seq_length: int, seed: int, packed: bool = False) -> GPTDataset:
+def open_epoch(
+    data: PreparedData,
+    seq_length: int,
+    seed: int,
+    packed: bool = False,
+    side_channels: Sequence[SideChannel] = (),
+) -> GPTDataset:
     """Open one epoch of the train split as rows of ``seq_length`` tokens.
 
     Args:
@@ -158,6 +203,7 @@ def open_epoch(data: PreparedData, seq_length: int, seed: int, packed: bool = Fa
         seq_length: tokens of a row.
         seed: of the order.
         packed: mark the documents, as a run with ``packed_documents`` does.
+        side_channels: whose ids the rows hold.
     """
     config = GPTDatasetConfig(
         random_seed=seed,
@@ -176,5 +222,5 @@ def open_epoch(data: PreparedData, seq_length: int, seed: int, packed: bool = Fa
     )
     indexed = IndexedDataset(data.train_prefix)
     documents = np.arange(GPTDataset.numel_low_level_dataset(indexed))
-    kind = rows_class(data.vocab_size, packed)
+    kind = rows_class(data.vocab_size, packed, side_channels)
     return kind(indexed, data.train_prefix, documents, None, Split.train, config)

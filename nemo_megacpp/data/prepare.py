@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,13 @@ from nemo_megacpp.data.corpus import (
 )
 from nemo_megacpp.data.encode import encode, join_parts, part_folder, sample, survey
 from nemo_megacpp.data.indexed import token_dtype
-from nemo_megacpp.data.prepared import PreparedData, Request, SplitCounts, reusable
+from nemo_megacpp.data.prepared import (
+    PreparedChannel,
+    PreparedData,
+    Request,
+    SplitCounts,
+    reusable,
+)
 from nemo_megacpp.data.shards import Shard, cut, usual_workers, workers
 from nemo_megacpp.data.split import PLACE, SplitPlan, check_held_out, plan_split
 from nemo_megacpp.data.staging import bars, clear_stage, staging
@@ -44,6 +50,7 @@ from nemo_megacpp.data.tokenizer import (
 )
 from nemo_megacpp.errors import UserError, validate_all
 from nemo_megacpp.printable import say
+from nemo_megacpp.side_channels import read_side_channels
 
 DEFAULT_VOCAB_SIZE = 8192
 TOKENIZER_BYTES = 200_000_000
@@ -67,6 +74,7 @@ def prepare(
     max_bytes: int | None = None,
     max_document_bytes: int = USUAL_DOCUMENT_BYTES,
     document_multiple: int = 1,
+    side_channels: Iterable[Mapping[str, Any]] = (),
     num_workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -89,6 +97,8 @@ def prepare(
         max_document_bytes: leave out documents that are larger, and count them.
         document_multiple: end each document with as many EOS as make its length a multiple of this:
             with 2·CP, packed documents can be split over CP ranks.
+        side_channels: ids to write beside the tokens, each with ``name``, ``vocab_size`` and its
+            source (:class:`nemo_megacpp.side_channels.SideChannel`).
         num_workers: processes; default one for a small corpus, else one per core.
         overwrite: replace prepared data in ``out``.
         progress: draw bars on standard error.
@@ -106,7 +116,10 @@ def prepare(
         lambda: _check_range("document_multiple", document_multiple),
         lambda: _check_range("workers", num_workers),
     )
-    reading = Reading(text_key, max_document_bytes, encoding and check_encoding(encoding))
+    channels = read_side_channels(list(side_channels))
+    code = encoding and check_encoding(encoding)
+    reading = Reading(text_key, max_document_bytes, code, channels)
+    written = [PreparedChannel(c.name, c.vocab_size, c.source) for c in channels]
     known = load_tokenizer(tokenizer) if tokenizer is not None else None
     if known is not None and vocab_size not in (None, known.vocab_size):
         raise UserError(
@@ -125,6 +138,7 @@ def prepare(
         "document_multiple": document_multiple,
         "skip_bad": skip_bad,
         **asdict(reading),
+        "side_channels": json.dumps([asdict(channel) for channel in written]) if written else None,
     }
     existing = reusable(out, request, overwrite)
     if existing is not None:
@@ -181,7 +195,7 @@ def prepare(
                 options = (reading, plan, folder, dtype, document_multiple, stage.parts)
                 for _ in each("encoding", partial(encode, *options), missing):
                     pass
-                counts = join_parts(stage.parts, shards, dtype, stage.whole)
+                counts = join_parts(stage.parts, shards, dtype, stage.whole, channels)
         except KeyboardInterrupt:
             drawn.stop()
             message = "Interrupted. Run the same command to resume; progress is saved in"
@@ -202,6 +216,7 @@ def prepare(
             source={"paths": [str(Path(path).absolute()) for path in paths], "files": len(files)},
             request=request,
             document_multiple=document_multiple,
+            side_channels=written,
         ).write_manifest(stage.whole)
         write_checksums(stage.whole)
     return PreparedData.open(out)

@@ -6,6 +6,7 @@
     checksums.json          of every file, in blocks; written last
     tokenizer/              Hugging Face files
     train.bin, train.idx    Megatron's indexed dataset; likewise heldout
+    train.NAME.bin, .idx    ids of a side channel, beside the tokens; likewise heldout
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from annotated_types import Ge, Le, MaxLen
 from pydantic import Field, StringConstraints, TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -29,6 +31,7 @@ from nemo_megacpp.data.tokenizer import fingerprint
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.json_files import Count, Text, parse_json, read_limited
 from nemo_megacpp.printable import say
+from nemo_megacpp.side_channels import SideChannel
 
 CHECKSUMS = "checksums.json"
 MANIFEST = "data.json"
@@ -66,6 +69,16 @@ class SplitCounts:
 
 
 @dataclass(frozen=True)
+class PreparedChannel:
+    """A side channel that was written: its ids are below ``vocab_size``, made from ``source``
+    (:attr:`nemo_megacpp.side_channels.SideChannel.source`)."""
+
+    name: Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]{0,39}$")]
+    vocab_size: Annotated[int, Ge(1), Le(2**26)]
+    source: Text
+
+
+@dataclass(frozen=True)
 class PreparedData:
     """A prepared folder, as its ``data.json`` describes it.
 
@@ -89,6 +102,7 @@ class PreparedData:
     request: Request
     document_multiple: _Positive = 1
     skipped_names: dict[Text, list[Text]] = Field(default_factory=dict)
+    side_channels: list[PreparedChannel] = Field(default_factory=list)
     root: Path = Path()
 
     @classmethod
@@ -125,6 +139,13 @@ class PreparedData:
                         f"{found.tokens:,} tokens; {MANIFEST} says {said.documents:,} and "
                         f"{said.tokens:,}."
                     )
+                for channel in data.side_channels:
+                    beside = IndexedTokens.open(root / f"{split}.{channel.name}")
+                    if not np.array_equal(beside.lengths, found.lengths):
+                        raise UserError(
+                            f"{root / split}.{channel.name}.idx has other documents than "
+                            f"{split}.idx."
+                        )
             data.validate_tokenizer(data.tokenizer_dir)
         except UserError as error:
             raise data.damaged(str(error)) from error
@@ -160,6 +181,27 @@ class PreparedData:
                 f"{named}: {self.tokenizer_fingerprint[:12]}… made it, this is {identity[:12]}…. "
                 f"Use {str(self.tokenizer_dir)!r}, or make the data again with --tokenizer DIR."
             )
+
+    def validate_side_channels(self, declared: Sequence[SideChannel]) -> None:
+        """Raise a UserError for a model with a side channel that these data lack or made otherwise.
+
+        Channels that the model does not declare are not read.
+        """
+        known = {channel.name: channel for channel in self.side_channels}
+        for channel in declared:
+            found = known.get(channel.name)
+            wanted = f"{channel.source} and vocab_size={channel.vocab_size}"
+            if found is None:
+                raise UserError(
+                    f"{self.root} has no side channel {channel.name}; it has "
+                    f"{', '.join(known) or 'none'}. Prepare it with --side-channel "
+                    f"name={channel.name},vocab_size={channel.vocab_size},{channel.source}"
+                )
+            if (found.source, found.vocab_size) != (channel.source, channel.vocab_size):
+                raise UserError(
+                    f"Side channel {channel.name} of {self.root} was made with {found.source} and "
+                    f"vocab_size={found.vocab_size}, and the model declares {wanted}."
+                )
 
     def validate_samples(self, vocab_size: int, seq_length: int) -> None:
         """Raise a UserError for a model of another vocabulary, or less than one sample a split."""

@@ -24,7 +24,7 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.json_files import read_json
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 EOS_TOKEN = "<|endoftext|>"
 # Megatron masks the loss at padding. Padding needs an id of its own: one shared with EOS is ignored
@@ -74,11 +74,21 @@ class LoadedTokenizer:
         Raises:
             UserError: the library fails, or a pattern of the tokenizer takes for ever on a text.
         """
+        return [encoding.ids for encoding in self._encode(texts, "encode_batch_fast")]
+
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Return the ids of every text, and the first character of each; raises as `encode`."""
+        return [
+            (encoding.ids, [first for first, _ in encoding.offsets])
+            for encoding in self._encode(texts, "encode_batch")
+        ]
+
+    def _encode(self, texts: Sequence[str], method: str) -> list[Encoding]:
         seconds = _SECONDS + sum(map(len, texts)) // _BYTES_PER_SECOND
         with guard_library(self.folder):
             try:
-                found = _in_thread(
-                    lambda: self.tokenizer.encode_batch_fast(texts, add_special_tokens=False),
+                return _in_thread(
+                    lambda: getattr(self.tokenizer, method)(texts, add_special_tokens=False),
                     seconds,
                 )
             except TimeoutError:
@@ -86,7 +96,6 @@ class LoadedTokenizer:
                     f"{self.folder / _FILE} cannot be used as a tokenizer: it has not encoded "
                     f"{sum(map(len, texts)):,} characters within {seconds:,} s."
                 ) from None
-        return [encoding.ids for encoding in found]
 
 
 def _in_thread(function: Callable[[], T], seconds: float | None = None) -> T:

@@ -39,7 +39,7 @@ def recipe_findings(recipe: Recipe, gpus: int) -> Iterator[Finding]:
 
 def _families(recipe: Recipe) -> str:
     counts = ", ".join(
-        f"{count} {family.value}" for family, count in recipe.pattern.counts().items()
+        f"{count} {family.value}" for family, count in recipe.pattern.counts().items() if count
     )
     return f"{len(recipe.pattern)} layers: {counts}"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
-MIXER_MODULES = {"E": "moe", "M": "mamba", "R": "m2rnn"}
+MIXER_MODULES = {"E": "moe", "M": "mamba", "R": "m2rnn", "F": "mlp"}
 """The module of ``recompute_modules`` that holds all matrices of a family's layer."""
 
 

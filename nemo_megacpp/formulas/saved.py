@@ -44,6 +44,18 @@ def norm(sizes: Sizes) -> list[Saved]:
     ]
 
 
+def inside_mlp(sizes: Sizes) -> int:
+    """Return the FFN widths that an MLP saves: gate and value as projected, and what leads to their
+    product.
+
+    The torch form saves the projection (2), the value plus its offset, the activated gate, and the
+    product that the second matrix takes; a fused form the projection and the product.
+    """
+    if sizes.config.gated_linear_unit:
+        return 5 if sizes.job.kernels == "torch" else 3
+    return 2
+
+
 def total(saved: Iterable[Saved]) -> int:
     """Return the bytes of all entries."""
     return sum(item.bytes for item in saved)

@@ -15,6 +15,7 @@ from nemo_megacpp.layout import ParallelLayout, padded_vocab_size
 from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Dimensions, Mamba3Settings
 from nemo_megacpp.mixers.kernels.m2rnn_triton import unfit_for_triton
 from nemo_megacpp.pattern import Family, HybridPattern
+from nemo_megacpp.side_channels import channel_places
 
 Precision = Literal["fp32", "bf16"]
 Kernels = Literal["gpu", "torch"]
@@ -34,7 +35,7 @@ class Job:
         overlap_grad_reduce, overlap_param_gather: gradients are reduced during the backward pass,
             parameters gathered during the forward pass; moves no byte.
         kernels: ``gpu`` is Transformer Engine and mamba_ssm, ``torch`` the plain forms of a machine
-            without a GPU. They save different activations, and split attention over CP differently.
+            without a GPU. They save different activations.
         gpus_per_node: ranks of one NVLink domain.
         hbm_bytes: memory of one GPU; None: not compared.
         name: of the job, for people.
@@ -110,8 +111,11 @@ class Sizes:
 
     @property
     def places(self) -> tuple[str, ...]:
-        """The letters of the families, each once, between ``embedding`` and ``head``."""
-        return ("embedding", *dict.fromkeys(self.letters), "head")
+        """The letters of the families, each once, between ``embedding`` and ``head``; then the
+        places of side channels."""
+        owners = (None, *range(len(self.letters)))
+        channels = filter(None, dict.fromkeys(channel_places(self.config.side_channels, owners)))
+        return ("embedding", *dict.fromkeys(self.letters), "head", *channels)
 
     def has(self, family: Family) -> bool:
         """Whether the model has blocks of ``family``."""
@@ -174,6 +178,11 @@ class Sizes:
     def head_dim(self) -> int:
         return int(self.config.kv_channels)
 
+    @property
+    def cp_comm_type(self) -> str:
+        """How queries meet the keys and values of other cp ranks; Megatron's default is a ring."""
+        return str(self.config.cp_comm_type or "p2p")
+
     # --- M
 
     @cached_property
@@ -232,6 +241,13 @@ class Sizes:
     def shared_expert_width(self) -> int:
         """FFN width of the shared expert on this rank."""
         return int(self.config.moe_shared_expert_intermediate_size or 0) // self.layout.tp
+
+    # --- F
+
+    @property
+    def ffn_width(self) -> int:
+        """FFN width of a dense MLP on this rank."""
+        return int(self.config.ffn_hidden_size) // self.layout.tp
 
     # --- embedding and head
 

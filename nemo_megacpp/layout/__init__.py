@@ -2,8 +2,10 @@
 
 from nemo_megacpp.layout.legality import (
     check_layout,
+    describe_nearest,
     describe_violations,
     is_legal,
+    nearest_in_any_world,
     nearest_legal,
     padded_vocab_size,
     validate_layout,
@@ -16,8 +18,10 @@ __all__ = [
     "ModelShape",
     "ParallelLayout",
     "check_layout",
+    "describe_nearest",
     "describe_violations",
     "is_legal",
+    "nearest_in_any_world",
     "nearest_legal",
     "padded_vocab_size",
     "validate_layout",

@@ -101,6 +101,29 @@ def nearest_legal(
     return list(islice(legal, most))
 
 
+def nearest_in_any_world(
+    layout: ParallelLayout, shape: ModelShape, *, gpus_per_node: int | None = None
+) -> list[ParallelLayout]:
+    """Return what `nearest_legal` finds, in a world of another size if the given one has none.
+
+    Degrees that cannot be read have no neighbours.
+    """
+    if any(degree < 1 for degree in (layout.world, layout.minimal_world_size)):
+        return []
+    here = nearest_legal(layout, shape, gpus_per_node=gpus_per_node)
+    anywhere = replace(layout, world_size=None)
+    return here or nearest_legal(anywhere, shape, gpus_per_node=gpus_per_node)
+
+
+def describe_nearest(layout: ParallelLayout, nearest: Sequence[ParallelLayout]) -> str:
+    """Return the layouts of `nearest_in_any_world` as a sentence."""
+    if not nearest:
+        return "No layout near this one is legal."
+    elsewhere = layout.world_size != nearest[0].world_size
+    where = " in a world of another size" if elsewhere else ""
+    return f"Nearest legal layouts{where}: {'; '.join(x.short() for x in nearest)}."
+
+
 def padded_vocab_size(vocab_size: int, divisible_by: int | None, tp: int) -> int:
     """The rows of the embedding: ``vocab_size``, rounded up for ``divisible_by`` and for TP.
 

@@ -13,17 +13,29 @@ from nemo_megacpp.printable import cut, shown
 
 # Megatron's field name -> the names accepted for it; the first is the short one.
 _NAMES: dict[str, tuple[str, ...]] = {
-    "tensor_model_parallel_size": ("tp", "tensor_parallel", "tensor_parallelism"),
+    "tensor_model_parallel_size": ("tp", "tensor_parallel", "tensor_parallelism", "tp_degree"),
     "sequence_parallel": ("sp", "sequence_parallelism"),
-    "context_parallel_size": ("cp", "context_parallel", "context_parallelism"),
-    "pipeline_model_parallel_size": ("pp", "pipeline_parallel", "pipeline_parallelism"),
+    "context_parallel_size": ("cp", "context_parallel", "context_parallelism", "cp_degree"),
+    "pipeline_model_parallel_size": (
+        "pp",
+        "pipeline_parallel",
+        "pipeline_parallelism",
+        "pp_degree",
+    ),
     "virtual_pipeline_model_parallel_size": (
         "vpp",
         "virtual_pipeline",
         "virtual_pipeline_parallelism",
+        "vpp_degree",
     ),
-    "expert_model_parallel_size": ("ep", "expert_parallel", "expert_parallelism"),
-    "expert_tensor_parallel_size": ("etp", "expert_tensor_parallel", "expert_tensor_parallelism"),
+    "expert_model_parallel_size": ("ep", "expert_parallel", "expert_parallelism", "ep_degree"),
+    "expert_tensor_parallel_size": (
+        "etp",
+        "expert_tensor_parallel",
+        "expert_tensor_parallelism",
+        "expert_tp_degree",
+        "etp_degree",
+    ),
     "world_size": ("world",),
 }
 FIELD_OF = {name: field for field, names in _NAMES.items() for name in (field, *names)}
@@ -98,10 +110,10 @@ class ParallelLayout:
         """Read names and values, as found in YAML or on a command line.
 
         Names, in any case: short (``tp``, ``sp``, ``cp``, ``pp``, ``vpp``, ``ep``, ``etp``,
-        ``world``), the articles' (``tensor_parallel``, ``virtual_pipeline``, …), NeMo's
-        (``tensor_parallelism``, …) and Megatron's field names. ``sequence_parallel`` defaults to
-        true where TP > 1: it costs nothing and MoE training needs it. The constructor keeps
-        Megatron's default, false.
+        ``world``), the articles' (``tensor_parallel``, ``tp_degree``, ``expert_tp_degree``, …),
+        NeMo's (``tensor_parallelism``, …) and Megatron's field names. ``sequence_parallel``
+        defaults to true where TP > 1: it costs nothing and MoE training needs it. The constructor
+        keeps Megatron's default, false.
 
         Raises:
             UserError: an unknown name, a degree given twice, or a value that is no degree.
@@ -325,7 +337,7 @@ def _field(name: str) -> str:
     if field is None:
         known = [names[0] for names in _NAMES.values()]
         message = f"A layout has no {shown(name)}; it has {', '.join(known)}."
-        if name.lower() in ("dp", "data_parallel", "data_parallel_size"):
+        if name.lower() in ("dp", "dp_degree", "data_parallel", "data_parallel_size"):
             message += " Data parallelism follows from them: it is world / (tp x cp x pp)."
             raise UserError(message)
         raise UserError(message + nearest(name.lower(), FIELD_OF))

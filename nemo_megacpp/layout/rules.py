@@ -39,11 +39,15 @@ class ModelShape:
     num_moe_experts: int | None = None
     moe_ffn_hidden_size: int | None = None
     moe_shared_expert_intermediate_size: int | None = None
+    ffn_hidden_size: int | None = None
     vocab_size: int = 0
     make_vocab_size_divisible_by: int | None = None
+    side_channels: Sequence[Mapping[str, Any]] | None = None
     seq_length: int | None = None
     micro_batch_size: int | None = None
     global_batch_size: int | None = None
+    cp_comm_type: str | None = None
+    m2rnn_depth_state: bool = False
 
     @classmethod
     def read(
@@ -235,6 +239,22 @@ def _vocabulary(check: LayoutCheck) -> Iterator[LayoutViolation]:
         )
 
 
+def _side_channels(check: LayoutCheck) -> Iterator[LayoutViolation]:
+    # A table has as many rows as its channel has ids: none is padded, whatever the layout.
+    from nemo_megacpp.side_channels import read_side_channels  # it loads pydantic
+
+    tp = check.layout.tp
+    for channel in read_side_channels(check.shape.side_channels):
+        rows = channel.vocab_size
+        if channel.partition == "vocabulary" and rows % tp:
+            text = (
+                f"side channel {channel.name}: vocab_size = {rows} is not divisible by TP = {tp}, "
+                f"over which partition=vocabulary splits its rows. Declare more ids, up to a "
+                f"multiple, or set partition=replicated."
+            )
+            yield LayoutViolation("TP", "side-channel-rows", text, knobs=("tp",))
+
+
 def _depth(check: LayoutCheck) -> Iterator[LayoutViolation]:
     layout = check.layout
     try:
@@ -314,6 +334,7 @@ RULES: tuple[Rule, ...] = (
     _experts_exist,
     _sequence,
     _vocabulary,
+    _side_channels,
     _depth,
     _virtual_stages,
     _batch,
@@ -329,8 +350,8 @@ def _multiples(name: str, value: int, unit: int) -> tuple[str, ...]:
 
 
 def divisors_of(number: int) -> list[int]:
-    """Return the divisors of ``number``, ascending; none of 0."""
-    low = [value for value in range(1, math.isqrt(number) + 1) if number % value == 0]
+    """Return the divisors of ``number``, ascending; none of 0 and of negative numbers."""
+    low = [value for value in range(1, math.isqrt(max(number, 0)) + 1) if number % value == 0]
     return sorted({*low, *(number // value for value in low)})
 
 

@@ -40,8 +40,6 @@ _SET_BY_THE_SCRIPT = frozenset(
         "deallocate_pipeline_outputs",
         "batch_p2p_comm",
         "overlap_p2p_comm",
-        # Transformer Engine's; its own default is the script's.
-        "cp_comm_type",
         "inference_sampling_seed",
     }
 )
@@ -50,6 +48,7 @@ _WRITTEN = frozenset(
         "activation_func",
         "gated_linear_unit",
         "bias_activation_fusion",
+        "cp_comm_type",
         "num_moe_experts",
         "num_query_groups",
         "persist_layer_norm",
@@ -62,6 +61,7 @@ _WRITTEN_HYBRID = {
     "vocab_size",
     "make_vocab_size_divisible_by",
     "share_embeddings_and_output_weights",
+    "side_channels",  # refused below
 }
 
 
@@ -74,7 +74,7 @@ def model_options(config: HybridConfig, dialect: Dialect) -> tuple[list[str], li
     """
     words = [
         *("--spec", SPEC_MODULE, spec_name(config)),
-        *(dialect.pattern_option, config.pattern.to_megatron(cuts=True)),
+        *_pattern(config, dialect),
         *("--padded-vocab-size", str(_padded_vocab_size(config))),
         *("--max-position-embeddings", str(config.seq_length)),
     ]
@@ -91,6 +91,8 @@ def model_options(config: HybridConfig, dialect: Dialect) -> tuple[list[str], li
         words.append("--no-persist-layer-norm")
     if not config.share_embeddings_and_output_weights:
         words.append("--untie-embeddings-and-output-weights")
+    if config.cp_comm_type not in (None, "p2p"):  # the script's default
+        words += ["--cp-comm-type", config.cp_comm_type]
     if config.num_moe_experts is not None:
         words += ["--num-experts", str(config.num_moe_experts)]
     if config.num_query_groups != config.num_attention_heads:
@@ -98,6 +100,10 @@ def model_options(config: HybridConfig, dialect: Dialect) -> tuple[list[str], li
 
     if own := [name for name in config.recompute_modules or () if name in OWN_MODULES]:
         refusals.append(f"recompute_modules={own}: Megatron-Core 0.16 asserts that it knows them")
+    if config.side_channels:
+        refusals.append(
+            "side_channels: the script's dataset and its forward step know tokens alone"
+        )
     carried = {*_SET_BY_THE_SCRIPT, *_WRITTEN, *_WRITTEN_HYBRID, *CARRIED}
     plain = {field.name for field in dataclasses.fields(TransformerConfig)}
     for field in dataclasses.fields(HybridConfig):
@@ -115,6 +121,12 @@ def model_options(config: HybridConfig, dialect: Dialect) -> tuple[list[str], li
             refusals.append(f"{field.name}={value!r}")
         words += found or []
     return words, refusals
+
+
+def _pattern(config: HybridConfig, dialect: Dialect) -> list[str]:
+    name, pattern = dialect.pattern_option, config.pattern.to_megatron(cuts=True)
+    # Without "=" argparse would read a pattern that starts with "-" as another option.
+    return [f"{name}={pattern}"] if pattern.startswith("-") else [name, pattern]
 
 
 def _padded_vocab_size(config: HybridConfig) -> int:

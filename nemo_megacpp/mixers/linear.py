@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.transformer import TransformerConfig
 
+from nemo_megacpp.mixer_settings import row_padding
 from nemo_megacpp.mixers.head_parallel import log_once
 from nemo_megacpp.mixers.norm import rms_norm, validate_torch_norm
 from nemo_megacpp.mixers.replicated import mark_replicated, replicated
@@ -61,6 +62,9 @@ class SharedColumnParallelLinear(ColumnParallelLinear):
     every rank computes these outputs for its own heads, so its gradient is partial and is summed,
     see :mod:`nemo_megacpp.mixers.replicated`).
 
+    The product has up to seven rows of zeros more, so that a token's outputs begin at a multiple of
+    eight numbers whatever tp leaves; they are no parameters.
+
     The product is computed in the parameters' dtype under FP8 as well, which is logged once.
 
     Args:
@@ -104,13 +108,17 @@ class SharedColumnParallelLinear(ColumnParallelLinear):
         The input is ``[s, b, in]``, under SP ``[s/tp, b, in]``.
         """
         shared = replicated(self.shared_weight, self.config, self.tp_group)
+        sizes = [shared.size(0), self.output_size_per_partition]
+        padding = row_padding(sum(sizes))
+        rows = torch.cat([shared, self.weight, shared.new_zeros(padding, shared.size(1))])
         output = linear_with_grad_accumulation_and_async_allreduce(
             input_,
-            torch.cat([shared, self.weight]),
+            rows,
             None,
             gradient_accumulation_fusion=False,
             allreduce_dgrad=self.allreduce_dgrad,
             sequence_parallel=self.sequence_parallel,
             tp_group=self.tp_group,
         )
-        return output.split([shared.size(0), self.output_size_per_partition], dim=-1)
+        shared_output, output, _ = output.split([*sizes, padding], dim=-1)
+        return shared_output, output

@@ -8,7 +8,14 @@ SiLU over q, k and v::
     Z_t = tanh(H_{t-1} W_n + k_t v_tᵀ)
     H_t = f_t H_{t-1} + (1 - f_t) Z_t
     y_t = H_tᵀ q_t + D ⊙ v_t
-    out = W_o · RMSNorm(vec(y) ⊙ SiLU(g))
+    o_t = RMSNorm(vec(y) ⊙ SiLU(g))
+    out = W_o · o
+
+With ``depth_state`` an R block takes a state from the R block before it in depth, token by token,
+and hands one on (zero for the first)::
+
+    v_t ← v_t + γ ⊙ r_t           after the convolution; γ one number per head and channel
+    r'_t = 1/N · Σ_n o_{t,n}      what the next R block takes, V numbers per token
 
 Tensor parallelism splits heads. What stays whole: the q and k rows and their convolution
 (replicated; gradients summed over tp) and the norm, which spans all ``N·V`` channels of a token
@@ -30,7 +37,12 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
@@ -83,8 +95,9 @@ class M2RNNMixer(HeadParallelMixer):
     ``[n·(2V+1), h]`` rows ``(v, f̃, g)`` per head, V; ``in_proj.shared_weight`` ``[2K, h]`` rows q
     and k, R; ``conv_weight`` ``[n·V, w]``, V; ``shared_conv_weight`` ``[2K, w]``, R; ``A_log``,
     ``dt_bias`` ``[n]``, V; ``D``, ``norm_weight`` ``[n·V]``, V; ``state_weight`` ``[n, V, V]``, V;
-    ``out_proj.weight`` ``[h, n·V]``, V (columns). ``A_log``, ``dt_bias`` and ``D`` are at least
-    float32 (:mod:`nemo_megacpp.mixers.float32`), as is the gate computed from them.
+    ``out_proj.weight`` ``[h, n·V]``, V (columns); with ``depth_state`` also ``depth_gate``
+    ``[n·V]``, V. ``A_log``, ``dt_bias`` and ``D`` are at least float32
+    (:mod:`nemo_megacpp.mixers.float32`), as is the gate computed from them.
     """
 
     def __init__(
@@ -123,6 +136,8 @@ class M2RNNMixer(HeadParallelMixer):
         self.D = self.split_parameter(channels, fill=1.0, float32=True)
         self.state_weight = self.split_parameter(n, self.v_dim, self.v_dim)
         self.norm_weight = self.split_parameter(channels, fill=1.0)
+        if settings.depth_state:
+            self.depth_gate = self.split_parameter(channels)
         if config.perform_initialization:
             self._initialise()
 
@@ -132,6 +147,8 @@ class M2RNNMixer(HeadParallelMixer):
         self.state_weight.copy_(torch.eye(self.v_dim))
         with get_cuda_rng_tracker().fork():
             self.config.init_method(self.conv_weight)
+            if self.settings.depth_state:
+                self.config.init_method(self.depth_gate)
             # Uniform on (0, 1]: its logarithm must exist.
             uniform = 1 - torch.rand_like(self.A_log)
             self.A_log.copy_(torch.log(_LARGEST_DECAY_RATE * uniform))
@@ -141,23 +158,40 @@ class M2RNNMixer(HeadParallelMixer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        inference_context: Any = None,
+        depth_state: torch.Tensor | None = None,
         *,
+        hands_on: bool = False,
+        inference_context: Any = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map ``[s, b, h]`` (``[s/tp, b, h]`` under SP) to the same shape, and a bias (None)."""
+        """Map ``[s, b, h]`` (``[s/tp, b, h]`` under SP) to the same shape.
+
+        Args:
+            hidden_states: the input.
+            depth_state: ``[s, b, V]`` in the layout of the input, from the R block before this one;
+                None for the first.
+            hands_on: return the state for the next R block as well, ``[s, b, V]``.
+            inference_context: None.
+            packed_seq_params: the documents of the row.
+
+        Returns:
+            The output, and the state or None: what ``MambaLayer`` takes for a bias.
+        """
         assert inference_context is None, "the R mixer trains; it has no inference state"
         shared, split = self.in_proj(hidden_states)
         group, cp = self.cp_group, self.cp_group.size()
         order = token_order(shared.size(0) * cp, cp, packed_seq_params, shared.device)
+        depth_state = self._depth_state_here(depth_state, order)
         if self.serial:
             shared, split = (zigzag_to_segments(t, group, order) for t in (shared, split))
-            y = segments_to_zigzag(self._mix(shared, split, order), group, order)
+            y = segments_to_zigzag(self._mix(shared, split, order, depth_state), group, order)
         else:
             shared = gather_sequence(shared, group, order)
             split = sequence_to_heads(split, group, order)
-            y = heads_to_sequence(self._mix(shared, split, order), group, order)
-        return self.out_proj(self._norm(y))
+            y = heads_to_sequence(self._mix(shared, split, order, depth_state), group, order)
+        normed = self._norm(y)
+        output, _ = self.out_proj(normed)
+        return output, self._summary(normed) if hands_on else None
 
     def _cp_is_serial(self) -> bool:
         cp, form = self.cp_group.size(), self.settings.context_parallel
@@ -177,7 +211,36 @@ class M2RNNMixer(HeadParallelMixer):
         )
         return serial
 
-    def _mix(self, shared: torch.Tensor, split: torch.Tensor, order: TokenOrder) -> torch.Tensor:
+    def _depth_state_here(
+        self, state: torch.Tensor | None, order: TokenOrder
+    ) -> torch.Tensor | None:
+        """Return the state of the tokens that this rank's heads mix, ``[s, b, V]``.
+
+        Exchanged before the tokens of the mixer: in the backward pass it then comes after all of
+        them, on every rank alike.
+        """
+        if state is None:
+            return None
+        if self.config.sequence_parallel:
+            state = gather_from_sequence_parallel_region(state, group=self.tp_group)
+        state = replicated(state, self.config, self.tp_group)
+        move = zigzag_to_segments if self.serial else gather_sequence
+        return move(state, self.cp_group, order)
+
+    def _summary(self, normed: torch.Tensor) -> torch.Tensor:
+        """Return the mean of the heads' outputs, ``[s, b, V]`` in the layout of the input."""
+        total = normed.unflatten(-1, (-1, self.v_dim)).sum(-2) / self.num_heads
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(total, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(total, group=self.tp_group)
+
+    def _mix(
+        self,
+        shared: torch.Tensor,
+        split: torch.Tensor,
+        order: TokenOrder,
+        depth_state: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Convolve, recur and gate: ``[s, b, 2K]`` and ``[s, b, n·(2V+1)]`` to ``[s, b, n·V]``.
 
         Tokens are in order: the whole sequence, or this rank's segment of it.
@@ -194,6 +257,12 @@ class M2RNNMixer(HeadParallelMixer):
             packs,
             continues,
         )
+        if self.settings.depth_state:
+            gate = self.mine(self.depth_gate).unflatten(0, (-1, self.v_dim))
+            # The first R block takes zero; its gate then gets a gradient of zero, not none, which
+            # Megatron's overlapped reduction would wait for.
+            taken = 0 if depth_state is None else depth_state.transpose(0, 1).unsqueeze(2)
+            v = v + gate * taken
         wide = torch.promote_types(v.dtype, torch.float32)
         state = None
         if self.serial:

@@ -8,20 +8,23 @@ tokens of an expert, is counted once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer import TransformerConfig
 
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+Result = TypeVar("Result")
 
 
 def recompute(
-    region: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *others: torch.Tensor | None
-) -> torch.Tensor:
+    region: Callable[..., Result], hidden_states: torch.Tensor, *others: torch.Tensor | None
+) -> Result:
     """Return ``region(hidden_states, *others)``, and save its inputs alone for the backward pass.
+
+    A gradient reaches the inputs only, so the region must not close over a tensor that needs one.
 
     Without gradients (in an evaluation) the region just runs.
     """
@@ -31,7 +34,7 @@ def recompute(
         # The embedding may be frozen. Autograd calls a checkpoint's backward pass only if an input
         # requires a gradient; the region's parameters would get none.
         hidden_states = hidden_states.detach().requires_grad_()
-    result: torch.Tensor = tensor_parallel.checkpoint(region, False, hidden_states, *others)
+    result: Result = tensor_parallel.checkpoint(region, False, hidden_states, *others)
     return result
 
 
@@ -44,24 +47,18 @@ def recomputes(config: TransformerConfig, module: str) -> bool:
 def recomputable(module: str) -> Callable[[Forward], Forward]:
     """Make a mixer's ``forward`` one that is recomputed if ``recompute_modules`` names ``module``.
 
-    For mixers of Megatron's ``MambaLayer``: ``forward(hidden_states, …)`` returns the output and
-    None, as no mixer has a bias.
+    For mixers of Megatron's ``MambaLayer``: ``forward(hidden_states, *tensors, …)`` returns the
+    output and another tensor or None. Tensors that need a gradient are positional.
     """
 
     def decorate(forward: Forward) -> Forward:
         @wraps(forward)
         def run(
-            self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+            self: Any, hidden_states: torch.Tensor, *tensors: torch.Tensor | None, **kwargs: Any
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             if not (self.training and recomputes(self.config, module)):
-                return forward(self, hidden_states, *args, **kwargs)
-
-            def region(inputs: torch.Tensor) -> torch.Tensor:
-                output, bias = forward(self, inputs, *args, **kwargs)
-                assert bias is None
-                return output
-
-            return recompute(region, hidden_states), None
+                return forward(self, hidden_states, *tensors, **kwargs)
+            return recompute(partial(forward, self, **kwargs), hidden_states, *tensors)
 
         return run
 

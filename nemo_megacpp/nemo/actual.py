@@ -22,6 +22,7 @@ from nemo_megacpp.layout import ModelShape, ParallelLayout, validate_layout
 from nemo_megacpp.preflight.resume import validate_steps_left
 from nemo_megacpp.settings.combinations import training_violations
 from nemo_megacpp.settings.validate import setting_violations
+from nemo_megacpp.side_channels import read_side_channels
 
 
 def actual_layout(degrees: Any, ranks: int) -> ParallelLayout:
@@ -38,7 +39,8 @@ def actual_model(config: HybridConfig, names: Iterable[str]) -> dict[str, Any]:
         config: of the model.
         names: the fields that its recipe gave; those that decide a tensor's shape are added.
     """
-    return {name: getattr(config, name) for name in {*names, *STRUCTURE, "hybrid_pattern"}}
+    decisive = {*STRUCTURE, "hybrid_pattern", "side_channels"}
+    return {name: getattr(config, name) for name in {*names, *decisive}}
 
 
 def tokenizer_of(data: Any) -> str | None:
@@ -97,6 +99,12 @@ def validate_actual(layout: ParallelLayout, config: HybridConfig, data: Any, nod
         raise UserError(
             f"The tokenizer of the data has {vocab_size} tokens and model.config.vocab_size is "
             f"{config.vocab_size}. Give the factory data=…, whose vocabulary the model takes."
+        )
+    declared = read_side_channels(config.side_channels)
+    if getattr(data, "side_channels", declared) != declared:
+        raise UserError(
+            f"model.config.side_channels={config.side_channels} and the data module's differ; give "
+            f"the factory side_channels=…, which sets both."
         )
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     shape = ModelShape.read(

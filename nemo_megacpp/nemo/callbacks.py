@@ -55,19 +55,28 @@ def memory_now() -> int:
     return int(resident) * resource.getpagesize()
 
 
-def peak_memory(before: int) -> dict[str, float]:
-    """Return the largest peak of any rank as ``memory``, and above ``before`` as ``memory_added``.
+def over_ranks(before: int, seconds: float) -> dict[str, float]:
+    """Return what all ranks measured. A collective over all ranks.
 
-    In bytes: of the device's tensors, or of the process on a CPU. A collective over all ranks.
+    ``memory`` is the largest peak of any rank, and ``memory_added`` the largest above ``before``,
+    in bytes: of the device's tensors, or of the process on a CPU. ``seconds_fastest`` and
+    ``seconds_slowest`` are the least and the most ``seconds`` of any rank.
     """
     device = torch.cuda.current_device()
     if current_host().device == "cuda":
         here = torch.cuda.max_memory_allocated()
     else:
         here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    most = torch.tensor([here, here - before], dtype=torch.float64, device=device)
+    measured = [here, here - before, -seconds, seconds]
+    most = torch.tensor(measured, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return dict(zip(("memory", "memory_added"), most.tolist(), strict=True))
+    memory, added, fastest, slowest = most.tolist()
+    return {
+        "memory": memory,
+        "memory_added": added,
+        "seconds_fastest": -fastest,
+        "seconds_slowest": slowest,
+    }
 
 
 class RunRecorder(pl.Callback, IOMixin):
@@ -95,6 +104,7 @@ class RunRecorder(pl.Callback, IOMixin):
         self._job_pid, self._job_began = job.pid, job.create_time()
         self._step_began = 0.0
         self._before = 0
+        self._begun = False
         self._heldout: Optional[float] = None  # noqa: UP045
         self._throughput: Any = None
 
@@ -129,7 +139,9 @@ class RunRecorder(pl.Callback, IOMixin):
             pl_module.log(name, torch.tensor(value), batch_size=1, rank_zero_only=True)
         step = trainer.global_step
         shown = step % self.log_interval == 0 or step in (1, trainer.max_steps)
-        memory = peak_memory(self._before) if shown else {}
+        # The first step of a session is measured on all ranks, whether or not it is shown.
+        everywhere = over_ranks(self._before, seconds) if shown or not self._begun else {}
+        self._begun = True
         if not trainer.is_global_zero:
             return
         metrics = trainer.callback_metrics
@@ -141,10 +153,10 @@ class RunRecorder(pl.Callback, IOMixin):
             "seconds": seconds,
             **speed,
             "aux": aux,
-            **memory,
+            **everywhere,
         }
         append_record(self.run_dir / METRICS_FILE, record)
-        if memory:
+        if shown:
             self._print_step(record, trainer.max_steps)
 
     def _print_step(self, record: dict[str, Any], max_steps: int) -> None:

@@ -157,12 +157,22 @@ def _try_to_finish(directory: Path, identity: dict[str, Any], step: int) -> None
 
 
 class AcrossBackends(_WrappingCheckpointIO):
-    """Loads a checkpoint under the names that it has, whichever backend wrote it."""
+    """Loads a checkpoint under the names that it has, whichever backend wrote it.
+
+    Args:
+        checkpoint_io: loads it.
+        new_side_channels: of :func:`fit_to_checkpoint`.
+    """
+
+    def __init__(self, checkpoint_io: Any, new_side_channels: bool = False):
+        super().__init__(checkpoint_io)
+        self._new_side_channels = new_side_channels
 
     def load_checkpoint(
         self, path: Any, sharded_state_dict: dict[str, Any], **kwargs: Any
     ) -> dict[str, Any]:
-        fit_to_checkpoint(sharded_state_dict, read_metadata(find_weights(Path(path))))
+        metadata, new = read_metadata(find_weights(Path(path))), self._new_side_channels
+        fit_to_checkpoint(sharded_state_dict, metadata, new_side_channels=new)
         return self.checkpoint_io.load_checkpoint(
             path, sharded_state_dict=sharded_state_dict, **kwargs
         )

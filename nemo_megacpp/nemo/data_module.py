@@ -12,6 +12,7 @@ from nemo_megacpp.data.packed_rows import NO_CACHE, rows_class
 from nemo_megacpp.data.prepared import PreparedData, open_blend, weighted_prefixes
 from nemo_megacpp.data.tokenizer import guard_library
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.side_channels import read_side_channels
 
 
 class HybridDataModule(PreTrainingDataModule):
@@ -29,6 +30,7 @@ class HybridDataModule(PreTrainingDataModule):
             follow the numbers of tokens. ``folder`` is then the first, whose tokenizer all share.
         made_with: folder of the tokenizer that the data must have been made with, if given.
         packed_documents: mark the starts of documents in a row, where the model then resets.
+        side_channels: those of the model, whose ids the rows then hold.
         kwargs: of ``PreTrainingDataModule``.
 
     Raises:
@@ -44,6 +46,7 @@ class HybridDataModule(PreTrainingDataModule):
         blend: Optional[dict[str, Optional[float]]] = None,  # noqa: UP045
         made_with: Optional[str] = None,  # noqa: UP045
         packed_documents: bool = False,
+        side_channels: Optional[list[dict[str, Any]]] = None,  # noqa: UP045
         **kwargs: Any,
     ):
         if kwargs.pop("index_mapping_dir", None):
@@ -57,8 +60,10 @@ class HybridDataModule(PreTrainingDataModule):
             sources = [ensure_builtin(vocab_size)]
         else:
             sources = [PreparedData.open(folder)]
+        channels = read_side_channels(side_channels)
         for data in sources:
             data.validate_samples(vocab_size, seq_length)
+            data.validate_side_channels(channels)
             if made_with is not None:
                 data.validate_tokenizer(made_with)
         weights = list((blend or {}).values()) or [None]
@@ -74,9 +79,10 @@ class HybridDataModule(PreTrainingDataModule):
             seq_length=seq_length,
             tokenizer=tokenizer,
             split=None,  # type: ignore[arg-type]  # three separate files, nothing to split
-            dataset_cls=rows_class(vocab_size, packed_documents),
+            dataset_cls=rows_class(vocab_size, packed_documents, channels),
             index_mapping_dir=NO_CACHE,
             **kwargs,
         )
         self.create_attention_mask = False
+        self.side_channels = channels
         self.tokenizer_fingerprint = prepared.tokenizer_fingerprint

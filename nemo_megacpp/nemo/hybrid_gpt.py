@@ -2,13 +2,14 @@
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.packed_seq_params import PackedSeqParams
 from nemo.collections.llm.gpt.model.base import GPTModel, gpt_data_step
 from nemo.lightning import io
 
@@ -16,6 +17,7 @@ from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.mixers.documents import packed_seq_params
 from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp
 from nemo_megacpp.nemo.loss import HybridLossReduction
+from nemo_megacpp.side_channels import BATCH_PREFIX
 from nemo_megacpp.specs.hybrid_model import build_hybrid_model
 
 
@@ -24,7 +26,8 @@ def hybrid_data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
 
     This is NeMo's ``gpt_data_step``, extended to rows with marked documents
     (:class:`nemo_megacpp.data.packed_rows.PackedDocuments`), whose batch carries
-    ``packed_seq_params`` on every pipeline stage.
+    ``packed_seq_params`` on every pipeline stage, and to side channels, which every stage reads
+    from its own loader as ``side_channels``: a layer of any stage may own one.
 
     Raises:
         UserError: several marked rows in a microbatch, or documents that CP cannot split.
@@ -32,9 +35,27 @@ def hybrid_data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
     batch = next(dataloader_iter)
     if isinstance(batch, tuple) and len(batch) == 3:  # NeMo's loaders add two numbers
         batch = batch[0]
-    if "document_start" not in batch:
+    packed = None
+    if "document_start" in batch:
+        packed = packed_seq_params(batch["document_start"].cpu())
+    return {**_tokens_here(batch, packed), "side_channels": _side_channels(batch, packed)}
+
+
+def _side_channels(
+    batch: Mapping[str, torch.Tensor], packed: PackedSeqParams | None
+) -> dict[str, torch.Tensor]:
+    """Return the ids of side channels by name, dealt to this cp rank as tokens are."""
+    ids = {
+        name.removeprefix(BATCH_PREFIX): value.cuda(non_blocking=True)
+        for name, value in batch.items()
+        if name.startswith(BATCH_PREFIX)
+    }
+    return split_batch_for_cp(ids, packed) if ids else {}
+
+
+def _tokens_here(batch: dict[str, torch.Tensor], packed: PackedSeqParams | None) -> dict[str, Any]:
+    if packed is None:
         return gpt_data_step(iter([batch]))
-    packed = packed_seq_params(batch["document_start"].cpu())
     wanted: list[str] = []
     if parallel_state.is_pipeline_first_stage():
         wanted += ["tokens", "position_ids"]
@@ -57,6 +78,7 @@ def hybrid_forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         attention_mask=None,
         labels=batch["labels"],
         packed_seq_params=batch.get("packed_seq_params"),
+        side_channels=batch.get("side_channels"),
     )
 
 
@@ -101,7 +123,7 @@ class HybridModelConfig(HybridConfig, io.IOMixin):
 
 
 class HybridGPTModel(GPTModel):
-    """NeMo's ``GPTModel`` around a hybrid A/M/E/R model.
+    """NeMo's ``GPTModel`` around a hybrid model.
 
     Args:
         config: the model.
@@ -111,6 +133,25 @@ class HybridGPTModel(GPTModel):
 
     _training_loss_reduction: Any
     _validation_loss_reduction: Any
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        side_channels: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Run this rank's chunk; NeMo's own forward has no argument for side channels."""
+        return self.module(
+            input_ids,
+            position_ids,
+            attention_mask,
+            labels=labels,
+            packed_seq_params=packed_seq_params,
+            side_channels=side_channels,
+        )
 
     @property
     def training_loss_reduction(self) -> HybridLossReduction:

@@ -91,6 +91,7 @@ def _data_module(recipe: Recipe) -> run.Config:
         blend=blend,
         made_with=recipe.tokenizer,
         packed_documents=training.packed_documents,
+        side_channels=recipe.model.get("side_channels"),
         vocab_size=recipe.model["vocab_size"],
         seq_length=recipe.model["seq_length"],
         micro_batch_size=training.micro_batch_size,
@@ -115,6 +116,7 @@ def _strategy(recipe: Recipe) -> run.Config:
     return run.Config(
         HybridStrategy,
         seed=training.seed,
+        init_side_channels=training.init_side_channels,
         **recipe.layout.megatron_fields(),
         pipeline_dtype=dtype_of(recipe),
         ckpt_async_save=training.async_save,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fiddle
+import lightning.pytorch as pl
 import nemo_run as run
 import torch
 from megatron.core.models.backends import BackendSpecProvider
@@ -26,13 +27,16 @@ from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 from nemo.lightning.io import IOMixin
 
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.nemo.gather_probe import GatherProbe
 from nemo_megacpp.nemo.hybrid_gpt import HybridModelConfig
 from nemo_megacpp.nemo.pretrain_task import to_pretrain
+from nemo_megacpp.nemo.proof_gauge import WARM_UP, Gauge
 from nemo_megacpp.nemo.proof_probe import Done, Probe
 from nemo_megacpp.nemo.quiet_import import quiet_libraries
 from nemo_megacpp.proof.case_kernels import kernels_here, use_kernels
 from nemo_megacpp.proof.case_runner import TrainingPath
 from nemo_megacpp.proof.gather import GlobalValues
+from nemo_megacpp.proof.gather_recorder import RecordedGather
 from nemo_megacpp.proof.step_data import Rows, linear_form_step
 from nemo_megacpp.proof.step_result import ADAM_EPS, Carried, StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
@@ -159,10 +163,32 @@ def resume_and_train(
     return probe.carried
 
 
+def measure_steps(spec: StepSpec, layout: ParallelLayout, timed: int) -> tuple[int, list[float]]:
+    """Take ``timed`` steps of ``spec`` after a warm-up, from random weights.
+
+    Returns:
+        On every rank, the most bytes that its tensors held in a step, and the seconds of each step.
+    """
+    gauge = Gauge()
+    _pretrain(dataclasses.replace(spec, steps=WARM_UP + timed), layout, gauge)
+    return gauge.peak, gauge.seconds
+
+
+def record_gathers(spec: StepSpec, layout: ParallelLayout) -> list[RecordedGather]:
+    """Take the first step of ``spec`` in ``layout``, on every rank of it.
+
+    Returns:
+        This rank's gathers and all-to-alls of the first microbatch.
+    """
+    probe = GatherProbe(spec)
+    _pretrain(spec, layout, probe)
+    return probe.gathers
+
+
 def _pretrain(
     spec: StepSpec,
     layout: ParallelLayout,
-    probe: Probe,
+    probe: pl.Callback,
     run_dir: str | None = None,
     save_interval: int | None = None,
     resume: str | None = None,

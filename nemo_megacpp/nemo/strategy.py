@@ -5,7 +5,7 @@
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -61,6 +61,8 @@ class HybridStrategy(MegatronStrategy):
 
     Args:
         seed: of the weights and of dropout; NeMo's own is fixed.
+        init_side_channels: ``any`` starts a run from the weights of a checkpoint with other side
+            channels; ``same`` refuses it.
         kwargs: of ``MegatronStrategy``. ``ckpt_optim_fully_reshardable`` has no effect: optimizer
             state is always saved so that any layout can load it.
 
@@ -69,7 +71,9 @@ class HybridStrategy(MegatronStrategy):
             proved nor neutral.
     """
 
-    def __init__(self, seed: int = 1234, **kwargs: Any):
+    def __init__(
+        self, seed: int = 1234, init_side_channels: Literal["same", "any"] = "same", **kwargs: Any
+    ):
         ensure_host(nemo=True)
         ddp = kwargs.get("ddp", "megatron")
         if isinstance(ddp, DistributedDataParallelConfig):
@@ -83,6 +87,7 @@ class HybridStrategy(MegatronStrategy):
         super().__init__(**kwargs)
         validate_config(self.ddp_config)  # some of the strategy's own settings enter it
         self.seed = seed
+        self.init_side_channels = init_side_channels
         self._random_state: RandomState | None = None
         if self.async_save:
             self.checkpoint_io = AsyncCheckpointIO(
@@ -180,12 +185,13 @@ class HybridStrategy(MegatronStrategy):
         tokenizer = tokenizer_of(self.lightning_module.trainer.datamodule)
         model, letters = actual_model(config, ()), config.pattern.letters
         directory = find_checkpoint(Path(checkpoint_path))  # NeMo gives its weights/
-        validate_same_model(directory, model, letters, tokenizer)
+        new = selective_restore and self.init_side_channels == "any"
+        validate_same_model(directory, model, letters, tokenizer, new_side_channels=new)
         if self.should_restore_optimizer_states(selective_restore=selective_restore):
             validate_optimizer_state(directory)
             validate_run_steps_left(directory, self.trainer)
         usual = self.checkpoint_io  # type: ignore[has-type]
-        self.checkpoint_io = AcrossBackends(usual)
+        self.checkpoint_io = AcrossBackends(usual, new_side_channels=new)
         try:
             checkpoint = super().load_checkpoint(checkpoint_path, selective_restore)
         finally:

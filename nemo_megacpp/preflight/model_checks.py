@@ -60,6 +60,12 @@ def _size_violations(recipe: Recipe) -> Iterator[str]:
     chosen, experts = model["moe_router_topk"], model["num_moe_experts"]
     if Family.EXPERT in recipe.pattern.families and chosen > (experts or 0):
         yield f"moe_router_topk={chosen} experts per token are more than num_moe_experts={experts}."
+    recurrent = recipe.pattern.letters.count(Family.RECURRENT.value)
+    if model.get("m2rnn_depth_state") and recurrent < 2:
+        yield (
+            f"m2rnn_depth_state=true hands a state from one R block to the next, and the pattern "
+            f"has {recurrent} R. Add R blocks, or leave it out."
+        )
 
 
 def _validate_low_precision(model: dict[str, Any]) -> None:
@@ -88,6 +94,11 @@ def validate_host(recipe: Recipe, config: HybridConfig) -> None:
         validate_torch_norm(config)
         if Family.ATTENTION in present:
             validate_torch_attention(config)
+        if config.use_te_activation_func and {Family.EXPERT, Family.FEED_FORWARD} & {*present}:
+            raise UserError(
+                "use_te_activation_func=True needs Transformer Engine, which is not installed. "
+                "Leave it at False."
+            )
     kernels = {"m2rnn_kernel": Family.RECURRENT in present}
     kernels["mamba3_kernel"] = Family.MAMBA in present and config.mode == "mamba3"
     for name, used in kernels.items():

@@ -10,6 +10,7 @@ from nemo_megacpp.data.prepared import CHECKSUMS, PreparedData, open_blend
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.runtime.host import current_host
+from nemo_megacpp.side_channels import read_side_channels
 from nemo_megacpp.specs.packs import validate_native_mamba
 
 
@@ -27,6 +28,8 @@ def open_data(recipe: Recipe) -> tuple[Recipe, list[PreparedData]]:
     if isinstance(recipe.data, dict):
         sources = open_blend(recipe.data)
     else:
+        if recipe.data is None:
+            _refuse_side_channels(recipe)
         folder = Path(recipe.data or builtin_folder(recipe.model["vocab_size"]))
         if recipe.data is None and not (folder / CHECKSUMS).exists():
             _validate_tokenizer(recipe, [])
@@ -40,10 +43,23 @@ def open_data(recipe: Recipe) -> tuple[Recipe, list[PreparedData]]:
         chosen = (*recipe.defaults, f"vocab_size: {vocab_size} (the data's)")
         model = {**recipe.model, "vocab_size": vocab_size}
         recipe = dataclasses.replace(recipe, model=model, defaults=chosen)
+    channels = read_side_channels(recipe.model.get("side_channels"))
     for data in sources:
+        data.validate_side_channels(channels)
         data.validate_samples(recipe.model["vocab_size"], recipe.model["seq_length"])
     validate_packing(recipe, {data.root: data.document_multiple for data in sources})
     return recipe, sources
+
+
+def _refuse_side_channels(recipe: Recipe) -> None:
+    """Raise a UserError for side channels without data that were prepared for them."""
+    if channels := read_side_channels(recipe.model.get("side_channels")):
+        options = (f"name={c.name},vocab_size={c.vocab_size},{c.source}" for c in channels)
+        raise UserError(
+            f"The model has side channels, and the built-in corpus has none. Prepare data: "
+            f"nemo-megacpp data prepare PATH… --out DIR "
+            f"{' '.join(f'--side-channel {option}' for option in options)}; then data=DIR."
+        )
 
 
 def _validate_tokenizer(recipe: Recipe, sources: list[PreparedData]) -> None:

@@ -132,7 +132,8 @@ def find_resume(
         return dataclasses.replace(recipe, resume=str(found.absolute()), init_from=None)
     if recipe.init_from is not None:
         found = find_checkpoint(Path(recipe.init_from))
-        validate_same_model(found, model, letters, tokenizer)
+        new = recipe.training.init_side_channels == "any"
+        validate_same_model(found, model, letters, tokenizer, new_side_channels=new)
         recipe = dataclasses.replace(recipe, init_from=str(found.absolute()))
     return dataclasses.replace(recipe, resume=None)
 

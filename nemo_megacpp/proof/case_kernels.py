@@ -26,7 +26,6 @@ KernelsName = Literal["torch", "default"]
 _NARROW: Mapping[str, int] = MappingProxyType(
     {
         "hidden_size": 64,
-        "ffn_hidden_size": 64,
         "kv_channels": 4,
         "mamba_head_dim": 4,
         "mamba_state_dim": 8,

@@ -58,7 +58,7 @@ def verify_document(
         fields = {**dataclasses.asdict(case), "passed": case.passed}
         for check, source in zip(fields["checks"], case.checks, strict=True):
             check["passed"] = source.passed
-        plain.append(_finite(fields))
+        plain.append(finite(fields))
     return {
         "schema": SCHEMA,
         "recipe": recipe,
@@ -71,11 +71,12 @@ def verify_document(
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return plain data with null for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -91,7 +92,7 @@ def print_cases(console: Console, cases: Sequence[CaseResult]) -> None:
             case.layout if case.axis == "together" else f"{case.axis} alone: {case.layout}",
             _DTYPES[case.dtype],
             *((case.kernels,) if several else ()),
-            *(_cell(checks[name]) if name in checks else "-" for name in _HEADINGS),
+            *(check_cell(checks[name]) if name in checks else "-" for name in _HEADINGS),
         )
         if any(check.rounding is not None for check in case.checks):
             blank = ("",) * (len(named) - 2)
@@ -101,13 +102,14 @@ def print_cases(console: Console, cases: Sequence[CaseResult]) -> None:
     print_table(console, table)
     console.print(_tolerances(cases))
     for case in cases:
-        for line in _failure(case):
+        for line in failure_lines(case):
             console.print(f"[red]{line}[/red]")
     if all(case.passed for case in cases):
         console.print("all checks passed: the layout does not change the numbers")
 
 
-def _cell(check: Check) -> Cell:
+def check_cell(check: Check) -> Cell:
+    """Return the difference of a check, marked if it is beyond the tolerance."""
     counted = check.name in _COUNTS
     text = f"{check.difference:.0f}" if counted else _number(check.difference)
     return text if check.passed else Toned(text, "bad")
@@ -128,7 +130,8 @@ def _tolerances(cases: Sequence[CaseResult]) -> str:
     return f"tolerances: {', '.join(limits)}; {measured}; build, tags, replicas and ckpt 0"
 
 
-def _failure(case: CaseResult) -> list[str]:
+def failure_lines(case: CaseResult) -> list[str]:
+    """Return what failed and where it begins; nothing for a case that passed."""
     where = f"{case.model} in {case.layout} ({_DTYPES[case.dtype]})"
     if case.error is not None:
         return [f"{where}: {case.error}"]

@@ -119,16 +119,34 @@ class CaseRunner:
             dtype=dtype,
             **self.training,
         )
+        return self.prove(case, spec, spec, layout)
+
+    def prove(
+        self,
+        case: CaseResult,
+        spec: StepSpec,
+        on_one_rank: StepSpec,
+        layout: ParallelLayout,
+        checkpoint: bool = True,
+    ) -> CaseResult:
+        """Return ``case`` with the checks of ``spec`` in ``layout`` against ``on_one_rank``.
+
+        Args:
+            case: what is compared, in words.
+            spec: the step in the layout.
+            on_one_rank: the step that it must equal; it may leave out what changes no number.
+            layout: where the step is taken.
+            checkpoint: also save there, and resume on one rank.
+        """
         try:
-            reference = self._references.setdefault(repr(spec), _Reference(spec))
+            key = repr(on_one_rank)
+            reference = self._references.setdefault(key, _Reference(on_one_rank))
             expected = self._reference_step(reference)
-            try:
-                result, checkpoint = self._step_and_checkpoint(spec, expected, layout)
-            except WorkerError as error:  # a layout that runs may still fail to save
-                result = self._step(spec, layout, expected)
-                problem = describe_tracebacks(str(error))
-                checkpoint = Check("checkpoint", float("inf"), 0.0, problem=problem)
-            checks = (*compare(expected, result, self._limits(reference)), checkpoint)
+            if checkpoint:
+                result, *saved = self._step_and_checkpoint(spec, expected, layout)
+            else:
+                result, saved = self._step(spec, layout, expected), []
+            checks = (*compare(expected, result, self._limits(reference)), *saved)
             case = dataclasses.replace(case, checks=checks)
             if not case.passed:
                 expected = self._reference_step(reference, trace=True)
@@ -172,7 +190,17 @@ class CaseRunner:
         self, spec: StepSpec, expected: StepResult, layout: ParallelLayout
     ) -> tuple[StepResult, Check]:
         """Step in the layout, save there as a run does, and resume on one rank: the weights and the
-        optimizer's state must be equal bit for bit."""
+        optimizer's state must be equal bit for bit. A layout that runs may still fail to save."""
+        try:
+            return self._saved_step(spec, expected, layout)
+        except WorkerError as error:
+            problem = describe_tracebacks(str(error))
+            failed = Check("checkpoint", float("inf"), 0.0, problem=problem)
+            return self._step(spec, layout, expected), failed
+
+    def _saved_step(
+        self, spec: StepSpec, expected: StepResult, layout: ParallelLayout
+    ) -> tuple[StepResult, Check]:
         folder = tempfile.mkdtemp(dir=self.folder)
         args = (spec, layout, folder, spec.steps, expected.initial)
         saved: Carried = self.pool.run(layout.world, self.path.train_and_save, *args)[0]

@@ -35,6 +35,9 @@ LAYOUTS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Axis -> a layout that moves it."""
+_PATTERNS = {_WITHOUT_SP: "AMRF", "PP": "AE|MRF"}
+_PATTERN = "A|E|M|RF"
+"""All families, in as many pipeline chunks as VPP has; other axes ignore the cuts."""
 
 
 @dataclass(frozen=True)
@@ -148,30 +151,37 @@ SETTINGS: tuple[Varied, ...] = (
     _model("qkv bias", add_qkv_bias=True),
     _model("softmax scale", softmax_scale=0.3),
     _model("kv_channels", kv_channels=8),
+    _model("ring of keys and values", cp_comm_type="p2p"),
+    _model("gathered keys and values", cp_comm_type="all_gather"),
+    _model("tokens exchanged for heads", cp_comm_type="a2a"),
     _model("part of the channels turn", rotary_percent=0.5, kv_channels=8),
     _model("ungated MLP", gated_linear_unit=False, activation_func=F.gelu),
     _model("deterministic mode", deterministic_mode=True),
     Varied(
         "biases",
         model={"add_bias_linear": True},
-        pattern="AAAA",
+        pattern="AFAF",
         axes=("TP", _WITHOUT_SP, "CP", "DP", "PP", "VPP"),
     ),
-    Varied("hidden dropout", model={"hidden_dropout": 0.2}, pattern="AMRA", axes=(_WITHOUT_SP,)),
+    Varied("hidden dropout", model={"hidden_dropout": 0.2}, pattern="AMRF", axes=(_WITHOUT_SP,)),
     # Recomputation.
     Varied(
         "recompute with dropout",
-        model={"recompute_modules": ["core_attn", "mamba", "m2rnn"], **_SELECTIVE},
-        pattern="AMRA",
+        model={"recompute_modules": ["core_attn", "mamba", "m2rnn", "mlp"], **_SELECTIVE},
+        pattern="AMRF",
         axes=(_WITHOUT_SP,),
     ),
     _model(
         "recompute modules",
         "shared expert overlap",
-        recompute_modules=["core_attn", "shared_experts", "mamba", "m2rnn"],
+        recompute_modules=["core_attn", "shared_experts", "mamba", "m2rnn", "mlp"],
         **_SELECTIVE,
     ),
-    _model("recompute modules of packs", recompute_modules=["moe", "mamba", "m2rnn"], **_SELECTIVE),
+    _model(
+        "recompute modules of packs",
+        recompute_modules=["moe", "mamba", "m2rnn", "mlp"],
+        **_SELECTIVE,
+    ),
     _model("recompute all layers", recompute_method="uniform", recompute_num_layers=3, **_FULL),
     Varied(
         "recompute first layers",
@@ -263,7 +273,7 @@ def spec_of(bundle: tuple[Varied, ...], axis: str) -> StepSpec:
     """Return what a case of ``bundle`` computes."""
     dtype = bundle[0].dtype
     fields: dict[str, Any] = {
-        "model": tiny_model(bundle[0].pattern or ("AMRA" if axis == _WITHOUT_SP else "AEMR")),
+        "model": tiny_model(bundle[0].pattern or _PATTERNS.get(axis, _PATTERN)),
         "ddp": {},
         "optimizer": {},
     }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import Any
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.pattern import HybridPattern
 from nemo_megacpp.settings.combinations import with_modules_of
+from nemo_megacpp.side_channels import read_side_channels
 
 # Every size different, so that a transposed or permuted axis cannot pass unseen.
 _TINY: dict[str, Any] = {
@@ -55,8 +57,10 @@ DRAWN: Mapping[str, Any] = MappingProxyType(
 )
 """Settings that make each rank draw random numbers of its own, and the values that turn them off: a
 correct layout draws other numbers than one rank."""
-_DIVIDED = ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+_DIVIDED = ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "ffn_hidden_size")
 _DEEP = 16
+_MOST_ROWS = 48
+"""Ids of a side channel."""
 
 
 def proxy_model(
@@ -85,7 +89,23 @@ def proxy_model(
     small["make_vocab_size_divisible_by"] = math.lcm(16, layout.tp)
     small["seq_length"] = _tokens_of_a_rank(model) * layout.tp * layout.cp
     small["num_layers"] = _depth(model, layout.chunks_count)
+    if model.get("side_channels"):
+        small["side_channels"] = _small_channels(small, layout.tp)
     return small
+
+
+def _small_channels(small: Mapping[str, Any], tp: int) -> list[dict[str, Any]]:
+    """Return side channels of fewer ids; those of layers that ``small`` lacks get its last one."""
+    found = []
+    for channel in read_side_channels(small["side_channels"]):
+        rows, owner = channel.vocab_size, channel.owner
+        if rows > _MOST_ROWS:
+            rows = math.lcm(_MOST_ROWS, tp) if channel.partition == "vocabulary" else _MOST_ROWS
+        if not isinstance(owner, str):
+            owner = tuple(sorted({min(layer, small["num_layers"] - 1) for layer in owner}))
+        width = channel.width and min(channel.width, small["hidden_size"])
+        found.append(asdict(replace(channel, vocab_size=rows, owner=owner, width=width)))
+    return found
 
 
 def _tokens_of_a_rank(model: Mapping[str, Any]) -> int:
@@ -99,17 +119,21 @@ def _tokens_of_a_rank(model: Mapping[str, Any]) -> int:
 
 
 def _depth(model: Mapping[str, Any], chunks: int) -> int:
-    """Return the least depth that holds the unit and cuts as the recipe's depth does."""
+    """Return the least depth that holds the unit, or two where a state goes from one R block to the
+    next, and cuts as the recipe's depth does."""
     depth = model["num_layers"]
     unit = HybridPattern.parse(model["hybrid_pattern"])
     if unit.cuts or depth <= _DEEP:
         return depth
-    return next((d for d in range(len(unit), depth) if d % chunks == 0), depth)
+    least = len(unit) * (2 if model.get("m2rnn_depth_state") else 1)
+    return next((d for d in range(least, depth) if d % chunks == 0), depth)
 
 
 def one_family(small: Mapping[str, Any], letter: str, layout: ParallelLayout) -> dict[str, Any]:
     """Return ``small`` with layers of one family only, one to a pipeline chunk."""
     alone = {**small, "hybrid_pattern": letter, "num_layers": layout.chunks_count}
+    if small.get("side_channels"):
+        alone["side_channels"] = _small_channels(alone, layout.tp)
     return with_modules_of(alone, letter)
 
 

@@ -12,13 +12,15 @@ from torch.utils.data import Dataset
 
 from nemo_megacpp.mixers.documents import pack_row
 from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.side_channels import read_side_channels
 
 _EOD = 0
 """The token that ends a document; no other token of a packed row is 0."""
 
 
 class Rows(Dataset):
-    """Random rows with the keys of Megatron's ``GPTDataset``, or of ``PackedDocuments``.
+    """Random rows with the keys of Megatron's ``GPTDataset``, or of ``PackedDocuments``, and random
+    ids of the model's side channels.
 
     A row depends on its number only. Where the objective is a linear form of the logits, ``labels``
     number the tokens of all rows: the form reads its coefficients by them.
@@ -31,6 +33,7 @@ class Rows(Dataset):
         self._spec = spec
         self._length: int = spec.model["seq_length"]
         self._vocab_size: int = spec.model["vocab_size"]
+        self._channels = read_side_channels(spec.model.get("side_channels"))
 
     def __len__(self) -> int:
         return self._spec.global_batch_size * self._spec.steps
@@ -49,6 +52,9 @@ class Rows(Dataset):
             }
         if self._spec.loss_mask == "uneven":
             row["loss_mask"] *= self._uneven_mask(index, generator)
+        for channel in self._channels:
+            ids = torch.randint(channel.vocab_size, (self._length,), generator=generator)
+            row[channel.key] = ids
         if self._spec.objective == "logits":
             row["labels"] = index * self._length + torch.arange(self._length)
         return row
@@ -81,6 +87,7 @@ def linear_form_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         attention_mask=None,
         labels=None,
         packed_seq_params=batch.get("packed_seq_params"),
+        side_channels=batch.get("side_channels"),
     )
     if not get_attr_wrapped_model(model, "post_process"):
         return output  # hidden states, for the next pipeline stage

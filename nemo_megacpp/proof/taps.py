@@ -131,6 +131,7 @@ def _taps(family: Family, config: HybridConfig) -> list[_Tap]:
         Family.MAMBA: _mamba3_taps if config.mode == "mamba3" else _mamba_taps,
         Family.EXPERT: _expert_taps,
         Family.RECURRENT: _recurrent_taps,
+        Family.FEED_FORWARD: _feed_forward_taps,
     }
     return [*(inside[family](config) if family in inside else ()), _Tap("", _HIDDEN)]
 
@@ -185,12 +186,23 @@ def _recurrent_taps(config: HybridConfig) -> list[_Tap]:
     return _own_mixer_taps(heads * (2 * value_head_dim + 1), heads * value_head_dim)
 
 
+def _into_mlp(config: HybridConfig, width: int) -> Alignment:
+    return Alignment(split=(width, width) if config.gated_linear_unit else (width,))
+
+
+def _feed_forward_taps(config: HybridConfig) -> list[_Tap]:
+    assert config.ffn_hidden_size is not None
+    return [
+        _Tap("mlp.linear_fc1", _into_mlp(config, config.ffn_hidden_size)),
+        _Tap("mlp", _HIDDEN),
+    ]
+
+
 def _expert_taps(config: HybridConfig) -> list[_Tap]:
     taps = [_Tap("pre_mlp_layernorm", _HIDDEN)]
     if width := config.moe_shared_expert_intermediate_size:
-        up = Alignment(split=(width, width) if config.gated_linear_unit else (width,))
         taps += [
-            _Tap("mlp.shared_experts.linear_fc1", up),
+            _Tap("mlp.shared_experts.linear_fc1", _into_mlp(config, width)),
             _Tap("mlp.shared_experts", _HIDDEN),
         ]
     return [*taps, _Tap("mlp.router", _HIDDEN), _Tap("mlp", _HIDDEN)]

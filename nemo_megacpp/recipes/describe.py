@@ -28,7 +28,7 @@ _MODEL = {
     "pattern": "block families of the layers, as AEMEAEMEAEMR; | cuts the pipeline",
     "depth": "num_layers, to which the pattern is tiled",
     "mode": "mixer of M blocks: nemo_native (Mamba-2) or mamba3",
-    "ffn_hidden_size": "part of NAM56R's dimensions; no A, M, E or R block reads it",
+    "ffn_hidden_size": "width of the MLP of F blocks",
     "…": "any other field of Megatron's TransformerConfig, m2rnn_* and mamba3_*, by its own name; "
     "'nemo-megacpp settings' lists which may be set, and why",
 }

@@ -19,6 +19,8 @@ TEXTS = ("tokenizer", "run_dir", "resume", "init_from", "wandb_project", "wandb_
 ALIASES = {
     "pattern": "hybrid_pattern",
     "depth": "num_layers",
+    "global_bs": "global_batch_size",
+    "top_k": "moe_router_topk",
     "learning_rate": "lr",
     "steps": "max_steps",
     "train_iters": "max_steps",
@@ -33,7 +35,7 @@ _DERIVED = {
         ("bf16", "fp16", "params_dtype", "pipeline_dtype"), "it follows from precision (fp32, bf16)"
     ),
     **dict.fromkeys(
-        ("dp", "data_parallel", "data_parallel_size"),
+        ("dp", "dp_degree", "data_parallel", "data_parallel_size"),
         "it follows from the other degrees (world / (tp x cp x pp)), and the world from the ranks "
         "that are started, or from world_size",
     ),
@@ -41,6 +43,7 @@ _DERIVED = {
         ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
         "packed_documents=true sets all three, and resets the states of M and R as well",
     ),
+    "local_bs": "it is global_batch_size / DP, of which a rank computes micro_batch_size at a time",
     "moe_router_dtype": "routers always compute in fp32",
     "use_cpu_initialization": "it follows from the machine",
 }

@@ -124,6 +124,9 @@ class Training:
     damaged_checkpoint: Literal["skip", "stop"] = "skip"
     """Where the newest checkpoint of a run to resume is damaged: skip it, resume the newest
     undamaged one and log the steps that are lost, or stop."""
+    init_side_channels: Literal["same", "any"] = "same"
+    """With ``init_from``: refuse a checkpoint of other side channels (same), or drop those that
+    only it has and initialize those that only the model has (any)."""
 
     # stalled ranks
     heartbeat_timeout_minutes: _Minutes | None = 5.0

@@ -7,12 +7,14 @@ The document of ``nemo-megacpp compare --json``, version 1::
     moved: [axis]
     differences: [{axis, setting, a, b}]
     conclusion: "one axis moved", "several axes moved" or "no axis moved"
-    contract: {memory: [PAIR], sent: [PAIR], added: [text], dropped: [text]}, sizes in bytes; null
-        unless one axis moved
+    contract: {memory: [PAIR], sent: [PAIR], added: [text], dropped: [text]}, sizes in bytes, with
+        the headroom by plan if a GPU's memory is known; null unless one axis moved
     runs: {steps, first_step, first_loss_difference, last_step, largest_loss_difference, at_step,
         mean_loss_difference, loss: PAIR, heldout_loss: PAIR, heldout_step,
-        seconds_per_step: PAIR, tokens_per_second: PAIR}; null
-        unless both are runs and at most one axis moved
+        seconds_per_step: PAIR, tokens_per_second: PAIR, memory: [PAIR], first_step_seconds: [PAIR],
+        spread_seconds: [PAIR]}, as measured; null unless both are runs and at most one axis moved
+    untried: [{layout, legal, reasons: [text], nearest: [layout], memory}], layouts that were asked
+        about; memory in bytes of the fullest rank by plan
     notes: [text], what else the runs' numbers depend on
 
 where PAIR is ``{name, a, b, ratio}``, the ratio being b / a, or null.
@@ -31,14 +33,22 @@ from typing import Any, NamedTuple
 
 from nemo_megacpp.contract.layout_plan import Plan, make_plan
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
+from nemo_megacpp.layout import (
+    check_layout,
+    describe_nearest,
+    describe_violations,
+    nearest_in_any_world,
+)
+from nemo_megacpp.preflight.model_checks import validate_model
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.recipes.recipe_differences import SettingDifference, differences, moved_axes
-from nemo_megacpp.recipes.views import job_of, validate_countable
+from nemo_megacpp.recipes.views import job_of, shape_of, validate_countable
 from nemo_megacpp.runs.curves import Curve
+from nemo_megacpp.runs.measured import measured
 from nemo_megacpp.runs.record import read_run
 from nemo_megacpp.runs.run_folder import RECIPE_FILE
+from nemo_megacpp.runs.untried import Untried
 
 SCHEMA = 1
 _DRAW_WEIGHTS = {"TP", "EP", "ETP", "PP", "VPP"}
@@ -75,7 +85,7 @@ class Pair(NamedTuple):
     @property
     def ratio(self) -> float | None:
         """``b / a``, where that is a number."""
-        return None if not self.a or self.b is None else self.b / self.a
+        return None if not self.a or self.a < 0 or self.b is None else self.b / self.a
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,8 @@ class ContractEffect:
     """What differs between two plans.
 
     Attributes:
-        memory: bytes of each one's fullest rank, by kind.
+        memory: bytes of each one's fullest rank, by kind, and what a GPU has left if its memory is
+            known.
         sent: bytes of a step that all ranks send, by group, in all, and between nodes.
         added, dropped: consequences that only the second, or only the first has.
     """
@@ -105,6 +116,9 @@ class RunsEffect:
         loss: training loss at the last common step.
         heldout_loss: at the last common evaluation, heldout_step.
         seconds_per_step, tokens_per_second: medians, without each run's first step.
+        memory: measured peak of the fullest rank, and what a GPU has left if its memory is known.
+        first_step_seconds: of each run's own first step, with the fastest and slowest rank's.
+        spread_seconds: what a tenth of the other steps stayed below, and went above.
     """
 
     steps: int
@@ -119,6 +133,9 @@ class RunsEffect:
     heldout_step: int | None
     seconds_per_step: Pair
     tokens_per_second: Pair
+    memory: tuple[Pair, ...]
+    first_step_seconds: tuple[Pair, ...]
+    spread_seconds: tuple[Pair, ...]
 
 
 @dataclass(frozen=True)
@@ -131,6 +148,8 @@ class Comparison:
         contract: None unless exactly one axis moved.
         runs: None unless both sides are runs and at most one axis moved. If none did, it is the
             spread of one recipe from run to run.
+        untried: layouts of A's recipe that were asked about.
+        hbm: bytes of a GPU, if they are known.
     """
 
     a: Side
@@ -138,6 +157,8 @@ class Comparison:
     differences: tuple[SettingDifference, ...]
     contract: ContractEffect | None
     runs: RunsEffect | None
+    untried: tuple[Untried, ...] = ()
+    hbm: int | None = None
 
     @property
     def moved(self) -> list[str]:
@@ -164,17 +185,26 @@ class Comparison:
         return tuple(found)
 
 
-def compare_sides(a: Side, b: Side, **hardware: Any) -> Comparison:
-    """Compare two sides whose layouts are legal; ``hardware`` are further fields of a `Job`."""
+def compare_sides(
+    a: Side, b: Side, untried: tuple[Untried, ...] = (), **hardware: Any
+) -> Comparison:
+    """Compare two sides whose layouts are legal.
+
+    Args:
+        a, b: the sides.
+        untried: other layouts of A's recipe, to show with them.
+        hardware: further fields of a `Job`.
+    """
     found = differences(a.recipe, b.recipe)
     moved = moved_axes(found)
     contract = runs = None
+    hbm = hardware.get("hbm_bytes")
     if len(moved) == 1:
-        plans = [make_plan(job_of(side.recipe, **hardware)) for side in (a, b)]
-        contract = _contract_effect(*plans)
+        one, two = (make_plan(job_of(side.recipe, **hardware)) for side in (a, b))
+        contract = _contract_effect(one, two, hbm)
     if len(moved) <= 1 and a.curve is not None and b.curve is not None:
-        runs = _runs_effect(a.curve, b.curve)
-    return Comparison(a, b, tuple(found), contract, runs)
+        runs = _runs_effect(a.curve, b.curve, hbm)
+    return Comparison(a, b, tuple(found), contract, runs, untried, hbm)
 
 
 def read_side(letter: str, source: str, overrides: Iterable[str], world: str | None) -> Side:
@@ -200,8 +230,11 @@ def read_side(letter: str, source: str, overrides: Iterable[str], world: str | N
         if run.recipe is None:
             raise UserError(f"{folder} cannot be compared: it has no {RECIPE_FILE}.")
         recipe, curve = run.recipe, run.curve
+    shape = shape_of(recipe)
     try:
-        validate_recipe_layout(recipe)
+        if violations := check_layout(recipe.layout, shape):
+            near = describe_nearest(recipe.layout, nearest_in_any_world(recipe.layout, shape))
+            raise UserError(f"{describe_violations(recipe.layout, shape, violations)}\n{near}")
         validate_model(recipe)
     except UserError as error:
         raise UserError(f"{letter}, {source}: {error}") from None
@@ -220,6 +253,7 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "conclusion": f"{number} moved",
         "contract": comparison.contract and _plain(vars(comparison.contract)),
         "runs": comparison.runs and _plain(vars(comparison.runs)),
+        "untried": [layout.plain() for layout in comparison.untried],
         "notes": list(comparison.notes),
     }
 
@@ -242,13 +276,14 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _contract_effect(a: Plan, b: Plan) -> ContractEffect:
+def _contract_effect(a: Plan, b: Plan, hbm: int | None) -> ContractEffect:
     """Return what differs between two plans."""
     kinds = ("parameters", "gradients", "optimizer", "activations", "total")
     memory = tuple(
         Pair(kind, getattr(a.fullest.memory, kind), getattr(b.fullest.memory, kind))
         for kind in kinds
     )
+    memory += _headroom(hbm, memory[-1])
     one, two = _by_group(a), _by_group(b)
     groups = sorted({*one, *two}, key=lambda group: -max(one[group], two[group]))
     sent = [Pair(f"over {group}", one[group], two[group]) for group in groups]
@@ -271,8 +306,22 @@ def _by_group(plan: Plan) -> Counter[str]:
     return sent
 
 
-def _runs_effect(a: Curve, b: Curve) -> RunsEffect:
+def _headroom(hbm: int | None, held: Pair) -> tuple[Pair, ...]:
+    """Return what is left of a GPU's memory beside ``held``; less than 0 does not fit."""
+    if hbm is None:
+        return ()
+    free = (None if value is None else hbm - value for value in held[1:])
+    return (Pair("headroom", *free),)
+
+
+def _runs_effect(a: Curve, b: Curve, hbm: int | None) -> RunsEffect:
     """Return how two runs' records differ."""
+    mine, other = measured(a), measured(b)
+
+    def pair(name: str, field: str) -> Pair:
+        return Pair(name, getattr(mine, field), getattr(other, field))
+
+    peak = pair("peak", "memory")
     one, two = _finite(a.losses), _finite(b.losses)
     common = sorted(one.keys() & two.keys())
     gaps: dict[Any, float] = {step: abs(one[step] - two[step]) for step in common}
@@ -291,8 +340,15 @@ def _runs_effect(a: Curve, b: Curve) -> RunsEffect:
         Pair("loss", one.get(last), two.get(last)),
         Pair("held-out loss", heldout_a.get(final), heldout_b.get(final)),
         final,
-        Pair("seconds per step", _median(a, "seconds"), _median(b, "seconds")),
-        Pair("tokens per second", *(_median(c, "tokens_per_second") for c in (a, b))),
+        pair("seconds per step", "step"),
+        pair("tokens per second", "tokens_per_second"),
+        (peak, pair("since the model's build", "memory_added"), *_headroom(hbm, peak)),
+        (
+            pair("first step", "first_step"),
+            pair("its fastest rank", "first_fastest"),
+            pair("its slowest rank", "first_slowest"),
+        ),
+        (pair("fastest tenth below", "step_low"), pair("slowest tenth above", "step_high")),
     )
 
 
@@ -300,10 +356,3 @@ def _finite(values: dict[int, Any]) -> dict[Any, float]:
     return {
         step: value for step, value in values.items() if value is not None and math.isfinite(value)
     }
-
-
-def _median(curve: Curve, name: str) -> float | None:
-    """The first step also starts everything up."""
-    values = [curve.steps[step].get(name) for step in sorted(curve.steps)[1:]]
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None

@@ -11,6 +11,7 @@ from nemo_megacpp.render import Table, print_table, show_bytes
 
 if TYPE_CHECKING:
     from nemo_megacpp.runs.comparison import Comparison, ContractEffect, Pair, RunsEffect
+    from nemo_megacpp.runs.untried import Untried
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
@@ -40,6 +41,10 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         _contract(console, comparison.contract)
     if comparison.runs is not None:
         _runs(console, comparison.runs)
+    if comparison.untried:
+        console.print("[bold]Layouts that were not run, of A's recipe[/bold]", highlight=False)
+    for layout in comparison.untried:
+        console.print(_untried(layout, comparison.hbm), highlight=False, markup=False)
     for note in comparison.notes:
         console.print(f"[yellow]{note}[/yellow]", highlight=False)
 
@@ -82,12 +87,17 @@ def _runs(console: Console, effect: RunsEffect) -> None:
             f"{effect.largest_loss_difference:.2e} (step {effect.at_step}), mean "
             f"{effect.mean_loss_difference:.2e}\n"
         )
-    _pairs(
-        console,
-        "Speed: medians over the steps, without each run's first",
-        [effect.seconds_per_step, effect.tokens_per_second],
-        lambda value: f"{value:,.4g}",
-    )
+    if any(value is not None for pair in effect.memory for value in (pair.a, pair.b)):
+        _pairs(console, "Measured peak memory of the fullest rank", effect.memory, show_bytes)
+    speed = [
+        *effect.first_step_seconds,
+        effect.seconds_per_step._replace(name="other steps, median"),
+        *effect.spread_seconds,
+        effect.tokens_per_second,
+    ]
+    known = [pair for pair in speed if pair.a is not None or pair.b is not None]
+    title = "Measured seconds of the first step and of the others, and tokens per second (median)"
+    _pairs(console, title, known, lambda value: f"{value:,.4g}")
 
 
 def _pairs(
@@ -100,3 +110,16 @@ def _pairs(
     console.print(f"[bold]{title}[/bold]", highlight=False)
     print_table(console, table)
     console.print()
+
+
+def _untried(layout: Untried, hbm: int | None) -> str:
+    name = layout.layout.short()
+    if layout.reasons:
+        lines = [f"  {name} is illegal:", *(f"    - {reason}" for reason in layout.reasons)]
+        return "\n".join([*lines, *([f"    {layout.advice}"] if layout.advice else [])])
+    assert layout.memory is not None
+    text = f"  {name} is legal: {show_bytes(layout.memory)} on the fullest rank by plan"
+    if hbm is None:
+        return text
+    free = hbm - layout.memory
+    return f"{text}, {show_bytes(abs(free))} {'free' if free >= 0 else 'too much'}"

@@ -22,6 +22,8 @@ class _Record(TypedDict, total=False):
     grad_norm: float | None
     lr: float | None
     seconds: float
+    seconds_fastest: float
+    seconds_slowest: float
     tokens_per_second: float
     tflops_per_rank: float | None
     mfu: float | None

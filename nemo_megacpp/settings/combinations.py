@@ -60,6 +60,7 @@ _RECOMPUTED = {
     "E": ("moe", "shared_experts", "moe_act", "layernorm"),
     "M": ("mamba",),
     "R": ("m2rnn",),
+    "F": ("mlp",),
 }
 """What the blocks of a family can recompute in the backward pass, beside the whole block."""
 
@@ -100,7 +101,7 @@ def recompute_violations(config: TransformerConfig, letters: Collection[str]) ->
     can = [name for letter in letters for name in _RECOMPUTED[letter]]
     if not config.moe_shared_expert_intermediate_size and "shared_experts" in can:
         can.remove("shared_experts")
-    known = {"mlp", "mla_up_proj", *(name for names in _RECOMPUTED.values() for name in names)}
+    known = {"mla_up_proj", *(name for names in _RECOMPUTED.values() for name in names)}
     chosen = ["core_attn"] if modules is None else modules
     wrong = [name for name in chosen if name in known - set(can)]
     if wrong or modules == []:
@@ -134,9 +135,13 @@ def _full_recompute_violations(config: TransformerConfig) -> Iterator[str]:
         )
 
 
-def ignored_violations(config: TransformerConfig) -> Iterator[str]:
+def ignored_violations(config: TransformerConfig, letters: Collection[str]) -> Iterator[str]:
     """Yield settings that Megatron would ignore because of another one, or fail on in the first
-    step."""
+    step.
+
+    Args:
+        letters: of the pattern.
+    """
     modules = config.recompute_modules
     if (
         config.recompute_granularity is None
@@ -154,22 +159,24 @@ def ignored_violations(config: TransformerConfig) -> Iterator[str]:
             f"pipeline_dtype={config.pipeline_dtype}: a stage computes and sends {sent}, and "
             f"the next one would receive something else. Legal: {sent}."
         )
-    if config.num_moe_experts:
-        yield from _ignored_by_experts(config)
-
-
-def _ignored_by_experts(config: TransformerConfig) -> Iterator[str]:
-    """Yield settings that an expert's activation would ignore, or does not implement."""
-    if config.moe_apply_probs_on_input and config.moe_router_topk != 1:
+    if config.num_moe_experts and config.moe_apply_probs_on_input and config.moe_router_topk != 1:
         yield (
             f"moe_apply_probs_on_input=True needs one expert per token; moe_router_topk="
             f"{config.moe_router_topk}. Leave it at False, or set moe_router_topk=1."
         )
+    if config.num_moe_experts or "F" in letters:
+        yield from _ignored_by_activations(config)
+
+
+def _ignored_by_activations(config: TransformerConfig) -> Iterator[str]:
+    """Yield settings that the activation of an expert or an MLP would ignore, or does not
+    implement."""
     fused = config.bias_activation_fusion
     if fused and not (config.activation_func is F.silu and config.gated_linear_unit):
         yield (
             "bias_activation_fusion=True: only silu with a gate has a fused kernel in all of "
-            "Megatron's experts. Leave it at False for other activations."
+            "Megatron's experts, and one that computes the same function in its MLP. Leave it at "
+            "False for other activations."
         )
     overlapped = config.moe_shared_expert_overlap and config.moe_shared_expert_intermediate_size
     for culprit, on in (

@@ -129,7 +129,7 @@ _ARCHITECTURE = table(
     neutral(
         """num_layers hidden_size num_attention_heads num_query_groups mamba_state_dim
         mamba_head_dim mamba_num_groups mamba_num_heads num_moe_experts moe_ffn_hidden_size
-        moe_shared_expert_intermediate_size""",
+        moe_shared_expert_intermediate_size ffn_hidden_size""",
         "A size of the model, the same in all layouts, against which they are validated",
     ),
     refused(
@@ -144,7 +144,6 @@ _ARCHITECTURE = table(
         "The pattern says which layers there are",
     ),
     refused("mtp_num_layers", "MambaModel has no multi-token prediction"),
-    neutral("ffn_hidden_size", "No block has a dense MLP; only moe_ffn_hidden_size defaults to it"),
     covered("kv_channels", "The width of a head, which no layout splits"),
     refused("use_mamba_mem_eff_path", "Without it Megatron's mixer takes no packed sequences"),
     # Attention.
@@ -202,9 +201,12 @@ _ARCHITECTURE = table(
         "tests/specs/test_dropout.py::test_axes_that_do_not_change_the_masks",
     ),
     covered("add_bias_linear", "Where every block of the pattern has biases"),
-    covered("gated_linear_unit", "Split with the expert's width"),
+    covered("gated_linear_unit", "Split with the width of an expert or an MLP"),
     covered("activation_func", "A function of one element"),
-    neutral("glu_linear_offset activation_func_clamp_value", "Acts on one element in an expert"),
+    neutral(
+        "glu_linear_offset activation_func_clamp_value",
+        "Acts on one element in an expert or an MLP",
+    ),
     # Initial weights and the loss.
     refused("init_model_with_meta_device", "Only Megatron's FSDP fills such weights"),
     covered("calculate_per_token_loss", "What the loss is averaged over"),
@@ -282,10 +284,10 @@ _IMPLEMENTATION = table(
         otherwise=_INFERENCE,
     ),
     neutral("attention_backend", "Which of Transformer Engine's attention kernels runs"),
-    neutral(
+    covered(
         "cp_comm_type",
-        "How Transformer Engine's attention exchanges keys and values; the torch backend gathers "
-        "them",
+        "How queries meet the keys and values of other CP ranks: in a ring (the default), "
+        "gathered, or by exchanging tokens for heads",
         legal=("p2p", "all_gather", "a2a"),
         otherwise="'a2a+p2p' needs groups that M and R do not have, and of a list Megatron-Core "
         "0.16 gives a layer the next one's",
@@ -341,8 +343,11 @@ _IMPLEMENTATION = table(
     covered(
         "recompute_modules",
         "What recompute_granularity='selective' recomputes",
-        legal=("core_attn", "moe", "shared_experts", "moe_act", "layernorm", "mamba", "m2rnn"),
-        otherwise="No block has a dense MLP ('mlp') or latent attention ('mla_up_proj')",
+        legal=(
+            *("core_attn", "moe", "shared_experts", "moe_act", "layernorm", "mamba", "m2rnn"),
+            "mlp",
+        ),
+        otherwise="No block has latent attention ('mla_up_proj')",
         each=True,
     ),
     refused(

@@ -1,6 +1,6 @@
 """Layer specs, and the named objects for Megatron's ``--spec nemo_megacpp.specs NAME``.
 
-``hybrid_stack_spec``: the A/M/E/R stack in mode ``nemo_native``.
+``hybrid_stack_spec``: the hybrid stack in mode ``nemo_native``.
 ``hybrid_mamba3_stack_spec``: the same in mode ``mamba3``.
 Either may carry settings in brackets (:mod:`nemo_megacpp.specs.named`).
 

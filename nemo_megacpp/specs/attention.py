@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.formulas.collectives import (
     Collective,
+    Phase,
     Role,
     again,
     column_parallel,
+    exchange,
     row_parallel,
     there_and_back,
 )
 from nemo_megacpp.formulas.saved import Saved, norm
 from nemo_megacpp.hybrid_fields import HybridFields
-from nemo_megacpp.layout.rules import Divides, GroupsDivideHeads
+from nemo_megacpp.layout.rules import Divides, GroupsDivideHeads, LayoutCheck, LayoutViolation
 
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from nemo_megacpp.formulas.sizes import Sizes
+
+
+def _heads_exchanged(check: LayoutCheck) -> Iterator[LayoutViolation]:
+    # Transformer Engine asserts it in the first forward pass.
+    shape, tp, cp = check.shape, check.layout.tp, check.layout.cp
+    groups = shape.num_query_groups or shape.num_attention_heads
+    if shape.cp_comm_type == "a2a" and groups and groups % (tp * cp):
+        text = (
+            f"num_query_groups = {groups} is not divisible by TP x CP = {tp} x {cp} = {tp * cp}: "
+            f"with cp_comm_type='a2a' an A block shards its KV heads over TP and CP."
+        )
+        legal = ("cp_comm_type=p2p", "cp_comm_type=all_gather")
+        yield LayoutViolation("CP", "query-groups-cp", text, legal=legal, knobs=("cp", "tp"))
+
 
 _RULES = (
     Divides(
@@ -39,6 +56,7 @@ _RULES = (
         "each rank of an A block holds whole KV heads, with their query heads",
     ),
     GroupsDivideHeads("attention-heads-per-group", "num_attention_heads", "num_query_groups"),
+    _heads_exchanged,
 )
 
 
@@ -71,8 +89,8 @@ def attention_layer_spec(backend: BackendSpecProvider, fields: HybridFields) -> 
 
 
 def _collectives(sizes: Sizes) -> list[Collective]:
-    """``SelfAttention``: Q, K, V split by head; under CP, K and V of the whole sequence."""
-    core = _ring(sizes) if sizes.job.kernels == "gpu" else _gathered(sizes)
+    """``SelfAttention``: Q, K, V split by head; under CP, queries meet all keys and values."""
+    core = {"p2p": _ring, "all_gather": _gathered, "a2a": _exchanged}[sizes.cp_comm_type](sizes)
     return [
         *column_parallel(sizes, "normed hidden states"),
         *core,
@@ -82,79 +100,108 @@ def _collectives(sizes: Sizes) -> list[Collective]:
 
 
 def _gathered(sizes: Sizes) -> list[Collective]:
-    """The torch core attention gathers keys and values over cp."""
+    """Keys and values are gathered over cp."""
     whole = sizes.tokens * sizes.layout.cp * sizes.kv_heads * sizes.head_dim * sizes.e
-    return [
-        collective
-        for what in ("keys", "values")
-        for collective in there_and_back(
-            "all_gather", "reduce_scatter", "cp", whole, "layout transition", what
-        )
-    ]
+    role: Role = "layout transition"
+    made = []
+    for what in ("keys", "values"):
+        made += there_and_back("all_gather", "reduce_scatter", "cp", whole, role, what)
+        if sizes.job.kernels == "gpu":  # Transformer Engine saves this rank's part alone
+            made.append(Collective("all_gather", "cp", whole, "backward", role, what))
+    return made
+
+
+def _exchanged(sizes: Sizes) -> list[Collective]:
+    """Tokens are exchanged for heads, and back."""
+    heads, groups, d = sizes.query_heads, sizes.kv_heads, sizes.head_dim
+    channels = (
+        *(("queries", heads), ("keys", groups), ("values", groups)),
+        ("attention of these heads", heads),
+    )
+    return [made for what, width in channels for made in exchange(sizes, width * d, what)]
 
 
 def _ring(sizes: Sizes) -> list[Collective]:
-    """Transformer Engine passes keys and values around a ring (``cp_comm_type='p2p'``)."""
+    """Keys and values travel around a ring; the gradient of a block makes one step more, to its
+    owner."""
     steps = sizes.layout.cp - 1
     part = 2 * sizes.tokens * sizes.kv_heads * sizes.head_dim * sizes.e
     if not steps:
         return []
-    role: Role = "layout transition"
-    what = "keys and values"
     return [
-        Collective("send", "cp", part, "forward", role, what, steps, 1),
-        Collective("send", "cp", part, "backward", role, what, steps, 1),
-        Collective("send", "cp", part, "backward", role, f"gradient of {what}", steps + 1, 1),
+        *_passed_on("forward", part, "keys and values", steps),
+        *_passed_on("backward", part, "keys and values", steps),
+        *_passed_on("backward", part, "gradient of keys and values", steps + 1),
+    ]
+
+
+def _passed_on(phase: Phase, size: int, what: str, count: int) -> list[Collective]:
+    """To the next rank, and from the one before."""
+    role: Role = "layout transition"
+    return [
+        Collective("send", "cp", size, phase, role, what, count, 1),
+        Collective("receive", "cp", size, phase, role, what, count, -1),
     ]
 
 
 def _saved_activations(sizes: Sizes) -> list[Saved]:
-    from nemo_megacpp.mixers.core_attention import NARROWEST_HEAD
-
     tokens, e, d = sizes.tokens, sizes.e, sizes.head_dim
-    heads, groups, cp = sizes.query_heads, sizes.kv_heads, sizes.layout.cp
+    heads, groups = sizes.query_heads, sizes.kv_heads
     kept = norm(sizes)
     if sizes.config.position_embedding_type == "rope":
         turned = int(d * sizes.config.rotary_percent)
         kept.append(Saved("sines and cosines for q and k", 4 * sizes.length * turned * e))
-    if sizes.job.kernels == "torch" and d < NARROWEST_HEAD and not sizes.recomputes("core_attn"):
-        return kept + _padded_heads(sizes)
-    kept.append(Saved("q", tokens * heads * d * e))
-    gathers = cp > 1 and sizes.job.kernels == "torch"
-    if gathers:
-        whole = tokens * cp * groups * d * e
-        kept += [Saved("k of the whole sequence", whole), Saved("v of the whole sequence", whole)]
+    if sizes.recomputes("core_attn"):
+        # What goes into the core, whatever it makes of it.
+        kept.append(Saved("q", tokens * heads * d * e))
+        kept.append(Saved("k", tokens * groups * d * e))
+        kept.append(Saved("q, k, v as projected", tokens * (heads + 2 * groups) * d * e))
     else:
-        kept.append(Saved("k", tokens * groups * d * e))
-        kept.append(Saved("q, k, v as projected", tokens * (heads + 2 * groups) * d * e))
-    if not sizes.recomputes("core_attn"):
+        kept += _saved_by_core(sizes)
         kept.append(Saved("log-sum-exp", tokens * heads * 4))
-        if gathers:
-            kept.append(Saved("mask", sizes.length * sizes.config.seq_length * e))
-    elif gathers:  # the inputs of the recomputed core are saved too: q, and k and v as shards
-        kept = kept[:-2]
-        kept.append(Saved("q, k, v as projected", tokens * (heads + 2 * groups) * d * e))
-        kept.append(Saved("k", tokens * groups * d * e))
     kept.append(Saved("attention output", tokens * heads * d * e))
     return kept
 
 
-def _padded_heads(sizes: Sizes) -> list[Saved]:
-    """What the torch core attention saves of heads that it pads with zeros: copies."""
+def _saved_by_core(sizes: Sizes) -> list[Saved]:
+    """What the core attention saves, but for its log-sum-exp and what it returns."""
     from nemo_megacpp.mixers.core_attention import NARROWEST_HEAD
 
-    tokens, heads, cp = sizes.tokens, sizes.query_heads, sizes.layout.cp
-    channel = tokens * sizes.e
-    kept = [
-        Saved("q, padded", channel * heads * NARROWEST_HEAD),
-        Saved("k and v, padded", 2 * channel * cp * sizes.kv_heads * NARROWEST_HEAD),
-        Saved("log-sum-exp", tokens * heads * 4),
-        Saved("attention output, padded", channel * heads * NARROWEST_HEAD),
-        Saved("attention output", channel * heads * sizes.head_dim),
+    heads, groups, cp, d = sizes.query_heads, sizes.kv_heads, sizes.layout.cp, sizes.head_dim
+    channel = sizes.tokens * sizes.e
+    in_torch = sizes.job.kernels == "torch"
+    form = sizes.cp_comm_type if cp > 1 and in_torch else None
+    q = Saved("q", channel * heads * d)
+    if form == "p2p":
+        return [q, Saved("k and v of this rank", 2 * channel * groups * d)]
+    gathers = form == "all_gather"
+    whole = channel * groups * (cp if gathers else 1)
+    mask = [Saved("mask", sizes.length * sizes.config.seq_length * sizes.e)] if gathers else []
+    if in_torch and d < NARROWEST_HEAD:
+        return [
+            Saved("q, padded", channel * heads * NARROWEST_HEAD),
+            Saved("k and v, padded", 2 * whole * NARROWEST_HEAD),
+            Saved("attention output, padded", channel * heads * NARROWEST_HEAD),
+            *mask,
+        ]
+    if gathers:
+        return [
+            q,
+            Saved("k of the whole sequence", whole * d),
+            Saved("v of the whole sequence", whole * d),
+            *mask,
+        ]
+    if form == "a2a":
+        return [
+            Saved("q of some heads", channel * heads * d),
+            Saved("k and v of some heads", 2 * channel * groups * d),
+            Saved("attention output of some heads", channel * heads * d),
+        ]
+    return [
+        q,
+        Saved("k", channel * groups * d),
+        Saved("q, k, v as projected", channel * (heads + 2 * groups) * d),
     ]
-    if cp > 1:
-        kept.append(Saved("mask", sizes.length * sizes.config.seq_length * sizes.e))
-    return kept
 
 
 def _mixing(sizes: Sizes) -> int:

@@ -13,7 +13,7 @@ from nemo_megacpp.formulas.collectives import (
     row_parallel,
     there_and_back,
 )
-from nemo_megacpp.formulas.saved import Saved, norm
+from nemo_megacpp.formulas.saved import Saved, inside_mlp, norm
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Divides
 
@@ -160,19 +160,8 @@ def _saved_activations(sizes: Sizes) -> list[Saved]:
         return kept
     if not sizes.recomputes("shared_experts"):
         width = sizes.tokens * sizes.shared_expert_width * sizes.e
-        kept.append(Saved("shared expert: between its matrices", _inside_mlp(sizes) * width))
+        kept.append(Saved("shared expert: between its matrices", inside_mlp(sizes) * width))
     return [*kept, *_routing(sizes), *_routed(sizes)]
-
-
-def _inside_mlp(sizes: Sizes) -> int:
-    """FFN widths that an MLP keeps: gate and value as projected, and what leads to their product.
-
-    The torch form keeps the projection (2), the value plus its offset, the activated gate, and the
-    product that the second matrix takes; a fused form the projection and the product.
-    """
-    if sizes.config.gated_linear_unit:
-        return 5 if sizes.job.kernels == "torch" else 3
-    return 2
 
 
 def _routing(sizes: Sizes) -> list[Saved]:
@@ -195,7 +184,7 @@ def _routing(sizes: Sizes) -> list[Saved]:
 def _routed(sizes: Sizes) -> list[Saved]:
     rows, e = sizes.expert_rows, sizes.e
     width = rows * (sizes.config.moe_ffn_hidden_size or 0) // sizes.layout.etp * e
-    inside = _inside_mlp(sizes) + (1 if sizes.job.kernels == "torch" else 0)
+    inside = inside_mlp(sizes) + (1 if sizes.job.kernels == "torch" else 0)
     inside -= sizes.recomputes("moe_act")  # the product, which the second matrix takes
     return [
         Saved("experts: token copies", rows * sizes.h * e),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +17,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import padded_vocab_size
+from nemo_megacpp.mixers.side_channels import SideChannelEmbeddings
+from nemo_megacpp.side_channels import SideChannel, channels_at, read_side_channels
 from nemo_megacpp.specs.stack import build_hybrid_stack_spec
 
 _WHILE_BUILDING = re.compile(r"( when instantiating \w+)+$")
 
 
 class HybridModel(MambaModel):
-    """Megatron's ``MambaModel`` with a virtual stage, which 0.16.1 has no argument for.
+    """Megatron's ``MambaModel`` with a virtual stage, which 0.16.1 has no argument for, and with
+    side channels.
 
     The stage decides, while the model is built, which chunk shares the embedding's weight. So it is
     set before anything else, and stays when ``LanguageModule`` sets it to None.
@@ -32,6 +35,40 @@ class HybridModel(MambaModel):
     def __init__(self, *args: Any, vp_stage: int | None = None, **kwargs: Any):
         self._virtual_stage = vp_stage
         super().__init__(*args, **kwargs)
+        self.side_channels = read_side_channels(self.config.side_channels)
+        owned = channels_at(self.side_channels, None)
+        if self.pre_process and owned:
+            tp_group = self.pg_collection.tp
+            # A part of the embedding, so that its keys in a checkpoint are too.
+            self.embedding.side_channels = SideChannelEmbeddings(self.config, owned, tp_group)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        decoder_input: torch.Tensor | None = None,
+        *args: Any,
+        side_channels: Mapping[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Run Megatron's forward pass, with side channels.
+
+        Args:
+            side_channels: ids ``[b, s]`` of every channel by name, with CP this rank's share of
+                ``s``. Every pipeline stage takes them; one that owns none reads none.
+        """
+        ids = _validate_ids(self.side_channels, side_channels or {})
+        if self.pre_process and decoder_input is None and channels_at(self.side_channels, None):
+            embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            decoder_input = self.embedding.side_channels(embedded, ids)
+        self.decoder.side_channel_ids = ids  # MambaModel has no argument that it would pass on
+        try:
+            return super().forward(
+                input_ids, position_ids, attention_mask, decoder_input, *args, **kwargs
+            )
+        finally:
+            self.decoder.side_channel_ids = {}
 
     @property
     def vp_stage(self) -> int | None:
@@ -41,6 +78,23 @@ class HybridModel(MambaModel):
     @vp_stage.setter
     def vp_stage(self, value: int | None) -> None:
         assert value in (None, self._virtual_stage), (value, self._virtual_stage)
+
+
+def _validate_ids(
+    channels: tuple[SideChannel, ...], ids: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Refuse a batch whose channels are not those of the model.
+
+    Raises:
+        UserError: it lacks a channel, or has one that the model does not declare.
+    """
+    declared = [channel.name for channel in channels]
+    if sorted(ids) != sorted(declared):
+        raise UserError(
+            f"The batch has the side channels {', '.join(sorted(ids)) or 'none'}, and the model "
+            f"declares {', '.join(sorted(declared)) or 'none'}."
+        )
+    return ids
 
 
 def build_hybrid_model(

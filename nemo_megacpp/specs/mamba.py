@@ -18,6 +18,7 @@ from nemo_megacpp.formulas.collectives import (
 from nemo_megacpp.formulas.saved import Saved, norm
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Divides, GroupsDivideHeads, LayoutCheck, LayoutViolation
+from nemo_megacpp.mixer_settings import row_padding
 
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
@@ -211,7 +212,8 @@ def _mamba3_scan(sizes: Sizes) -> Items:
     length, batch = sizes.length * cp, sizes.batch
     tokens, inner = length * batch, heads * dim
     rows = split_rows(dims) // sizes.layout.tp
-    weight: Items = [("projection's joined weight", (rows + angles) * sizes.h * e)]
+    padding = row_padding(rows + angles)
+    weight: Items = [("projection's joined weight", (rows + angles + padding) * sizes.h * e)]
     block = groups * 2 * rank * state + heads * rows_per_head(dims)
     output: Items = [("output projection's input", tokens * inner * e)]
     if sizes.job.kernels == "gpu" and rank == 1:
@@ -239,7 +241,8 @@ def _mamba3_scan(sizes: Sizes) -> Items:
     if rank > 1:
         scan.append(("mimo products", 3 * values))
     if e == wide:
-        scan.append(("projected B, C, z, x and numbers", tokens * (block + _theta(cp, angles)) * e))
+        beside = angles + padding if cp == 1 else 0  # one output, until cp gathers θ̂ apart
+        scan.append(("projected B, C, z, x and numbers", tokens * (block + beside) * e))
         if groups > 1:  # else a view of the projection
             scan.append(("numbers of each head", tokens * heads * rows_per_head(dims) * wide))
     else:
@@ -247,11 +250,6 @@ def _mamba3_scan(sizes: Sizes) -> Items:
         scan.append(("decays in float32", per_head))
         scan.append(("values and gate in float32", 2 * tokens * inner * wide))
     return weight + scan + output
-
-
-def _theta(cp: int, angles: int) -> int:
-    """θ̂ is part of the projection's one output, until cp gathers it apart."""
-    return angles if cp == 1 else 0
 
 
 register(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.formulas.collectives import (
     Collective,
+    Role,
     again,
     column_parallel,
     exchange,
@@ -16,7 +18,8 @@ from nemo_megacpp.formulas.collectives import (
 )
 from nemo_megacpp.formulas.saved import Saved, norm
 from nemo_megacpp.hybrid_fields import HybridFields
-from nemo_megacpp.layout.rules import Divides
+from nemo_megacpp.layout.rules import Divides, LayoutCheck, LayoutViolation
+from nemo_megacpp.mixer_settings import row_padding
 
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
@@ -26,21 +29,27 @@ if TYPE_CHECKING:
 
 
 def recurrent_layer_spec(backend: BackendSpecProvider, fields: HybridFields) -> ModuleSpec:
-    """Return Megatron's ``MambaLayer`` around :class:`M2RNNMixer`."""
+    """Return Megatron's ``MambaLayer`` around :class:`M2RNNMixer`, or with ``depth_state`` the
+    :class:`DepthStateLayer`."""
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from nemo_megacpp.mixer_settings import M2RNNSettings
+    from nemo_megacpp.mixers.depth_state import DepthStateLayer
     from nemo_megacpp.mixers.head_parallel import MixerSubmodules
     from nemo_megacpp.mixers.linear import SharedColumnParallelLinear
     from nemo_megacpp.mixers.m2rnn_mixer import M2RNNMixer
     from nemo_megacpp.specs.backend import mamba_layer
 
+    settings = M2RNNSettings.of(fields)
     mixer = ModuleSpec(
         module=M2RNNMixer,
-        params={"settings": M2RNNSettings.of(fields)},
+        params={"settings": settings},
         submodules=MixerSubmodules(SharedColumnParallelLinear, backend.row_parallel_linear()),
     )
-    return mamba_layer(mixer, backend)
+    layer = mamba_layer(mixer, backend)
+    if settings.depth_state:
+        layer.module = DepthStateLayer
+    return layer
 
 
 def _collectives(sizes: Sizes) -> list[Collective]:
@@ -75,6 +84,30 @@ def _collectives(sizes: Sizes) -> list[Collective]:
     return made + (again(made) if sizes.recomputes("m2rnn") else [])
 
 
+def depth_state_taken(sizes: Sizes) -> list[Collective]:
+    """What an R block with ``depth_state`` makes of the state that it takes."""
+    width, what = sizes.m2rnn.value_head_dim, "depth state"
+    size = sizes.tokens * width * sizes.e
+    if sizes.layout.sp:
+        made = there_and_back("all_gather", "reduce_scatter", "tp", size, "gather boundary", what)
+    else:
+        made = [Collective("all_reduce", "tp", size, "backward", "sum", f"gradient of {what}")]
+    if sizes.m2rnn_is_serial:
+        return made + exchange(sizes, width, "depth state, to segments")
+    whole = size * sizes.layout.cp
+    role: Role = "layout transition"
+    return made + there_and_back("all_gather", "reduce_scatter", "cp", whole, role, what)
+
+
+def depth_state_handed_on(sizes: Sizes) -> list[Collective]:
+    """What an R block makes of the state that it hands on: a sum over all heads."""
+    what = "depth state, summed over heads"
+    size = sizes.tokens * sizes.m2rnn.value_head_dim * sizes.e
+    if sizes.layout.sp:
+        return there_and_back("reduce_scatter", "all_gather", "tp", size, "sum", what)
+    return [Collective("all_reduce", "tp", size, "forward", "sum", what)]
+
+
 def _handed_on(size: int, what: str) -> list[Collective]:
     """A state passed from segment to segment, and its gradient back; the ends have one side."""
     gradient = f"gradient of the {what}"
@@ -102,12 +135,15 @@ def _scan(sizes: Sizes) -> list[tuple[str, int]]:
     shared = 2 * dims.key_head_dim
     channels = shared + inner
     rows = sizes.m2rnn_heads * (2 * dims.value_head_dim + 1) + shared
+    rows += row_padding(rows)
+    # Where q and k are copied for the kernel, the output is kept for v alone.
+    keeps_output = not dims.depth_state or (e == wide and not sizes.m2rnn_in_triton)
     items = [
         ("projection's joined weight", rows * sizes.h * e),
         ("convolution: padded input", batch * (length + dims.conv_kernel - 1) * channels * wide),
         ("convolution: taps", channels * dims.conv_kernel * wide),
         ("convolution: before SiLU", tokens * channels * wide),
-        ("convolution: output", tokens * channels * e),
+        ("convolution: output", tokens * channels * e if keeps_output else 0),
         ("forget gates", 3 * tokens * heads * wide + 2 * heads * wide),
         ("output, gate and gated output", 3 * tokens * inner * e),
         ("norm: input and scale", sizes.tokens * (sizes.m2rnn_heads * dims.value_head_dim + 1) * 4),
@@ -116,6 +152,10 @@ def _scan(sizes: Sizes) -> list[tuple[str, int]]:
     state = heads * dims.key_head_dim * dims.value_head_dim
     kernel = m2rnn_triton if sizes.m2rnn_in_triton else m2rnn_scan
     kept = batch * -(-length // kernel.CHECKPOINT_EVERY) * state
+    if dims.depth_state:
+        items.append(("depth state", tokens * dims.value_head_dim * e))
+        if not sizes.m2rnn_in_triton:  # else below, by itself
+            items.append(("values with the depth state", tokens * inner * e))
     items.append((f"states of the recurrence, one in {kernel.CHECKPOINT_EVERY}", kept * wide))
     if sizes.m2rnn_in_triton:
         items.append(("q, k and v, each by itself", tokens * channels * e))
@@ -140,6 +180,23 @@ def _sequential_steps(sizes: Sizes) -> int:
     return sizes.config.seq_length
 
 
+def _depth_state_over_virtual_stages(check: LayoutCheck) -> Iterator[LayoutViolation]:
+    # In a step of the interleaved schedule a stage sends to both neighbours and receives from both,
+    # shapes first. It sends no tensor before it has all shapes, and a stage may be asked for a
+    # shape that only exists after such a tensor: seen to wait for ever at PP=4, VPP=2. Source:
+    # P2PCommunicator._communicate of Megatron-Core 0.16.1.
+    pp, vpp = check.layout.pp, check.layout.vpp or 1
+    if check.shape.m2rnn_depth_state and pp > 2 and vpp > 1:
+        yield LayoutViolation(
+            "VPP",
+            "depth-state-vpp",
+            f"m2rnn_depth_state=true with PP = {pp} and VPP = {vpp}: stages send shapes before "
+            f"tensors, and in Megatron's interleaved schedule more than two stages can wait for "
+            f"each other for ever.",
+            knobs=("vpp", "pp"),
+        )
+
+
 register(
     BlockFamily(
         letter="R",
@@ -152,6 +209,7 @@ register(
                 "tp",
                 "each rank of an R block holds whole heads",
             ),
+            _depth_state_over_virtual_stages,
         ),
         required=("m2rnn_num_heads",),
         collectives=_collectives,

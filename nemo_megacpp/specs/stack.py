@@ -2,11 +2,12 @@
 
 Megatron's ``MambaStack`` has fixed symbols, a hard-coded Transformer Engine norm, no virtual
 stages, and ``num_layers // pp`` layers per stage: 52 layers at PP=8 silently become 48. This stack
-takes the A/M/E/R pattern with explicit cuts, and builds every layer or raises.
+takes a pattern with explicit cuts, and builds every layer or raises.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,12 +38,17 @@ from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.families import added, registered
 from nemo_megacpp.formulas.recompute import recompute_units
 from nemo_megacpp.hybrid_fields import HybridFields
+from nemo_megacpp.mixers.depth_state import DepthStateLayer
+from nemo_megacpp.mixers.head_parallel import log_once
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
 from nemo_megacpp.mixers.recompute import recompute
+from nemo_megacpp.mixers.side_channels import Modules, SideChannelEmbeddings
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.settings.script import validate_script
+from nemo_megacpp.side_channels import channels_at, read_side_channels
 from nemo_megacpp.specs.backend import default_backend
 from nemo_megacpp.specs.packs import check_packs
+from nemo_megacpp.specs.payload import DEPTH_STATE, declared, payload_at
 
 
 @dataclass
@@ -61,7 +67,7 @@ class HybridStack(MegatronModule):
     Args:
         config: the model configuration; ``num_layers`` is the depth of the whole model.
         submodules: layer specs by family.
-        hybrid_override_pattern: the pattern, in A/M/E/R letters or in Megatron's symbols.
+        hybrid_override_pattern: the pattern, in letters or in Megatron's symbols.
         pre_process: whether this chunk owns the embedding.
         post_process: whether it owns the head.
         vp_stage: virtual stage of this chunk, None without virtual stages.
@@ -99,11 +105,13 @@ class HybridStack(MegatronModule):
         self.input_tensor: torch.Tensor | None = None  # set by the pipeline schedules
 
         pattern = HybridPattern.parse(hybrid_override_pattern or "", depth=config.num_layers)
+        channels = read_side_channels(getattr(config, "side_channels", None))
         if not isinstance(config, HybridConfig):
             _validate_plain(config, pattern, hybrid_fields, vp_stage)
         stages = self.pp_group.size()
         chunks = pattern.chunks(stages * (config.virtual_pipeline_model_parallel_size or 1))
         self.layer_range = chunks[(vp_stage or 0) * stages + self.pp_group.rank()]
+        self._declare_payload(pattern.letters, hybrid_fields)
         self.families = tuple(pattern.families[i] for i in self.layer_range)
         self._added_families = {block.family for block in added()}
         self.layers = torch.nn.ModuleList()
@@ -115,6 +123,15 @@ class HybridStack(MegatronModule):
                     )
                 )
         self.num_layers_per_pipeline_rank = len(self.layers)
+        # By the layer's number in the whole model, so that a checkpoint does not know the stages.
+        self.side_channels = Modules(
+            {
+                str(index): SideChannelEmbeddings(config, owned, self.tp_group)
+                for index in self.layer_range
+                if (owned := channels_at(channels, index))
+            }
+        )
+        self.side_channel_ids: Mapping[str, torch.Tensor] = {}  # set by the model
         if post_process and post_layer_norm:
             self.final_norm = build_module(
                 submodules.final_norm,
@@ -122,6 +139,21 @@ class HybridStack(MegatronModule):
                 hidden_size=config.hidden_size,
                 eps=config.layernorm_epsilon,
             )
+
+    def _declare_payload(self, letters: str, hybrid_fields: HybridFields | None) -> None:
+        """Fix what this chunk receives and sends, and let the schedules know that it may be wider
+        than the hidden states."""
+        config: Any = self.config
+        fields = config if isinstance(config, HybridConfig) else hybrid_fields or HybridFields()
+        everything, here = declared(letters, fields), self.layer_range
+        self._extras = tuple(each.item.name for each in everything)
+        self._last_use = {each.item.name: each.last for each in everything}
+        self._received = payload_at(here.start, letters, fields, config)
+        self._sent = payload_at(here.stop, letters, fields, config)
+        if everything and self.pp_group.size() > 1 and not config.variable_seq_lengths:
+            config.variable_seq_lengths = True  # read by the schedules
+            names = ", ".join(self._extras)
+            log_once(f"Pipeline stages send shapes before tensors, which carry {names} as well.")
 
     def _build_layer(
         self,
@@ -174,9 +206,10 @@ class HybridStack(MegatronModule):
             UserError: packed rows that the stack cannot run (:mod:`nemo_megacpp.specs.packs`).
         """
         assert inference_context is None and inference_params is None, "the hybrid stack trains"
+        extras: dict[str, torch.Tensor] = {}
         if not self.pre_process:
             assert self.input_tensor is not None
-            hidden_states = self.input_tensor
+            hidden_states, extras = self._received.unpack(self.input_tensor)
         if isinstance(hidden_states, WrappedTensor):
             hidden_states = hidden_states.unwrap()
         if packed_seq_params is not None:
@@ -191,15 +224,23 @@ class HybridStack(MegatronModule):
         # With SP, ranks of a tensor-parallel group hold different tokens: different dropout masks.
         tracker = get_cuda_rng_tracker()
         rng = tracker.fork() if self.config.sequence_parallel else nullcontext()
-        run = partial(self._run_layers, packed_seq_params, delayed)
+        # Bound here: a recomputed layer reads its ids again in the backward pass.
+        run = partial(self._run_layers, self.side_channel_ids, packed_seq_params, delayed)
         others = (attention_mask, rotary_pos_emb, padding_mask)
+        beside = [extras.get(name) for name in self._extras]
         with rng, get_fp8_context(self.config) if delayed else nullcontext():
             done = 0
             for unit in recompute_units(self.config, len(self.layers)) if self.training else ():
                 assert not self.config.fp8, "Transformer Engine has a checkpoint of its own"
-                hidden_states = recompute(partial(run, unit), hidden_states, *others)
+                region = partial(run, unit)
+                hidden_states, *beside = recompute(region, hidden_states, *others, *beside)
                 done = unit.stop
-            hidden_states = run(range(done, len(self.layers)), hidden_states, *others)
+            rest = range(done, len(self.layers))
+            hidden_states, *beside = run(rest, hidden_states, *others, *beside)
+        if not self.post_process:
+            produced = zip(self._extras, beside, strict=True)
+            extras = {name: tensor for name, tensor in produced if tensor is not None}
+            hidden_states = self._sent.pack(hidden_states, extras)
         if hasattr(self, "final_norm"):
             hidden_states = self.final_norm(hidden_states)
         # The pipeline frees what it sent by its storage, which a view would keep alive.
@@ -209,6 +250,7 @@ class HybridStack(MegatronModule):
 
     def _run_layers(
         self,
+        side_channel_ids: Mapping[str, torch.Tensor],
         packed_seq_params: PackedSeqParams | None,
         fp8_is_on: bool,
         layers: range,
@@ -216,14 +258,22 @@ class HybridStack(MegatronModule):
         attention_mask: torch.Tensor | None,
         rotary_pos_emb: torch.Tensor | None,
         padding_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Run some layers of the chunk; ``fp8_is_on``: inside a context around all of them."""
+        *beside: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, *tuple[torch.Tensor | None, ...]]:
+        """Run some layers of the chunk; ``fp8_is_on``: inside a context around all of them.
+
+        Returns:
+            The hidden states, and what goes on beside them: as ``beside``, in declared order.
+        """
+        extras = dict(zip(self._extras, beside, strict=True))
         for local in layers:
             layer = self.layers[local]
             if self.families[local] in self._added_families:
                 # They may read parameters of modules that they do not call.
                 wait_for_parameters(*layer.modules())
             index = self.layer_range[local]
+            if str(index) in self.side_channels:
+                hidden_states = self.side_channels[str(index)](hidden_states, side_channel_ids)
             with nullcontext() if fp8_is_on else get_fp8_context(self.config, index):
                 if isinstance(layer, TransformerLayer):
                     hidden_states, _ = layer(
@@ -233,13 +283,20 @@ class HybridStack(MegatronModule):
                         packed_seq_params=packed_seq_params,
                         padding_mask=padding_mask,
                     )
+                elif isinstance(layer, DepthStateLayer):
+                    hidden_states, extras[DEPTH_STATE] = layer(
+                        hidden_states,
+                        extras.get(DEPTH_STATE),
+                        hands_on=index < self._last_use.get(DEPTH_STATE, 0),
+                        packed_seq_params=packed_seq_params,
+                    )
                 else:
                     hidden_states = layer(
                         hidden_states=hidden_states,
                         attention_mask=attention_mask,
                         packed_seq_params=packed_seq_params,
                     )
-        return hidden_states
+        return hidden_states, *(extras[name] for name in self._extras)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple | None = None, metadata: dict | None = None

@@ -11,7 +11,7 @@ from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import save_initial_weights
 
-SMALL = StepSpec(tiny_model("AEMR"), dtype="float32")
+SMALL = StepSpec(tiny_model("AEM|RF"), dtype="float32")
 
 
 @pytest.fixture(scope="session")

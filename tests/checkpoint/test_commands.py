@@ -31,7 +31,7 @@ from tests.checkpoint.malice import PLACES, Payload
 from tests.checkpoint.saved_run import save_run
 
 IDENTITY = {
-    "model": {**SMALL.model, "num_layers": 4},
+    "model": {**SMALL.model, "num_layers": 5},
     "layout": "tp=2,sp=true,etp=1",
     "tokenizer": "a" * 64,
 }
@@ -89,7 +89,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_inspect_tells_all(run_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("inspect", run_checkpoint, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["step"], found["pattern"], found["layout"]) == (20, "AEMR", IDENTITY["layout"])
+    assert (found["step"], found["pattern"], found["layout"]) == (20, "AEMRF", IDENTITY["layout"])
     assert found["model"] == IDENTITY["model"]
     assert found["manifest"].endswith("sizes match, contents not read")
     assert found["tensors"]["decoder.layers.0.self_attention.linear_proj.weight"] == {
@@ -100,9 +100,9 @@ def test_inspect_tells_all(run_checkpoint: Path, capsys: pytest.CaptureFixture[s
     }
     assert found["optimizer_tensors"] == 2 * len(found["tensors"]) + 1
     assert found["objects"] == ["rng_state/shard_0_1"]
-    # 8 query heads in 4 groups, 4 layers, 8 experts, 20 wide
+    # 8 query heads in 4 groups, two chunks of layers, 8 experts, 20 wide
     assert found["loads_in"]["tp"] == [1, 2, 4]
-    assert found["loads_in"]["pp"] == [1, 2, 4]
+    assert found["loads_in"]["pp"] == [1, 2]
     assert found["loads_in"]["ep"] == [1, 2, 4, 8]
     size = sum(path.stat().st_size for path in run_checkpoint.rglob("*") if path.is_file())
     assert found["bytes"] == size

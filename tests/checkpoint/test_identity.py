@@ -91,12 +91,28 @@ def test_a_default_that_is_spelt_out_is_no_difference(
         {"m2rnn_state_gradient_clip": None},
         {"rotary_base": 500000},
         {"moe_token_dispatcher_type": "allgather"},
+        {"ffn_hidden_size": 512},  # no F block
         {"hybrid_pattern": "AEMEAE|MEAEMR"},
         {"hybrid_pattern": "aeme aeme aemr"},
     ],
 )
 def test_what_may_change_between_runs(changes: dict[str, Any], tmp_path: Path) -> None:
     load(saved(tmp_path / "c"), **changes)
+
+
+def test_sizes_of_experts_that_no_block_has_are_no_difference(tmp_path: Path) -> None:
+    sizes = ("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+    folder = saved(tmp_path / "c", hybrid_pattern="AMR", **dict.fromkeys(sizes))
+    load(folder, hybrid_pattern="AMR")
+    with pytest.raises(UserError, match="num_moe_experts is None there and 16 here"):
+        load(folder, hybrid_pattern="AMRE")
+
+
+def test_the_width_of_f_blocks_may_not(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "c", hybrid_pattern="AF")
+    load(folder, hybrid_pattern="AF")
+    with pytest.raises(UserError, match="ffn_hidden_size is 1184 there and 512 here"):
+        load(folder, hybrid_pattern="AF", ffn_hidden_size=512)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +175,47 @@ def test_every_difference_is_listed(tmp_path: Path) -> None:
         f"the pattern is AEMEAEMEAEMR there and AEMRAEMRAEMRA here; "
         f"its data was made with another tokenizer (aaaaaaaaaaaa there, bbbbbbbbbbbb here)."
     )
+
+
+LANGUAGE = {"name": "language", "vocab_size": 6, "field": "lang"}
+KIND = {"name": "kind", "vocab_size": 3, "field": "kind", "owner": [2]}
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        (
+            [LANGUAGE],
+            None,
+            r"language \(6 ids of field=lang, owner first, add\) there and none here",
+        ),
+        (None, [KIND], r"none there and kind \(3 ids of field=kind, owner \[2\], add\) here"),
+        ([KIND], [{**KIND, "owner": [3]}], r"owner \[2\], add\) there and .*owner \[3\]"),
+        ([KIND], [{**KIND, "vocab_size": 4}], r"3 ids .* \(4 ids"),
+        ([LANGUAGE], [{**LANGUAGE, "field": "kind"}], r"field=lang.*field=kind"),
+    ],
+)
+def test_other_side_channels_are_refused(there: Any, here: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"the side channels are .*{said}"):
+        load(saved(tmp_path / "c", side_channels=there), side_channels=here)
+
+
+def test_side_channels_that_are_asked_for(tmp_path: Path) -> None:
+    """How TP holds a table may change; with init_side_channels=any, channels may come and go."""
+    folder = saved(tmp_path / "c", side_channels=[LANGUAGE])
+    load(folder, side_channels=[{**LANGUAGE, "partition": "vocabulary", "owner": "first"}])
+    model = {**NAM56R_TINY_MODEL, "side_channels": [KIND]}
+    letters = HybridPattern.parse(model["hybrid_pattern"], depth=model["num_layers"]).letters
+    validate_same_model(folder, model, letters, TOKENIZER, new_side_channels=True)
+    model["side_channels"] = [{**LANGUAGE, "vocab_size": 7}]
+    with pytest.raises(UserError, match=r"6 ids .* \(7 ids"):
+        validate_same_model(folder, model, letters, TOKENIZER, new_side_channels=True)
+
+
+def test_damaged_side_channels_are_refused(tmp_path: Path) -> None:
+    for number, content in enumerate(([{"name": "../x", "vocab_size": 1, "ngram": 2}], "language")):
+        with pytest.raises(UserError, match="is damaged: model: "):
+            load(saved(tmp_path / str(number), side_channels=content))
 
 
 def test_a_tokenizer_that_is_not_known_yet_is_not_compared(tmp_path: Path) -> None:

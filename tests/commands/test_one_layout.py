@@ -74,6 +74,18 @@ def _layouts(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> N
         _run("layouts", *words)
 
 
+def _ladder(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_megacpp.proof import ladder
+
+    def build_ladder(model: Any, layout: ParallelLayout, *_: Any) -> Any:
+        seen.append(layout)
+        raise SystemExit
+
+    monkeypatch.setattr(ladder, "build_ladder", build_ladder)
+    with pytest.raises(SystemExit):
+        _run("ladder", *words)
+
+
 def _compare(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_megacpp.runs import comparison
 
@@ -115,6 +127,7 @@ def _doctor(words: list[str], seen: Seen, monkeypatch: pytest.MonkeyPatch) -> No
 COMMANDS: dict[str, Callable[[list[str], Seen, pytest.MonkeyPatch], None]] = {
     "train": _train,
     "verify": _verify,
+    "ladder": _ladder,
     "plan": _plan,
     "layouts": _layouts,
     "compare": _compare,

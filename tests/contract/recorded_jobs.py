@@ -55,3 +55,17 @@ def spec_of(job: Job, **ddp: Any) -> StepSpec:
         use_distributed_optimizer=job.use_distributed_optimizer,
         ddp={**overlap, **ddp},
     )
+
+
+SIDE_CHANNELS: list[dict[str, Any]] = [
+    {"name": "language", "vocab_size": 5, "field": "lang"},
+    {"name": "bigram", "vocab_size": 24, "ngram": 2, "partition": "vocabulary"},
+    {
+        **{"name": "kind", "vocab_size": 7, "field": "kind", "owner": [0, 3]},
+        **{"combine": "concat", "width": 10},
+    },
+    {
+        **{"name": "trigram", "vocab_size": 28, "ngram": 3, "owner": [0, 2]},
+        **{"partition": "vocabulary", "combine": "concat", "width": 6},
+    },
+]

@@ -5,34 +5,55 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch.nn import functional as F
 
 from nemo_megacpp.contract.recompute import saved_activations, saved_bytes
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
-from tests.contract.recorded_jobs import BALANCED, EXAMPLE, SELECTIVE, job_of, recorded
+from tests.contract.recorded_jobs import (
+    BALANCED,
+    EXAMPLE,
+    SELECTIVE,
+    SIDE_CHANNELS,
+    job_of,
+    recorded,
+)
 from tests.selection import slow_if
 
 WITHIN = 0.05
 # Several chunks of the scans, and a length at which tokens outweigh what does not grow with them.
 LONG = {"seq_length": 256}
 
+ON_ONE_LAYER = [{**c, "owner": [0]} if "owner" in c else c for c in SIDE_CHANNELS]
+
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("A", {}, ("tp=1", "tp=2,sp=false", "tp=2,cp=2")),
     ("A", {**SELECTIVE}, ("tp=2", "cp=2")),
+    ("A", {"cp_comm_type": "p2p", "kv_channels": 16}, ("cp=2", "cp=4")),
+    ("A", {"cp_comm_type": "all_gather"}, ("cp=4", "tp=2,cp=2")),
+    ("A", {"cp_comm_type": "all_gather", "kv_channels": 16}, ("cp=2",)),
+    ("A", {"cp_comm_type": "a2a"}, ("tp=2,cp=2", "cp=4")),
+    ("A", {"cp_comm_type": "a2a", "kv_channels": 16}, ("cp=2",)),
+    ("A", {"cp_comm_type": "a2a", **SELECTIVE}, ("cp=2",)),
     ("M", {}, ("tp=1", "tp=2,sp=false", "tp=2,cp=2")),
     ("M", {"mode": "mamba3"}, ("tp=1", "tp=2,sp=false", "tp=2,cp=2")),
     ("M", {"mode": "mamba3", "mamba3_mimo_rank": 2, "mamba_num_groups": 2}, ("tp=2",)),
     ("R", {}, ("tp=1", "tp=2,sp=false", "tp=2,cp=2")),
     ("R", {"m2rnn_context_parallel": "serial"}, ("tp=2,cp=2",)),
+    ("R", {"m2rnn_depth_state": True}, ("tp=1",)),
     ("C", {"family_modules": [EXAMPLE]}, ("tp=1", "tp=2,cp=2")),
+    ("A", {"side_channels": ON_ONE_LAYER}, ("tp=1", "tp=2,sp=false", "tp=2,cp=2")),
     ("E", BALANCED, ("tp=1", "tp=2", "tp=2,cp=2,ep=2,etp=1")),
     ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["moe"]}, ("ep=2",)),
     ("E", {**BALANCED, **SELECTIVE, "recompute_modules": ["shared_experts"]}, ("tp=2",)),
     ("M", {**SELECTIVE, "recompute_modules": ["mamba"]}, ("tp=2,cp=2",)),
     ("M", {**SELECTIVE, "recompute_modules": ["mamba"], "mode": "mamba3"}, ("tp=2",)),
     ("R", {**SELECTIVE, "recompute_modules": ["m2rnn"]}, ("tp=2",)),
+    ("F", {}, ("tp=1", "tp=2,sp=false", "tp=2,cp=2")),
+    ("F", {"gated_linear_unit": False, "activation_func": F.gelu}, ("tp=2",)),
+    ("F", {**SELECTIVE, "recompute_modules": ["mlp"]}, ("tp=2",)),
 ]
 
 
@@ -44,7 +65,11 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
             layout,
             precision,
             id=f"{pattern}-{n}-{layout}-{precision}",
-            marks=slow_if(precision == "bf16" or layout not in (layouts[0], layouts[-1])),
+            marks=slow_if(
+                precision == "bf16"
+                or layout not in (layouts[0], layouts[-1])
+                or not {"side_channels", "cp_comm_type", "m2rnn_depth_state"}.isdisjoint(changes)
+            ),
         )
         for n, (pattern, changes, layouts) in enumerate(CASES)
         for layout in layouts
@@ -60,6 +85,17 @@ def test_a_family(ranks: WorkerPool, model: dict[str, Any], layout: str, precisi
     assert planned == {
         place: pytest.approx(size, rel=WITHIN) for place, size in run.saved.items()
     }, {place: planned[place] / size for place, size in run.saved.items()}
+
+
+@pytest.mark.slow
+def test_the_share_that_a_ring_saves(ranks: WorkerPool) -> None:
+    """All that a block saves falls as 1/CP, keys and values too."""
+    model = tiny_model("A", **LONG, kv_channels=16)
+    two, four = (
+        recorded(ranks, job_of(model, ParallelLayout.parse(f"cp={cp}")))[0].saved["0"]
+        for cp in (2, 4)
+    )
+    assert two == 2 * four
 
 
 def test_which_states_of_the_recurrence_are_saved() -> None:

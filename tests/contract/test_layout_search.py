@@ -31,16 +31,19 @@ def _case(name: str, *overrides: str, **hardware: Any) -> tuple[Job, ModelShape]
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("share_embeddings_and_output_weights=true",),
+        pytest.param(("share_embeddings_and_output_weights=true",), marks=pytest.mark.slow),
         (
             *("use_distributed_optimizer=true", "precision=bf16", "recompute_granularity=full"),
             *("recompute_method=block", "recompute_num_layers=2"),
         ),
-        (
-            "recipe=nam56r_tiny_mamba3",
-            *("recompute_granularity=selective", "recompute_modules=[mamba,m2rnn,moe]"),
+        pytest.param(
+            (
+                "recipe=nam56r_tiny_mamba3",
+                *("recompute_granularity=selective", "recompute_modules=[mamba,m2rnn,moe]"),
+            ),
+            marks=pytest.mark.slow,
         ),
-        ("pattern=AMR", "num_layers=6"),
+        pytest.param(("pattern=AMR", "num_layers=6"), marks=pytest.mark.slow),
     ],
     ids=["tied", "distributed-full", "mamba3-selective", "without-experts"],
 )

@@ -51,6 +51,7 @@ FAMILIES: tuple[tuple[str, dict[str, Any], list[str]], ...] = (
     ("M", {"mode": "mamba3"}, ["mamba"]),
     ("R", {}, ["m2rnn"]),
     ("E", BALANCED, ["moe"]),
+    ("F", {}, ["mlp"]),
 )
 
 
@@ -106,10 +107,12 @@ def test_operations_done_again(form: dict[str, Any], least: float, most: float) 
     assert least <= recomputed_share(job.config(), stage.chunks) <= most
 
 
-@pytest.mark.parametrize(("letter", "module"), [("E", "moe"), ("M", "mamba"), ("R", "m2rnn")])
+@pytest.mark.parametrize(
+    ("letter", "module"), [("E", "moe"), ("M", "mamba"), ("R", "m2rnn"), ("F", "mlp")]
+)
 def test_a_mixer_is_done_again_as_a_whole(letter: str, module: str) -> None:
     """Its own module, and no other family's, repeats the operations of its layer."""
-    model = tiny_model("EMR", recompute_granularity="selective", recompute_modules=[module])
+    model = tiny_model("EMRF", recompute_granularity="selective", recompute_modules=[module])
     sizes = Sizes(Job(model))
-    work = {"E": 3, "M": 5, "R": 7}
-    assert repeated_operations(sizes, work, ["EMR"]) == work[letter]
+    work = {"E": 3, "M": 5, "R": 7, "F": 11}
+    assert repeated_operations(sizes, work, ["EMRF"]) == work[letter]

@@ -23,7 +23,15 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.placement import group_of
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.runtime.workers import WorkerPool
-from tests.contract.recorded_jobs import BALANCED, EXAMPLE, FULL, SELECTIVE, job_of, recorded
+from tests.contract.recorded_jobs import (
+    BALANCED,
+    EXAMPLE,
+    FULL,
+    SELECTIVE,
+    SIDE_CHANNELS,
+    job_of,
+    recorded,
+)
 from tests.record import Recorded
 from tests.selection import slow_if
 
@@ -113,7 +121,10 @@ def hold(ranks: WorkerPool, job: Job, **ddp: Any) -> None:
 
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = [
     ("A", {}, ("tp=2", "tp=2,sp=false", "cp=2", "tp=2,cp=2"), {}),
-    ("A", {"recompute_granularity": "selective"}, ("cp=2",), {}),
+    ("A", {"recompute_granularity": "selective"}, ("cp=4", "cp=2"), {}),
+    ("A", {"cp_comm_type": "p2p"}, ("cp=4",), {}),
+    ("A", {"cp_comm_type": "all_gather"}, ("cp=4", "tp=2,cp=2"), {}),
+    ("A", {"cp_comm_type": "a2a", **SELECTIVE}, ("tp=2,cp=2", "cp=4"), {}),
     ("M", {}, ("tp=2", "tp=2,sp=false", "cp=4", "tp=2,cp=2"), {}),
     ("M", {"mode": "mamba3"}, ("tp=2", "tp=2,sp=false", "cp=2", "tp=2,cp=2"), {}),
     (
@@ -125,6 +136,8 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = [
     ("R", {}, ("tp=2", "tp=2,sp=false", "cp=2", "tp=2,cp=2"), {}),
     ("C", {"family_modules": [EXAMPLE]}, ("tp=2", "tp=2,sp=false", "cp=2", "tp=2,cp=2"), {}),
     ("R", {"m2rnn_context_parallel": "serial"}, ("cp=4", "tp=2,cp=2"), {}),
+    ("F", {}, ("tp=2", "tp=2,sp=false", "cp=2", "tp=2,cp=2"), {}),
+    ("FA", {**SELECTIVE, "recompute_modules": ["mlp"]}, ("tp=2,sp=false", "tp=2,cp=2"), {}),
     (
         "E",
         BALANCED,
@@ -184,7 +197,38 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = [
     ("AEMR", BALANCED, ("world=4", "tp=2,etp=1,world=4"), {**DISTRIBUTED, "precision": "bf16"}),
     ("AEMEAEMEAEMR", BALANCED, ("pp=2,vpp=2", "pp=4,vpp=3", "tp=2,pp=2,vpp=2,etp=1"), MANY),
     ("AEMR", {**BALANCED, "mode": "mamba3"}, ("tp=2,cp=2,ep=2,etp=1",), {"precision": "bf16"}),
+    (
+        "MRARMRAM",
+        {"m2rnn_depth_state": True},
+        ("tp=2,sp=false,pp=2", "cp=2,pp=2", "pp=4", "tp=2,pp=2", "pp=2,vpp=4"),
+        MANY,
+    ),
+    (
+        "RRMR",
+        {
+            **FULL,
+            "recompute_method": "block",
+            "recompute_num_layers": 1,
+            "m2rnn_depth_state": True,
+            "m2rnn_context_parallel": "serial",
+        },
+        ("tp=2,pp=2", "cp=2,pp=2"),
+        {},
+    ),
     ("ARM|EA", BALANCED, ("tp=2,pp=2,etp=1",), {}),
+    ("AF|MF", {}, ("pp=2", "tp=2,pp=2"), {**DISTRIBUTED, "precision": "bf16"}),
+    ("AMRA", {"side_channels": SIDE_CHANNELS}, ("tp=2,sp=false", "tp=2,pp=2"), {}),
+    (
+        "AMRA",
+        {
+            "side_channels": SIDE_CHANNELS,
+            **FULL,
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+        ("tp=2,pp=2",),
+        {},
+    ),
     ("ARM|EA", {**BALANCED, "share_embeddings_and_output_weights": True}, ("pp=2",), {}),
 ]
 
@@ -197,7 +241,11 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = [
             layout,
             run,
             id=f"{pattern}-{number}-{layout}",
-            marks=slow_if(layout != layouts[-1]),
+            marks=slow_if(
+                layout != layouts[-1]
+                or not {"side_channels", "cp_comm_type", "m2rnn_depth_state"}.isdisjoint(changes)
+                or ("recompute_granularity" in changes and pattern != "AEMRAEMR")
+            ),
         )
         for number, (pattern, changes, layouts, run) in enumerate(CASES)
         for layout in layouts

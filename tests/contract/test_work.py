@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from nemo.utils.flops_formulas import (
     _mamba_layer_flops,
+    _nemotronh_mlp_layer_flops,
     _non_mla_attn_layer_flops,
     moe_mlp_flops_calculator,
 )
@@ -78,6 +79,15 @@ def test_experts_count_as_in_nemo_and_megatron() -> None:
     assert ours == megatron + router
     nemo = moe_mlp_flops_calculator(s, h, width, topk, gated)
     assert megatron - 3 * 4 * s * h * shared * (1.5 if gated else 1.0) == nemo
+
+
+def test_an_mlp_counts_as_in_nemo_and_megatron() -> None:
+    s, h, width = (NAM56R_MODEL[name] for name in ("seq_length", "hidden_size", "ffn_hidden_size"))
+    ours, _ = _layer("F")
+    nemo = SimpleNamespace(gbs=1, enc_seq_len=s, hs=h, ffn_hs=width)
+    assert ours == _nemotronh_mlp_layer_flops(nemo)  # type: ignore[arg-type]
+    # Megatron-LM core_v0.16.1, mlp_layer_flops.
+    assert ours == 3 * 4 * s * h * width * 1.5
 
 
 def test_mamba_has_the_projections_of_nemo_and_its_own_scan() -> None:

@@ -27,11 +27,14 @@ COMMANDS = {
         command for block in blocks(page.read_text(encoding="utf-8")) for command in block
     )
 }
-ALONE = ("verify", "nemo", "megatron", "containers", "extending")
+ALONE = (
+    *("verify", "gathers", "ladder", "nemo", "megatron", "containers", "extending", "samples"),
+)
 """Pages whose commands use nothing that those of another page have made."""
 SLOW = (
-    *("first-run-2", "layouts-6", "checkpoints-2", "checkpoints-4"),
-    *("verify-0", "extending-0", "nemo-0", "nemo-2", "nemo-3"),
+    *("first-run-2", "layouts-3", "layouts-6", "checkpoints-2", "checkpoints-3", "checkpoints-4"),
+    *("verify-0", "gathers-0", "extending-0", "nemo-0", "nemo-2", "nemo-3"),
+    *("ladder-0", "ladder-1", "samples-0", "samples-1"),
 )
 """Commands that import NeMo or start ranks and do what tests with the pool do in less time,
 and those that use what such a command has made."""
@@ -88,7 +91,7 @@ def test_what_a_page_includes_is_included() -> None:
         for line in page.read_text(encoding="utf-8").splitlines()
         if "8<" in line.replace(" ", "")
     ]
-    assert len(included) == 4
+    assert len(included) == 5
     for line in included:
         path = re.fullmatch(r'--8<-- "(\S+)"', line)
         assert path is not None and (ROOT / path[1]).is_file(), line

@@ -24,10 +24,10 @@ EXAMPLE = str(Path(__file__).parents[2] / "examples" / "short_conv.py")
 @pytest.mark.parametrize(
     ("pattern", "layout"),
     [
-        ("C", "tp=2"),
+        pytest.param("C", "tp=2", marks=pytest.mark.slow),
         pytest.param("C", "tp=2,sp=false", marks=pytest.mark.slow),
         pytest.param("C", "cp=2", marks=pytest.mark.slow),
-        ("C", "tp=2,cp=2"),
+        pytest.param("C", "tp=2,cp=2", marks=pytest.mark.slow),
         pytest.param("CMER", "tp=2,cp=2", marks=pytest.mark.slow),
         ("CMER", "pp=2,ep=2,tp=2,etp=1"),
     ],

@@ -34,6 +34,8 @@ _MARK = "NEMO_MEGACPP_TEST_COMMAND"
 _LINGER = 10.0
 """Seconds for helpers to end once the command has; on a busy machine they may have to wait."""
 _RESULT = "result.json"
+_STREAMS = {"out": 1, "err": 2}
+"""Files of what a command writes, by descriptor."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Forks:
         self._number += 1
         place = self._folder / f"command-{self._number}"
         place.mkdir()
+        for name in _STREAMS:  # a strike may come before the command has opened them
+            (place / name).touch()
         temporary = temporary or place / "tmp"
         temporary.mkdir(exist_ok=True)
         mark = uuid.uuid4().hex
@@ -133,8 +137,7 @@ class Forks:
         result = place / _RESULT
         return Ended(
             code,
-            _text(place / "out"),
-            _text(place / "err"),
+            *(_text(place / name) for name in _STREAMS),
             seconds,
             tuple(left),
             tuple(sorted(os.listdir(temporary))),
@@ -174,9 +177,15 @@ def _members(session: int, mark: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
             own = os.getsid(process.pid) == session or process.environ().get(_MARK) == mark
-            if own and process.status() != psutil.STATUS_ZOMBIE:
+            if own and not _has_ended(process):
                 found.append(process)
     return found
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Whether it has closed its files: a process that was killed is a zombie before its last thread
+    has ended, and holds its locks until then."""
+    return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
 
 
 # --- in the process that forks
@@ -219,7 +228,7 @@ def _become(request: dict[str, Any], then: Callable[..., Any] | None, given: Any
     place = Path(request["place"])
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name, number in (("out", 1), ("err", 2)):
+    for name, number in _STREAMS.items():
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout = os.fdopen(1, "w", encoding="utf-8")

@@ -170,21 +170,42 @@ def test_a_full_disk_is_one_message(
     assert "contents verified" in check_manifest(source)
 
 
+@pytest.mark.parametrize("moment", ["inside", "while it is removed"])
 def test_a_folder_of_a_killed_process_is_swept(
-    temporary: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     child = os.fork()
     if child == 0:
+
+        def killed_inside(folder: Path, ignore_errors: bool) -> None:
+            for path in folder.iterdir():
+                path.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(shutil, "rmtree", killed_inside)
         with scratch_folder() as folder:
             (folder / "file").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            if moment == "inside":
+                os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     (left,) = temporary.iterdir()
-    assert (left / "file").exists()
-    (temporary / "nmcpp-made").mkdir()  # by a process that has not locked it yet
+    assert (left / "file").exists() == (moment == "inside")
     with scratch_folder() as mine:
         assert not left.exists()
         with scratch_folder() as other:
             assert mine.is_dir() and other.is_dir(), "both owners live"
-    assert [path.name for path in temporary.iterdir()] == ["nmcpp-made"]
+    assert not any(temporary.iterdir())
+
+
+def test_a_folder_that_was_never_locked_is_removed_after_a_minute(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    old, young = temporary / ".nmcpp-old", temporary / ".nmcpp-young"
+    old.mkdir()
+    young.mkdir()  # its owner may be about to lock it
+    hour_ago = time.time() - 3600
+    os.utime(old, (hour_ago, hour_ago))
+    with scratch_folder():
+        assert not old.exists() and young.is_dir()

@@ -161,6 +161,7 @@ def _both_models(name: str, overrides: tuple[str, ...], words: list[str]) -> lis
             ("seq_length=32", "m2rnn_clip_order=after_output", "m2rnn_state_gradient_clip=1e-3"),
         ),
         ("nam56r_tiny_mamba3", ("seq_length=32", "mamba3_mimo_rank=2", "mamba3_output_norm=true")),
+        ("nam56r_tiny", ("seq_length=32", "pattern=FAFM", "num_layers=4", "ffn_hidden_size=80")),
     ],
 )
 def test_the_model_is_the_recipes(ranks: WorkerPool, name: str, overrides: tuple[str, ...]) -> None:
@@ -255,6 +256,12 @@ def test_full_recompute_is_an_option() -> None:
     assert read.recompute_num_layers == "2"
 
 
+def test_the_exchange_of_context_parallelism_is_an_option() -> None:
+    assert _parse(_words("nam56r_tiny", "cp_comm_type=a2a")).cp_comm_type == ["a2a"]
+    for settings in ((), ("cp_comm_type=p2p",)):
+        assert _parse(_words("nam56r_tiny", *settings)).cp_comm_type == ["p2p"]
+
+
 def test_a_stage_without_experts_is_refused() -> None:
     """The script would sum the auxiliary losses of unequal lists over the stages."""
     stages = ("tp=1", "pp=2", "pattern=AEAE|MRMR", "num_layers=8")
@@ -311,6 +318,14 @@ def test_a_parser_becomes_a_table() -> None:
         "--kinds": {"dest": "kinds", "default": ["a"], "nargs": "+"},
         "--no-bias": {"dest": "bias", "default": True, "const": False},
     }
+
+
+def test_a_pattern_that_starts_with_an_mlp() -> None:
+    """Its symbol, "-", must not look like an option."""
+    words = _words("nam56r_tiny", "pattern=FAFM", "num_layers=4", "ffn_hidden_size=80")
+    args = _parse(words)
+    assert (args.hybrid_override_pattern, args.ffn_hidden_size) == ("-*-M", "80")
+    assert _configuration(args).ffn_hidden_size == 80
 
 
 def test_a_spec_name_carries_settings() -> None:

@@ -62,9 +62,13 @@ def _pack(ends: list[int] | None) -> PackedSeqParams | None:
 
 
 def _by_hand(
-    mixer: M2RNNMixer, hidden: torch.Tensor, packed: PackedSeqParams | None
-) -> torch.Tensor:
-    """The equations of the module's docstring on ``[s, b, h]``, from the naive kernels."""
+    mixer: M2RNNMixer,
+    hidden: torch.Tensor,
+    packed: PackedSeqParams | None,
+    depth_state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The equations of the module's docstring on ``[s, b, h]``, from the naive kernels: the output
+    and the depth state that is handed on."""
     heads, K, V = mixer.num_heads, mixer.k_dim, mixer.v_dim
     x = hidden.transpose(0, 1)
     batch, length, _ = x.shape
@@ -82,12 +86,18 @@ def _by_hand(
         seq_idx=documents,
     )
     q, k, v = qkv[..., :K], qkv[..., K : 2 * K], qkv[..., 2 * K :].unflatten(-1, (heads, V))
+    if depth_state is not None:
+        gate = mixer.depth_gate.view(heads, V)
+        v = torch.stack(
+            [v[:, :, n] + gate[n] * depth_state.transpose(0, 1) for n in range(heads)], 2
+        )
     forget = torch.exp(-torch.exp(mixer.A_log) * F.softplus(f + mixer.dt_bias))
     y, _ = m2rnn_naive(q, k, v, forget, mixer.state_weight, seq_idx=documents)
     y = (y + mixer.D.view(heads, V) * v) * F.silu(g)
     y, eps = y.flatten(2), mixer.config.layernorm_epsilon
     y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + eps) * mixer.norm_weight
-    return (y @ mixer.out_proj.weight.T).transpose(0, 1)
+    summary = sum(y[..., n * V : (n + 1) * V] for n in range(heads)) / heads
+    return (y @ mixer.out_proj.weight.T).transpose(0, 1), summary.transpose(0, 1)
 
 
 def _with_gradients(
@@ -107,7 +117,7 @@ def _one_rank(ends: list[int] | None, batch: int, taps: int) -> tuple[dict, dict
     hidden, form = _random(5, 16, batch).requires_grad_(), _random(6, 16, batch)
     return (
         _with_gradients(mixer, mixer(hidden, packed_seq_params=packed)[0], hidden, form),
-        _with_gradients(mixer, _by_hand(mixer, hidden, packed), hidden, form),
+        _with_gradients(mixer, _by_hand(mixer, hidden, packed)[0], hidden, form),
     )
 
 
@@ -180,6 +190,53 @@ def test_by_hand(ranks: WorkerPool, ends: list[int] | None, batch: int, taps: in
     found, expected = ranks.run(1, _one_rank, ends, batch, taps)[0]
     assert len(expected) == 2 + 10
     _assert_equal(expected, found)
+
+
+def _in_depth(ends: list[int] | None, batch: int) -> tuple[dict, dict]:
+    """Two passes in a row, as two R blocks: the second takes what the first hands on."""
+    mixer, packed = _mixer(1, m2rnn_depth_state=True), _pack(ends)
+    hidden, other = _random(5, 12, batch).requires_grad_(), _random(8, 12, batch)
+    form = _random(6, 12, batch)
+    _, state = mixer(hidden, packed_seq_params=packed, hands_on=True)
+    output, state = mixer(other, state, packed_seq_params=packed, hands_on=True)
+    _, expected = _by_hand(mixer, hidden, packed)
+    by_hand, handed = _by_hand(mixer, other, packed, expected)
+    V, (nothing, none) = mixer.v_dim, mixer(hidden, packed_seq_params=packed)
+    assert none is None and nothing.shape == hidden.shape
+    return tuple(
+        _with_gradients(mixer, torch.cat([y, r], -1), hidden, torch.cat([form, form[..., :V]], -1))
+        for y, r in ((output, state), (by_hand, handed))
+    )
+
+
+@pytest.mark.parametrize(("ends", "batch"), [(None, 2), ([0, 5, 12], 1)])
+def test_depth_state_by_hand(ranks: WorkerPool, ends: list[int] | None, batch: int) -> None:
+    """Through the state alone: the second pass does not read the first one's output."""
+    found, expected = ranks.run(1, _in_depth, ends, batch)[0]
+    assert len(expected) == 2 + 11
+    _assert_equal(expected, found)
+
+
+def _later_token(ends: list[int] | None, changed: int) -> list[int]:
+    """Return the tokens whose output or state of a second pass changes with one of the first."""
+    mixer, packed = _mixer(1, m2rnn_depth_state=True), _pack(ends)
+    hidden, other = _random(5, 12, 1), _random(8, 12, 1)
+    results = []
+    with torch.no_grad():
+        for step in (0.0, 1.0):
+            hidden[changed] += step
+            _, state = mixer(hidden, packed_seq_params=packed, hands_on=True)
+            results.append(
+                torch.cat(mixer(other, state, packed_seq_params=packed, hands_on=True), -1)
+            )
+    return torch.nonzero((results[0] != results[1]).any(-1).any(-1)).flatten().tolist()
+
+
+@pytest.mark.parametrize(("ends", "until"), [(None, 12), ([0, 5, 9, 12], 9)])
+def test_depth_state_is_causal_and_stays_in_its_document(
+    ranks: WorkerPool, ends: list[int] | None, until: int
+) -> None:
+    assert ranks.run(1, _later_token, ends, 6)[0] == list(range(6, until))
 
 
 def test_norm_spans_all_heads(ranks: WorkerPool) -> None:

@@ -115,6 +115,8 @@ def test_what_is_shown_and_recorded(runs: dict[str, str]) -> None:
         assert "mfu" not in record
         if "memory" in record:
             assert 0 < record["memory_added"] < record["memory"]
+            assert 0 < record["seconds_fastest"] <= record["seconds_slowest"]
+    assert "seconds_slowest" in read_curve(Path(one)).steps[3]  # the first of the session
     for text in ("stopped            two", "checkpoints saved  2", "  training ", " (start-up "):
         assert text in shown
     assert f"finished           {one}" in last

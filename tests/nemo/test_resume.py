@@ -109,7 +109,8 @@ def _same_end(one: Path, other: Path, step: int = STEPS) -> None:
 
 def _records(run: Path) -> dict[int, dict[str, Any]]:
     """Return what each step computed, without what its host decides."""
-    host = ("seconds", "tokens_per_second", "tflops_per_rank", "mfu", "memory", "memory_added")
+    host = ("tokens_per_second", "tflops_per_rank", "mfu", "memory", "memory_added", "seconds")
+    host += ("seconds_fastest", "seconds_slowest")
     steps = read_curve(run).steps
     return {
         step: {key: value for key, value in record.items() if key not in host}

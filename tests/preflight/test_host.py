@@ -19,7 +19,9 @@ from nemo_megacpp.recipes.recipe import resolve
         (("layernorm_zero_centered_gamma=true",), "with a gain around one"),
         (("softmax_type=learnable",), "Legal: 'vanilla'"),
         (("window_size=[8, 0]",), "has no window"),
+        (("pattern=AF", "use_te_activation_func=true"), "needs Transformer Engine"),
         (("m2rnn_kernel=triton",), "m2rnn_kernel='triton' needs a GPU"),
+        (("m2rnn_depth_state=true",), "from one R block to the next, and the pattern has 1 R."),
         (("mode=mamba3", "mamba3_kernel=triton"), "mamba3_kernel='triton' needs a GPU"),
         (
             ("cp=2", "m2rnn_num_heads=30", "m2rnn_context_parallel=all_to_all"),
@@ -43,7 +45,7 @@ def test_refused_before_the_run(
 
 def test_what_no_block_reads_is_let_through() -> None:
     for overrides in (
-        ["pattern=AM", "m2rnn_kernel=triton"],
+        ["pattern=AM", "m2rnn_kernel=triton", "use_te_activation_func=true"],
         ["cp=2", "m2rnn_context_parallel=all_to_all"],
         ["cp=2", "moe_expert_capacity_factor=1.5"],
     ):

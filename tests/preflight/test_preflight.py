@@ -665,3 +665,10 @@ def test_refusals_write_nothing(small_data: PreparedData, save: Save, elsewhere:
     ):
         refusal(preflight, *overrides)
     assert {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")} == before
+
+
+def test_side_channels_need_data_with_their_ids(small_data: PreparedData) -> None:
+    channel = "side_channels=[{name: bigram, vocab_size: 64, ngram: 2}]"
+    assert "and the built-in corpus has none. Prepare data: " in refusal(preflight, channel)
+    message = refusal(preflight, channel, f"data={small_data.root}")
+    assert "has no side channel bigram; it has none. Prepare it with --side-channel " in message

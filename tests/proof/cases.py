@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.nn import functional as F
+
 from nemo_megacpp.proof.small_models import tiny_model
 
 _TP = ("tp=2", "tp=2,sp=false", "tp=4")
@@ -40,6 +42,12 @@ FAMILIES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("R", tiny_model("R"), (*_TP, *_CP)),
     ("R-serial", tiny_model("R", m2rnn_context_parallel="serial"), _CP),
     ("R-odd-heads", tiny_model("R", m2rnn_num_heads=6), ("tp=2", "cp=2", "cp=4", "tp=2,cp=2")),
+    ("F", tiny_model("F"), (*_TP, *_CP)),
+    (
+        "F-ungated-biases",
+        tiny_model("F", gated_linear_unit=False, activation_func=F.gelu, add_bias_linear=True),
+        ("tp=2", "tp=2,sp=false"),
+    ),
 )
 """Families alone: label, model, layouts."""
 
@@ -95,8 +103,16 @@ MIXED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ),
     ("cuts", tiny_model("AE|MEAEM|E|AEMR"), ("tp=2,etp=1", "pp=4", "pp=2,vpp=2")),
     ("no-E-stage", tiny_model("ARM|EA"), ("pp=2", "tp=2,pp=2,etp=1", "pp=2,ep=2")),
+    (
+        "with-F",
+        tiny_model("AFMFEFRF"),
+        ("tp=2,etp=1", "pp=4", "pp=2,vpp=2", "tp=2,cp=2,ep=2,etp=1", "tp=2,pp=2,vpp=2,etp=1"),
+    ),
 )
 """Families together: label, model, layouts."""
+
+# With eight chunks some cuts lie before the first R or after the last, and carry no state.
+DEPTH_STATE = tiny_model("MRARMRAM", m2rnn_depth_state=True)
 
 
 # Saved as, and loaded as: a layout, or a layout and another way to write the pattern.
@@ -130,6 +146,13 @@ RESHARDINGS: tuple[tuple[str, dict[str, Any], Place, tuple[Place, ...]], ...] = 
         ("tp=1", "tp=4,etp=1", "pp=2", "cp=2"),
     ),
     ("AEMR-mimo", tiny_model("AEMR", **_MIMO), "tp=2,etp=1", ("tp=1", "pp=2", "cp=2", "ep=2")),
+    (
+        "with-F",
+        tiny_model("FAFM"),
+        "tp=2,pp=2",
+        ("tp=1", "tp=4", "cp=2", ("pp=2,vpp=2", "F|A|F|M"), ("pp=2", "FAF|M")),
+    ),
+    ("R-depth-state", DEPTH_STATE, "pp=2,vpp=4", ("tp=2,pp=2", "cp=2", "pp=4")),
 )
 """Label, model, where a training state is saved, where it is loaded."""
 
@@ -144,5 +167,6 @@ SHARDED_RESHARDINGS: tuple[tuple[str, dict[str, Any], Place, tuple[Place, ...]],
     ("deep", tiny_model("AEMEAEMEAEMR"), "pp=2,vpp=2,world=4", ("pp=4", ("pp=4", _CUT))),
     ("no-E-stage", tiny_model("ARM|EA"), "world=4,pp=2", ("world=2", "tp=2,pp=2,etp=1")),
     ("AEMR-mimo", tiny_model("AEMR", **_MIMO), "world=4,tp=2,etp=1", ("world=2", "world=4,pp=2")),
+    ("with-F", tiny_model("FAFM"), "world=4,tp=2", ("world=2", "world=4,pp=2", "tp=4")),
 )
 """The same with the distributed optimizer."""

@@ -11,6 +11,7 @@ from megatron.core.ssm.mamba_context_parallel import _all_to_all_cp2hp
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from nemo_megacpp.mixers import m2rnn_mixer
+from nemo_megacpp.mixers.kernels.block_attention import attend_backward
 from nemo_megacpp.mixers.replicated import mark_replicated
 from nemo_megacpp.mixers.sequence_layout import sequence_to_heads
 from nemo_megacpp.runtime.workers import WorkerPool
@@ -51,7 +52,19 @@ def _tagged_as_split(parameter: Any, config: Any) -> None:
     set_tensor_model_parallel_attributes(parameter, True, 0, 1)
 
 
+def _own_block_alone(*tensors: Any) -> None:
+    """Leave out what this rank's queries add to the gradient of another rank's keys and values."""
+    *others, d_key, d_value, dropout = tensors
+    if not others[3][0].causal:
+        d_key, d_value = d_key.clone(), d_value.clone()
+    attend_backward(*others, d_key, d_value, dropout)
+
+
 FAULTS: dict[str, tuple[str, Any]] = {
+    "gradient of a block in the ring not summed": (
+        "nemo_megacpp.mixers.ring_attention.attend_backward",
+        _own_block_alone,
+    ),
     "expert weights tagged as dense": (
         "nemo_megacpp.mixers.experts.tag_expert_weights",
         _dense_tags,

@@ -22,6 +22,10 @@ from tests.reference import Reference
         ("gradient of replicated rows not summed", "R", "tp=2", "gradients", "shared_weight"),
         ("zigzag not undone", "R", "cp=2", "forward", ""),
         ("two heads swapped", "R", "tp=2", "forward", ""),
+        pytest.param(
+            *("gradient of a block in the ring not summed", "A", "cp=2", "gradients", "linear_qkv"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_fault_is_named(

@@ -24,6 +24,7 @@ _MIMO = {"mode": "mamba3", "mamba3_mimo_rank": 2, "mamba_num_groups": 2}
 CASES = [
     ("all", _ALL, ("tp=2,etp=1", "cp=2", "pp=2,vpp=2", "tp=1,etp=2", "tp=2,cp=2,ep=2,etp=1")),
     ("dp", _ALL, ("world=4", "world=4,tp=2,ep=2")),
+    ("F", tiny_model("FAFM"), ("tp=2", "tp=2,cp=2,sp=false", "pp=2,vpp=2")),
     ("no SP", tiny_model("AMR"), ("tp=2,sp=false", "tp=2,cp=2,sp=false")),
     ("mamba3", tiny_model("AMER", mode="mamba3"), ("tp=2", "tp=2,pp=2", "tp=2,cp=2")),
     ("mimo", tiny_model("M", **_MIMO), ("tp=2,cp=2", "tp=2,sp=false")),

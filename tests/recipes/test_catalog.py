@@ -47,6 +47,7 @@ def test_nam56r_counts_its_families() -> None:
         Family.MAMBA: 13,
         Family.EXPERT: 22,
         Family.RECURRENT: 4,
+        Family.FEED_FORWARD: 0,
     }
     for stage in pattern.chunks(4):
         assert [pattern.families[layer] for layer in stage].count(Family.RECURRENT) == 1
@@ -60,6 +61,7 @@ def test_nam52_is_nam56r_with_experts_for_its_recurrent_tail() -> None:
         Family.MAMBA: 13,
         Family.EXPERT: 26,
         Family.RECURRENT: 0,
+        Family.FEED_FORWARD: 0,
     }
     model = {**resolve("nam52").model, "hybrid_pattern": NAM56R_MODEL["hybrid_pattern"]}
     assert model == NAM56R_MODEL
@@ -73,6 +75,7 @@ def test_tiny_is_one_whole_unit() -> None:
         Family.MAMBA: 3,
         Family.EXPERT: 5,
         Family.RECURRENT: 1,
+        Family.FEED_FORWARD: 0,
     }
 
 

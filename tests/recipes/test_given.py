@@ -29,6 +29,9 @@ def _refused(*overrides: str, layout: str | None = None, world_size: str | None 
         (("recipe=nam52", "recipe=nam56r"), None, None, "recipe=nam52 and recipe=nam56r"),
         (("tp=2",), "cp=2,TP=4", None, "tp=2 and TP=4 of --layout"),
         ((), "tp=2,tensor_parallelism=4", None, "tp=2 and tensor_parallelism=4"),
+        (("tp_degree=2", "tp=4"), None, None, "tp_degree=2 and tp=4"),
+        (("etp=1",), "expert_tp_degree=2", None, "etp=1 and expert_tp_degree=2 of --layout"),
+        (("top_k=2", "moe_router_topk=4"), None, None, "top_k=2 and moe_router_topk=4"),
         (("world=4",), None, "8", "world=4 and --world-size 8"),
         ((), "world=8", "8", "world=8 of --layout and --world-size 8"),
     ],
@@ -101,3 +104,19 @@ def test_a_line_without_a_value(line: str, tmp_path: Path) -> None:
         "resume": None,
         "expert_tensor_parallel_size": None,
     }
+
+
+def test_the_words_of_the_articles_are_keys(tmp_path: Path) -> None:
+    path = tmp_path / "articles.yaml"
+    degrees = "tp_degree: 2\nexpert_tp_degree: 1\ncp_degree: 2\npp_degree: 2\nep_degree: 2\n"
+    path.write_text(f"{degrees}sequence_parallel: true\ntop_k: 2\nglobal_bs: 16\n")
+    recipe = resolve(str(path))
+    assert recipe.layout.short() == "tp=2,sp=true,cp=2,pp=2,ep=2,etp=1"
+    assert (recipe.model["moe_router_topk"], recipe.training.global_batch_size) == (2, 16)
+    assert resolve("nam56r_tiny", layout="tp_degree=4").layout.tp == 4
+    for word, why in (
+        ("dp_degree=2", "it follows from the other degrees"),
+        ("local_bs=4", "it is global_batch_size / DP"),
+        ("tp_degre=4", "Did you mean 'tp_degree'?"),
+    ):
+        assert why in _refused(word)

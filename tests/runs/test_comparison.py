@@ -265,3 +265,72 @@ def test_bad_input(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             _run(*words)
         assert message in str(caught.value), words
+
+
+def _measured_run(
+    path: Path, overrides: tuple[str, ...] = (), *, memory: float, slowest: float
+) -> Path:
+    """A run of 6 steps that recorded its memory, and the seconds of each rank's first step."""
+    _run_folder(path, overrides)
+    lines = [json.loads(line) for line in (path / METRICS_FILE).read_text().splitlines()]
+    lines[0] |= {"seconds_fastest": 59.0, "seconds_slowest": slowest, "memory": memory / 2}
+    lines[4] |= {"seconds": 4.0, "memory": memory, "memory_added": memory / 4}
+    (path / METRICS_FILE).write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_what_the_runs_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = _measured_run(tmp_path / "a", memory=60e9, slowest=61.0)
+    b = _measured_run(tmp_path / "b", ("tp=4",), memory=90e9, slowest=66.0)
+    found = _json(capsys, str(a), str(b), "--hbm", "80GB")
+    runs = {
+        pair["name"]: (pair["a"], pair["b"])
+        for key in ("memory", "first_step_seconds", "spread_seconds")
+        for pair in found["runs"][key]
+    }
+    assert runs == {
+        "peak": (60e9, 90e9),
+        "since the model's build": (15e9, 22.5e9),
+        "headroom": (20e9, -10e9),
+        "first step": (60.0, 60.0),
+        "its fastest rank": (59.0, 59.0),
+        "its slowest rank": (61.0, 66.0),
+        "fastest tenth below": (2.0, 2.0),
+        "slowest tenth above": (pytest.approx(3.2), pytest.approx(3.2)),
+    }
+    assert found["runs"]["seconds_per_step"]["a"] == 2.0
+    planned = {pair["name"]: pair for pair in found["contract"]["memory"]}
+    assert planned["headroom"]["a"] == 80e9 - planned["total"]["a"]
+    assert _run(str(a), str(b), "--hbm", "80GB") == 0
+    out = capsys.readouterr().out
+    assert "Measured peak memory of the fullest rank" in out and "-10.0 GB" in out
+    assert "headroom" not in (_run(str(a), str(b)), capsys.readouterr().out)[1]
+
+
+def test_runs_of_an_older_version_measured_less(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = _run_folder(tmp_path / "a"), _run_folder(tmp_path / "b")
+    assert _run(str(a), str(b), "--hbm", "80GB") == 0
+    out = capsys.readouterr().out
+    assert "Measured peak memory" not in out and "slowest rank" not in out
+    assert "first step" in out
+
+
+def test_a_layout_that_was_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = _run_folder(tmp_path / "a"), _run_folder(tmp_path / "b", ("tp=4", "lr=1e-3"))
+    asked = ("--layout", "tp=3", "--layout", "cp=2", "--hbm", "80GB")
+    illegal, legal = _json(capsys, str(a), str(b), *asked)["untried"]
+    assert (illegal["layout"], illegal["legal"]) == ("tp=3,sp=true,etp=1", False)
+    assert "is not divisible by TP = 3" in illegal["reasons"][0] and illegal["memory"] is None
+    assert "tp=2,sp=true,etp=1" in illegal["nearest"]
+    assert (legal["layout"], legal["legal"]) == ("tp=2,sp=true,cp=2,etp=1", True)
+    assert 0 < legal["memory"] < 1e9 and legal["reasons"] == []
+    assert _run(str(a), str(b), *asked) == 0
+    out = capsys.readouterr().out
+    assert "tp=3,sp=true,etp=1 is illegal:\n    - " in out and "Nearest legal layouts: " in out
+    assert "tp=2,sp=true,cp=2,etp=1 is legal: " in out and "GB free" in out
+    with pytest.raises(UserError, match="Nearest legal layouts: "):
+        _run("nam56r", "nam56r", "--in-b", "tp=3")
+    with pytest.raises(UserError, match="A layout has no 'tq'"):
+        _run("nam56r", "nam56r", "--layout", "tq=3")

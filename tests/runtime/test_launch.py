@@ -100,9 +100,13 @@ def test_a_user_error_comes_first_and_stands_alone(tmp_path: Path) -> None:
     failed = _fail(
         tmp_path,
         """
+started = __file__ + ".started"
 if rank == 0:
+    while not os.path.exists(started):
+        time.sleep(0.01)
     raise RuntimeError("connection closed by peer")
-time.sleep(0.5)
+open(started, "w").close()
+time.sleep(0.1)
 raise UserError("lr=1e30 is too high.")
 """,
     )

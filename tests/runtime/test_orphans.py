@@ -35,6 +35,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_helpers_outlive_sigterm_and_not_their_owner() -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", _OWNER],

@@ -75,6 +75,7 @@ time.sleep(0.5)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the script runs untouched")
 def test_the_end_of_helper_processes_does_not_look_like_a_crash(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def _wait_long(ready: str) -> None:
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_all_processes_ends_the_pool_in_silence(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,15 @@ MAMBA3 = tiny_model(
     moe_shared_expert_overlap=True,
 )
 
+CHANNELS = tiny_model(
+    "AR",
+    side_channels=[
+        {"name": "a", "vocab_size": 5, "field": "a"},
+        {"name": "b", "vocab_size": 6, "field": "b", "owner": "all", "combine": "concat"},
+        {"name": "c", "vocab_size": 8, "ngram": 2, "owner": [1], "partition": "vocabulary"},
+    ],
+)
+
 
 @pytest.fixture(scope="module")
 def on_one_rank(
@@ -49,6 +58,7 @@ def on_one_rank(
         pytest.param(NATIVE, "cp=2", False, id="nemo_native-cp"),
         pytest.param(NATIVE, "pp=2,vpp=2,world=4", True, id="nemo_native-vpp-aligned"),
         pytest.param(MAMBA3, "world=2", False, id="mamba3-tied-gate"),
+        pytest.param(CHANNELS, "world=2", False, id="side-channels", marks=pytest.mark.slow),
     ],
 )
 def test_three_steps_with_both_overlaps_are_those_of_one_rank(

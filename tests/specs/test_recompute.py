@@ -29,7 +29,7 @@ FORMS: tuple[dict[str, Any], ...] = (
     {**FULL, "recompute_method": "uniform", "recompute_num_layers": 1},
     {**FULL, "recompute_method": "uniform", "recompute_num_layers": 3},
     {**FULL, "recompute_method": "block", "recompute_num_layers": 2},
-    {**SELECTIVE, "recompute_modules": ["core_attn", "moe", "mamba", "m2rnn"]},
+    {**SELECTIVE, "recompute_modules": ["core_attn", "moe", "mamba", "m2rnn", "mlp"]},
 )
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
 COUNTED = {"moe_router_load_balancing_type": "aux_loss", "moe_z_loss_coeff": 1e-3}
@@ -133,16 +133,16 @@ def _differing(
 @pytest.mark.parametrize(
     ("model", "layout", "documents", "forms"),
     [
-        pytest.param(tiny_model("AEMRA"), "tp=1", (), FORMS, id="one-rank"),
+        pytest.param(tiny_model("AEMRAF"), "tp=1", (), FORMS, id="one-rank"),
         pytest.param(
-            tiny_model("AEMR", mode="mamba3", seq_length=32),
+            tiny_model("AEMRF", mode="mamba3", seq_length=32),
             "tp=2,cp=2,ep=2,etp=1",
             (16, 4, 12),
             FORMS[1::2],
             id="packs-together",
         ),
         pytest.param(
-            tiny_model("AE|MEA|EMR|AE"),
+            tiny_model("AE|MFA|EMR|FE"),
             "pp=2,vpp=2",
             (),
             FORMS[1:3],

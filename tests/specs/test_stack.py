@@ -11,12 +11,14 @@ import pytest
 from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.mixers.feed_forward import FeedForwardLayer
 from nemo_megacpp.mixers.m2rnn_mixer import M2RNNMixer
 from nemo_megacpp.mixers.mamba2_mixer import Mamba2Mixer
 from nemo_megacpp.proof.small_models import tiny_model
@@ -76,6 +78,9 @@ def _letter(layer: Any) -> str:
     """What a layer is, by the exact classes of it and its mixer."""
     if type(layer) is MambaLayer:
         return {Mamba2Mixer: "M", M2RNNMixer: "R"}[type(layer.mixer)]
+    if type(layer) is FeedForwardLayer:
+        assert type(layer.mlp) is MLP
+        return "F"
     assert type(layer) is TransformerLayer
     return "E" if type(layer.mlp) is MoELayer else "A"
 
@@ -89,6 +94,7 @@ def _letter(layer: Any) -> str:
         (TWELVE, "pp=2,vpp=3", [2, 2, 2, 2, 2, 2]),
         ("AE|MEAEM|E|AEMR", "pp=4", [2, 5, 1, 4]),
         ("AE|MEAEM|E|AEMR", "pp=2,vpp=2", [2, 5, 1, 4]),
+        ("FA|FM|F|F", "pp=2,vpp=2", [2, 2, 1, 1]),
     ],
 )
 def test_every_layer_is_built_once(
@@ -113,7 +119,7 @@ def test_every_layer_is_built_once(
 
 def test_parameter_names_are_transformer_engines(ranks: WorkerPool) -> None:
     """A checkpoint of the torch backend is one of Transformer Engine's."""
-    (layers,) = ranks.run(1, _layers, "AEMR", "pp=1")
+    (layers,) = ranks.run(1, _layers, "AEMRF", "pp=1")
     names = {letter: set(parameters) for _, letter, _, _, parameters in layers}
     assert names["A"] == {
         "self_attention.linear_proj.weight",
@@ -127,6 +133,9 @@ def test_parameter_names_are_transformer_engines(ranks: WorkerPool) -> None:
     }
     assert {"pre_mlp_layernorm.weight", "mlp.router.weight"} < names["E"]
     assert {"norm.weight", "mixer.in_proj.weight"} < names["R"]
+    assert names["F"] == {
+        *("mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"),
+    }
 
 
 def _refusal(pattern: str, text: str) -> str:

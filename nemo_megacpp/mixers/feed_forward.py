@@ -1,0 +1,26 @@
+"""Megatron's MLP layer, corrected where it is recomputed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+
+class FeedForwardLayer(TransformerLayer):
+    """Megatron's ``TransformerLayer``, whose MLP gets its gradients behind a frozen embedding too.
+
+    With ``recompute_modules=['mlp']`` Megatron-Core 0.16.1 recomputes the MLP with the norm that is
+    fused into it, so a first layer's region takes the embedding's output itself. Autograd calls the
+    backward pass of a recomputed region only if its input requires a gradient.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """See Megatron's; ``hidden_states`` is ``[s, b, h]``, under SP ``[s/tp, b, h]``."""
+        if self.recompute_mlp and torch.is_grad_enabled() and not hidden_states.requires_grad:
+            hidden_states = hidden_states.detach().requires_grad_()
+        result: tuple[torch.Tensor, Any] = super().forward(hidden_states, *args, **kwargs)
+        return result

@@ -1,0 +1,185 @@
+"""What crosses a cut: declared from the model's fields, packed and unpacked without loss."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.mamba import MambaModel
+from megatron.core.transformer import TransformerConfig
+
+from nemo_megacpp.hybrid_fields import HybridFields
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.proof.small_models import tiny_model
+from nemo_megacpp.proof.step_spec import StepSpec
+from nemo_megacpp.runtime.distributed import fake_rank
+from nemo_megacpp.specs.named import read_spec_name
+from nemo_megacpp.specs.payload import PayloadItem, StagePayload, declared, payload_at
+from nemo_megacpp.specs.stack import build_hybrid_stack_spec
+from tests.bare import build_chunks, make_config
+
+STATE = HybridFields(m2rnn_depth_state=True, m2rnn_value_head_dim=5)
+
+
+def _config(pp: int = 4, vpp: int | None = None) -> Any:
+    return SimpleNamespace(
+        hidden_size=7, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp
+    )
+
+
+def _widths(letters: str, fields: HybridFields, config: Any) -> list[int]:
+    cuts = range(1, len(letters))
+    return [payload_at(cut, letters, fields, config).width for cut in cuts]
+
+
+def test_hidden_states_alone_cross_as_they_are() -> None:
+    """The very tensor: a model without extras sends s*b*h numbers, and copies none."""
+    hidden = torch.randn(4, 2, 7)
+    payload = payload_at(2, "RMRA", HybridFields(), _config())
+    assert payload == StagePayload(7)
+    assert payload.pack(hidden, {"m2rnn_depth_state": hidden}) is hidden
+    received, extras = payload.unpack(hidden)
+    assert received is hidden and extras == {}
+
+
+def test_pack_and_unpack() -> None:
+    payload = StagePayload(7, (PayloadItem("a", 2), PayloadItem("b", 3)), padding=4)
+    assert payload.width == 16
+    hidden, extras = torch.randn(4, 2, 7), {"b": torch.randn(4, 2, 3), "a": torch.randn(4, 2, 2)}
+    for tensor in (hidden, *extras.values()):
+        tensor.requires_grad_()
+    packed = payload.pack(hidden, {**extras, "unused": hidden})
+    assert packed.shape == (4, 2, 16) and not packed[..., 12:].any()
+    received, found = payload.unpack(packed)
+    assert torch.equal(received, hidden) and received.is_contiguous()
+    assert list(found) == ["a", "b"]
+    assert all(torch.equal(found[name], extras[name]) for name in found)
+    (received.sum() + 2 * found["a"].sum() + 3 * found["b"].sum()).backward()
+    gradients = {t.grad.unique().item() for t in (hidden,)}  # type: ignore[union-attr]
+    assert gradients == {1.0}
+    assert extras["a"].grad.unique().item() == 2.0  # type: ignore[union-attr]
+    assert extras["b"].grad.unique().item() == 3.0  # type: ignore[union-attr]
+
+
+def test_what_is_declared_must_be_there() -> None:
+    payload = StagePayload(7, (PayloadItem("a", 2),))
+    with pytest.raises(KeyError, match="a"):
+        payload.pack(torch.zeros(4, 2, 7), {})
+    with pytest.raises(AssertionError):
+        payload.pack(torch.zeros(4, 2, 7), {"a": torch.zeros(4, 2, 3)})
+    with pytest.raises(AssertionError):
+        payload.unpack(torch.zeros(4, 2, 7))
+
+
+def test_the_state_crosses_between_the_first_and_the_last_recurrent_block() -> None:
+    assert _widths("MRARMM", STATE, _config()) == [7, 12, 12, 7, 7]
+    assert _widths("MRARMM", HybridFields(), _config()) == [7] * 5
+    assert _widths("MRAMMM", STATE, _config()) == [7] * 5
+    assert not declared("MRAM", STATE)
+
+
+def test_two_stages_with_virtual_stages_send_one_width() -> None:
+    """They are each other's next and previous one, and shapes are matched by their order."""
+    assert _widths("MRARMM", STATE, _config(2, 3)) == [12] * 5
+    assert payload_at(1, "MRARMM", STATE, _config(2, 3)) == StagePayload(7, (), 5)
+    assert _widths("MRARMM", STATE, _config(2)) == [7, 12, 12, 7, 7]
+    assert _widths("MRAMMM", STATE, _config(2, 3)) == [7] * 5
+
+
+AGAIN = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+
+
+def _stages_in_turn(text: str, **changes: Any) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Run the stages of a layout one after another in this process, and back.
+
+    Returns:
+        The output and every parameter's gradient, by its name in the whole model; and the widths of
+        what crossed the cuts.
+    """
+    layout = ParallelLayout.parse(text)
+    model = tiny_model("MRARMRAM", **changes)
+    spec, pp = StepSpec(model, dtype="float64"), layout.pp
+    chunks: list[Any] = [None] * layout.chunks_count
+    for rank in range(pp):
+        with fake_rank(layout, rank):
+            config = make_config(spec, layout)
+            chunks[rank::pp] = build_chunks(config, layout)
+            assert config.variable_seq_lengths == (pp > 1 and "m2rnn_depth_state" in changes)
+    parameters: dict[str, torch.nn.Parameter] = {}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(chunk.decoder.layer_range[int(parts[2])])
+            parameters[".".join(parts)] = parameter
+    generator = torch.Generator().manual_seed(1)
+    for _, parameter in sorted(parameters.items()):
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = 0.3 * noise
+    tokens = (torch.arange(32) % 118).view(2, 16)
+    sent: list[torch.Tensor] = []
+    received: list[torch.Tensor] = []
+    for index, chunk in enumerate(chunks):
+        with fake_rank(layout, index % pp):
+            if sent:
+                received.append(sent[-1].detach().requires_grad_())
+                chunk.set_input_tensor(received[-1])
+            sent.append(chunk(tokens, torch.arange(16).expand(2, -1), None))
+    gradient = torch.randn(sent[-1].shape, generator=generator, dtype=torch.float64)
+    for index in reversed(range(len(chunks))):
+        with fake_rank(layout, index % pp):  # for what is recomputed
+            sent[index].backward(gradient)
+        if index:
+            gradient = received[index - 1].grad
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
+    return {"output": sent[-1].detach(), **gradients}, [t.size(-1) for t in sent[:-1]]
+
+
+@pytest.mark.parametrize("again", [{}, AGAIN])
+@pytest.mark.parametrize(
+    ("text", "widths"),
+    [("pp=2,vpp=2", [52, 52, 52]), ("pp=4,vpp=2", [48, 52, 52, 52, 52, 48, 48])],
+)
+def test_stages_compute_what_one_computes(
+    text: str, widths: list[int], again: dict[str, Any]
+) -> None:
+    """Bit for bit, output and gradients: the state crosses, and its gradient comes back."""
+    whole, _ = _stages_in_turn("pp=1", m2rnn_depth_state=True)
+    found, crossed = _stages_in_turn(text, m2rnn_depth_state=True, **again)
+    assert crossed == widths
+    assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
+    gates = [whole[name].any().item() for name in sorted(whole) if "depth_gate" in name]
+    assert gates == [False, True, True]  # the first R block takes zero
+
+
+def test_a_plain_configuration_gets_the_payload_too() -> None:
+    """What Megatron's scripts build: the option comes in the name of the spec."""
+    name = "hybrid_stack_spec(m2rnn_depth_state=true,m2rnn_value_head_dim=4)"
+    layout = ParallelLayout.parse("pp=2")
+    meant = make_config(StepSpec(tiny_model("RARA")), layout)
+    config = TransformerConfig(
+        **{field.name: getattr(meant, field.name) for field in fields(TransformerConfig)}
+    )
+    with fake_rank(layout, 0):
+        model = MambaModel(
+            config,
+            build_hybrid_stack_spec(read_spec_name(name)),
+            *(118, 16),
+            hybrid_override_pattern="RARA",
+            post_process=False,
+        )
+        tokens = torch.arange(32).view(2, 16)
+        sent = model(tokens, torch.arange(16).expand(2, -1), None)
+    assert sent.shape == (16, 2, 48 + 4) and config.variable_seq_lengths
+
+
+def test_without_the_option_nothing_else_crosses() -> None:
+    _, crossed = _stages_in_turn("pp=4")
+    assert crossed == [48, 48, 48]
