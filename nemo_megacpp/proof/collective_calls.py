@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 # What torch.distributed's functions become, and the arguments that receive and that send.
 _KINDS: dict[str, tuple[str, int, int]] = {
@@ -97,6 +98,23 @@ def collective_call(func: Any, args: tuple[Any, ...]) -> CollectiveCall | None:
         *(name, kind, ranks, group.rank()),
         *(tuple(_tensors(args[received])), tuple(_tensors(args[sent])), args, group),
     )
+
+
+def run_on_copies(func: Any, call: CollectiveCall) -> Any:
+    """Run a collective to its end on copies of its tensors, so that its backend never holds them.
+
+    A thread of gloo lets go of a call's tensors some time after the call has ended. Who asks when a
+    tensor was freed would get an answer that changes from run to run.
+    """
+    if call.kind in ("send", "receive"):  # one alone waits for the other rank's next call
+        return func(*call.arguments)
+    copies = {id(tensor): tensor.clone() for tensor in (*call.sent, *call.received)}
+    result = func(*tree_map(lambda leaf: copies.get(id(leaf), leaf), call.arguments))
+    work = result[-1] if isinstance(result, tuple) else result
+    torch.distributed.Work.unbox(work).wait()
+    for tensor in call.received:
+        tensor.copy_(copies[id(tensor)])
+    return result
 
 
 def _split(tensor: torch.Tensor, sizes: Sequence[int], ranks: int) -> Sequence[torch.Tensor]:

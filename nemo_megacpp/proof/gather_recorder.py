@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nemo_megacpp.proof.collective_calls import CollectiveCall, collective_call
+from nemo_megacpp.proof.collective_calls import CollectiveCall, collective_call, run_on_copies
 from nemo_megacpp.proof.module_places import ModulePlaces, Phase, Place
 from nemo_megacpp.proof.share_tracking import Event, Shares, ShareTracker
 
@@ -89,7 +89,7 @@ class GatherRecorder(TorchDispatchMode):
         if call is None:
             return self._tracker.run(func, args, kwargs)
         self._tracker.take_part(call)
-        result = func(*args, **kwargs)
+        result = run_on_copies(func, call)
         if call.kind in _GATHERS:
             self._record(call)
         return result

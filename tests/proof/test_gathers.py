@@ -15,7 +15,7 @@ from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.runtime.workers import WorkerPool
-from tests.proof.recorded_gathers import record_bare
+from tests.proof.recorded_gathers import gather_with_recorder, record_bare
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PLANTED = {"family_modules": [str(EXAMPLES / "convenience_gather.py")]}
@@ -84,6 +84,11 @@ def test_a_planted_convenience_gather_is_named(ranks: WorkerPool, layout: str) -
     ]
     assert all(one.caller.startswith("convenience_gather.py:") for one in undone[:2])
     assert {one.bytes for one in undone} == {16 * 48 * 4 // ParallelLayout.parse(layout).cp}
+
+
+def test_a_backend_holds_no_tensor_of_the_step(ranks: WorkerPool) -> None:
+    # A thread of gloo frees a call's tensors when it is scheduled again, in another module maybe.
+    assert ranks.run(2, gather_with_recorder)[0] == ([0.0, 0.0, 1.0, 1.0], False)
 
 
 @pytest.mark.slow  # a page of the documentation runs the command, too
