@@ -110,7 +110,7 @@ def trace_differences(
             if a is None and b is None:
                 continue
             size = np.inf if a is None or b is None else tensor_difference(a, b)
-            size = max(size, found.replica_spread.get(point.name, 0.0))
+            size = float(np.maximum(size, found.replica_spread.get(point.name, 0.0)))  # NaN stays
             limit = limits.limit(kind, point.name)
             if not size <= limit.tolerance:
                 yield _difference(kind, point.name, point, size, limit, a, b)
@@ -122,11 +122,14 @@ def _first_gradient(
     """Return the parameter gradient that differs and is computed first: the last in depth. If none
     does, one whose replicas differ."""
     assert reference.trace is not None
-    numbers = step_differences(reference, result)
-    kinds: tuple[CheckName, ...] = ("gradients", "replicas")
-    for kind in kinds:
+    differences = step_differences(reference, result)["gradients"]
+    numbers: dict[CheckName, dict[str, float]] = {
+        "gradients": differences,
+        "replicas": result.gradients.replica_spread,
+    }
+    for kind, sizes in numbers.items():
         found: list[tuple[tuple[int, int], float, str, Limit, Point]] = []
-        for key, size in numbers[kind].items():
+        for key, size in sizes.items():
             limit = limits.limit(kind, key)
             if not size <= limit.tolerance:
                 point = _owner(key, reference.trace)

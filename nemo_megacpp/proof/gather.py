@@ -166,7 +166,8 @@ def _assemble(parts: Sequence[LocalPart]) -> GlobalValues:
         else:
             scale = max(float(np.abs(data).max(initial=0.0)), np.finfo(data.dtype).tiny)
             spread = float(np.abs(whole[place] - data).max(initial=0.0)) / scale
-            gathered.replica_spread[key] = max(gathered.replica_spread.get(key, 0.0), spread)
+            known_spread = gathered.replica_spread.get(key, 0.0)
+            gathered.replica_spread[key] = float(np.maximum(known_spread, spread))  # NaN stays
         known[place] = True
     for key, known in filled.items():
         gathered.values[key][~known] = np.nan

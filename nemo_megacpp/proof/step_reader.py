@@ -16,12 +16,12 @@ from nemo_megacpp.proof.gather import (
     gather_values,
     shard_values,
 )
+from nemo_megacpp.proof.main_parameters import gather_parameters
 from nemo_megacpp.proof.step_result import (
     Carried,
     StepResult,
     disturb,
     gather_gradients,
-    gather_parameters,
 )
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.tag_check import TagViolation, tag_violations
@@ -130,7 +130,7 @@ class StepReader:
         for chunk in self._wrapped:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
-        parameters = gather_parameters(self.chunks)
+        parameters = gather_parameters(self.chunks, self._wrapped)
         trace = None if self._recorder is None else self._recorder.gather()
         losses = _from_last_stage(self._losses)
         if parameters is None:

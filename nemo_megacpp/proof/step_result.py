@@ -33,8 +33,8 @@ class StepResult:
             steps by name and step.
         gradients: gradient of every parameter in the first step, and with several steps in the
             last, whose keys end in ``@N``.
-        parameters: every saved tensor after the last step (the optimizer's float32 copy in
-            bfloat16, unless it is sharded over data-parallel ranks).
+        parameters: every saved tensor after the last step; of a bfloat16 parameter the optimizer's
+            float32 main parameter (:mod:`nemo_megacpp.proof.main_parameters`).
         trace: the tensors inside the model, if they were recorded.
         initial: every saved tensor before the first step, if the run drew them itself.
         tag_violations: parameters whose tags do not agree with what ranks hold of them.
@@ -115,15 +115,3 @@ def _gather_shards(buffer: Any) -> None:
     for bucket in buffer.buckets:
         shard = shard_buffer(bucket.grad_data, group.size())[group.rank()].clone()
         torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
-
-
-def gather_parameters(chunks: Sequence[torch.nn.Module]) -> GlobalValues | None:
-    """Gather every saved tensor to rank 0: of a bfloat16 parameter the float32 copy, unless the
-    distributed optimizer has divided it, which would leave some parameters without."""
-
-    def value_of(tensor: torch.Tensor) -> torch.Tensor:
-        copy = getattr(tensor, "main_param", None)
-        divided = getattr(tensor, "main_param_sharded", False)
-        return tensor if copy is None or divided else copy
-
-    return gather_values(chunks, value_of)

@@ -7,6 +7,8 @@ from typing import Any
 from unittest import mock
 
 from megatron.core import parallel_state
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.ssm.mamba_context_parallel import _all_to_all_cp2hp
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
@@ -60,7 +62,49 @@ def _own_block_alone(*tensors: Any) -> None:
     attend_backward(*others, d_key, d_value, dropout)
 
 
+def _wrong_shard(self: Any) -> None:
+    """Step the shard of the last data-parallel rank 1e-3 too far, and copy it to the parameters."""
+    if self.data_parallel_group.rank() == self.data_parallel_group.size() - 1:
+        halves = [g for g in self.shard_fp32_from_float16_groups if g]
+        for group in halves or self.shard_fp32_groups:
+            for shard in group:
+                shard.data.mul_(1 + 1e-3)
+    _copy_to_parameters(self)
+
+
+def _stale_shard(self: Any) -> None:
+    """Leave the parameters of the last data-parallel rank's shard as they were before the step."""
+    if self.data_parallel_group.rank() < self.data_parallel_group.size() - 1:
+        _copy_to_parameters(self)
+
+
+_copy_to_parameters = DistributedOptimizer._copy_main_params_to_model_params
+
+
+def _stale_gather(self: Any, force_sync: bool = False) -> None:
+    """On the last rank, put back the parameters as they were before their gather."""
+    before = [bucket.param_data.clone() for bucket in self.buckets]
+    _gather(self, force_sync=True)
+    if parallel_state.get_data_parallel_rank() > 0:
+        for bucket, data in zip(self.buckets, before, strict=True):
+            bucket.param_data.copy_(data)
+
+
+_gather = _ParamAndGradBucketGroup.start_param_sync
+
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+_BUCKETS = "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup"
+
 FAULTS: dict[str, tuple[str, Any]] = {
+    "step of a shard wrong by 1e-3": (
+        f"{_OPTIMIZER}._copy_main_params_to_model_params",
+        _wrong_shard,
+    ),
+    "shard not copied to the parameters": (
+        f"{_OPTIMIZER}._copy_main_params_to_model_params",
+        _stale_shard,
+    ),
+    "gather of parameters not received": (f"{_BUCKETS}.start_param_sync", _stale_gather),
     "gradient of a block in the ring not summed": (
         "nemo_megacpp.mixers.ring_attention.attend_backward",
         _own_block_alone,

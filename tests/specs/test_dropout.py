@@ -11,8 +11,9 @@ from megatron.core import parallel_state, tensor_parallel
 from nemo_megacpp.checkpoint.dcp import load_model
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.checks import FLOAT32, compare
+from nemo_megacpp.proof.main_parameters import gather_parameters
 from nemo_megacpp.proof.small_models import tiny_model
-from nemo_megacpp.proof.step_result import StepResult, gather_gradients, gather_parameters
+from nemo_megacpp.proof.step_result import StepResult, gather_gradients
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
@@ -38,7 +39,7 @@ def _step(spec: StepSpec, layout: ParallelLayout, weights: str) -> StepResult | 
     loss = mean_loss(trainee.forward_backward())
     gradients = gather_gradients(trainee.chunks, trainee.wrapped)
     _, norm, _ = trainee.optimizer.step()
-    parameters = gather_parameters(trainee.chunks)
+    parameters = gather_parameters(trainee.chunks, trainee.wrapped)
     if gradients is None or parameters is None:
         return None
     return StepResult([loss], [float(norm)], {}, gradients, parameters)
