@@ -51,6 +51,8 @@ def _broken(ranks: WorkerPool, reference: Reference, spec: StepSpec, text: str) 
                     *("tp=2", "tp=4", "tp=2,sp=false", "cp=2", "cp=4", "tp=2,cp=2"),
                     *("pp=2", "pp=4", FAST, "pp=2,vpp=4"),
                     *("tp=2,pp=2", "tp=2,sp=false,pp=2", "cp=2,pp=2"),
+                    *("pp=4,vpp=2", "tp=2,pp=2,vpp=2", "tp=2,sp=false,pp=2,vpp=2"),
+                    "cp=2,pp=2,vpp=2",
                 ),
             ),
             ("serial", SERIAL, ("cp=2", "cp=4", "tp=2,cp=2", "tp=2,sp=false,cp=2", "cp=2,pp=2")),
