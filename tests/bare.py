@@ -35,6 +35,7 @@ from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.side_channels import BATCH_PREFIX
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
+from nemo_megacpp.specs.payload import schedule_seq_length
 
 
 def device() -> torch.device:
@@ -107,7 +108,9 @@ class Trainee:
             data_iterator=[microbatches(self.spec) for _ in self.wrapped],
             model=self.wrapped,
             num_microbatches=self.num_microbatches,
-            seq_length=self.config.seq_length,
+            seq_length=schedule_seq_length(
+                self.config.pattern.letters, self.config, self.config, self.config.seq_length
+            ),
             micro_batch_size=self.spec.micro_batch_size,
             forward_only=False,
         )

@@ -42,7 +42,6 @@ class Shape:
     micro_batch_size: int | None = 1
     global_batch_size: int | None = 256
     cp_comm_type: str | None = None
-    m2rnn_depth_state: bool = False
 
 
 NAM56R = Shape()
@@ -310,15 +309,6 @@ def test_exchanged_attention_heads_bind_cp() -> None:
     assert (violation.axis, violation.rule) == ("CP", "query-groups-cp")
     assert "num_query_groups = 8 is not divisible by TP x CP = 4 x 4 = 16" in violation.message
     assert {"cp_comm_type=p2p", "cp=2", "tp=2"} <= set(violation.legal)
-
-
-def test_the_depth_state_crosses_no_virtual_stages_of_more_than_two_stages() -> None:
-    shape = only("RRRRRRRR", m2rnn_depth_state=True)
-    assert not check_layout(L("pp=4"), shape) and not check_layout(L("pp=2,vpp=2"), shape)
-    violation = one("pp=4,vpp=2", shape)
-    assert (violation.axis, violation.rule) == ("VPP", "depth-state-vpp")
-    assert {"vpp=1", "pp=2"} <= set(violation.legal)
-    assert not check_layout(L("pp=4,vpp=2"), only("RRRRRRRR"))
 
 
 def test_attention_and_recurrent_heads_do_not_bind_cp() -> None:

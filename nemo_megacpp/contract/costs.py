@@ -14,7 +14,8 @@ from nemo_megacpp.layout.placement import group_facts, group_size
 from nemo_megacpp.mixers.kernels.m2rnn_scan import CHECKPOINT_EVERY
 from nemo_megacpp.mixers.kernels.mamba3_gpu import mamba3_gpu_reason
 from nemo_megacpp.pattern import Family, known_families
-from nemo_megacpp.specs.payload import SHAPE_BYTES
+from nemo_megacpp.render import show_bytes
+from nemo_megacpp.specs.payload import SHAPE_BYTES, sends_shapes
 
 
 class Cost(NamedTuple):
@@ -142,11 +143,17 @@ def _pipeline(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     for cut in cuts:
         if cut.seam is not None:
             yield Cost("PP", "waits", cut.seam)
-    if wider := [cut for cut in cuts if len(cut.items) > 1]:
-        names = ", ".join(dict.fromkeys(name for cut in wider for name in cut.items))
+    names = ", ".join(dict.fromkeys(name for cut in cuts for name in cut.items))
+    if sends_shapes(sizes.letters, sizes.config, sizes.config):
         text = (
             f"Shape messages: {SHAPE_BYTES} bytes and a synchronization of the device before each "
-            f"transfer ({names} cross {len(wider)} of {len(cuts)} cuts)"
+            f"transfer (cuts: {len(cuts)}; {names})"
+        )
+        yield Cost("PP", "forces", text)
+    if (padding := sum(cut.items.get("padding", 0) for cut in cuts)) > 0:
+        text = (
+            f"Padded messages: {show_bytes(padding)} of {show_bytes(sum(c.bytes for c in cuts))} a "
+            f"microbatch (cuts: {len(cuts)}; virtual stages send {names} in one shape)"
         )
         yield Cost("PP", "forces", text)
     uneven = []

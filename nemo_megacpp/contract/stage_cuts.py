@@ -6,6 +6,7 @@ bytes of gradient come back. Nothing else crosses: a scan's state ends inside it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -50,9 +51,11 @@ def stage_cuts(sizes: Sizes, layers: Iterable[int]) -> list[StageCut]:
     for layer in sorted(layers):
         payload = payload_at(layer, letters, config, config)
         widths = {"hidden states": payload.hidden, **{i.name: i.width for i in payload.items}}
-        if payload.padding:
-            widths["padding"] = payload.padding
         items = {name: sizes.shared_tokens * n * sizes.e for name, n in widths.items()}
+        message = payload.shape(sizes.shared_tokens // sizes.batch, sizes.batch)
+        padding = math.prod(message) * sizes.e - sum(items.values())
+        if padding:
+            items["padding"] = padding
         cut = StageCut(layer, f"{letters[layer - 1]}|{letters[layer]}", items, None)
         seam = _seam(sizes, cut) if seam_at(letters, layer) else None
         found.append(cut._replace(seam=seam))

@@ -9,6 +9,7 @@ it with recorded runs, collective by collective and byte by byte.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,13 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.placement import EMBEDDING, group_of, group_size
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.side_channels import channel_places, is_channel_place
-from nemo_megacpp.specs.payload import DEPTH_STATE, SHAPE_BYTES, declared, payload_at
+from nemo_megacpp.specs.payload import (
+    DEPTH_STATE,
+    SHAPE_BYTES,
+    declared,
+    payload_at,
+    sends_shapes,
+)
 from nemo_megacpp.specs.recurrent import depth_state_handed_on, depth_state_taken
 
 
@@ -95,13 +102,14 @@ def pipeline_messages(sizes: Sizes, stage: BuiltStage) -> list[Collective]:
     """Return what all chunks of a stage send to and receive from others for one microbatch."""
     messages: list[Collective] = []
     letters, config = sizes.letters, sizes.config
-    with_shapes = bool(declared(letters, config))
+    with_shapes = sends_shapes(letters, config, config)
+    tokens = sizes.shared_tokens // sizes.batch
 
     def between(chunk: int, cut: int, outgoing: bool) -> None:
         """The payload of ``chunk``, sent to the next stage or received from the last one, and its
         gradient, which goes the other way."""
         payload = payload_at(cut, letters, config, config)
-        size = sizes.shared_tokens * payload.width * sizes.e
+        size = math.prod(payload.shape(tokens, sizes.batch)) * sizes.e
         there: Kind = "send" if outgoing else "receive"
         back: Kind = "receive" if outgoing else "send"
         names = ", ".join(["hidden states", *(item.name for item in payload.items)])

@@ -47,7 +47,6 @@ class ModelShape:
     micro_batch_size: int | None = None
     global_batch_size: int | None = None
     cp_comm_type: str | None = None
-    m2rnn_depth_state: bool = False
 
     @classmethod
     def read(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.backends import BackendSpecProvider
@@ -17,6 +18,7 @@ from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.mixers.documents import packed_seq_params
 from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp
 from nemo_megacpp.nemo.loss import HybridLossReduction
+from nemo_megacpp.nemo.schedule_length import ScheduleLength
 from nemo_megacpp.side_channels import BATCH_PREFIX
 from nemo_megacpp.specs.hybrid_model import build_hybrid_model
 
@@ -133,6 +135,10 @@ class HybridGPTModel(GPTModel):
 
     _training_loss_reduction: Any
     _validation_loss_reduction: Any
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return what tells the schedule the length of the messages between stages."""
+        return [ScheduleLength()]
 
     def forward(
         self,

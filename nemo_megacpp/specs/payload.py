@@ -2,21 +2,30 @@
 
 A stage hands the next one ``[s, b, h]``. A layer that needs more from an earlier layer than the
 hidden states declares it: a name, a width, and the layers between which it lives. At a cut among
-them it lies beside the hidden states on the last axis, token for token and in their layout (the
-rank's share of ``s`` under SP and CP). What crosses is ``[s, b, h + widths]``, and its gradient
-comes back in the same form. What is not declared does not cross.
+them it crosses with the hidden states, token for token and in their layout (the rank's share of
+``s`` under SP and CP), and its gradient comes back in the same form. What is not declared does not
+cross. The declaration follows from the model's fields, so all ranks compute the same one before the
+run.
 
-The declaration follows from the model's fields, so all ranks compute the same one before the run.
-Megatron's schedules assume ``[s, b, h]`` for every message; ``adjust_tensor_shapes_fn`` would tell
+Megatron's schedules assume ``[s, b, h]`` for every message. ``adjust_tensor_shapes_fn`` would tell
 the 1F1B schedule another shape, but the interleaved one refuses it and Megatron's scripts do not
-pass it. Both schedules and both doors read ``config.variable_seq_lengths``: stages then send each
-other the shape of a tensor before the tensor. That costs a message of 24 bytes and a
-synchronization of the device per transfer, and lets every cut have a width of its own. It is turned
-on only where something is declared.
+pass it. So there are two forms:
+
+* Without virtual stages ``[s, b, h + widths]``, and ``config.variable_seq_lengths``: stages send
+  each other the shape of a tensor before the tensor. That costs a message of 24 bytes and a
+  synchronization of the device per transfer, every cut has a width of its own, and Megatron's
+  scripts need no change.
+* With virtual stages ``[s + rows, b, h]``, the extras laid out in whole rows behind the hidden
+  states, equally many at every cut. No shapes are sent: more than two stages would wait for each
+  other for ever. The schedule allocates what it receives, so whoever calls it passes
+  :func:`schedule_seq_length`.
+
+Either is turned on only where something is declared.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -67,39 +76,63 @@ class StagePayload:
     Attributes:
         hidden: the model's hidden size ``h``.
         items: the extras, in the order in which they lie after the hidden states.
-        padding: zeros after them.
+        room: numbers per token that every cut has for extras, which then lie in rows behind the
+            hidden states; None: they lie beside them on the last axis.
     """
 
     hidden: int
     items: tuple[PayloadItem, ...] = ()
-    padding: int = 0
+    room: int | None = None
 
     @property
     def width(self) -> int:
-        """Numbers per token that cross the cut."""
-        return self.hidden + sum(item.width for item in self.items) + self.padding
+        """Numbers per token of the extras that cross."""
+        return sum(item.width for item in self.items)
+
+    def shape(self, tokens: int, batch: int) -> tuple[int, int, int]:
+        """Return the shape of the message of ``batch`` rows, of which the rank has ``tokens``."""
+        if self.room is None:
+            return tokens, batch, self.hidden + self.width
+        return tokens + -(-tokens * self.room // self.hidden), batch, self.hidden
 
     def pack(self, hidden: torch.Tensor, extras: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return ``[s, b, width]``; ``hidden`` itself if nothing else crosses.
+        """Return what is sent with ``hidden``, ``[s, b, h]``: that tensor itself if the message has
+        no room for anything else.
 
         Extras that no later stage needs are left behind. One that is declared must be there.
         """
-        if self.width == self.hidden:
+        tokens, batch, _ = hidden.shape
+        shape = self.shape(tokens, batch)
+        if shape == hidden.shape:
             return hidden
-        tensors = [hidden, *(extras[item.name].to(hidden.dtype) for item in self.items)]
-        for item, tensor in zip(self.items, tensors[1:], strict=True):
-            assert tensor.shape == (*hidden.shape[:-1], item.width), (item, tensor.shape)
-        tensors.append(hidden.new_zeros(*hidden.shape[:-1], self.padding))
-        return torch.cat(tensors, dim=-1)
+        tensors = [extras[item.name].to(hidden.dtype) for item in self.items]
+        for item, tensor in zip(self.items, tensors, strict=True):
+            assert tensor.shape == (tokens, batch, item.width), (item, tensor.shape)
+        if self.room is None:
+            return torch.cat([hidden, *tensors], dim=-1)
+        rows = hidden.new_empty(0) if not tensors else torch.cat([t.flatten() for t in tensors])
+        missing = math.prod(shape) - hidden.numel() - rows.numel()
+        rows = torch.cat([rows, rows.new_zeros(missing)]).view(-1, batch, self.hidden)
+        return torch.cat([hidden, rows])
 
     def unpack(self, packed: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the hidden states ``[s, b, h]`` and the extras by name."""
-        assert packed.size(-1) == self.width, (packed.shape, self)
-        if self.width == self.hidden:
-            return packed, {}
-        widths = [self.hidden, *(item.width for item in self.items), self.padding]
-        hidden, *extras, _ = packed.split(widths, dim=-1)
-        # Layers may expect memory without gaps, which a part of the wide tensor has.
+        rows, batch, width = packed.shape
+        # The rows of s tokens are fewer than those of s + 1, so they tell s.
+        tokens = rows if self.room is None else rows * self.hidden // (self.hidden + self.room)
+        assert packed.shape == self.shape(tokens, batch), (packed.shape, self)
+        widths = [item.width for item in self.items]
+        if self.room is None:
+            if width == self.hidden:
+                return packed, {}
+            hidden, *extras = packed.split([self.hidden, *widths], dim=-1)
+        else:
+            hidden, behind = packed.split([tokens, rows - tokens])
+            sizes = [tokens * batch * each for each in widths]
+            numbers = behind.flatten()
+            *flat, _ = numbers.split([*sizes, numbers.numel() - sum(sizes)])
+            extras = [t.view(tokens, batch, -1) for t in flat]
+        # Layers may expect memory without gaps, which a part of the last axis has.
         names = (item.name for item in self.items)
         return hidden.contiguous(), dict(zip(names, extras, strict=True))
 
@@ -130,15 +163,46 @@ def payload_at(
 ) -> StagePayload:
     """Return what crosses the cut before layer ``cut``.
 
-    Two stages with virtual stages are each other's next and previous one, and Megatron matches the
-    shapes that they send by order alone: there every cut is padded to one width.
+    With virtual stages every cut has the room of the widest place in the model.
     """
     everything = declared(letters, fields)
-    items = tuple(each.item for each in everything if each.first < cut <= each.last)
-    one_width = (
-        config.pipeline_model_parallel_size == 2
-        and config.virtual_pipeline_model_parallel_size is not None
+    room = None
+    if everything and config.virtual_pipeline_model_parallel_size is not None:
+        room = max(sum(i.width for i in _alive(everything, at)) for at in range(1, len(letters)))
+    return StagePayload(int(config.hidden_size), _alive(everything, cut), room)
+
+
+def _alive(everything: tuple[Declared, ...], cut: int) -> tuple[PayloadItem, ...]:
+    return tuple(each.item for each in everything if each.first < cut <= each.last)
+
+
+def sends_shapes(letters: str, fields: HybridFields, config: TransformerConfig) -> bool:
+    """Return whether stages send each other the shape of a tensor before the tensor."""
+    if config.variable_seq_lengths:
+        return True
+    return (
+        bool(declared(letters, fields))
+        and config.pipeline_model_parallel_size > 1
+        and config.virtual_pipeline_model_parallel_size is None
     )
-    widths = sum(each.item.width for each in everything) if one_width else 0
-    padding = max(0, widths - sum(item.width for item in items))
-    return StagePayload(int(config.hidden_size), items, padding)
+
+
+def schedule_seq_length(
+    letters: str, fields: HybridFields, config: TransformerConfig, seq_length: int
+) -> int:
+    """Return the ``seq_length`` that Megatron's schedule must be called with.
+
+    The schedule divides it by CP, and under SP by TP, and receives as many rows of ``[b, h]`` from
+    another stage. It is ``seq_length`` itself in a model that declares nothing, and without virtual
+    stages.
+
+    Args:
+        letters: the families of the whole model, layer by layer.
+        fields: the model's hybrid fields.
+        config: the model's configuration, with its layout.
+        seq_length: tokens of a row.
+    """
+    tp = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    share = config.context_parallel_size * tp
+    payload = payload_at(1, letters, fields, config)
+    return payload.shape(seq_length // share, 1)[0] * share

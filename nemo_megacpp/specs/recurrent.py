@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nemo_megacpp.families import BlockFamily, register
@@ -18,7 +17,7 @@ from nemo_megacpp.formulas.collectives import (
 )
 from nemo_megacpp.formulas.saved import Saved, norm
 from nemo_megacpp.hybrid_fields import HybridFields
-from nemo_megacpp.layout.rules import Divides, LayoutCheck, LayoutViolation
+from nemo_megacpp.layout.rules import Divides
 from nemo_megacpp.mixer_settings import row_padding
 
 if TYPE_CHECKING:
@@ -180,23 +179,6 @@ def _sequential_steps(sizes: Sizes) -> int:
     return sizes.config.seq_length
 
 
-def _depth_state_over_virtual_stages(check: LayoutCheck) -> Iterator[LayoutViolation]:
-    # In a step of the interleaved schedule a stage sends to both neighbours and receives from both,
-    # shapes first. It sends no tensor before it has all shapes, and a stage may be asked for a
-    # shape that only exists after such a tensor: seen to wait for ever at PP=4, VPP=2. Source:
-    # P2PCommunicator._communicate of Megatron-Core 0.16.1.
-    pp, vpp = check.layout.pp, check.layout.vpp or 1
-    if check.shape.m2rnn_depth_state and pp > 2 and vpp > 1:
-        yield LayoutViolation(
-            "VPP",
-            "depth-state-vpp",
-            f"m2rnn_depth_state=true with PP = {pp} and VPP = {vpp}: stages send shapes before "
-            f"tensors, and in Megatron's interleaved schedule more than two stages can wait for "
-            f"each other for ever.",
-            knobs=("vpp", "pp"),
-        )
-
-
 register(
     BlockFamily(
         letter="R",
@@ -209,7 +191,6 @@ register(
                 "tp",
                 "each rank of an R block holds whole heads",
             ),
-            _depth_state_over_virtual_stages,
         ),
         required=("m2rnn_num_heads",),
         collectives=_collectives,

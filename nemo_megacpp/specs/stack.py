@@ -48,7 +48,7 @@ from nemo_megacpp.settings.script import validate_script
 from nemo_megacpp.side_channels import channels_at, read_side_channels
 from nemo_megacpp.specs.backend import default_backend
 from nemo_megacpp.specs.packs import check_packs
-from nemo_megacpp.specs.payload import DEPTH_STATE, declared, payload_at
+from nemo_megacpp.specs.payload import DEPTH_STATE, declared, payload_at, sends_shapes
 
 
 @dataclass
@@ -116,6 +116,7 @@ class HybridStack(MegatronModule):
         self.pp_group, self.tp_group = pg_collection.pp, pg_collection.tp
         self.cp_group = pg_collection.cp
         self.input_tensor: torch.Tensor | None = None  # set by the pipeline schedules
+        self._beside_input: dict[str, torch.Tensor] = {}
 
         if is_mtp_layer:
             raise UserError("The hybrid stack has no multi-token prediction (mtp_num_layers).")
@@ -161,7 +162,7 @@ class HybridStack(MegatronModule):
 
     def _declare_payload(self, letters: str, hybrid_fields: HybridFields | None) -> None:
         """Fix what this chunk receives and sends, and let the schedules know that it may be wider
-        than the hidden states."""
+        than the hidden states (:mod:`nemo_megacpp.specs.payload` says how)."""
         config: Any = self.config
         fields = config if isinstance(config, HybridConfig) else hybrid_fields or HybridFields()
         everything, here = declared(letters, fields), self.layer_range
@@ -169,9 +170,17 @@ class HybridStack(MegatronModule):
         self._last_use = {each.item.name: each.last for each in everything}
         self._received = payload_at(here.start, letters, fields, config)
         self._sent = payload_at(here.stop, letters, fields, config)
-        if everything and self.pp_group.size() > 1 and not config.variable_seq_lengths:
+        names = ", ".join(self._extras)
+        if self._sent.room is not None:
+            if not isinstance(config, HybridConfig):
+                raise UserError(
+                    f"{names} crosses the cuts of virtual pipeline stages, whose schedule must be "
+                    f"told the rows of a message; Megatron's own scripts do not tell it. Train "
+                    f"without virtual stages, or with nemo-megacpp train."
+                )
+            log_once(f"Pipeline stages send {names} in rows behind the hidden states.")
+        elif sends_shapes(letters, fields, config) and not config.variable_seq_lengths:
             config.variable_seq_lengths = True  # read by the schedules
-            names = ", ".join(self._extras)
             log_once(f"Pipeline stages send shapes before tensors, which carry {names} as well.")
 
     def _build_layer(
@@ -203,8 +212,15 @@ class HybridStack(MegatronModule):
             ),
         )
 
-    def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
-        """Set the activations that came from the previous pipeline stage."""
+    def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
+        """Set what came from the previous pipeline stage.
+
+        It is unpacked here: ``MambaModel`` reads the tokens of the hidden states from
+        ``input_tensor`` before it calls the stack.
+        """
+        self._beside_input = {}
+        if input_tensor is not None and not self.pre_process:
+            input_tensor, self._beside_input = self._received.unpack(input_tensor)
         self.input_tensor = input_tensor
 
     def forward(
@@ -224,10 +240,10 @@ class HybridStack(MegatronModule):
             UserError: packed rows that the stack cannot run (:mod:`nemo_megacpp.specs.packs`).
         """
         assert inference_context is None and inference_params is None, "the hybrid stack trains"
-        extras: dict[str, torch.Tensor] = {}
+        extras = self._beside_input
         if not self.pre_process:
             assert self.input_tensor is not None
-            hidden_states, extras = self._received.unpack(self.input_tensor)
+            hidden_states = self.input_tensor
         if isinstance(hidden_states, WrappedTensor):
             hidden_states = hidden_states.unwrap()
         if packed_seq_params is not None:

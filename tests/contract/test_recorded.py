@@ -200,7 +200,10 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = [
     (
         "MRARMRAM",
         {"m2rnn_depth_state": True},
-        ("tp=2,sp=false,pp=2", "cp=2,pp=2", "pp=4", "tp=2,pp=2", "pp=2,vpp=4"),
+        (
+            *("tp=2,sp=false,pp=2", "cp=2,pp=2", "pp=4", "tp=2,pp=2", "pp=2,vpp=4"),
+            *("pp=4,vpp=2", "tp=2,pp=2,vpp=2", "cp=2,pp=2,vpp=2"),
+        ),
         MANY,
     ),
     (

@@ -29,18 +29,39 @@ def test_hidden_states_alone() -> None:
 
 
 def test_the_depth_state_crosses_where_it_lives() -> None:
-    sizes = _sizes("MRARMR", "pp=3,vpp=2", m2rnn_depth_state=True)
+    sizes = _sizes("MRARMR", "pp=6", m2rnn_depth_state=True)
     state = 16 * 4 * 4
     found = [cut.items.get("m2rnn_depth_state", 0) for cut in stage_cuts(sizes, range(1, 6))]
     assert found == [0, state, state, state, state]
-    padded = stage_cuts(_sizes("MRARMR", "pp=2,vpp=3", m2rnn_depth_state=True), [1])[0]
-    assert padded.items == {"hidden states": 16 * 48 * 4, "padding": state}
 
 
-@pytest.mark.parametrize("state", [False, True])
-def test_messages_are_the_cuts_and_their_shapes(state: bool) -> None:
-    """Each cut is sent once forward and once back, and with a state so is the shape."""
-    sizes = _sizes("MRARMR", "pp=3,vpp=2", m2rnn_depth_state=state)
+def test_virtual_stages_pad_every_cut_to_whole_rows() -> None:
+    """16 tokens of 4 numbers take 2 rows of 48, at a cut without the state as well."""
+    for layout in ("pp=2,vpp=3", "pp=3,vpp=2"):
+        first, second = stage_cuts(_sizes("MRARMR", layout, m2rnn_depth_state=True), [1, 2])
+        hidden, state, rows = 16 * 48 * 4, 16 * 4 * 4, 2 * 48 * 4
+        assert first.items == {"hidden states": hidden, "padding": rows}
+        assert second.items == {
+            "hidden states": hidden,
+            "m2rnn_depth_state": state,
+            "padding": rows - state,
+        }
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "shapes"),
+    [
+        ("pp=3,vpp=2", {}, False),
+        ("pp=3,vpp=2", {"m2rnn_depth_state": True}, False),
+        ("pp=6", {"m2rnn_depth_state": True}, True),
+        ("pp=6", {"variable_seq_lengths": True}, True),
+    ],
+)
+def test_messages_are_the_cuts_and_their_shapes(
+    layout: str, changes: dict[str, Any], shapes: bool
+) -> None:
+    """Each cut is sent once forward and once back, and where shapes are, so is the shape."""
+    sizes = _sizes("MRARMR", layout, **changes)
     cuts = stage_cuts(sizes, range(1, 6))
     sent = [
         message.bytes
@@ -48,8 +69,11 @@ def test_messages_are_the_cuts_and_their_shapes(state: bool) -> None:
         for message in pipeline_messages(sizes, stage)
         if message.kind == "send"
     ]
-    expected = 2 * [cut.bytes for cut in cuts] + [24] * (2 * len(cuts) * state)
+    expected = 2 * [cut.bytes for cut in cuts] + [24] * (2 * len(cuts) * shapes)
     assert sorted(sent) == sorted(expected)
+    assert shapes == any(
+        "Shape messages" in cost.message for cost in costs(sizes, build_stages(sizes.job))
+    )
 
 
 @pytest.mark.parametrize(

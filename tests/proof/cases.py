@@ -152,7 +152,7 @@ RESHARDINGS: tuple[tuple[str, dict[str, Any], Place, tuple[Place, ...]], ...] = 
         "tp=2,pp=2",
         ("tp=1", "tp=4", "cp=2", ("pp=2,vpp=2", "F|A|F|M"), ("pp=2", "FAF|M")),
     ),
-    ("R-depth-state", DEPTH_STATE, "pp=2,vpp=4", ("tp=2,pp=2", "cp=2", "pp=4")),
+    ("R-depth-state", DEPTH_STATE, "pp=2,vpp=4", ("tp=2,pp=2", "cp=2", "pp=4,vpp=2")),
 )
 """Label, model, where a training state is saved, where it is loaded."""
 

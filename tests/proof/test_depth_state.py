@@ -17,6 +17,7 @@ from nemo_megacpp.proof.step_result import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
 from nemo_megacpp.specs.payload import StagePayload
+from tests.contract.recorded_jobs import SIDE_CHANNELS
 from tests.proof.cases import DEPTH_STATE
 from tests.reference import Reference
 from tests.selection import slow_if
@@ -51,6 +52,8 @@ def _broken(ranks: WorkerPool, reference: Reference, spec: StepSpec, text: str) 
                     *("tp=2", "tp=4", "tp=2,sp=false", "cp=2", "cp=4", "tp=2,cp=2"),
                     *("pp=2", "pp=4", FAST, "pp=2,vpp=4"),
                     *("tp=2,pp=2", "tp=2,sp=false,pp=2", "cp=2,pp=2"),
+                    *("pp=4,vpp=2", "tp=2,pp=2,vpp=2", "tp=2,sp=false,pp=2,vpp=2"),
+                    "cp=2,pp=2,vpp=2",
                 ),
             ),
             ("serial", SERIAL, ("cp=2", "cp=4", "tp=2,cp=2", "tp=2,sp=false,cp=2", "cp=2,pp=2")),
@@ -97,13 +100,27 @@ def test_recompute(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("documents", "layout"),
-    [((5, 2, 7, 2), "tp=2,pp=2"), ((8, 24, 16), "cp=2,pp=2"), ((8, 24, 16), "cp=4")],
+    [
+        ((5, 2, 7, 2), "tp=2,pp=2"),
+        ((8, 24, 16), "cp=2,pp=2"),
+        ((8, 24, 16), "cp=4"),
+        ((5, 2, 7, 2), "pp=4,vpp=2"),
+        ((8, 24, 16), "cp=2,pp=2,vpp=2"),
+    ],
 )
 def test_packs(
     ranks: WorkerPool, reference: Reference, documents: tuple[int, ...], layout: str
 ) -> None:
     model = {**DEPTH_STATE, "seq_length": sum(documents)}
     assert not _broken(ranks, reference, _spec(model, documents=documents), layout)
+
+
+@pytest.mark.slow
+def test_side_channels_do_not_cross(ranks: WorkerPool, reference: Reference) -> None:
+    """Their owners on later stages embed the ids that they read themselves; two rows at a time."""
+    model = {**DEPTH_STATE, "side_channels": SIDE_CHANNELS}
+    spec = _spec(model, micro_batch_size=2, global_batch_size=16)
+    assert not _broken(ranks, reference, spec, "pp=4,vpp=2")
 
 
 def _without_gradient(spec: StepSpec, layout: ParallelLayout, weights: GlobalValues) -> StepResult:
@@ -119,8 +136,11 @@ def _without_gradient(spec: StepSpec, layout: ParallelLayout, weights: GlobalVal
 
 
 @pytest.mark.slow
-def test_a_gradient_that_does_not_cross_is_seen(ranks: WorkerPool, reference: Reference) -> None:
-    spec, layout = _spec(DEPTH_STATE), ParallelLayout.parse("pp=2")
+@pytest.mark.parametrize("text", ["pp=2", "pp=2,vpp=2"])
+def test_a_gradient_that_does_not_cross_is_seen(
+    ranks: WorkerPool, reference: Reference, text: str
+) -> None:
+    spec, layout = _spec(DEPTH_STATE), ParallelLayout.parse(text)
     weights, expected = reference(spec)
     result = ranks.run(2, _without_gradient, spec, layout, weights)[0]
     broken = [check for check in compare(expected, result, FLOAT64) if not check.passed]

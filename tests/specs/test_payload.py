@@ -11,13 +11,21 @@ import torch
 from megatron.core.models.mamba import MambaModel
 from megatron.core.transformer import TransformerConfig
 
+from nemo_megacpp.errors import UserError
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import fake_rank
 from nemo_megacpp.specs.named import read_spec_name
-from nemo_megacpp.specs.payload import PayloadItem, StagePayload, declared, payload_at
+from nemo_megacpp.specs.payload import (
+    PayloadItem,
+    StagePayload,
+    declared,
+    payload_at,
+    schedule_seq_length,
+    sends_shapes,
+)
 from nemo_megacpp.specs.stack import build_hybrid_stack_spec
 from tests.bare import build_chunks, make_config
 
@@ -26,13 +34,20 @@ STATE = HybridFields(m2rnn_depth_state=True, m2rnn_value_head_dim=5)
 
 def _config(pp: int = 4, vpp: int | None = None) -> Any:
     return SimpleNamespace(
-        hidden_size=7, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp
+        hidden_size=7,
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=3,
+        sequence_parallel=True,
+        variable_seq_lengths=False,
     )
 
 
-def _widths(letters: str, fields: HybridFields, config: Any) -> list[int]:
+def _shapes(letters: str, fields: HybridFields, config: Any) -> list[tuple[int, int, int]]:
+    """What crosses each cut of a row of four tokens."""
     cuts = range(1, len(letters))
-    return [payload_at(cut, letters, fields, config).width for cut in cuts]
+    return [payload_at(cut, letters, fields, config).shape(4, 1) for cut in cuts]
 
 
 def test_hidden_states_alone_cross_as_they_are() -> None:
@@ -45,23 +60,35 @@ def test_hidden_states_alone_cross_as_they_are() -> None:
     assert received is hidden and extras == {}
 
 
-def test_pack_and_unpack() -> None:
-    payload = StagePayload(7, (PayloadItem("a", 2), PayloadItem("b", 3)), padding=4)
-    assert payload.width == 16
+@pytest.mark.parametrize(("room", "shape"), [(None, (4, 2, 12)), (6, (8, 2, 7))])
+def test_pack_and_unpack(room: int | None, shape: tuple[int, ...]) -> None:
+    """On the last axis, and in rows: 4 tokens of 6 numbers in 4 rows of 7."""
+    payload = StagePayload(7, (PayloadItem("a", 2), PayloadItem("b", 3)), room)
     hidden, extras = torch.randn(4, 2, 7), {"b": torch.randn(4, 2, 3), "a": torch.randn(4, 2, 2)}
     for tensor in (hidden, *extras.values()):
         tensor.requires_grad_()
     packed = payload.pack(hidden, {**extras, "unused": hidden})
-    assert packed.shape == (4, 2, 16) and not packed[..., 12:].any()
+    assert packed.shape == shape
+    given = sum(t.abs().sum() for t in (hidden, *extras.values()))
+    assert torch.isclose(packed.abs().sum(), given)  # type: ignore[arg-type]  # the rest is zero
     received, found = payload.unpack(packed)
     assert torch.equal(received, hidden) and received.is_contiguous()
     assert list(found) == ["a", "b"]
     assert all(torch.equal(found[name], extras[name]) for name in found)
     (received.sum() + 2 * found["a"].sum() + 3 * found["b"].sum()).backward()
-    gradients = {t.grad.unique().item() for t in (hidden,)}  # type: ignore[union-attr]
-    assert gradients == {1.0}
-    assert extras["a"].grad.unique().item() == 2.0  # type: ignore[union-attr]
-    assert extras["b"].grad.unique().item() == 3.0  # type: ignore[union-attr]
+    gradients = [t.grad.unique().item() for t in (hidden, extras["a"], extras["b"])]  # type: ignore[union-attr]
+    assert gradients == [1.0, 2.0, 3.0]
+
+
+def test_rows_tell_how_many_tokens_came() -> None:
+    """Whatever the widths and lengths: nothing else says it on the stage that receives."""
+    for hidden, room in ((7, 1), (7, 7), (7, 20), (48, 4), (3584, 16)):
+        payload = StagePayload(hidden, (PayloadItem("a", room),), room)
+        for tokens in (1, 2, 3, 16, 223, 224, 225):
+            message = torch.empty(payload.shape(tokens, 2), device="meta")
+            received, extras = payload.unpack(message)
+            assert received.shape == (tokens, 2, hidden)
+            assert extras["a"].shape == (tokens, 2, room)
 
 
 def test_what_is_declared_must_be_there() -> None:
@@ -75,18 +102,33 @@ def test_what_is_declared_must_be_there() -> None:
 
 
 def test_the_state_crosses_between_the_first_and_the_last_recurrent_block() -> None:
-    assert _widths("MRARMM", STATE, _config()) == [7, 12, 12, 7, 7]
-    assert _widths("MRARMM", HybridFields(), _config()) == [7] * 5
-    assert _widths("MRAMMM", STATE, _config()) == [7] * 5
+    alone, beside = (4, 1, 7), (4, 1, 12)
+    assert _shapes("MRARMM", STATE, _config()) == [alone, beside, beside, alone, alone]
+    assert _shapes("MRARMM", HybridFields(), _config()) == [alone] * 5
+    assert _shapes("MRAMMM", STATE, _config()) == [alone] * 5
     assert not declared("MRAM", STATE)
 
 
-def test_two_stages_with_virtual_stages_send_one_width() -> None:
-    """They are each other's next and previous one, and shapes are matched by their order."""
-    assert _widths("MRARMM", STATE, _config(2, 3)) == [12] * 5
-    assert payload_at(1, "MRARMM", STATE, _config(2, 3)) == StagePayload(7, (), 5)
-    assert _widths("MRARMM", STATE, _config(2)) == [7, 12, 12, 7, 7]
-    assert _widths("MRAMMM", STATE, _config(2, 3)) == [7] * 5
+def test_virtual_stages_send_one_shape() -> None:
+    """The schedule receives one shape everywhere; 4 tokens of 5 numbers take 3 rows of 7."""
+    for stages in (2, 4):
+        config = _config(stages, 3)
+        assert _shapes("MRARMM", STATE, config) == [(7, 1, 7)] * 5
+        assert _shapes("MRAMMM", STATE, config) == [(4, 1, 7)] * 5
+        assert payload_at(1, "MRARMM", STATE, config) == StagePayload(7, (), 5)
+        assert not sends_shapes("MRARMM", STATE, config)
+    assert sends_shapes("MRARMM", STATE, _config(2))
+    assert not sends_shapes("MRARMM", STATE, _config(1))
+
+
+def test_the_schedule_divides_what_it_is_told() -> None:
+    """24 tokens on CP=3 and, under SP, TP=2: 4 on a rank, and 3 rows behind them."""
+    config = _config(4, 3)
+    assert schedule_seq_length("MRARMM", STATE, config, 24) == 7 * 3 * 2
+    config.sequence_parallel = False
+    assert schedule_seq_length("MRARMM", STATE, config, 24) == (8 + 6) * 3
+    assert schedule_seq_length("MRAMMM", STATE, config, 24) == 24
+    assert schedule_seq_length("MRARMM", STATE, _config(4), 24) == 24
 
 
 AGAIN = {
@@ -96,11 +138,11 @@ AGAIN = {
 }
 
 
-def _stages_in_turn(text: str, **changes: Any) -> tuple[dict[str, torch.Tensor], list[int]]:
+def _stages_in_turn(text: str, **changes: Any) -> tuple[dict[str, torch.Tensor], list[Any]]:
     """Run the stages of a layout one after another in this process, and back.
 
     Returns:
-        The output and every parameter's gradient, by its name in the whole model; and the widths of
+        The output and every parameter's gradient, by its name in the whole model; and the shapes of
         what crossed the cuts.
     """
     layout = ParallelLayout.parse(text)
@@ -111,7 +153,8 @@ def _stages_in_turn(text: str, **changes: Any) -> tuple[dict[str, torch.Tensor],
         with fake_rank(layout, rank):
             config = make_config(spec, layout)
             chunks[rank::pp] = build_chunks(config, layout)
-            assert config.variable_seq_lengths == (pp > 1 and "m2rnn_depth_state" in changes)
+            shapes = pp > 1 and not layout.vpp and "m2rnn_depth_state" in changes
+            assert config.variable_seq_lengths == shapes
     parameters: dict[str, torch.nn.Parameter] = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
@@ -139,38 +182,65 @@ def _stages_in_turn(text: str, **changes: Any) -> tuple[dict[str, torch.Tensor],
         if index:
             gradient = received[index - 1].grad
     gradients = {name: parameter.grad for name, parameter in parameters.items()}
-    return {"output": sent[-1].detach(), **gradients}, [t.size(-1) for t in sent[:-1]]
+    return {"output": sent[-1].detach(), **gradients}, [tuple(t.shape) for t in sent[:-1]]
 
 
 @pytest.mark.parametrize("again", [{}, AGAIN])
 @pytest.mark.parametrize(
-    ("text", "widths"),
-    [("pp=2,vpp=2", [52, 52, 52]), ("pp=4,vpp=2", [48, 52, 52, 52, 52, 48, 48])],
+    ("text", "shapes"),
+    [
+        ("pp=4", [(16, 2, 52), (16, 2, 52), (16, 2, 48)]),
+        ("pp=2,vpp=2", [(18, 2, 48)] * 3),
+        ("pp=4,vpp=2", [(18, 2, 48)] * 7),
+    ],
 )
 def test_stages_compute_what_one_computes(
-    text: str, widths: list[int], again: dict[str, Any]
+    text: str, shapes: list[Any], again: dict[str, Any]
 ) -> None:
     """Bit for bit, output and gradients: the state crosses, and its gradient comes back."""
     whole, _ = _stages_in_turn("pp=1", m2rnn_depth_state=True)
     found, crossed = _stages_in_turn(text, m2rnn_depth_state=True, **again)
-    assert crossed == widths
+    assert crossed == shapes
     assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
     gates = [whole[name].any().item() for name in sorted(whole) if "depth_gate" in name]
     assert gates == [False, True, True]  # the first R block takes zero
 
 
-def test_a_plain_configuration_gets_the_payload_too() -> None:
-    """What Megatron's scripts build: the option comes in the name of the spec."""
-    name = "hybrid_stack_spec(m2rnn_depth_state=true,m2rnn_value_head_dim=4)"
-    layout = ParallelLayout.parse("pp=2")
-    meant = make_config(StepSpec(tiny_model("RARA")), layout)
-    config = TransformerConfig(
+_NAME = "hybrid_stack_spec(m2rnn_depth_state=true,m2rnn_value_head_dim=4)"
+
+
+def _plain(pattern: str, layout: ParallelLayout) -> TransformerConfig:
+    meant = make_config(StepSpec(tiny_model(pattern)), layout)
+    return TransformerConfig(
         **{field.name: getattr(meant, field.name) for field in fields(TransformerConfig)}
     )
+
+
+def test_a_plain_configuration_is_refused_with_virtual_stages() -> None:
+    """Megatron's scripts call the schedule with the tokens of a row."""
+    layout = ParallelLayout.parse("pp=2,vpp=2")
+    config, fields = _plain("RARA", layout), read_spec_name(_NAME)
+    with (
+        fake_rank(layout, 0),
+        pytest.raises(UserError, match="m2rnn_depth_state crosses the cuts of virtual pipeline"),
+    ):
+        MambaModel(
+            config,
+            build_hybrid_stack_spec(fields, vp_stage=0),
+            *(118, 16),
+            hybrid_override_pattern="RARA",
+            post_process=False,
+        )
+
+
+def test_a_plain_configuration_gets_the_payload_too() -> None:
+    """What Megatron's scripts build: the option comes in the name of the spec."""
+    layout = ParallelLayout.parse("pp=2")
+    config = _plain("RARA", layout)
     with fake_rank(layout, 0):
         model = MambaModel(
             config,
-            build_hybrid_stack_spec(read_spec_name(name)),
+            build_hybrid_stack_spec(read_spec_name(_NAME)),
             *(118, 16),
             hybrid_override_pattern="RARA",
             post_process=False,
@@ -182,4 +252,4 @@ def test_a_plain_configuration_gets_the_payload_too() -> None:
 
 def test_without_the_option_nothing_else_crosses() -> None:
     _, crossed = _stages_in_turn("pp=4")
-    assert crossed == [48, 48, 48]
+    assert crossed == [(16, 2, 48)] * 3
