@@ -124,7 +124,10 @@ def model_options(config: HybridConfig, dialect: Dialect) -> tuple[list[str], li
 
 
 def _pattern(config: HybridConfig, dialect: Dialect) -> list[str]:
-    name, pattern = dialect.pattern_option, config.pattern.to_megatron(cuts=True)
+    name, pattern = (
+        dialect.pattern_option,
+        config.pattern.to_megatron("hybrid_override_pattern", cuts=True),
+    )
     # Without "=" argparse would read a pattern that starts with "-" as another option.
     return [f"{name}={pattern}"] if pattern.startswith("-") else [name, pattern]
 
