@@ -14,7 +14,7 @@ ROOT = Path(nemo_megacpp.__file__).parent
 ROOMS = (
     *("printable", "errors", "json_files", "yaml_files", "values", "render", "side_channels"),
     *("mixer_settings", "hybrid_fields"),
-    *("pattern", "families", "layout", "settings", "config"),
+    *("pattern", "core", "families", "layout", "settings", "config"),
     *("mixers", "formulas", "specs", "runtime", "checkpoint", "contract", "proof", "data"),
     *("recipes", "preflight", "runs", "nemo", "megatron_args", "doctor", "commands", "cli"),
 )

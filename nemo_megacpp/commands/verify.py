@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_megacpp.commands.arguments import add_recipe, print_json, read_recipe
 
 if TYPE_CHECKING:
+    from nemo_megacpp.proof.case_runner import TrainingPath
     from nemo_megacpp.recipes.recipe import Recipe
     from nemo_megacpp.runtime.workers import WorkerPool
 
@@ -88,14 +89,34 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
         },
     }
     say = lambda line: console.print(f"  {line}")  # noqa: E731
-    from nemo_megacpp.nemo.proof_run import NEMO  # once all is valid: it imports NeMo
-
-    cases = list(verify_layout(model, recipe.layout, shape, NEMO, training, say, pool))
+    path, taken_by = _training_path()  # once all is valid: it may import NeMo
+    if taken_by:
+        console.print(taken_by, soft_wrap=True)
+    cases = list(verify_layout(model, recipe.layout, shape, path, training, say, pool))
     if as_json:
         print_json(verify_document(recipe.name, recipe.layout, device, cases))
     else:
         print_cases(console, cases)
     return 0 if all(case.passed for case in cases) else 1
+
+
+def _training_path() -> tuple[TrainingPath, str]:
+    """Return what takes the steps on this installation, and a line that says so if it is not the
+    path of ``train``."""
+    from nemo_megacpp.core.releases import installed
+    from nemo_megacpp.nemo.versions import describe_mismatch
+
+    if describe_mismatch() is None:
+        from nemo_megacpp.nemo.proof_run import NEMO
+
+        return NEMO, ""
+    from nemo_megacpp.proof.core_run import CORE
+
+    release = installed()
+    return CORE, (
+        f"steps taken by Megatron-Core {release.text if release else ''}: its schedules, "
+        f"data-parallel wrapper and optimizer, without NeMo"
+    )
 
 
 def differences_from(recipe: Recipe) -> list[str]:

@@ -10,12 +10,9 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.moe_utils import (
-    clear_aux_losses_tracker,
-    get_moe_layer_wise_logging_tracker,
-)
 
 from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.core.moe import clear_aux_losses, logged_aux_losses
 
 _NAMES = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}
 
@@ -46,15 +43,15 @@ def reduced_aux_losses(config: HybridConfig, scale: float = 1.0) -> dict[str, fl
         config: of the model.
         scale: one over the number of microbatches that were accumulated.
     """
-    tracker = get_moe_layer_wise_logging_tracker()
+    tracker = logged_aux_losses()
     reduced = {}
     for name in aux_loss_names(config):
-        entry = tracker.get(name)
+        logged = tracker.get(name)
         # On the device: NCCL reduces nothing else.
         device = torch.cuda.current_device()
         values = torch.zeros(config.num_layers, dtype=torch.float64, device=device)
-        if entry is not None:
-            values += entry["values"].double()
+        if logged is not None:
+            values += logged.double()
         tokens = parallel_state.get_tensor_and_context_parallel_group()
         rows = parallel_state.get_data_parallel_group()
         torch.distributed.all_reduce(values, group=tokens)
@@ -67,5 +64,5 @@ def reduced_aux_losses(config: HybridConfig, scale: float = 1.0) -> dict[str, fl
             values, group=parallel_state.get_pipeline_model_parallel_group()
         )
         reduced[name] = float(values.sum()) * scale / config.num_expert_blocks
-    clear_aux_losses_tracker()
+    clear_aux_losses()
     return reduced

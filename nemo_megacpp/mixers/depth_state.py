@@ -10,6 +10,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_layer import MambaLayer
 
+from nemo_megacpp.core.layers import residual_of
+
 
 class DepthStateLayer(MambaLayer):
     """Megatron's ``MambaLayer`` around an R mixer with ``depth_state``; parameters and keys are
@@ -34,7 +36,7 @@ class DepthStateLayer(MambaLayer):
         Returns:
             The hidden states, and the state for the next R block or None.
         """
-        residual = hidden_states.to(torch.float32) if self.residual_in_fp32 else hidden_states
+        residual = residual_of(self, hidden_states)
         normed = self.norm(hidden_states.to(dtype=self.config.params_dtype))
         output, depth_state = self.mixer(
             normed, depth_state, hands_on=hands_on, packed_seq_params=packed_seq_params

@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
+from nemo_megacpp.core.moe import AUX_LOSS_COUNTS_SHARES
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
 from nemo_megacpp.mixers.sequence_layout import token_order
 
@@ -90,13 +91,16 @@ class CapacityRouter(TopKRouter):
     """
 
     def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        **of_release: Any,
     ):
         undropped = copy.copy(config)
         undropped.moe_expert_capacity_factor = None
-        super().__init__(config=undropped, pg_collection=pg_collection)
+        super().__init__(config=undropped, pg_collection=pg_collection, **of_release)
         self.capacity_factor = config.moe_expert_capacity_factor
-        if config.calculate_per_token_loss:
+        if config.calculate_per_token_loss and not AUX_LOSS_COUNTS_SHARES:
             _scale_auxiliary_losses(undropped, self.tp_cp_group.size())
 
     def _maintain_float32_expert_bias(self) -> None:

@@ -109,6 +109,7 @@ class M2RNNMixer(HeadParallelMixer):
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
+        name: str | None = None,
     ):
         super().__init__(config, pg_collection, layer_number)
         assert pg_collection is not None

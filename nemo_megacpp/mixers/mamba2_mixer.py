@@ -8,6 +8,11 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_mixer import MambaMixer
 
+from nemo_megacpp.core.layers import (
+    PACK_NUMBERS_DOCUMENTS,
+    convolution_modules,
+    with_documents,
+)
 from nemo_megacpp.mixers.float32 import KeepsFloat32, keep_in_float32
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
 from nemo_megacpp.mixers.recompute import recomputable
@@ -20,9 +25,9 @@ class Mamba2Mixer(KeepsFloat32, MambaMixer):
 
     Megatron builds ``A_log`` and ``D`` in float32, and its ``Float16Module`` converts them to
     bfloat16; the kernels take all three in float32. The stock mixer reads the weight and bias of
-    ``conv1d`` without calling it, so nothing waits for their gather; and in each layer it waits for
-    the GPU to number the documents of a pack. Everything else, and every checkpoint key, is the
-    stock mixer's.
+    ``conv1d`` without calling it, so nothing waits for their gather. In each layer it numbers the
+    documents of a pack, for which it waits for the GPU, or from 0.18 on only of a pack that has
+    ``total_tokens``. Everything else, and every checkpoint key, is the stock mixer's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -39,7 +44,10 @@ class Mamba2Mixer(KeepsFloat32, MambaMixer):
     def _ssm_training(
         self, zxBCdt: torch.Tensor, packed_seq_params: PackedSeqParams | None = None
     ) -> torch.Tensor:
-        wait_for_parameters(self.conv1d)
+        wait_for_parameters(*convolution_modules(self))
+        if packed_seq_params is not None and PACK_NUMBERS_DOCUMENTS:
+            documents = self._create_packed_seq_idx(packed_seq_params, zxBCdt.size(0))
+            packed_seq_params = with_documents(packed_seq_params, documents)
         return super()._ssm_training(zxBCdt, packed_seq_params)
 
     def _create_packed_seq_idx(

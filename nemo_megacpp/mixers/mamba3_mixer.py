@@ -93,6 +93,7 @@ class Mamba3Mixer(HeadParallelMixer):
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
+        name: str | None = None,
     ):
         super().__init__(config, pg_collection, layer_number)
         self.settings, self.dims = settings, settings.dimensions(config)

@@ -84,11 +84,11 @@ class TorchRMSNorm(torch.nn.RMSNorm):
 class NormOfConfig:
     """Builds ``norm`` with ``config.layernorm_epsilon``.
 
-    Megatron's ``MambaLayer`` builds its norm without an epsilon, and Transformer Engine's norm then
-    has 1e-5 in place of the configuration's.
+    Until 0.17 Megatron's ``MambaLayer`` builds its norm without an epsilon, and Transformer
+    Engine's norm then has 1e-5 in place of the configuration's.
     """
 
     def __new__(  # type: ignore[misc]
-        cls, config: TransformerConfig, hidden_size: int, norm: type
+        cls, config: TransformerConfig, hidden_size: int, norm: type, eps: float | None = None
     ) -> torch.nn.Module:
         return norm(config, hidden_size, eps=config.layernorm_epsilon)

@@ -27,10 +27,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_context_parallel import _all_to_all_cp2hp, _all_to_all_hp2cp
 from megatron.core.tensor_parallel import all_to_all
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.distributed import ProcessGroup as Group
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from nemo_megacpp.core.batches import deal_over_cp
 from nemo_megacpp.errors import UserError
 
 # What Megatron's ``get_thd_batch_on_this_cp_rank`` leaves whole.
@@ -194,7 +194,7 @@ def split_batch_for_cp(
         UserError: see :func:`token_order`.
     """
     if packed is None:
-        return get_batch_on_this_cp_rank(dict(batch), cp_group)
+        return deal_over_cp(batch, cp_group)
     if cp_group is None:
         cp_group = parallel_state.get_context_parallel_group()
 

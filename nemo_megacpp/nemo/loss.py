@@ -1,4 +1,4 @@
-"""The training loss: the same mean, and the same gradients, in every layout."""
+"""NeMo's loss reduction with the package's loss (:mod:`nemo_megacpp.mixers.token_loss`)."""
 
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+
+from nemo_megacpp.mixers.token_loss import batch_loss, microbatch_loss
 
 _RECORD = "loss_sum_and_ub_size"
 """NeMo's name for what a microbatch adds to the logged loss: a numerator and a denominator."""
@@ -16,14 +17,8 @@ _RECORD = "loss_sum_and_ub_size"
 class HybridLossReduction(MaskedTokenLossReduction):
     """Masked mean of the token losses, for any loss mask over any context-parallel split.
 
-    Without ``calculate_per_token_loss`` the loss of a step is the mean over microbatches of the
-    mean over their unmasked tokens. With it, it is the mean over all unmasked tokens of the global
-    batch. Neither depends on the layout, because a microbatch is ``micro_batch_size`` consecutive
-    rows in all of them.
-
-    NeMo's ``MaskedTokenLossReduction``, like the loss function of Megatron's scripts, divides by
-    the unmasked tokens of one context-parallel rank and averages over the ranks. That is another
-    mean as soon as the ranks have different numbers of them.
+    NeMo's ``MaskedTokenLossReduction`` divides by the unmasked tokens of one context-parallel rank
+    (:func:`nemo_megacpp.mixers.token_loss.microbatch_loss`).
 
     Args:
         per_token: whether the model has ``calculate_per_token_loss``.
@@ -43,24 +38,10 @@ class HybridLossReduction(MaskedTokenLossReduction):
             batch: holds ``loss_mask``, ``[b, s/cp]``.
             forward_out: token losses, ``[b, s/cp]``.
         """
-        losses = forward_out.reshape(-1)
-        if losses.dtype != torch.float64:
-            losses = losses.float()
-        mask = batch["loss_mask"].reshape(-1).to(losses)
-        total, tokens = torch.sum(losses * mask), mask.sum()
-        if self.per_token or self.validation_step:
-            record = torch.stack([total.detach().double(), tokens.double()])
-            return total, tokens.to(torch.int), {_RECORD: record}
-        group = parallel_state.get_context_parallel_group()
-        everyone = tokens.clone()
-        if group.size() > 1:
-            torch.distributed.all_reduce(everyone, group=group)
-        # The data-parallel gradient average that follows is over dp·cp ranks, and this is a sum
-        # over cp.
-        total = total * group.size()
-        mean = total.detach().double() / everyone.clamp(min=1)
-        record = torch.stack([mean, torch.ones_like(mean)])
-        return total, everyone.to(torch.int), {_RECORD: record}
+        total, count, record = microbatch_loss(
+            forward_out, batch["loss_mask"], self.per_token or self.validation_step
+        )
+        return total, count, {_RECORD: record}
 
     def reduce(self, losses_reduced_per_micro_batch: Sequence[dict[str, Any]]) -> torch.Tensor:
         """Return the loss of the global batch in float32: the number that the step trains on."""
@@ -68,10 +49,4 @@ class HybridLossReduction(MaskedTokenLossReduction):
 
     def mean(self, losses_reduced_per_micro_batch: Sequence[dict[str, Any]]) -> torch.Tensor:
         """Return the loss of the global batch in float64; a collective over dp·cp."""
-        if not losses_reduced_per_micro_batch:
-            return torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
-        totals = torch.stack([record[_RECORD] for record in losses_reduced_per_micro_batch]).sum(0)
-        torch.distributed.all_reduce(
-            totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-        )
-        return totals[0] / totals[1].clamp(min=1)
+        return batch_loss([record[_RECORD] for record in losses_reduced_per_micro_batch])

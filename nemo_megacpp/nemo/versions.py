@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from nemo_megacpp.errors import UserError
+
 WANTED = {"nemo-toolkit": "2.7", "megatron-core": "0.16", "nemo_run": None}
 """Distribution and series; None: any."""
 REQUIREMENT = (
@@ -22,6 +24,17 @@ def describe_mismatch() -> str | None:
         elif series is not None and ".".join(found.split(".")[:2]) != series:
             wrong.append(f"{name} is {found}")
     return " and ".join(wrong) or None
+
+
+def require_nemo() -> None:
+    """Refuse a command that trains through NeMo where that is not installed.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    mismatch = describe_mismatch()
+    if mismatch is not None:
+        raise UserError(f"{REQUIREMENT}, but {mismatch}.")
 
 
 def _installed(name: str) -> str | None:

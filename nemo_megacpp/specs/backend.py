@@ -5,6 +5,8 @@ This is the only file that asks whether Transformer Engine is there.
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -15,6 +17,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from nemo_megacpp.core.moe import experts_of, replace_experts
 from nemo_megacpp.mixers.core_attention import TorchCoreAttention
 from nemo_megacpp.mixers.experts import with_expert_tags
 from nemo_megacpp.mixers.linear import NormColumnParallelLinear
@@ -36,18 +39,17 @@ class TorchBackend(BackendSpecProvider):
     def column_parallel_layer_norm_linear(self) -> type:
         return NormColumnParallelLinear
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+    def layer_norm(  # type: ignore[override]
+        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
+    ) -> type:
         return TorchRMSNorm
 
     def core_attention(self) -> type:
         return TorchCoreAttention
 
-    def grouped_mlp_modules(
-        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
-    ) -> tuple[type, MLPSubmodules]:
-        return with_expert_tags(SequentialMLP), MLPSubmodules(
-            linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-        )
+    def grouped_mlp_modules(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        return experts_of(with_expert_tags(SequentialMLP), submodules)
 
     def activation_func(self) -> type | None:  # type: ignore[override]
         return None
@@ -56,13 +58,8 @@ class TorchBackend(BackendSpecProvider):
 class TransformerEngineBackend(TESpecProvider):
     """Megatron's Transformer Engine modules, with expert weights tagged for their own groups."""
 
-    def grouped_mlp_modules(
-        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
-    ) -> tuple[type, MLPSubmodules | None]:
-        experts, submodules = super().grouped_mlp_modules(
-            moe_use_grouped_gemm, moe_use_legacy_grouped_gemm
-        )
-        return with_expert_tags(experts), submodules
+    def grouped_mlp_modules(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return replace_experts(super().grouped_mlp_modules(*args, **kwargs), with_expert_tags)
 
 
 def default_backend() -> BackendSpecProvider:

@@ -52,24 +52,20 @@ def expert_layer_spec(backend: BackendSpecProvider, fields: HybridFields) -> Mod
     them.
     """
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import (
         TransformerLayer,
         TransformerLayerSubmodules,
     )
 
+    from nemo_megacpp.core.moe import moe_spec
     from nemo_megacpp.mixers.experts import CapacityRouter, SharedExpert
 
-    # Megatron's helper only checks that there are experts; the configuration counts them.
-    moe = get_moe_module_spec_for_backend(backend, num_experts=1, moe_grouped_gemm=True)
-    moe.submodules.router = CapacityRouter
-    moe.submodules.shared_experts.module = SharedExpert
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=backend.layer_norm(rms_norm=True),
-            mlp=moe,
+            mlp=moe_spec(backend, CapacityRouter, SharedExpert),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -30,18 +30,18 @@ def feed_forward_layer_spec(backend: BackendSpecProvider, fields: HybridFields) 
     """Return a ``TransformerLayer`` with Megatron's ``MLP`` only, its norm fused into the first
     matrix, as in the MLP layer of Megatron's ``mamba_stack_spec``."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.mlp import MLPSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+    from nemo_megacpp.core.layers import mlp_spec
     from nemo_megacpp.mixers.feed_forward import FeedForwardLayer
 
     return ModuleSpec(
         module=FeedForwardLayer,
         submodules=TransformerLayerSubmodules(
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
+            mlp=mlp_spec(
+                MLPSubmodules(
                     linear_fc1=backend.column_parallel_layer_norm_linear(),
                     activation_func=backend.activation_func(),
                     linear_fc2=backend.row_parallel_linear(),

@@ -1,4 +1,4 @@
-"""The model: Megatron's ``MambaModel`` around our stack."""
+"""The model: Megatron's hybrid model around our stack."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.models.mamba import MambaModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.core.model import CoreModel, model_arguments, stage_argument
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import padded_vocab_size
 from nemo_megacpp.mixers.side_channels import SideChannelEmbeddings
@@ -24,9 +24,9 @@ from nemo_megacpp.specs.stack import build_hybrid_stack_spec
 _WHILE_BUILDING = re.compile(r"( when instantiating \w+)+$")
 
 
-class HybridModel(MambaModel):
-    """Megatron's ``MambaModel`` with a virtual stage, which 0.16.1 has no argument for, and with
-    side channels.
+class HybridModel(CoreModel):
+    """Megatron's hybrid model with a virtual stage, which not every release has an argument for,
+    and with side channels.
 
     The stage decides, while the model is built, which chunk shares the embedding's weight. So it is
     set before anything else, and stays when ``LanguageModule`` sets it to None.
@@ -34,7 +34,7 @@ class HybridModel(MambaModel):
 
     def __init__(self, *args: Any, vp_stage: int | None = None, **kwargs: Any):
         self._virtual_stage = vp_stage
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs, **stage_argument(vp_stage))
         self.side_channels = read_side_channels(self.config.side_channels)
         owned = channels_at(self.side_channels, None)
         if self.pre_process and owned:
@@ -62,7 +62,7 @@ class HybridModel(MambaModel):
         if self.pre_process and decoder_input is None and channels_at(self.side_channels, None):
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
             decoder_input = self.embedding.side_channels(embedded, ids)
-        self.decoder.side_channel_ids = ids  # MambaModel has no argument that it would pass on
+        self.decoder.side_channel_ids = ids  # Megatron's model has no argument for it
         try:
             return super().forward(
                 input_ids, position_ids, attention_mask, decoder_input, *args, **kwargs
@@ -124,14 +124,18 @@ def build_hybrid_model(
     with _refusals_as_user_errors():
         return HybridModel(
             config,
-            mamba_stack_spec=build_hybrid_stack_spec(config, backend, vp_stage),
+            **model_arguments(
+                build_hybrid_stack_spec(config, backend, vp_stage, str(config.pattern)),
+                config.pattern,
+                config.pipeline_model_parallel_size
+                * (config.virtual_pipeline_model_parallel_size or 1),
+            ),
             vocab_size=padded_vocab_size(
                 config.vocab_size,
                 config.make_vocab_size_divisible_by,
                 config.tensor_model_parallel_size,
             ),
             max_sequence_length=config.seq_length,
-            hybrid_override_pattern=str(config.pattern),
             position_embedding_type=config.position_embedding_type,
             rotary_percent=config.rotary_percent,
             rotary_base=config.rotary_base,

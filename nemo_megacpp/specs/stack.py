@@ -26,14 +26,14 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import WrappedTensor, make_viewless_tensor
 
 from nemo_megacpp.config import HybridConfig, config_violations
+from nemo_megacpp.core.layers import layer_number_arguments, mamba_layer_arguments
+from nemo_megacpp.core.model import chunk_at
+from nemo_megacpp.core.releases import require_supported
 from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.families import added, registered
 from nemo_megacpp.formulas.recompute import recompute_units
@@ -62,7 +62,9 @@ class HybridStackSubmodules:
 class HybridStack(MegatronModule):
     """The layers of this rank's pipeline chunk, and on the last one the final norm.
 
-    Takes the place of ``MambaStack`` in Megatron's ``MambaModel`` and has its constructor.
+    Takes the place of Megatron's stack in its hybrid model, and has the constructors of all
+    releases: until 0.17 the model passes the pattern, from 0.18 on the symbols and the offset of
+    the layers that it selected.
 
     Args:
         config: the model configuration; ``num_layers`` is the depth of the whole model.
@@ -71,6 +73,12 @@ class HybridStack(MegatronModule):
         pre_process: whether this chunk owns the embedding.
         post_process: whether it owns the head.
         vp_stage: virtual stage of this chunk, None without virtual stages.
+        pattern: the pattern that the spec carries; it goes before the model's.
+        layer_type_list: the symbols of this chunk's layers, where the model selects them. Without
+            any pattern they are the layers.
+        pp_layer_offset: number of the first of them.
+        is_mtp_layer: refused: no multi-token prediction.
+        name: not used.
         hybrid_fields: with a plain ``TransformerConfig``, which Megatron's own scripts build, the
             fields that the specs were made of; their defaults if not given.
 
@@ -95,6 +103,11 @@ class HybridStack(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         hybrid_fields: HybridFields | None = None,
+        pattern: str | None = None,
+        layer_type_list: list[str] | None = None,
+        pp_layer_offset: int = 0,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
     ):
         super().__init__(config=config)
         self.vp_stage = vp_stage
@@ -104,15 +117,21 @@ class HybridStack(MegatronModule):
         self.cp_group = pg_collection.cp
         self.input_tensor: torch.Tensor | None = None  # set by the pipeline schedules
 
-        pattern = HybridPattern.parse(hybrid_override_pattern or "", depth=config.num_layers)
+        if is_mtp_layer:
+            raise UserError("The hybrid stack has no multi-token prediction (mtp_num_layers).")
+        written = pattern or hybrid_override_pattern
+        if written is None and layer_type_list is not None and self.pp_group.size() == 1:
+            written = "".join(layer_type_list)
+        layers = HybridPattern.parse(written or "", depth=config.num_layers)
         channels = read_side_channels(getattr(config, "side_channels", None))
         if not isinstance(config, HybridConfig):
-            _validate_plain(config, pattern, hybrid_fields, vp_stage)
+            _validate_plain(config, layers, hybrid_fields, vp_stage)
         stages = self.pp_group.size()
-        chunks = pattern.chunks(stages * (config.virtual_pipeline_model_parallel_size or 1))
-        self.layer_range = chunks[(vp_stage or 0) * stages + self.pp_group.rank()]
-        self._declare_payload(pattern.letters, hybrid_fields)
-        self.families = tuple(pattern.families[i] for i in self.layer_range)
+        chunks = layers.chunks(stages * (config.virtual_pipeline_model_parallel_size or 1))
+        ours = (vp_stage or 0) * stages + self.pp_group.rank()
+        self.layer_range = chunk_at(chunks, layer_type_list, pp_layer_offset, ours)
+        self._declare_payload(layers.letters, hybrid_fields)
+        self.families = tuple(layers.families[i] for i in self.layer_range)
         self._added_families = {block.family for block in added()}
         self.layers = torch.nn.ModuleList()
         for index, family in zip(self.layer_range, self.families, strict=True):
@@ -169,20 +188,19 @@ class HybridStack(MegatronModule):
             return build_module(
                 spec,
                 config=self.config,
-                residual_in_fp32=residual_in_fp32,
                 layer_number=layer_number,
                 pp_layer_offset=self.layer_range.start,
                 pg_collection=pg_collection,
+                **mamba_layer_arguments(residual_in_fp32),
             )
-        # TransformerLayer adds an offset that assumes equal stages; take it off again, so that the
-        # sum is the global number whatever the cuts are.
-        offset = get_transformer_layer_offset(self.config, self.vp_stage, self.pp_group.rank())
         return build_module(
             spec,
             config=self.config,
-            layer_number=layer_number - offset,
             pg_collection=pg_collection,
             vp_stage=self.vp_stage,
+            **layer_number_arguments(
+                self.config, layer_number, self.vp_stage, self.pp_group.rank()
+            ),
         )
 
     def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
@@ -342,7 +360,10 @@ def _validate_plain(
 
 
 def build_hybrid_stack_spec(
-    fields: HybridFields, backend: BackendSpecProvider | None = None, vp_stage: int | None = None
+    fields: HybridFields,
+    backend: BackendSpecProvider | None = None,
+    vp_stage: int | None = None,
+    pattern: str | None = None,
 ) -> ModuleSpec:
     """Return the spec of a stack.
 
@@ -351,14 +372,17 @@ def build_hybrid_stack_spec(
             and the settings of the mixers.
         backend: where the modules come from; this installation's default if not given.
         vp_stage: virtual pipeline stage of the chunk to be built.
+        pattern: of the whole model; without one it is the model's, which from 0.18 on takes
+            Megatron's own letters only.
 
     Raises:
-        UserError: a mixer's setting is illegal.
+        UserError: a mixer's setting is illegal, or the installed Megatron-Core is not supported.
     """
+    require_supported()
     backend = backend or default_backend()
     return ModuleSpec(
         module=HybridStack,
-        params={"vp_stage": vp_stage, "hybrid_fields": fields},
+        params={"vp_stage": vp_stage, "hybrid_fields": fields, "pattern": pattern},
         submodules=HybridStackSubmodules(
             layers={block.letter: block.layer_spec(backend, fields) for block in registered()},
             final_norm=backend.layer_norm(rms_norm=True),

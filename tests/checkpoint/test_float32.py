@@ -13,6 +13,7 @@ import torch
 from nemo_megacpp.checkpoint.dcp import load_model, save_model
 from nemo_megacpp.checkpoint.optimizer_state import training_sharded_state_dict
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
+from nemo_megacpp.checkpoint.training_state import load_training_state, save_training_state
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.float32 import KeepsFloat32
 from nemo_megacpp.proof.gather import gather_sharded
@@ -20,7 +21,6 @@ from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import Trainee, prepare
-from tests.training_state import load_training_state, save_training_state
 
 MODEL = tiny_model("AEMR", mode="mamba3")
 KEPT = ("layers.2.mixer.dt_bias", "layers.2.mixer.B_bias", "layers.3.mixer.A_log")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict, save_sharded
+from nemo_megacpp.checkpoint.training_state import load_training_state
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.proof_run import resume_and_train, train_and_save
@@ -26,7 +27,6 @@ from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import prepare
 from tests.proof.cases import RESHARDINGS, SHARDED_RESHARDINGS, Place
 from tests.selection import slow_if
-from tests.training_state import load_training_state
 
 Source = Callable[[StepSpec, str], tuple[str, Carried]]
 

@@ -9,7 +9,9 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 
+from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
 from nemo_megacpp.checkpoint.dcp import fill_model, save_sharded
+from nemo_megacpp.checkpoint.folder import find_weights
 from nemo_megacpp.checkpoint.guard import guard_load
 from nemo_megacpp.checkpoint.optimizer_state import (
     content_metadata,
@@ -17,6 +19,7 @@ from nemo_megacpp.checkpoint.optimizer_state import (
     training_sharded_state_dict,
     validate_optimizer_form,
 )
+from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 
 
 def save_training_state(
@@ -38,16 +41,16 @@ def load_training_state(
     Args:
         chunks: this rank's model chunks, unwrapped.
         optimizer: over these chunks; may be another kind than the one that was saved.
-        directory: written by :func:`save_training_state`.
+        directory: a checkpoint of a run, or what :func:`save_training_state` wrote.
 
     Raises:
         UserError: the checkpoint is damaged, loading it would run code, or its optimizer state has
             another form; nothing is loaded then.
     """
-    guard_load(Path(directory), verify=True)
-    validate_optimizer_form(dist_checkpointing.load_content_metadata(str(directory)))
-    state = dist_checkpointing.load(
-        training_sharded_state_dict(chunks, optimizer, is_loading=True), str(directory)
-    )
+    weights = find_weights(guard_load(Path(directory), verify=True))
+    validate_optimizer_form(dist_checkpointing.load_content_metadata(str(weights)))
+    state = training_sharded_state_dict(chunks, optimizer, is_loading=True)
+    fit_to_checkpoint(state, read_metadata(weights))
+    state = dist_checkpointing.load(state, str(weights))
     fill_model(chunks, state["model"])
     load_optimizer_state_dict(optimizer, state["optimizer"])

@@ -1,0 +1,85 @@
+"""Megatron's hybrid language model: its class, and how it is given pattern, stack and stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.pattern import CUT, HybridPattern
+
+try:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel as CoreModel
+except ImportError:  # MambaModel until 0.17
+    from megatron.core.models.mamba import MambaModel as CoreModel
+
+_MODEL = signature(CoreModel.__init__).parameters
+
+_LEGAL = frozenset("M*E-")
+"""Symbols that every release validates as layers."""
+
+
+def stage_argument(vp_stage: int | None) -> dict[str, Any]:
+    """Return the keyword of Megatron's model for a virtual pipeline stage, where it has one."""
+    return {"vp_stage": vp_stage} if "vp_stage" in _MODEL else {}
+
+
+def model_arguments(stack: ModuleSpec, pattern: HybridPattern, chunks: int) -> dict[str, Any]:
+    """Return the keywords of Megatron's model that name the stack and its pattern.
+
+    From 0.18 on the model reads the pattern itself: it refuses letters that it does not know, and
+    divides the layers over the stages. So it is given legal stand-ins, cut where ours is; the stack
+    has the pattern from its own spec (:func:`nemo_megacpp.specs.stack.build_hybrid_stack_spec`).
+
+    Args:
+        stack: spec of the stack.
+        pattern: of the whole model.
+        chunks: pipeline stages times virtual ones.
+    """
+    if "hybrid_stack_spec" not in _MODEL:
+        return {"mamba_stack_spec": stack, "hybrid_override_pattern": str(pattern)}
+    return {
+        "hybrid_stack_spec": stack,
+        "hybrid_layer_pattern": stand_in_pattern(pattern, chunks),
+    }
+
+
+def stand_in_pattern(pattern: HybridPattern, chunks: int) -> str:
+    """Return a pattern of Megatron's own symbols with the depth and the cuts of ``pattern``.
+
+    Megatron's model builds nothing of the symbols: its stack does, and the stack is ours.
+    """
+    symbols = [family.megatron_symbol for family in pattern.families]
+    symbols = [symbol if symbol in _LEGAL else "M" for symbol in symbols]
+    return CUT.join("".join(symbols[chunk.start : chunk.stop]) for chunk in pattern.chunks(chunks))
+
+
+def chunk_at(
+    chunks: Sequence[range], layer_type_list: Sequence[str] | None, offset: int, ours: int
+) -> range:
+    """Return the layers that a stack has to build.
+
+    Args:
+        chunks: of the pattern.
+        layer_type_list: the symbols that Megatron's model selected for this stack; None where the
+            release leaves the division to the stack.
+        offset: number of the first of them.
+        ours: which chunk this stack is by its stage.
+
+    Raises:
+        UserError: the model was given other cuts than the pattern's.
+    """
+    if layer_type_list is None:
+        return chunks[ours]
+    for chunk in chunks:
+        if (chunk.start, len(chunk)) == (offset, len(layer_type_list)):
+            return chunk
+    raise UserError(
+        f"The model's layer pattern cuts out {len(layer_type_list)} layers from layer {offset} on, "
+        f"and the hybrid pattern has its chunks at "
+        f"{', '.join(f'{chunk.start} to {chunk.stop - 1}' for chunk in chunks)}. Give both the same"
+        f" depth and cuts."
+    )
