@@ -16,7 +16,7 @@ from nemo_megacpp.families import load_families
 from nemo_megacpp.hybrid_fields import HybridFields, size_violations
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Settings
-from nemo_megacpp.pattern import Family, HybridPattern
+from nemo_megacpp.pattern import MTP, Family, HybridPattern
 from nemo_megacpp.settings.combinations import (
     OWN_MODULES,
     bias_violations,
@@ -182,6 +182,11 @@ def config_violations(
         assert hybrid is None, "a HybridConfig holds these fields itself"
         hybrid = config
     hybrid = hybrid or HybridFields()
+    if pattern.mtp_num_depths:
+        yield (
+            f"The pattern {pattern} has layers for multi-token prediction, after {MTP!r}: the "
+            f"stack builds the {len(pattern)} layers before it alone. Leave them out."
+        )
     yield from setting_violations(TransformerConfig, vars(config))
     yield from range_violations(config)
     present = dict.fromkeys(pattern.families)

@@ -24,9 +24,18 @@ class UserError(ValueError):
 
 
 class Violations(UserError):
-    """Several things are wrong with a request; the message lists all of them."""
+    """Several things are wrong with a request; the message lists all of them.
 
-    def __init__(self, messages: Sequence[str]):
+    Args:
+        messages: one for each thing; or the whole message, with which Megatron's ``build_module``
+            raises an exception again to say where it was.
+    """
+
+    def __init__(self, messages: Sequence[str] | str):
+        if isinstance(messages, str):
+            super().__init__(messages)
+            self._messages: tuple[str, ...] = (messages,)
+            return
         indented = [message.replace("\n", "\n   ") for message in messages]
         listed = "\n".join(f"  {number}. {text}" for number, text in enumerate(indented, start=1))
         super().__init__(f"{len(messages)} settings are invalid:\n{listed}")

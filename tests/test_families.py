@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from nemo_megacpp import families, pattern
+from nemo_megacpp import families
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import BlockFamily, load_families, register
 from nemo_megacpp.layout.rules import Divides
-from nemo_megacpp.pattern import HybridPattern
+from nemo_megacpp.pattern import HybridPattern, family
 
 
 @pytest.fixture(autouse=True)
 def _leave_no_family_behind() -> Iterator[None]:
     families.registered()
-    known, added = dict(pattern._families), dict(families._registered)
+    known, added = dict(family._families), dict(families._registered)
     yield
-    pattern._families.clear()
-    pattern._families.update(known)
+    family._families.clear()
+    family._families.update(known)
     families._registered.clear()
     families._registered.update(added)
 
@@ -34,7 +34,7 @@ def test_a_letter_is_legal_once_its_family_is_registered() -> None:
         HybridPattern.parse("AZ")
     register(BlockFamily("Z", _spec))
     assert HybridPattern.parse("az, zblock").letters == "AZZ"
-    assert HybridPattern.parse("AZ").to_megatron() == "*Z"
+    assert HybridPattern.parse("AZ").to_megatron("hybrid_override_pattern") == "*Z"
 
 
 def test_registering_twice_is_once_and_another_family_is_refused() -> None:

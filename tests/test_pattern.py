@@ -8,11 +8,13 @@ import sys
 import pytest
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.pattern import BUILT_IN, Family, HybridPattern
+from nemo_megacpp.pattern import BUILT_IN, Family, HybridPattern, MegatronArgument
 
 A, M, E, R = Family.ATTENTION, Family.MAMBA, Family.EXPERT, Family.RECURRENT
 F = Family.FEED_FORWARD
 UNIT = "AEMEAEMEAEMR"
+OLD: MegatronArgument = "hybrid_override_pattern"
+NEW: MegatronArgument = "hybrid_layer_pattern"
 
 
 def test_families_have_letters_long_names_and_megatron_symbols() -> None:
@@ -128,9 +130,9 @@ def test_an_unknown_letter_names_the_legal_ones() -> None:
     with pytest.raises(UserError, match=r"A \(ablock\), M \(mblock\), E \(eblock\), R \(rblock\)"):
         HybridPattern.parse("AEZ")
     with pytest.raises(UserError, match=r"\* \(ablock\).*writes attention as '\*'"):
-        HybridPattern.from_megatron("AEM")
+        HybridPattern.from_megatron("AEM", OLD)
     with pytest.raises(UserError, match=r"- \(fblock\).*writes an MLP layer as '-'"):
-        HybridPattern.from_megatron("*F")
+        HybridPattern.from_megatron("*F", OLD)
 
 
 @pytest.mark.parametrize("text", ["|AE", "A||E"])
@@ -174,16 +176,83 @@ def test_the_constructor_refuses_bad_cuts(cuts: tuple[int, ...]) -> None:
 def test_megatron_round_trip(text: str) -> None:
     pattern = HybridPattern.parse(text)
     symbols = text.translate({ord("A"): "*", ord("F"): "-"})
-    assert pattern.to_megatron(cuts=True) == symbols
-    assert pattern.to_megatron() == symbols.replace("|", "")
-    assert HybridPattern.from_megatron(pattern.to_megatron(cuts=True)) == pattern
-    assert HybridPattern.from_megatron(pattern.to_megatron()).families == pattern.families
+    assert pattern.to_megatron(OLD, cuts=True) == symbols
+    assert pattern.to_megatron(OLD) == symbols.replace("|", "")
+    assert HybridPattern.from_megatron(pattern.to_megatron(OLD, cuts=True), OLD) == pattern
+    assert HybridPattern.from_megatron(symbols.replace("|", ""), OLD).families == pattern.families
 
 
 @pytest.mark.parametrize("text", ["AE", "m*", "*,M", "ablock", "MF"])
-def test_from_megatron_reads_only_megatron(text: str) -> None:
+@pytest.mark.parametrize("argument", [OLD, NEW])
+def test_from_megatron_reads_only_megatron(text: str, argument: MegatronArgument) -> None:
     with pytest.raises(UserError):
-        HybridPattern.from_megatron(text)
+        HybridPattern.from_megatron(text, argument)
+
+
+@pytest.mark.parametrize(
+    ("text", "symbols"),
+    [
+        ("AEM|F", "*EM|-"),
+        ("AM/AE", "*M/*E"),
+        ("M|AE/M/M", "M|*E/M/M"),
+        ("m | a e / m / mblock", "M|*E/M/M"),
+    ],
+)
+def test_the_newer_language_round_trip(text: str, symbols: str) -> None:
+    pattern = HybridPattern.parse(text)
+    assert pattern.to_megatron(NEW, cuts=True) == symbols
+    assert pattern.to_megatron(NEW) == symbols.replace("|", "")
+    assert HybridPattern.from_megatron(symbols, NEW) == pattern
+    assert HybridPattern.parse(str(pattern)) == pattern
+
+
+def test_prediction_depths_are_no_layers_of_the_stack() -> None:
+    pattern = HybridPattern.parse("AM|/E/E", depth=5)
+    assert str(pattern) == "AM|AM|A/E/E"
+    assert (len(pattern), pattern.letters, pattern.counts()[E]) == (5, "AMAMA", 0)
+    assert (pattern.mtp_families, pattern.mtp_num_depths) == ((E,), 2)
+    assert [len(chunk) for chunk in pattern.chunks(3)] == [2, 2, 1]
+    with pytest.raises(UserError, match="2 multi-token prediction depths of 0 layers"):
+        HybridPattern((A,), mtp_num_depths=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "caret_at", "words"),
+    [
+        ("/AE", 0, "no layers before the first prediction depth"),
+        ("AE/", 2, "no layers in this prediction depth"),
+        ("AE//A", 3, "no layers in this prediction depth"),
+        ("AE|/A", 3, "last pipeline chunk is empty"),
+        ("AE/A|E", 4, "no cut here"),
+        ("AE/AE/A", 6, "has the layers of the first one"),
+    ],
+)
+def test_prediction_depths_that_are_wrong(text: str, caret_at: int, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        HybridPattern.parse(text)
+    assert str(caught.value).splitlines()[2] == "  " + " " * caret_at + "^"
+
+
+def test_symbols_of_the_other_language_are_refused_by_name() -> None:
+    for symbol, layer in (("G", "Gated DeltaNet"), ("D", "sparse att"), ("+", "latent attention")):
+        for argument in (OLD, NEW):
+            with pytest.raises(UserError, match=f"it is .*{layer}"):
+                HybridPattern.from_megatron(f"M{symbol}", argument)
+        with pytest.raises(UserError, match=f"it is .*{layer}"):
+            HybridPattern.parse(f"M{symbol}")
+    with pytest.raises(UserError, match="no symbol for this package's R"):
+        HybridPattern.from_megatron("*R", NEW)
+    with pytest.raises(UserError, match=r"part of hybrid_layer_pattern, from 0\.17 on"):
+        HybridPattern.from_megatron("*M/M", OLD)
+    with pytest.raises(UserError, match="hybrid_override_pattern has no multi-token prediction"):
+        HybridPattern.parse("AM/M").to_megatron(OLD)
+
+
+def test_stand_ins_are_asked_for() -> None:
+    pattern = HybridPattern.parse("AE|MR/R")
+    with pytest.raises(UserError, match="hybrid_layer_pattern has no symbol for R"):
+        pattern.to_megatron(NEW)
+    assert pattern.to_megatron(NEW, cuts=True, stand_ins=True) == "*E|MM/M"
 
 
 @pytest.mark.parametrize("depth", [1, 12, 52, 60])

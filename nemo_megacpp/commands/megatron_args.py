@@ -10,8 +10,8 @@ from typing import Any
 from nemo_megacpp.commands.arguments import add_recipe, print_json, read_recipe
 
 _DESCRIPTION = """\
-Print the arguments with which Megatron-LM's pretrain_mamba.py trains a recipe, as one line of shell
-words. Remarks are printed on standard error."""
+Print the arguments with which Megatron-LM's own script trains a recipe, as one line of shell words:
+pretrain_mamba.py of 0.16, pretrain_hybrid.py of 0.19. Remarks are printed on standard error."""
 _EPILOG = """\
 nemo-megacpp megatron-args nam56r data=DIR | xargs torchrun --nproc-per-node 2 pretrain_mamba.py
 With tensor or context parallelism Megatron-LM needs CUDA_DEVICE_MAX_CONNECTIONS=1.
@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--megatron",
         metavar="PATH|RELEASE",
-        help="the Megatron-LM that will read them: a checkout, or a release such as core_v0.16.1; "
+        help="the Megatron-LM that will read them: a checkout, or a release such as core_v0.19.0; "
         "default: that of the installed Megatron-Core",
     )
     parser.add_argument(
@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from nemo_megacpp.megatron_args.dialect import choose
+    from nemo_megacpp.megatron_args.dialect import choose, installed
 
     dialect, release = choose(args.megatron)  # before anything imports Megatron
 
@@ -54,6 +54,8 @@ def _run(args: argparse.Namespace) -> int:
     run_dir = recipe.run_dir or new_run_dir(recipe.name, started_by_parent=False)
     device = args.device or current_host().device
     words, remarks = megatron_arguments(recipe, dialect, run_dir, device)
+    if dialect is not choose(None)[0]:
+        remarks.append(f"the recipe was validated with the installed Megatron-Core {installed()}")
     if args.device is None and device == "cpu":
         remarks.append("this machine has no GPU: these are arguments for a CPU (--device cuda)")
     for remark in remarks:

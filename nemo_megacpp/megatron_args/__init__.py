@@ -1,1 +1,1 @@
-"""The Megatron-LM front end: a recipe becomes the arguments of ``pretrain_mamba.py``."""
+"""The Megatron-LM front end: a recipe becomes the arguments of Megatron's own script."""

@@ -1,4 +1,4 @@
-"""A recipe as the argument vector of Megatron-LM's ``pretrain_mamba.py``.
+"""A recipe as the argument vector of Megatron-LM's ``pretrain_mamba.py`` or ``pretrain_hybrid.py``.
 
 Every setting of the recipe has an option or is part of the spec's name
 (:mod:`nemo_megacpp.specs.named`); a recipe with another setting is refused. None is dropped.
@@ -79,7 +79,7 @@ def megatron_arguments(
     recipe, sources = open_data(recipe)
     config = validate_model(recipe, device)
     model, unsaid = model_options(config, dialect)
-    refusals = [*unsaid, *_refusals(recipe, config)]
+    refusals = [*unsaid, *_refusals(recipe, config, dialect)]
     if refusals:
         listed = "\n".join(f"  {refusal}" for refusal in refusals)
         raise UserError(f"{dialect.script} has no option for this of {recipe.name}:\n{listed}")
@@ -94,11 +94,12 @@ def megatron_arguments(
     if not sources:
         remarks.append("no data=FOLDER in the recipe: mock data")
     if Family.RECURRENT in config.pattern.families:
-        remarks.append("the script's TFLOP/s leave out the R blocks")
+        as_what = "count R blocks as M" if dialect.reads_the_pattern else "leave out the R blocks"
+        remarks.append(f"the script's TFLOP/s {as_what}")
     return words, remarks
 
 
-def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
+def _refusals(recipe: Recipe, config: HybridConfig, dialect: Dialect) -> list[str]:
     """Return what the script has no option for, one phrase each."""
     found = []
     training = recipe.training
@@ -109,7 +110,7 @@ def _refusals(recipe: Recipe, config: HybridConfig) -> list[str]:
         )
     if recipe.init_from is not None:
         found.append(f"init_from={recipe.init_from}: the script loads only its own checkpoints")
-    if recipe.layout.vpp is not None:
+    if recipe.layout.vpp is not None and not dialect.reads_the_pattern:
         found.append(
             f"virtual_pipeline_model_parallel_size={recipe.layout.vpp}: the script builds every "
             f"virtual stage like the first one"

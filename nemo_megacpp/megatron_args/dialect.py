@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.pattern import MegatronArgument
 
 _PACKAGE_INFO = Path("megatron") / "core" / "package_info.py"
 _RELEASE = re.compile(r"(?:core_)?v?(\d+)\.(\d+)(?:\.\S+)?")
-_LATER = (
+_BETWEEN = (
     "From 0.17 on the pattern is an argument of another name and another language "
     "(--hybrid-layer-pattern), and from 0.18 the script is pretrain_hybrid.py; nemo_megacpp's "
-    "modules are written for 0.16, so other arguments alone would not help."
+    "modules run on 0.16 and 0.19, so other arguments alone would not help."
 )
 
 
@@ -28,18 +29,30 @@ class Dialect:
     Attributes:
         series: of its releases.
         script: the training script.
-        pattern_option: which option takes the pattern.
+        pattern_argument: which argument takes the pattern, and so in which language it is.
     """
 
     series: str
     script: str
-    pattern_option: str
+    pattern_argument: MegatronArgument
 
     @cached_property
     def options(self) -> dict[str, dict[str, Any]]:
         """Its options (:mod:`nemo_megacpp.megatron_args.list_options`)."""
         table = resources.files(__package__).joinpath(f"options_{self.series}.json")
         return json.loads(table.read_text(encoding="utf-8"))
+
+    @property
+    def pattern_option(self) -> str:
+        """The option that takes the pattern."""
+        return f"--{self.pattern_argument.replace('_', '-')}"
+
+    @property
+    def reads_the_pattern(self) -> bool:
+        """Whether Megatron reads the pattern itself, and not the stack alone. It then refuses
+        letters that it does not know, and cuts the stages, virtual ones too, where the pattern
+        says."""
+        return self.pattern_argument == "hybrid_layer_pattern"
 
     @cached_property
     def by_destination(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -70,21 +83,27 @@ class Dialect:
         return None
 
 
-_DIALECTS = {"0.16": Dialect("0.16", "pretrain_mamba.py", "--hybrid-override-pattern")}
+_DIALECTS = {
+    dialect.series: dialect
+    for dialect in (
+        Dialect("0.16", "pretrain_mamba.py", "hybrid_override_pattern"),
+        Dialect("0.19", "pretrain_hybrid.py", "hybrid_layer_pattern"),
+    )
+}
 
 
 def choose(megatron: str | None) -> tuple[Dialect, str]:
     """Return the dialect of a Megatron-LM, and its release.
 
     Args:
-        megatron: a checkout, a release (``0.16.1``, ``core_v0.16.1``), or None for the installed
+        megatron: a checkout, a release (``0.16.1``, ``core_v0.19.0``), or None for the installed
             Megatron-Core.
 
     Raises:
         UserError: neither folder nor release, or another series than the stack is written for.
     """
     if megatron is None:
-        from megatron.core.package_info import __version__ as release
+        release = installed()
     elif Path(megatron).is_dir():
         release = _release_at(Path(megatron))
     else:
@@ -97,8 +116,15 @@ def choose(megatron: str | None) -> tuple[Dialect, str]:
         )
     dialect = _DIALECTS.get(f"{match[1]}.{match[2]}")
     if dialect is None:
-        raise UserError(f"Megatron-LM {release} is not {' or '.join(_DIALECTS)}. {_LATER}")
+        raise UserError(f"Megatron-LM {release} is not {' or '.join(_DIALECTS)}. {_BETWEEN}")
     return dialect, release
+
+
+def installed() -> str:
+    """Return the release of the installed Megatron-Core."""
+    from megatron.core.package_info import __version__ as release
+
+    return release
 
 
 def _release_at(checkout: Path) -> str:

@@ -1,8 +1,8 @@
 """List the options of a Megatron-LM checkout, for the table that comes with this package.
 
-The argument parser is in ``megatron.training``, which is not in Megatron-Core's wheel. So that a
-recipe can be written as arguments without a checkout, names, destinations, arities and defaults are
-stored as data::
+The argument parser is in ``megatron.training``, which is in Megatron-Core's wheel from 0.18 on
+only. So that a recipe can be written as arguments of any release without a checkout, names,
+destinations, arities and defaults are stored as data::
 
     PYTHONPATH=CHECKOUT python -m nemo_megacpp.megatron_args.list_options > options_0.16.json
 """

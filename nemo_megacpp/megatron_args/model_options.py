@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.layout import padded_vocab_size
 from nemo_megacpp.megatron_args.dialect import Dialect
+from nemo_megacpp.pattern import HybridPattern
 from nemo_megacpp.settings.combinations import OWN_MODULES
 from nemo_megacpp.specs.named import CARRIED, SPEC_MODULE, spec_name
 
@@ -41,6 +42,9 @@ _SET_BY_THE_SCRIPT = frozenset(
         "batch_p2p_comm",
         "overlap_p2p_comm",
         "inference_sampling_seed",
+        # What CUDA graphs capture, which are refused.
+        "cuda_graph_scope",
+        "cuda_graph_modules",
     }
 )
 _WRITTEN = frozenset(
@@ -72,9 +76,15 @@ def model_options(config: HybridConfig, dialect: Dialect) -> tuple[list[str], li
         config: the model.
         dialect: of the Megatron-LM that will read them.
     """
+    pattern, in_the_name = config.pattern, None
+    if dialect.reads_the_pattern:
+        pattern = _cut(config)
+        in_the_name = str(
+            pattern
+        )  # Megatron's own has stand-ins for families that it does not know
     words = [
-        *("--spec", SPEC_MODULE, spec_name(config)),
-        *_pattern(config, dialect),
+        *("--spec", SPEC_MODULE, spec_name(config, in_the_name)),
+        *_pattern(pattern, dialect),
         *("--padded-vocab-size", str(_padded_vocab_size(config))),
         *("--max-position-embeddings", str(config.seq_length)),
     ]
@@ -99,7 +109,9 @@ def model_options(config: HybridConfig, dialect: Dialect) -> tuple[list[str], li
         words += ["--group-query-attention", "--num-query-groups", str(config.num_query_groups)]
 
     if own := [name for name in config.recompute_modules or () if name in OWN_MODULES]:
-        refusals.append(f"recompute_modules={own}: Megatron-Core 0.16 asserts that it knows them")
+        refusals.append(
+            f"recompute_modules={own}: Megatron-Core {dialect.series} asserts that it knows them"
+        )
     if config.side_channels:
         refusals.append(
             "side_channels: the script's dataset and its forward step know tokens alone"
@@ -123,10 +135,19 @@ def model_options(config: HybridConfig, dialect: Dialect) -> tuple[list[str], li
     return words, refusals
 
 
-def _pattern(config: HybridConfig, dialect: Dialect) -> list[str]:
-    name, pattern = dialect.pattern_option, config.pattern.to_megatron(cuts=True)
+def _cut(config: HybridConfig) -> HybridPattern:
+    """Return the pattern with a cut before every chunk of the layout but the first, and no other:
+    the script reads the number of virtual stages from it."""
+    stages = config.pipeline_model_parallel_size
+    chunks = config.pattern.chunks(stages * (config.virtual_pipeline_model_parallel_size or 1))
+    return HybridPattern(config.pattern.families, tuple(chunk.start for chunk in chunks[1:]))
+
+
+def _pattern(pattern: HybridPattern, dialect: Dialect) -> list[str]:
+    argument, name = dialect.pattern_argument, dialect.pattern_option
+    text = pattern.to_megatron(argument, cuts=True, stand_ins=dialect.reads_the_pattern)
     # Without "=" argparse would read a pattern that starts with "-" as another option.
-    return [f"{name}={pattern}"] if pattern.startswith("-") else [name, pattern]
+    return [f"{name}={text}"] if text.startswith("-") else [name, text]
 
 
 def _padded_vocab_size(config: HybridConfig) -> int:

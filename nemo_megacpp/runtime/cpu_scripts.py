@@ -59,6 +59,9 @@ def _describe_a_device() -> None:
     cuda.reset_peak_memory_stats = _returns(None)
     cuda.nvtx.range_push = _returns(0)
     cuda.nvtx.range_pop = _returns(0)
+    # A data loader asks it, and would pin memory with the driver of a CUDA build of torch.
+    accelerator: Any = torch.accelerator
+    accelerator.is_available = _returns(False)
 
 
 def _on_gloo(init_process_group: Callable[..., None]) -> Callable[..., None]:

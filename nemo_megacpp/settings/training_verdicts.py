@@ -41,13 +41,13 @@ DDP = table(
     _as_the_model("delay_wgrad_compute"),
     refused("fp8_param_gather reuse_grad_buf_for_mxfp8_param_ag", _FP8),
     refused(
-        """use_megatron_fsdp use_custom_fsdp data_parallel_sharding_strategy
-        outer_dp_sharding_strategy""",
+        "use_megatron_fsdp use_custom_fsdp outer_dp_sharding_strategy",
         "Megatron's DDP trains the stack; no case covers its FSDP",
     ),
     only_with(
         """gradient_reduce_div_fusion suggested_communication_unit_size preserve_fp32_weights
-        keep_fp8_transpose_cache fsdp_double_buffer fsdp_manual_registration""",
+        keep_fp8_transpose_cache fsdp_double_buffer fsdp_manual_registration
+        data_parallel_sharding_strategy""",
         "use_megatron_fsdp",
     ),
     configuration="DistributedDataParallelConfig",

@@ -28,5 +28,6 @@ def __getattr__(name: str) -> Any:
     from nemo_megacpp.specs.stack import build_hybrid_stack_spec
 
     # Megatron's import_module looks the name up in vars(module), so it must stay there.
-    globals()[name] = build_hybrid_stack_spec(read_spec_name(name))
+    fields = read_spec_name(name)
+    globals()[name] = build_hybrid_stack_spec(fields, pattern=fields.hybrid_pattern or None)
     return globals()[name]

@@ -5,6 +5,10 @@ so the mode and the mixers' settings are part of the name::
 
     hybrid_stack_spec
     hybrid_mamba3_stack_spec(mamba3_mimo_rank=4,m2rnn_clip_order=after_output)
+    hybrid_stack_spec(hybrid_pattern=AEM|R)
+
+From 0.18 on Megatron validates the letters of the pattern itself and shows a stack only the layers
+of its stage, so the pattern of the whole model is in the name too.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.errors import UserError, nearest
 from nemo_megacpp.hybrid_fields import HybridFields, Mode
 from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Settings
-from nemo_megacpp.pattern import Family
+from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.printable import shown
 from nemo_megacpp.values import read_value
 from nemo_megacpp.yaml_files import parse_yaml, reason
@@ -30,21 +34,30 @@ MODES: dict[str, Mode] = {"hybrid_stack_spec": "nemo_native", "hybrid_mamba3_sta
 _WITH_SETTINGS = re.compile(r"(\w+)\((.*)\)")
 
 
-CARRIED = tuple(
-    kind.prefix + field.name
-    for kind in (M2RNNSettings, Mamba3Settings)
-    for field in dataclasses.fields(kind)
+CARRIED = (
+    "hybrid_pattern",
+    *(
+        kind.prefix + field.name
+        for kind in (M2RNNSettings, Mamba3Settings)
+        for field in dataclasses.fields(kind)
+    ),
 )
 """The hybrid fields that a name carries."""
 
 
-def spec_name(config: HybridConfig) -> str:
-    """Return the name under which a plain configuration becomes the model of ``config``."""
+def spec_name(config: HybridConfig, pattern: str | None = None) -> str:
+    """Return the name under which a plain configuration becomes the model of ``config``.
+
+    Args:
+        config: the model.
+        pattern: the pattern that the name carries; None where the script gives it to the stack.
+    """
     name = next(name for name, mode in MODES.items() if mode == config.mode)
     families, defaults = config.pattern.families, HybridFields()
     prefixes = ("m2rnn_",) * (Family.RECURRENT in families)
     prefixes += ("mamba3_",) * (config.mode == "mamba3" and Family.MAMBA in families)
-    settings = {
+    settings: dict[str, Any] = {} if pattern is None else {"hybrid_pattern": pattern}
+    settings |= {
         field: value
         for field in CARRIED
         if field.startswith(prefixes)
@@ -58,7 +71,7 @@ def spec_name(config: HybridConfig) -> str:
 
 
 def read_spec_name(name: str) -> HybridFields:
-    """Return the fields that a name carries: the mode, and settings of our mixers.
+    """Return the fields that a name carries: the mode, the pattern, settings of our mixers.
 
     Raises:
         UserError: an unknown name or setting, a value of the wrong type, or a setting of the other
@@ -81,6 +94,9 @@ def read_spec_name(name: str) -> HybridFields:
         if key.startswith("mamba3_") and MODES[base] != "mamba3":
             raise UserError(f"Spec {shown(name)}: {key} is a setting of hybrid_mamba3_stack_spec.")
         try:
+            if key == "hybrid_pattern":
+                settings[key] = str(HybridPattern.parse(value))
+                continue
             settings[key] = read_value(HybridConfig, key, parse_yaml(value)[0])
         except (UserError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"Spec {shown(name)}: {key}: {reason(error)}") from None

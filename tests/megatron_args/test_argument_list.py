@@ -286,8 +286,8 @@ def test_releases_that_are_known(megatron: str | None, release: str | None) -> N
 @pytest.mark.parametrize(
     ("megatron", "message"),
     [
-        ("core_v0.17.0", r"core_v0.17.0 is not 0.16. From 0.17 on .*--hybrid-layer-pattern"),
-        ("0.19", "0.19 is not 0.16"),
+        ("core_v0.17.0", r"core_v0.17.0 is not 0.16 or 0.19. From 0.17 on .*--hybrid-layer-"),
+        ("0.20", "0.20 is not 0.16 or 0.19"),
         ("no/such/folder", "no such folder"),
     ],
 )
@@ -304,7 +304,7 @@ def test_a_checkout_says_its_release(tmp_path: Path) -> None:
     info.write_text("MAJOR = 0\nMINOR = 16\nPATCH = 2\n")
     assert choose(str(tmp_path))[1] == "0.16.2"
     info.write_text("MAJOR = 0\nMINOR = 18\nPATCH = 0\n")
-    with pytest.raises(UserError, match=r"0\.18\.0 is not 0\.16"):
+    with pytest.raises(UserError, match=r"0\.18\.0 is not 0\.16 or 0\.19"):
         choose(str(tmp_path))
 
 

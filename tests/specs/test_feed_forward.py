@@ -73,7 +73,7 @@ def _differing(pattern: str, changes: dict[str, Any], layout: ParallelLayout) ->
             mamba_stack_spec=stack,
             vocab_size=128,
             max_sequence_length=config.seq_length,
-            hybrid_override_pattern=config.pattern.to_megatron(),
+            hybrid_override_pattern=config.pattern.to_megatron("hybrid_override_pattern"),
         )
         for stack in (own, _stock_spec(config))
     ]
