@@ -1,4 +1,8 @@
-"""Fixtures shared by all tests, and the markers that `make check` and `make test` select by."""
+"""Fixtures shared by all tests, and the markers that `make check` and `make test` select by.
+
+The fixtures import what they need: pytest-xdist's own process, which runs no test, reads these
+files before it starts the others, and the libraries take ten seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from nemo_megacpp.runtime.workers import WorkerPool
+if TYPE_CHECKING:
+    from nemo_megacpp.runtime.workers import WorkerPool
 
 pytest_plugins = ["tests.shared_data", "tests.reference"]
 
@@ -39,8 +44,12 @@ def pytest_configure() -> None:
     """Suspend the collector while the tests, and all that they import, are collected.
 
     Caches, such as the built-in corpus, are written into the checkout and not into the home folder.
+
+    A test computes on one thread, and so do the processes that it starts: two pytest processes with
+    two threads each on two cores took four times the CPU time, waiting for each other's threads.
     """
     gc.disable()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["XDG_CACHE_HOME"] = str(CACHE)
 
 
@@ -52,6 +61,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[WorkerPool]:
     """Four gloo ranks, started once for the whole session."""
+    from nemo_megacpp.runtime.workers import WorkerPool
+
     with WorkerPool(4) as pool:
         yield pool
 
@@ -59,6 +70,10 @@ def ranks() -> Iterator[WorkerPool]:
 @pytest.fixture(scope="session")
 def gpu_ranks() -> Iterator[WorkerPool]:
     """One rank for each GPU, up to four; skips where there is no GPU."""
+    import torch
+
+    from nemo_megacpp.runtime.workers import WorkerPool
+
     gpus = min(torch.cuda.device_count(), 4)
     if not gpus:
         pytest.skip("needs a GPU")

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
-from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.proof_run import run_step
-from nemo_megacpp.proof.gather import GlobalValues
-from nemo_megacpp.proof.step_result import StepResult
-from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.runtime.workers import WorkerPool
+if TYPE_CHECKING:
+    from nemo_megacpp.proof.gather import GlobalValues
+    from nemo_megacpp.proof.step_result import StepResult
+    from nemo_megacpp.proof.step_spec import StepSpec
+    from nemo_megacpp.runtime.workers import WorkerPool
 
-Reference = Callable[[StepSpec], tuple[GlobalValues, StepResult]]
+Reference = Callable[["StepSpec"], "tuple[GlobalValues, StepResult]"]
 
 
 @pytest.fixture(scope="session")
 def reference(ranks: WorkerPool) -> Reference:
     """Return a function from a spec to its weights and its steps on one rank, cached."""
+    from nemo_megacpp.layout import ParallelLayout
+    from nemo_megacpp.nemo.proof_run import run_step
+
     known: dict[str, tuple[GlobalValues, StepResult]] = {}
 
     def of(spec: StepSpec) -> tuple[GlobalValues, StepResult]:

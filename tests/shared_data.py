@@ -5,14 +5,13 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from torch.distributed.checkpoint.metadata import Metadata
 
-from nemo_megacpp.checkpoint.identity import write_identity
-from nemo_megacpp.data.prepare import prepare
-from nemo_megacpp.data.prepared import PreparedData
-from nemo_megacpp.recipes.recipe import Recipe
+if TYPE_CHECKING:
+    from nemo_megacpp.data.prepared import PreparedData
+    from nemo_megacpp.recipes.recipe import Recipe
 
 VOCAB_SIZE = 300
 
@@ -20,6 +19,8 @@ VOCAB_SIZE = 300
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """A few thousand tokens, vocabulary `VOCAB_SIZE`; tests only read it."""
+    from nemo_megacpp.data.prepare import prepare
+
     texts = tmp_path_factory.mktemp("texts")
     for number in range(8):
         words = (f"word{number} and {count} more, for a start" for count in range(100))
@@ -34,6 +35,10 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
     ``save(recipe, step)`` returns the checkpoint, ``run/checkpoints/step=…`` under ``tmp_path``.
     """
+
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    from nemo_megacpp.checkpoint.identity import write_identity
 
     def make(recipe: Recipe, step: int = 20, tokenizer: str = "0" * 64, run: str = "run") -> Path:
         checkpoint = tmp_path / run / "checkpoints" / f"step={step}"

@@ -143,7 +143,8 @@ def _start(arguments: Sequence[str], ranks: int, logs: Path, errors: Path, port:
         logger.setLevel(logging.CRITICAL)
     settings = {
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")
+        or str(max(1, (os.cpu_count() or 1) // ranks)),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # the order of streams that Megatron relies on
         "PYTHONWARNINGS": "ignore",
         "PYTHONUNBUFFERED": "1",
