@@ -153,7 +153,7 @@ def _pipeline(sizes: Sizes, stages: Sequence[BuiltStage]) -> Iterator[Cost]:
     if (padding := sum(cut.items.get("padding", 0) for cut in cuts)) > 0:
         text = (
             f"Padded messages: {show_bytes(padding)} of {show_bytes(sum(c.bytes for c in cuts))} a "
-            f"microbatch (cuts: {len(cuts)}; virtual stages send {names} in one shape)"
+            f"microbatch (virtual stages send one shape over all {len(cuts)} cuts)"
         )
         yield Cost("PP", "forces", text)
     uneven = []

@@ -21,8 +21,10 @@ from nemo_megacpp.contract.stages import BuiltParameter
 from nemo_megacpp.families import block_of
 from nemo_megacpp.formulas.recompute import MIXER_MODULES
 from nemo_megacpp.formulas.saved import total
+from nemo_megacpp.formulas.side_channels import joined_width
 from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.pattern import Family
+from nemo_megacpp.side_channels import channels_of, is_channel_place
 
 _TILE = 128
 """Rows of a tile of a matrix multiplication."""
@@ -69,12 +71,13 @@ class LayerTimes:
     def of(
         self, sizes: Sizes, place: str, parameters: Sequence[BuiltParameter], mixing: int
     ) -> LayerTime:
-        """Return the time of one layer of a family, of the embedding or of the head.
+        """Return the time of one layer of a family, of the embedding, of the head, or of the side
+        channels that are owned at one place.
 
         Args:
             sizes: the job in its layout.
-            place: a family's letter, ``embedding`` or ``head``.
-            parameters: of one such layer on the rank.
+            place: a family's letter, ``embedding``, ``head`` or a place of side channels.
+            parameters: of one such layer on the rank; not read for side channels.
             mixing: operations between tokens and on states, for one token of the whole model.
         """
         matrices = self._matrices(sizes, place, parameters)
@@ -95,6 +98,11 @@ class LayerTimes:
         """Return the seconds of what moves bytes and computes little, forward and backward."""
         saved = total(saved_activations(_without_recomputation(sizes), place))
         permuted = 0
+        if is_channel_place(place):  # what is looked up, and then added or joined
+            channels = channels_of(sizes.config.side_channels, place)
+            saved += (
+                sum(c.embedding_width(sizes.h) for c in channels) * sizes.shared_tokens * sizes.e
+            )
         if place == Family.EXPERT.value:
             permuted = 2 * _PERMUTED * sizes.expert_rows * sizes.h * sizes.e
         least = _KERNELS * self._machine.kernel_seconds
@@ -108,6 +116,10 @@ class LayerTimes:
         """Return the seconds forward, for inputs' gradients, and for weights' gradients."""
         if place == "embedding":
             return 0.0, 0.0, 0.0  # a look-up: its bytes are those that it saves
+        if is_channel_place(place):
+            width = joined_width(sizes, place)  # of a projection that every tp rank has whole
+            tokens, shape = sizes.shared_tokens, (sizes.h, sizes.h + width)
+            return self._multiplied(sizes, tokens, 1, *shape) if width else (0.0, 0.0, 0.0)
         flat = [p.local_shape for p in parameters if not p.is_expert]
         shapes = [s for s in flat if len(s) == 2 and min(s) >= _LEAST_WIDTH]
         if place == "head":

@@ -18,17 +18,19 @@ from nemo_megacpp.contract.step_tables import assumptions, step_document
 from nemo_megacpp.contract.step_time import StepEstimator, StepTime, places_of
 from nemo_megacpp.contract.traffic import (
     Traffic,
+    depth_state_of,
     microbatch_collectives,
     step_collectives,
     traffic,
     whole_step,
 )
 from nemo_megacpp.contract.work import work_of
-from nemo_megacpp.formulas.collectives import Collective
+from nemo_megacpp.formulas.collectives import Collective, again
 from nemo_megacpp.formulas.saved import Saved
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import LayoutViolation, ParallelLayout
 from nemo_megacpp.layout.placement import GROUPS, GroupFacts, group_facts, group_size
+from nemo_megacpp.pattern import Family
 
 SCHEMA = 1
 """The schema of ``nemo-megacpp plan --json``, version 1. Every size is in bytes, every shape is a
@@ -151,12 +153,26 @@ class Plan:
         return None if limit is None else self.fullest.memory.total <= limit
 
     def collectives_of(self, place: str) -> list[Collective]:
-        """Return the collectives of one layer of ``place`` in one microbatch."""
-        for stage in self.stages:
-            for name, _, collectives in stage.microbatch:
-                if name == place:
-                    return collectives
-        return []
+        """Return the collectives of one layer of ``place`` in one microbatch, with those of R's
+        depth state, which the first R block does not take and the last does not hand on."""
+        found = next(
+            (
+                collectives
+                for stage in self.stages
+                for name, _, collectives in stage.microbatch
+                if name == place
+            ),
+            [],
+        )
+        if place != Family.RECURRENT.value:
+            return found
+        taken, handed_on = depth_state_of(self.sizes)
+        config = self.sizes.config
+        if config.recompute_granularity == "full" or self.sizes.recomputes("m2rnn"):
+            taken, handed_on = taken + again(taken), handed_on + again(handed_on)
+        for made, where in ((taken, "but in the first R"), (handed_on, "but in the last R")):
+            found = found + [replace(each, what=f"{each.what}, {where}") for each in made]
+        return found
 
     @property
     def between_nodes(self) -> int:

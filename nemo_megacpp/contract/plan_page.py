@@ -10,6 +10,7 @@ from nemo_megacpp.contract.plan_tables import (
     NOT_COUNTED,
     activation_table,
     collective_table,
+    cut_table,
     group_table,
     layout_line,
     ownership_table,
@@ -65,6 +66,7 @@ def html_report(plan: Plan) -> str:
         html_table(group_table(plan)),
         "<h2>What a rank sends in one step</h2>",
         *(_traffic(stage, stage is plan.fullest) for stage in plan.stages),
+        *_cuts(plan),
         "<h2>Who owns what</h2>",
         *(_family_details(plan, place) for place in plan.activations),
         "<h2>What this layout costs</h2>",
@@ -108,6 +110,18 @@ def _step(plan: Plan) -> list[str]:
         f"<p>{escape(step_line(*how))}.</p>",
         html_table(parts_table(*how)),
         f'<p class="note">{escape(assumptions(plan.machine))}.</p>',
+    ]
+
+
+def _cuts(plan: Plan) -> list[str]:
+    """Return what crosses the pipeline's cuts; nothing where there are none."""
+    if not plan.cuts:
+        return []
+    table = cut_table(plan)
+    return [
+        "<h2>What crosses a cut</h2>",
+        f'<p class="note">{escape(table.title)}.</p>',
+        html_table(table),
     ]
 
 

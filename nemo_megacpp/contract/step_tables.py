@@ -8,6 +8,7 @@ from nemo_megacpp.contract.machine import Arithmetic, Machine
 from nemo_megacpp.contract.step_time import (
     AGAIN,
     BUBBLE,
+    CHANNELS,
     ENDS,
     GATHERED,
     OPTIMIZER,
@@ -20,6 +21,7 @@ from nemo_megacpp.render import Table
 
 _LETTERS = {
     ENDS: "h",
+    CHANNELS: "s",
     AGAIN: "x",
     "tp": "t",
     "cp": "c",
@@ -32,6 +34,7 @@ _LETTERS = {
 }
 _WORDS = {
     ENDS: "embedding, head and loss",
+    CHANNELS: "side channels",
     AGAIN: "recomputation",
     REDUCED: "gradients summed",
     GATHERED: "weights gathered",

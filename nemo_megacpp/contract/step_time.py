@@ -20,17 +20,24 @@ from nemo_megacpp.contract.machine import Machine
 from nemo_megacpp.contract.memory import Buffer, StageMemory
 from nemo_megacpp.contract.recompute import recomputed_layers
 from nemo_megacpp.contract.stages import BuiltParameter, BuiltStage
-from nemo_megacpp.contract.traffic import pipeline_messages, place_collectives, step_collectives
+from nemo_megacpp.contract.traffic import (
+    depth_state_collectives,
+    pipeline_messages,
+    place_collectives,
+    step_collectives,
+)
 from nemo_megacpp.contract.work import FORWARD_AND_BACKWARD
 from nemo_megacpp.families import block_of
 from nemo_megacpp.formulas.collectives import again
 from nemo_megacpp.formulas.sizes import Sizes
 from nemo_megacpp.pattern import Family
+from nemo_megacpp.side_channels import channel_places, is_channel_place
 
 Places = Mapping[str, Sequence[BuiltParameter]]
 """A rank's parameters of one layer of each family, by letter, of ``embedding`` and ``head``."""
 
-ENDS, AGAIN, REDUCED, GATHERED = "ends", "recompute", "gradients", "parameters"
+ENDS, CHANNELS, AGAIN = "ends", "side channels", "recompute"
+REDUCED, GATHERED = "gradients", "parameters"
 OPTIMIZER, BUBBLE = "optimizer", "bubble"
 _AXIS = {"tp-cp": "tp", "etp": "ep", "etp-ep": "ep"}
 """Axis under which a group's collectives are shown, where it is not the group's name."""
@@ -44,9 +51,9 @@ class StepTime:
 
     Attributes:
         parts: seconds on a rank of the slowest stage, by what takes them: a family's letter (its
-            computation), ``ends`` (embedding, head and loss), ``recompute``, exposed collectives by
-            axis (``tp``, ``cp``, ``ep``, ``pp``), ``gradients``, ``parameters``, ``optimizer`` and
-            ``bubble``.
+            computation), ``ends`` (embedding, head and loss), ``side channels``, ``recompute``,
+            exposed collectives by axis (``tp``, ``cp``, ``ep``, ``pp``), ``gradients``,
+            ``parameters``, ``optimizer`` and ``bubble``.
         slowest_stage: the pipeline stage that sets the pace.
         tokens_per_gpu: tokens a second and GPU.
         flops_per_gpu: model FLOPs a second and GPU.
@@ -145,9 +152,13 @@ class StepEstimator:
     ) -> _Microbatch:
         parts: dict[str, float] = defaultdict(float)
         first = last = 0.0
-        for place, count in Counter(stage.places).items():
+        channels = sizes.config.side_channels
+        present = Counter(stage.places)
+        for chunk in stage.chunks:
+            present.update(filter(None, channel_places(channels, chunk.owners)))
+        for place, count in present.items():
             time = self._time(sizes, places, place)
-            name = place if len(place) == 1 else ENDS
+            name = place if len(place) == 1 else CHANNELS if is_channel_place(place) else ENDS
             parts[name] += count * (time.forward + time.backward)
             parts[AGAIN] += count * time.again
             first += count * time.forward
@@ -155,11 +166,16 @@ class StepEstimator:
             for axis, seconds in self._exposed(sizes, place, links, stage.pp_rank).items():
                 parts[axis] += count * seconds
         for chunk in stage.chunks:
-            for letter, count in Counter(recomputed_layers(sizes, chunk.letters)).items():
-                parts[AGAIN] += count * self._time(sizes, places, letter).forward
-                sent = self._exposed(sizes, letter, links, stage.pp_rank, repeated=True)
+            repeated = Counter(recomputed_layers(sizes, chunk.letters))
+            owners = chunk.layers[: repeated.total()]
+            repeated.update(filter(None, channel_places(channels, owners)))
+            for place, count in repeated.items():
+                parts[AGAIN] += count * self._time(sizes, places, place).forward
+                sent = self._exposed(sizes, place, links, stage.pp_rank, repeated=True)
                 for axis, seconds in sent.items():
                     parts[axis] += count * seconds
+        for made in depth_state_collectives(sizes, stage):
+            parts[made.group] += links.seconds(made)
         if sizes.layout.pp > 1:
             parts["pp"] += links.total(pipeline_messages(sizes, stage))
         return _Microbatch(parts, first, last)
@@ -168,7 +184,7 @@ class StepEstimator:
         key = (place, *_split(sizes))
         if key not in self._times:
             mixing = self._mixing.get(place, 0)
-            self._times[key] = self._layers.of(sizes, place, places[place], mixing)
+            self._times[key] = self._layers.of(sizes, place, places.get(place, ()), mixing)
         return self._times[key]
 
     def _exposed(

@@ -134,21 +134,35 @@ def pipeline_messages(sizes: Sizes, stage: BuiltStage) -> list[Collective]:
 def depth_state_collectives(sizes: Sizes, stage: BuiltStage) -> list[Collective]:
     """Return what the R blocks of a stage make of the state that they hand on in depth, in one
     microbatch: the first of the model takes none, and the last hands none on."""
-    if not (everything := declared(sizes.letters, sizes.config)):
+    state = next(
+        (d for d in declared(sizes.letters, sizes.config) if d.item.name == DEPTH_STATE), None
+    )
+    if state is None:
         return []
-    (state,) = (each for each in everything if each.item.name == DEPTH_STATE)
     found: list[Collective] = []
+    taken, handed_on = depth_state_of(sizes)
     for chunk in stage.chunks:
         whole = len(recomputed_layers(sizes, chunk.letters))
         for place, (layer, letter) in enumerate(zip(chunk.layers, chunk.letters, strict=True)):
             if letter != Family.RECURRENT.value:
                 continue
-            made = depth_state_taken(sizes) if layer > state.first else []
-            made += depth_state_handed_on(sizes) if layer < state.last else []
+            made = [
+                *(taken if layer > state.first else ()),
+                *(handed_on if layer < state.last else ()),
+            ]
             found += made
             if place < whole or sizes.recomputes("m2rnn"):
                 found += again(made)
-    return between_several(sizes, found)
+    return found
+
+
+def depth_state_of(sizes: Sizes) -> tuple[list[Collective], list[Collective]]:
+    """Return what an R block makes, in one microbatch, of the state that it takes and of the one
+    that it hands on in depth; nothing where the model hands on none."""
+    if not declared(sizes.letters, sizes.config):
+        return [], []
+    taken, handed_on = depth_state_taken(sizes), depth_state_handed_on(sizes)
+    return between_several(sizes, taken), between_several(sizes, handed_on)
 
 
 def step_collectives(

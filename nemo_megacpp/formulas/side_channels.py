@@ -33,9 +33,13 @@ def channel_activations(sizes: Sizes, place: str) -> list[Saved]:
     split = [c for c in channels if c.partition == "vocabulary" and sizes.layout.tp > 1]
     saved = [Saved(f"{c.name}: ids and their mask", sizes.tokens * 9) for c in split]
     saved += [Saved(f"{c.name}: ids", sizes.tokens * 8) for c in channels if c not in split]
-    joined = sum(c.embedding_width(sizes.h) for c in channels if c.combine == "concat")
-    if joined:
-        width = sizes.h + joined
-        size = sizes.shared_tokens * width * sizes.e
+    if joined := joined_width(sizes, place):
+        size = sizes.shared_tokens * (sizes.h + joined) * sizes.e
         saved.append(Saved("projection's joined input", size))
     return saved
+
+
+def joined_width(sizes: Sizes, place: str) -> int:
+    """Return how much wider than the stream the projection of a place is; 0 if it has none."""
+    channels = channels_of(sizes.config.side_channels, place)
+    return sum(c.embedding_width(sizes.h) for c in channels if c.combine == "concat")

@@ -159,6 +159,13 @@ def ignored_violations(config: TransformerConfig, letters: Collection[str]) -> I
             f"pipeline_dtype={config.pipeline_dtype}: a stage computes and sends {sent}, and "
             f"the next one would receive something else. Legal: {sent}."
         )
+    chunks = config.virtual_pipeline_model_parallel_size
+    if stages > 2 and chunks is not None and config.variable_seq_lengths:
+        yield (
+            f"variable_seq_lengths=True with PP = {stages} and VPP = {chunks}: stages send each "
+            f"other shapes before tensors, and in Megatron's interleaved schedule more than two "
+            f"can wait for each other for ever. Leave it at False."
+        )
     if config.num_moe_experts and config.moe_apply_probs_on_input and config.moe_router_topk != 1:
         yield (
             f"moe_apply_probs_on_input=True needs one expert per token; moe_router_topk="

@@ -99,7 +99,11 @@ _PARALLELISM = table(
         "pipeline_model_parallel_comm_backend batch_p2p_comm",
         "How a stage's tensors are sent; the same tensors reach the same stages",
     ),
-    neutral("variable_seq_lengths", "Stages send each other shapes before tensors"),
+    neutral(
+        "variable_seq_lengths",
+        "Stages send each other shapes before tensors; refused with virtual stages on more than "
+        "two stages, which would wait for each other",
+    ),
     neutral(
         "overlap_p2p_comm",
         "When a stage's tensors are sent; HybridConfig turns it on for two stages with virtual "

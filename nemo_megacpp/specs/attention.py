@@ -61,18 +61,18 @@ _RULES = (
 
 
 def attention_layer_spec(backend: BackendSpecProvider, fields: HybridFields) -> ModuleSpec:
-    """Return Megatron's ``TransformerLayer`` with ``SelfAttention`` only."""
+    """Return Megatron's ``TransformerLayer`` with ``SelfAttention`` only, as an
+    :class:`AttentionLayer`."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_layer import (
-        TransformerLayer,
-        TransformerLayerSubmodules,
-    )
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+    from nemo_megacpp.mixers.transformer_layers import AttentionLayer
 
     return ModuleSpec(
-        module=TransformerLayer,
+        module=AttentionLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=SelfAttention,

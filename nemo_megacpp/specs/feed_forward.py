@@ -35,7 +35,7 @@ def feed_forward_layer_spec(backend: BackendSpecProvider, fields: HybridFields) 
     from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
     from nemo_megacpp.core.layers import mlp_spec
-    from nemo_megacpp.mixers.feed_forward import FeedForwardLayer
+    from nemo_megacpp.mixers.transformer_layers import FeedForwardLayer
 
     return ModuleSpec(
         module=FeedForwardLayer,

@@ -93,6 +93,27 @@ def test_json_and_page(capsys: Any, tmp_path: Path) -> None:
     assert not re.search(r"https?://|<script|<link|src=|url\(", text)
 
 
+def test_the_page_lists_the_cuts(capsys: Any, tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    line = f"nam56r_tiny pattern=AR|ER depth=4 m2rnn_depth_state=true --html {page} pp="
+    for stages, cuts in ((2, 1), (1, 0)):
+        assert plan(f"{line}{stages} tp=1", capsys)[0] == 0
+        text = page.read_text()
+        assert text.count("<h2>What crosses a cut</h2>") == cuts
+        assert (
+            text.count("<td>R|E</td>") == cuts and text.count("m2rnn_depth_state 32.8 KB") == cuts
+        )
+
+
+def test_a_family_shows_the_collectives_of_its_depth_state(capsys: Any) -> None:
+    line = "nam56r_tiny pattern=ARER depth=4 tp=2 cp=2 etp=1 --world-size 4 --family R"
+    code, without, _ = plan(line, capsys)
+    assert code == 0 and "depth state" not in without
+    _, out, _ = plan(f"{line} m2rnn_depth_state=true", capsys)
+    for part in ("depth state, but in the first R", "summed over heads, but in the last R"):
+        assert part in " ".join(out.split())
+
+
 def test_an_illegal_layout_is_answered(capsys: Any) -> None:
     line = "nam56r --world-size 128 --layout tp=16,pp=8,cp=3,ep=3,sp=false seq_length=4096"
     code, out, err = plan(line, capsys)

@@ -87,6 +87,16 @@ def test_a_family(ranks: WorkerPool, model: dict[str, Any], layout: str, precisi
     }, {place: planned[place] / size for place, size in run.saved.items()}
 
 
+def test_a_block_without_an_mlp_recomputes_none(ranks: WorkerPool) -> None:
+    """The MLP of F is computed again; A saves what it saves without."""
+    mlp = {**SELECTIVE, "recompute_modules": ["mlp"]}
+    kept, again = (
+        recorded(ranks, job_of(model, ParallelLayout(), precision="bf16"))[0].saved
+        for model in (tiny_model("FA", **LONG), tiny_model("FA", **LONG, **mlp))
+    )
+    assert again["0"] < kept["0"] and again["1"] == kept["1"]
+
+
 @pytest.mark.slow
 def test_the_share_that_a_ring_saves(ranks: WorkerPool) -> None:
     """All that a block saves falls as 1/CP, keys and values too."""

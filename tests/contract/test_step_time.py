@@ -193,6 +193,61 @@ def test_full_recomputation_computes_and_sends_forward_again() -> None:
     assert kept.parts["tp"] < found[0]["tp"] < found[1]["tp"]
 
 
+def test_side_channels_take_time() -> None:
+    """By hand: two ranks under SP, a table of each kind of rows, the second joined by a projection
+    that each rank has whole."""
+    added = {"name": "language", "vocab_size": 8, "field": "lang", "owner": [1, 3]}
+    joined = {
+        **{"name": "bigram", "vocab_size": 64, "ngram": 2, "owner": [2]},
+        **{"partition": "vocabulary", "combine": "concat", "width": 128},
+    }
+    few = {"hybrid_pattern": "AMAM", "num_layers": 4}
+    layout, count = "tp=2,etp=1,world=2", 64  # microbatches
+    plain = _step(layout, model=few)
+    both = _step(layout, model={**few, "side_channels": [added, joined]})
+    assert "side channels" not in plain.parts
+    tokens, h = 2048, 3584
+    # Ids of 8 bytes and rows of h numbers: written and read; read, written and read.
+    moved = 4096 * 8 + tokens * h * 2
+    expected = 2 * (2 + 3) * moved / 1e12
+    # Ids and their mask, rows of 128 numbers, and what the projection takes.
+    moved = 4096 * 9 + tokens * 128 * 2 + tokens * (h + 128) * 2
+    least = 16 * 1e-7  # kernels
+    expected += max(2 * moved / 1e12, least) + max(3 * moved / 1e12, 2 * least)
+    # Three products, bound by their bytes; the projection's gradient is summed in float32.
+    weights = h * (h + 128)
+    moved = (tokens * (h + h + 128) + weights) * 2
+    assert moved / 1e12 > 2 * tokens * weights / 1e15
+    expected += (3 * moved + 6 * weights) / 1e12 + 3 * 1e-7
+    assert both.parts["side channels"] == pytest.approx(count * expected)
+    # A table of split rows: reduce-scatter, and its gradient's all-gather.
+    sent = 2 * (4096 * 128 * 2 / 2 / 0.5e11 + 1e-6 + 1e-7)
+    assert both.parts["tp"] - plain.parts["tp"] == pytest.approx(count * sent)
+
+
+def test_whole_layers_are_recomputed_with_their_side_channels() -> None:
+    channel = {"name": "language", "vocab_size": 8, "field": "lang", "owner": [1]}
+    model = {"hybrid_pattern": "AM", "num_layers": 2, "recompute_granularity": "full"}
+    model |= {"recompute_method": "block", "side_channels": [channel]}
+    one, two = (_step("etp=1", model={**model, "recompute_num_layers": n}) for n in (1, 2))
+    channels, layer = one.parts["side channels"] / 5 * 2, one.parts["M"]
+    again = two.parts["recompute"] - one.parts["recompute"]
+    assert channels < again < channels + layer
+    alone = _step("etp=1", model={**model, "side_channels": None, "recompute_num_layers": 2})
+    assert two.parts["recompute"] - alone.parts["recompute"] == pytest.approx(channels)
+
+
+def test_the_depth_states_collectives_take_time() -> None:
+    """Taken by the second R block, handed on by the first: an all-gather and a reduce-scatter over
+    tp for each, as the gradient goes the other way."""
+    few = {"hybrid_pattern": "RMR", "num_layers": 3}
+    plain, state = (
+        _step("tp=2,etp=1,world=2", model={**few, "m2rnn_depth_state": on}) for on in (False, True)
+    )
+    each = 4096 * 16 * 2 / 2 / 0.5e11 + 1e-6 + 1e-7
+    assert state.parts["tp"] - plain.parts["tp"] == pytest.approx(64 * 4 * each)
+
+
 def test_a_bar_is_as_long_as_its_share_of_the_longest() -> None:
     step = StepTime({"A": 1.0, "M": 0.26, "tp": 0.24, "bubble": 0.5}, 0, 1.0, 1.0, 0.1)
     assert bar(step, 2.0, 8) == "AAAAMt.."

@@ -180,6 +180,15 @@ def _literals(hint: Any) -> list[Any]:
             {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.bfloat16},
             r"a stage computes and sends torch\.float32",
         ),
+        (
+            {
+                "pipeline_model_parallel_size": 4,
+                "virtual_pipeline_model_parallel_size": 2,
+                "pipeline_dtype": torch.float32,
+                "variable_seq_lengths": True,
+            },
+            r"with PP = 4 and VPP = 2: stages send each other shapes",
+        ),
     ],
 )
 def test_refused_beside_others(changes: dict[str, Any], message: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
@@ -18,9 +19,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.mixers.feed_forward import FeedForwardLayer
 from nemo_megacpp.mixers.m2rnn_mixer import M2RNNMixer
 from nemo_megacpp.mixers.mamba2_mixer import Mamba2Mixer
+from nemo_megacpp.mixers.transformer_layers import AttentionLayer, FeedForwardLayer
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import fake_rank, start_model_parallel
@@ -81,8 +82,11 @@ def _letter(layer: Any) -> str:
     if type(layer) is FeedForwardLayer:
         assert type(layer.mlp) is MLP
         return "F"
-    assert type(layer) is TransformerLayer
-    return "E" if type(layer.mlp) is MoELayer else "A"
+    if type(layer) is AttentionLayer:
+        assert type(layer.mlp) is IdentityOp
+        return "A"
+    assert type(layer) is TransformerLayer and type(layer.mlp) is MoELayer
+    return "E"
 
 
 @pytest.mark.parametrize(

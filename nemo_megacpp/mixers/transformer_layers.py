@@ -1,4 +1,5 @@
-"""Megatron's MLP layer, corrected where it is recomputed."""
+"""Megatron's ``TransformerLayer`` with attention or an MLP alone, corrected where its MLP is
+recomputed."""
 
 from __future__ import annotations
 
@@ -6,6 +7,18 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
+
+
+class AttentionLayer(TransformerLayer):
+    """Megatron's ``TransformerLayer``, which recomputes no MLP as it has none.
+
+    With ``recompute_modules=['mlp']`` Megatron-Core 0.16.1 makes a recomputed region of what stands
+    in the MLP's place and returns its input. It would save the hidden states for it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.recompute_mlp = False
 
 
 class FeedForwardLayer(TransformerLayer):
