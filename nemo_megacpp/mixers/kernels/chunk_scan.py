@@ -18,9 +18,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from nemo_megacpp.mixers.kernels.segment_decays import cut, log_decay_gradient, segment_decays
 
-# What one array over a block of chunks may take for each of torch's threads: few enough bytes that a
-# thread's part of a block stays in its core's cache, enough that starting the threads of an operation
-# costs little beside it. No sum runs over blocks, so their number has no effect on the result.
+# What one array over a block of chunks may take for each of torch's threads: few enough bytes that
+# a thread's part of a block stays in its core's cache, enough that starting the threads of an
+# operation costs little beside it. No sum runs over blocks, so their number has no effect on the
+# result.
 _BLOCK_BYTES = 2**19
 
 

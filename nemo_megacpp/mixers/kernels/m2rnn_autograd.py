@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-# What the states of one token may take for each of torch's threads: with what the recurrence computes
-# from them they then stay in a core's L2 cache. Every operation of a token starts the threads once, so
-# all of them must have work in it: two operations on half of the heads would start them twice.
+# What the states of one token may take for each of torch's threads: with what the recurrence
+# computes from them they then stay in a core's L2 cache. Every operation of a token may start the
+# threads, so there must be work in it for all: two on half of the heads would start them twice.
 _STATE_BYTES = 2**17
 # exp() of more overflows float32; tanh is 1 to its last digit long before.
 _EXP_LIMIT = 80.0

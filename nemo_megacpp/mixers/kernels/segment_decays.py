@@ -19,7 +19,7 @@ _NEAR = 8  # tokens in the smallest stretch; smaller halves cost more operations
 
 
 def cut(x: Tensor, step: int) -> tuple[Tensor, ...]:
-    """Cut ``[b, c, ...]`` into blocks of ``step`` chunks. A short row is one block, with no call."""
+    """Cut ``[b, c, ...]`` into blocks of ``step`` chunks; a short row is one block as it is."""
     return (x,) if x.shape[1] <= step else x.split(step, dim=1)
 
 
