@@ -25,7 +25,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,6 +35,8 @@ from torch.utils.benchmark import timer
 from nemo_megacpp.render import Table, Toned, make_console, print_table, show_bytes
 
 Work = Callable[[], object]
+PYTHON = "Python and autograd"
+SHOWN_OPERATIONS = 9
 SHORTEST = 0.02
 """Seconds. Faster work is repeated within one measurement until it takes as long as this."""
 
@@ -93,6 +95,7 @@ class Row:
         aim_ratio: met if ``ratio`` is at least this; 1/1.02 states "at most 1.02 times the peer".
         aim_share: met if ``share`` is at least this.
         aim_at_most: met if our median is at most this, in our unit.
+        profile: of a missed aim, what :func:`explain` found.
     """
 
     claim: str
@@ -106,6 +109,7 @@ class Row:
     peak: float | None = None
     aim_share: float | None = None
     aim_at_most: float | None = None
+    profile: list[dict] = field(default_factory=list)
 
     @property
     def ratio(self) -> float | None:
@@ -212,6 +216,43 @@ def peak_bytes(work: Work, device: torch.device | str) -> int:
     return peak
 
 
+def explain(
+    row: Row, work: Work, device: torch.device | str, per: tuple[str, int] = ("run", 1)
+) -> Row:
+    """Put into ``row``, if its aim is missed, what one run of our ``work`` spends its time on.
+
+    ``row.profile`` then holds, for the kinds of operations that take the most time and for all
+    others together, their name, number and seconds per ``per`` (what, how many are in a run), as
+    torch's profiler has them: of a GPU its kernels' time. What is spent outside of operations
+    counts as Python. The profiler itself adds about a microsecond to an operation.
+    """
+    if row.met is not False:
+        return row
+    gpu = torch.device(device).type == "cuda"
+    activities = [ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]
+    repeats = max(1, round(SHORTEST / row.ours.median))
+    with profile(activities=activities) as profiled:
+        for _ in range(repeats):
+            work()
+    found: dict[str, tuple[int, float]] = {}
+    for event in profiled.key_averages():
+        name = event.key.removeprefix("aten::") if gpu or "aten::" in event.key else PYTHON
+        spent = event.self_device_time_total if gpu else event.self_cpu_time_total
+        calls, seconds = found.get(name, (0, 0.0))
+        found[name] = calls + event.count, seconds + spent / 1e6
+    ordered = sorted(found.items(), key=lambda item: -item[1][1])
+    rest = [numbers for _, numbers in ordered[SHOWN_OPERATIONS:]]
+    if rest:
+        calls, seconds = (sum(column) for column in zip(*rest, strict=True))
+        ordered[SHOWN_OPERATIONS:] = [(f"{len(rest)} others", (int(calls), seconds))]
+    what, number = per[0], per[1] * repeats
+    row.profile = [
+        {"operation": name, "calls": calls / number, "seconds": seconds / number, "per": what}
+        for name, (calls, seconds) in ordered
+    ]
+    return row
+
+
 def matmul_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     """Return the flop/s of the fastest of several square matrix products."""
     device = torch.device(device)
@@ -268,6 +309,19 @@ def rows_table(records: Sequence[dict], title: str = "") -> Table:
     return table
 
 
+def profile_table(record: dict) -> Table:
+    """Return the table of a record's ``profile``."""
+    per = record["profile"][0]["per"]
+    columns = ["<operation", f"calls a {per}", "each", f"a {per}", "of the time"]
+    table = Table(columns, title=record["claim"])
+    total = sum(entry["seconds"] for entry in record["profile"])
+    for entry in record["profile"]:
+        calls, seconds = entry["calls"], entry["seconds"]
+        times = (Sample([value]).show() for value in (seconds / calls, seconds))
+        table.add(entry["operation"], _digits(calls), *times, f"{seconds / total:.0%}")
+    return table
+
+
 def record(row: Row) -> dict:
     """Return a row as JSON, with what is computed from it."""
     return asdict(row) | {"ratio": row.ratio, "share": row.share, "met": row.met}
@@ -278,7 +332,11 @@ def finish(
 ) -> int:
     """Print the table and what did not run (what, why), write the JSON; return exit status 0."""
     records = [record(row) for row in rows]
-    print_table(make_console(160), rows_table(records))
+    console = make_console(160)
+    print_table(console, rows_table(records))
+    for found in records:
+        if found["profile"]:
+            print_table(console, profile_table(found))
     for what, why in skipped:
         print(f"Did not run: {what}: {why}")
     if arguments.json:

@@ -13,7 +13,8 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.harness import rows_table
+from benchmarks.harness import profile_table, rows_table
+from nemo_megacpp.render import Table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 
@@ -23,19 +24,16 @@ def results(bench: dict) -> str:
     machine = bench["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     rows = [row for entry in bench["scripts"] for row in entry.get("rows", ())]
-    table = rows_table(rows)
     lines = [
         f"{machine['device']}, {machine['threads']} threads, {machine['date']}, commit "
         f"`{machine['commit']}`, load average {machine['load']:.1f} at the start; {versions}.",
         "",
-        "| " + " | ".join(column.lstrip("<") for column in table.columns) + " |",
-        "|"
-        + "|".join("---" if column.startswith("<") else "--:" for column in table.columns)
-        + "|",
+        *markdown(rows_table(rows)),
     ]
-    for cells in table.rows:
-        texts = (cell if isinstance(cell, str) else f"**{cell.text}**" for cell in cells)
-        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
+    if missed := [row for row in rows if row.get("profile")]:
+        lines += ["", "What one run of ours spends its time on, of what was missed:"]
+    for row in missed:
+        lines += ["", f"*{row['claim']}*", "", *markdown(profile_table(row))]
     notes = [
         f"- {entry['script']} failed: {entry['problem']}"
         for entry in bench["scripts"]
@@ -45,6 +43,19 @@ def results(bench: dict) -> str:
     if notes:
         lines += ["", "Did not run:", "", *notes]
     return "\n".join(lines)
+
+
+def markdown(table: Table) -> list[str]:
+    """Return the lines of ``table``."""
+    sides = ("---" if column.startswith("<") else "--:" for column in table.columns)
+    lines = [
+        "| " + " | ".join(column.lstrip("<") for column in table.columns) + " |",
+        "|" + "|".join(sides) + "|",
+    ]
+    for cells in table.rows:
+        texts = (cell if isinstance(cell, str) else f"**{cell.text}**" for cell in cells)
+        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
+    return lines
 
 
 def write(bench: dict, page: Path) -> None:

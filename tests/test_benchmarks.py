@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import published_steps
-from benchmarks.harness import Row, Sample, peak_bytes, record
+from benchmarks.harness import Row, Sample, explain, peak_bytes, profile_table, record
 from benchmarks.page import write
 
 M2RNN = Path(__file__).parents[1] / "benchmarks" / "m2rnn.py"
@@ -67,13 +67,31 @@ def test_peak_memory_is_what_a_step_holds_at_once() -> None:
     assert peak_bytes(step, "cpu") == pytest.approx(2 << 20, rel=0.01)
 
 
+def test_a_missed_aim_is_explained_and_a_met_one_is_not() -> None:
+    x = torch.ones(512, 512)
+
+    def work() -> None:
+        for _ in range(10):
+            (x @ x).sin_()
+
+    assert not explain(_row(), work, "cpu").profile
+    assert not explain(_row(aim_at_most=2.0), work, "cpu").profile
+    missed = explain(_row(aim_ratio=2.0), work, "cpu", ("token", 10))
+    calls = {entry["operation"]: entry["calls"] for entry in missed.profile}
+    assert calls["mm"] == calls["sin_"] == 1.0
+    assert all(entry["seconds"] > 0 for entry in missed.profile)
+    shown = profile_table(record(missed))
+    assert shown.columns[1] == "calls a token" and len(shown.rows) == len(missed.profile)
+
+
 def test_results_are_written_into_their_part_of_the_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     parts = "".join(f"<!-- results: {d} -->\nold\n<!-- end -->\n" for d in ("cpu", "cuda"))
     page.write_text(f"# Title\n{parts}by hand\n", encoding="utf-8")
     machine = {"kind": "cuda", "device": "a GPU", "threads": 2, "date": "today", "load": 0.1}
+    missed = explain(_row(aim="2x", aim_ratio=2.0), lambda: torch.ones(9).cos(), "cpu")
     scripts: list[dict[str, Any]] = [
-        {"script": "ours", "problem": "", "rows": [record(_row(aim="2x", aim_ratio=2.0))]},
+        {"script": "ours", "problem": "", "rows": [record(missed)]},
         {"script": "other", "problem": "exit status 1"},
     ]
     bench = {
@@ -87,6 +105,7 @@ def test_results_are_written_into_their_part_of_the_page(tmp_path: Path) -> None
     assert written.endswith("<!-- end -->\nby hand\n")
     for part in ("| a claim | 2 s (1..4) |", "**missed**", "commit `abc`", "- other failed: exit"):
         assert part in written, written
+    assert "*a claim*" in written and "| cos | 1 |" in written
     assert "- M layers: needs mamba_ssm" in written
 
 

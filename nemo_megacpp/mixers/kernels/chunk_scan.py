@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from nemo_megacpp.mixers.kernels.segment_decays import log_decay_gradient, segment_decays
+from nemo_megacpp.mixers.kernels.segment_decays import cut, log_decay_gradient, segment_decays
 
-# What one array over a block of chunks may take: few enough bytes that a block stays in cache. No
-# sum runs over blocks, so the number of chunks in one has no effect on the result.
+# What one array over a block of chunks may take for each of torch's threads: few enough bytes that
+# a thread's part of a block stays in its core's cache, enough that starting the threads of an
+# operation costs little beside it. No sum runs over blocks, so their number has no effect on the
+# result.
 _BLOCK_BYTES = 2**19
 
 
@@ -45,21 +47,21 @@ class _Row:
         batch, count, size, heads, rank, dim = inputs.values.shape
         groups, state = inputs.keys.shape[3], inputs.keys.shape[5]
         row = batch * heads * size * rank * max(dim, size * rank) * inputs.values.element_size()
-        self.step = max(1, _BLOCK_BYTES // row)
+        self.step = max(1, _BLOCK_BYTES * torch.get_num_threads() // row)
         self.sizes = (batch, groups, heads // groups, size, rank, dim, state)
         self.blocks = [
             slice(start, min(start + self.step, count)) for start in range(0, count, self.step)
         ]
         self.decays = segment_decays(_heads_first(inputs.log_decay).contiguous(), self.step)
         self.incoming, self.outgoing = (
-            x.view(batch, count, groups, -1, size, 1, 1).split(self.step, dim=1)
+            cut(x.view(batch, count, groups, -1, size, 1, 1), self.step)
             for x in (self.decays.incoming, self.decays.outgoing)
         )
         self.values, self.weight = self.by_head(inputs.values), self.of_token(inputs.weight)
         self.keys, self.queries = self.by_group(inputs.keys), self.by_group(inputs.queries)
         self.diagonal = None
         if inputs.diagonal is not None:
-            self.diagonal = _heads_first(inputs.diagonal).split(self.step, dim=1)
+            self.diagonal = cut(_heads_first(inputs.diagonal), self.step)
         # [b, c, g, 1, e, 1] against states [b, c, g, n, e, p].
         self.total = self.decays.total().view(batch, count, groups, 1, -1, 1)
         # [g, e, 1, 1, 1 or p] against values.
@@ -69,17 +71,17 @@ class _Row:
         """``[b, c, q, h, r, p]`` as values."""
         batch, groups, heads, size, rank, dim, _ = self.sizes
         x = x.view(batch, -1, size, groups, heads, rank, dim).permute(0, 1, 3, 4, 2, 5, 6)
-        return x.split(self.step, dim=1)
+        return cut(x, self.step)
 
     def of_token(self, x: Tensor) -> tuple[Tensor, ...]:
         """``[b, c, q, h]`` against values."""
         batch, groups, heads, size, *_ = self.sizes
         x = x.view(batch, -1, size, groups, heads, 1, 1).permute(0, 1, 3, 4, 2, 5, 6)
-        return x.split(self.step, dim=1)
+        return cut(x, self.step)
 
     def by_group(self, x: Tensor) -> tuple[Tensor, ...]:
         """``[b, c, q, g, r, n]`` as ``[b, k, g, q, r, n]``."""
-        return _heads_first(x).split(self.step, dim=1)
+        return cut(_heads_first(x), self.step)
 
 
 class _Block:
@@ -97,7 +99,7 @@ class _Block:
             x[index].reshape(-1, self.rows, state) for x in (row.keys, row.queries)
         )  # [m·g, q·r, n]
         self.inner = row.decays.inner.of(index, row.diagonal and row.diagonal[index])
-        self.scores = self.queries @ self.keys.transpose(1, 2)  # [m·g, q·r, q·r]
+        self.scores = torch.bmm(self.queries, self.keys.transpose(1, 2))  # [m·g, q·r, q·r]
         self.inputs = self.per_head(self.values, self.weight)
         self.weighted = self.per_group(self.by_head(self.inputs), self.outgoing)
 
@@ -199,14 +201,14 @@ class _ChunkScan(torch.autograd.Function):
         before[:, 0] = state  # and the state after the last chunk is the last
         for index, block in enumerate(row.blocks):
             part = _Block(row, index)
-            inside = part.by_head(part.decayed_scores() @ part.inputs)
-            added = part.keys.transpose(1, 2) @ part.weighted
+            inside = part.by_head(torch.bmm(part.decayed_scores(), part.inputs))
+            added = torch.bmm(part.keys.transpose(1, 2), part.weighted)
             added = added.view(-1, part.shape[1], *state.shape[1:])
             for i, c in enumerate(range(block.start, block.stop)):
                 if resets[c] is not None:
                     before[:, c].masked_fill_(resets[c], 0)
                 torch.addcmul(added[:, i], before[:, c], row.total[:, c], out=before[:, c + 1])
-            read = part.queries @ before[:, block].reshape(-1, *_matrix(before))
+            read = torch.bmm(part.queries, before[:, block].reshape(-1, *_matrix(before)))
             if row.D is not None:
                 inside.addcmul_(part.values, row.D)
             torch.addcmul(inside, part.from_groups(read), part.incoming, out=out[index])
@@ -244,7 +246,9 @@ class _ChunkScan(torch.autograd.Function):
             states = before[:, block].reshape(-1, *_matrix(before))  # [m·g, n, e·p]
 
             # The state, from the last chunk to the first.
-            grad_before = (part.queries.transpose(1, 2) @ grad_read).view(before[:, block].shape)
+            grad_before = torch.bmm(part.queries.transpose(1, 2), grad_read).view(
+                before[:, block].shape
+            )
             grad_added = torch.empty_like(grad_before)
             grad_added[:, -1] = state
             for c in range(block.stop - 1, block.start - 1, -1):
@@ -259,22 +263,22 @@ class _ChunkScan(torch.autograd.Function):
             grad_added = grad_added.view(states.shape)
 
             # Inside chunks: the gradient of scores times decays, and what it gives to both.
-            grad_inputs = part.decayed_scores().transpose(1, 2) @ grad_heads
-            grad_inner = grad_heads @ part.inputs.transpose(1, 2)
+            grad_inputs = torch.bmm(part.decayed_scores().transpose(1, 2), grad_heads)
+            grad_inner = torch.bmm(grad_heads, part.inputs.transpose(1, 2))
             if grads.diagonal is not None:
                 _heads_first(grads.diagonal[:, block]).copy_(part.on_diagonal(grad_inner))
             part.decay(grad_inner)
             grad_scores = part.over_heads(grad_inner)
-            of_queries = grad_scores @ part.keys
+            of_queries = torch.bmm(grad_scores, part.keys)
             of_queries.baddbmm_(grad_read, states.transpose(1, 2))
             grad_queries[index].copy_(of_queries.view(grad_queries[index].shape))
-            of_keys = grad_scores.transpose(1, 2) @ part.queries
+            of_keys = torch.bmm(grad_scores.transpose(1, 2), part.queries)
             of_keys.baddbmm_(part.weighted, grad_added.transpose(1, 2))
             grad_keys[index].copy_(of_keys.view(grad_keys[index].shape))
             grad_log_inner = part.times_scores(grad_inner)  # overwrites the scores' gradient
 
-            grad_incoming = part.over_rows(grad_read.mul_(part.queries @ states))
-            later = part.keys @ grad_added
+            grad_incoming = part.over_rows(grad_read.mul_(torch.bmm(part.queries, states)))
+            later = torch.bmm(part.keys, grad_added)
             grad_outgoing = part.over_rows(part.weighted.mul_(later))
             of_inputs = part.by_head(grad_inputs)
             of_inputs.addcmul_(part.from_groups(later), part.outgoing)

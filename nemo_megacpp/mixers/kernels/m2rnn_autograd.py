@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-# What the states of one token may take: with what the recurrence computes from them they then stay
-# in a core's L2 cache, and torch starts no threads for them, which would cost more than they bring.
+# What the states of one token may take for each of torch's threads: with what the recurrence
+# computes from them they then stay in a core's L2 cache. Every operation of a token may start the
+# threads, so there must be work in it for all: two on half of the heads would start them twice.
 _STATE_BYTES = 2**17
 # exp() of more overflows float32; tanh is 1 to its last digit long before.
 _EXP_LIMIT = 80.0
@@ -64,7 +65,8 @@ def _groups(
     """Cut the heads into groups of nearly equal size."""
     length, (batch, heads, key_dim, value_dim) = v.shape[1], initial.shape
     head_bytes = batch * key_dim * value_dim * initial.element_size()
-    count = min(heads, math.ceil(heads * head_bytes / _STATE_BYTES))
+    at_once = _STATE_BYTES * torch.get_num_threads()
+    count = min(heads, math.ceil(heads * head_bytes / at_once))
     size = math.ceil(heads / count)
     queries, keys, values = _time_major(q, k, v)
     new = None if keep is None else ~keep

@@ -18,6 +18,11 @@ from torch import Tensor
 _NEAR = 8  # tokens in the smallest stretch; smaller halves cost more operations than they save
 
 
+def cut(x: Tensor, step: int) -> tuple[Tensor, ...]:
+    """Cut ``[b, c, ...]`` into blocks of ``step`` chunks; a short row is one block as it is."""
+    return (x,) if x.shape[1] <= step else x.split(step, dim=1)
+
+
 class SegmentDecays(NamedTuple):
     """Decays inside chunks of ``q`` tokens, ``q`` a power of two.
 
@@ -49,7 +54,7 @@ class InnerDecays:
 
     def __init__(self, near: Tensor, halves: Tensor, step: int):
         batch, count, heads, _, size = halves.shape
-        self._near = near.tril_().split(step, dim=1)
+        self._near = cut(near.tril_(), step)
         self._size = size
         self._factors = []
         outer, start = halves.stride()[:3], halves.storage_offset()
@@ -59,7 +64,7 @@ class InnerDecays:
             middle = start + size // 2
             first = halves.as_strided((*shape[:4], 1, half), (*outer, half, 1, 1), middle)
             start += size
-            self._factors.append((second.split(step, dim=1), first.split(step, dim=1)))
+            self._factors.append((cut(second, step), cut(first, step)))
         self._squares: dict[int, tuple[Tensor, Tensor, Tensor, list[Tensor]]] = {}
 
     def of(self, block: int, diagonal: Tensor | None = None) -> Tensor:
