@@ -46,7 +46,7 @@ _ENVIRONMENT = {
 }
 _ONLY_PRINTS = re.compile(
     r"nemo-megacpp (recipes|plan|layouts|compare|settings|report|doctor"
-    r"|megatron-args|checkpoint (inspect|verify)|data (inspect|verify|adopt)) "
+    r"|megatron-args|checkpoint (inspect|verify)|data (inspect|verify|adopt))( |$)"
 )
 _PRELOADED = (
     "nemo_megacpp.contract.plan_page",

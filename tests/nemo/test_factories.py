@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +50,14 @@ def _launch(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int, local: 
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+
+
+def test_the_program_finds_the_factories(factories: Any) -> None:
+    """``nemo`` imports what is installed in this group."""
+    (entry,) = entry_points(group="nemo_run.cli", name="nemo_megacpp")
+    assert entry.load() is factories
+    for name in CATALOG:
+        assert callable(getattr(entry.load(), name))
 
 
 @pytest.mark.parametrize("name", CATALOG)
