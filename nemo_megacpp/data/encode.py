@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_megacpp.data.corpus import Document, Reading, Tally, iter_documents
+from nemo_megacpp.data.corpus import Document, Reading, Tally
+from nemo_megacpp.data.documents import iter_documents
 from nemo_megacpp.data.indexed import IndexedTokens, token_dtype, write_index
 from nemo_megacpp.data.shards import Shard
 from nemo_megacpp.data.side_channels import document_ids

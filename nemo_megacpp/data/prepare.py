@@ -26,7 +26,6 @@ from nemo_megacpp.data.corpus import (
     USUAL_DOCUMENT_BYTES,
     Reading,
     Tally,
-    check_encoding,
     find_files,
 )
 from nemo_megacpp.data.encode import encode, join_parts, part_folder, sample, survey
@@ -41,6 +40,7 @@ from nemo_megacpp.data.prepared import (
 from nemo_megacpp.data.shards import Shard, cut, usual_workers, workers
 from nemo_megacpp.data.split import PLACE, SplitPlan, check_held_out, plan_split
 from nemo_megacpp.data.staging import bars, clear_stage, staging
+from nemo_megacpp.data.text_encoding import check_encoding
 from nemo_megacpp.data.tokenizer import (
     check_vocab_size,
     copy_tokenizer,

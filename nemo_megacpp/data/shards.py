@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_megacpp.data.corpus import COMPRESSED, SourceFile, wide_encoding
+from nemo_megacpp.data.corpus import COMPRESSED, SourceFile
+from nemo_megacpp.data.text_encoding import wide_encoding
 
 SHARD_BYTES = 32 << 20
 """Size of a shard, where files or lines allow it."""
