@@ -27,6 +27,7 @@ from nemo_megacpp.checkpoint.pickle_limits import (
     validate_torch_file,
     validate_values,
 )
+from nemo_megacpp.core.checkpoints import COMMON
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.json_files import Count, read_json, read_limited
 from nemo_megacpp.printable import cut, printable
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 METADATA = ".metadata"
-COMMON = "common.pt"
 EXTRA_STATE = "_extra_state"
 """Of a Transformer Engine module: a pickle, as bytes in a tensor or in a ``BytesIO``."""
 _MODELOPT = "modelopt_state"
@@ -112,6 +112,8 @@ def _additions() -> dict[str, Any]:
         "builtins.slice": slice,
         "pathlib.Path": Path,
         "torch.storage._load_from_bytes": _load_nested,
+        # What Megatron puts in its place, from 0.18 on.
+        "megatron.core.safe_globals.safe_load_from_bytes": _load_nested,
         **{f"numpy.dtypes.{n}DType": getattr(np.dtypes, f"{n}DType") for n in _NUMPY_DTYPES},
         **{
             f"numpy.{core}.multiarray.{name}": function
@@ -243,6 +245,38 @@ def _keys(held: Any) -> Iterator[str]:
             yield from _keys(value)
 
 
+def read_object(weights: Path, metadata: Metadata, name: str) -> Any:
+    """Return one of the objects among the tensors of a checkpoint.
+
+    Args:
+        weights: the folder with ``.metadata`` in it.
+        metadata: what it holds.
+        name: of the object.
+
+    Raises:
+        UserError: it is damaged, or names something that is not allowed.
+    """
+    validate_places(weights, metadata)
+    (place,) = (place for index, place in metadata.storage_data.items() if index.fqn == name)
+    return _read_object(weights, name, place)[0]
+
+
+def _read_object(weights: Path, name: str, place: Any) -> tuple[Any, str, int]:
+    """Return an object, its place in words for messages, and its bytes."""
+    file, what = weights / place.relative_path, f"{weights / place.relative_path} ({name})"
+    if place.transform_descriptors:
+        raise UserError(f"{what} is refused: transformed storage is not supported.")
+    if place.length > _LIMIT:
+        raise UserError(f"{what} is damaged: it is larger than {_LIMIT:,} bytes.")
+    try:
+        with file.open("rb") as stream:
+            stream.seek(place.offset)
+            content = stream.read(place.length)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
+    return _read_torch(content, what), what, len(content)
+
+
 def scan_checkpoint(weights: Path, share: int = 0, of: int = 1) -> int:
     """Refuse a distributed checkpoint any of whose pickles names something that is not allowed.
 
@@ -281,18 +315,7 @@ def scan_checkpoint(weights: Path, share: int = 0, of: int = 1) -> int:
         if any(EXTRA_STATE in key for key in _keys(held)):
             raise UserError(f"{path} is refused: {EXTRA_STATE} does not belong in this file.")
     for name, place in places:
-        file, what = weights / place.relative_path, f"{weights / place.relative_path} ({name})"
-        if place.transform_descriptors:
-            raise UserError(f"{what} is refused: transformed storage is not supported.")
-        if place.length > _LIMIT:
-            raise UserError(f"{what} is damaged: it is larger than {_LIMIT:,} bytes.")
-        try:
-            with file.open("rb") as stream:
-                stream.seek(place.offset)
-                content = stream.read(place.length)
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}.") from None
-        held = _read_torch(content, what)
+        held, what, size = _read_object(weights, name, place)
         if EXTRA_STATE in name:
-            _guarded(functools.partial(_scan_extra_state, held), what, len(content))
+            _guarded(functools.partial(_scan_extra_state, held), what, size)
     return 1 + len(files) + len(places)
