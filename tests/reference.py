@@ -20,7 +20,7 @@ Reference = Callable[["StepSpec"], "tuple[GlobalValues, StepResult]"]
 def reference(ranks: WorkerPool) -> Reference:
     """Return a function from a spec to its weights and its steps on one rank, cached."""
     from nemo_megacpp.layout import ParallelLayout
-    from nemo_megacpp.nemo.proof_run import run_step
+    from tests.path import run_step
 
     known: dict[str, tuple[GlobalValues, StepResult]] = {}
 

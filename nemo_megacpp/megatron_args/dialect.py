@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from nemo_megacpp.core.releases import imported
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.pattern import MegatronArgument
 
@@ -103,7 +104,7 @@ def choose(megatron: str | None) -> tuple[Dialect, str]:
         UserError: neither folder nor release, or another series than the stack is written for.
     """
     if megatron is None:
-        release = installed()
+        release = imported()
     elif Path(megatron).is_dir():
         release = _release_at(Path(megatron))
     else:

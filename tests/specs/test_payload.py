@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.models.mamba import MambaModel
 from megatron.core.transformer import TransformerConfig
 
+from nemo_megacpp.core.model import CoreModel, model_arguments, stage_argument
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.pattern import HybridPattern
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import fake_rank
@@ -224,12 +225,14 @@ def test_a_plain_configuration_is_refused_with_virtual_stages() -> None:
         fake_rank(layout, 0),
         pytest.raises(UserError, match="m2rnn_depth_state crosses the cuts of virtual pipeline"),
     ):
-        MambaModel(
+        stack = build_hybrid_stack_spec(fields, vp_stage=0, pattern="RARA")
+        CoreModel(
             config,
-            build_hybrid_stack_spec(fields, vp_stage=0),
-            *(118, 16),
-            hybrid_override_pattern="RARA",
+            **model_arguments(stack, HybridPattern.parse("RARA"), 4),
+            vocab_size=118,
+            max_sequence_length=16,
             post_process=False,
+            **stage_argument(0),
         )
 
 
@@ -238,11 +241,12 @@ def test_a_plain_configuration_gets_the_payload_too() -> None:
     layout = ParallelLayout.parse("pp=2")
     config = _plain("RARA", layout)
     with fake_rank(layout, 0):
-        model = MambaModel(
+        stack = build_hybrid_stack_spec(read_spec_name(_NAME), pattern="RARA")
+        model = CoreModel(
             config,
-            build_hybrid_stack_spec(read_spec_name(_NAME)),
-            *(118, 16),
-            hybrid_override_pattern="RARA",
+            **model_arguments(stack, HybridPattern.parse("RARA"), 2),
+            vocab_size=118,
+            max_sequence_length=16,
             post_process=False,
         )
         tokens = torch.arange(32).view(2, 16)
