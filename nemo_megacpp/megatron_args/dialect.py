@@ -121,13 +121,6 @@ def choose(megatron: str | None) -> tuple[Dialect, str]:
     return dialect, release
 
 
-def installed() -> str:
-    """Return the release of the installed Megatron-Core."""
-    from megatron.core.package_info import __version__ as release
-
-    return release
-
-
 def _release_at(checkout: Path) -> str:
     try:
         text = (checkout / _PACKAGE_INFO).read_text(encoding="utf-8")
