@@ -101,7 +101,6 @@ class _Block:
         self.inner = row.decays.inner.of(index, row.diagonal and row.diagonal[index])
         self.scores = torch.bmm(self.queries, self.keys.transpose(1, 2))  # [m·g, q·r, q·r]
         self.inputs = self.per_head(self.values, self.weight)
-        self.weighted = self.per_group(self.by_head(self.inputs), self.outgoing)
 
     def per_head(self, x: Tensor, factor: Tensor) -> Tensor:
         """``x [b, k, g, e, q, r, p] · factor`` as matrices ``[m·h, q·r, p]``."""
@@ -114,6 +113,10 @@ class _Block:
         out = x.new_empty(self.grouped)
         torch.mul(x, factor, out=out.permute(0, 1, 2, 5, 3, 4, 6))
         return out.view(-1, self.rows, self.grouped[-2] * self.grouped[-1])
+
+    def at_end(self) -> Tensor:
+        """The inputs, decayed to the end of their chunk: ``[m·g, q·r, e·p]``."""
+        return self.per_group(self.by_head(self.inputs), self.outgoing)
 
     def by_head(self, x: Tensor) -> Tensor:
         """Undo :meth:`per_head`; a view."""
@@ -188,21 +191,35 @@ class _ChunkScan(torch.autograd.Function):
         weight: Tensor,
         diagonal: Tensor | None,
         D: Tensor | None,
-        initial: Tensor,
+        initial: Tensor | None,
         starts: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        final: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
         inputs = _Inputs(values, keys, queries, log_decay, weight, diagonal, D)
         row = _Row(inputs)
-        resets = _resets(starts, values.shape[1])
         y = _empty(values)
         out = row.by_head(y)
+        if initial is None and not final and values.shape[1] == 1:  # no state comes or goes
+            part = _Block(row, 0)
+            inside = part.by_head(torch.bmm(part.decayed_scores(), part.inputs))
+            if row.D is not None:
+                inside.addcmul_(part.values, row.D)
+            out[0].copy_(inside)
+            ctx.save_for_backward(*inputs, None, None)
+            return y, None
+        if initial is None:
+            initial = values.new_zeros(
+                values.shape[0], values.shape[3], values.shape[5], keys.shape[5]
+            )
+        resets = _resets(starts, values.shape[1])
         state = _state_by_group(initial, keys.shape[3])  # [b, g, n, e, p]
         before = state.new_empty(state.shape[0], values.shape[1] + 1, *state.shape[1:])
         before[:, 0] = state  # and the state after the last chunk is the last
         for index, block in enumerate(row.blocks):
             part = _Block(row, index)
             inside = part.by_head(torch.bmm(part.decayed_scores(), part.inputs))
-            added = torch.bmm(part.keys.transpose(1, 2), part.weighted)
+            added = torch.bmm(part.keys.transpose(1, 2), part.at_end())
             added = added.view(-1, part.shape[1], *state.shape[1:])
             for i, c in enumerate(range(block.start, block.stop)):
                 if resets[c] is not None:
@@ -213,16 +230,17 @@ class _ChunkScan(torch.autograd.Function):
                 inside.addcmul_(part.values, row.D)
             torch.addcmul(inside, part.from_groups(read), part.incoming, out=out[index])
         ctx.save_for_backward(*inputs, before, starts)
-        return y, _state_by_head(before[:, -1])
+        return y, _state_by_head(before[:, -1]) if final else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: FunctionCtx, grad_y: Tensor | None, grad_final: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         *saved, before, starts = ctx.saved_tensors  # type: ignore[attr-defined]
         inputs = _Inputs(*saved)
         row = _Row(inputs)
         values, D = inputs.values, inputs.D
-        resets = _resets(starts, values.shape[1])
         grads = _Inputs(
             values=_empty(inputs.values),
             keys=_empty(inputs.keys),
@@ -236,31 +254,19 @@ class _ChunkScan(torch.autograd.Function):
         grad_values = row.by_head(grads.values)
         grad_keys, grad_queries = row.by_group(grads.keys), row.by_group(grads.queries)
         grad_weight, grad_log_decay = _heads_first(grads.weight), _heads_first(grads.log_decay)
-        grad_rows = row.by_head(grad_y)
-        state = _state_by_group(grad_final, inputs.keys.shape[3])
+        grad_rows = row.by_head(torch.zeros_like(values) if grad_y is None else grad_y)
+        states = None
+        if before is not None:
+            resets = _resets(starts, values.shape[1])
+            if grad_final is None:
+                state = torch.zeros_like(before[:, 0])
+            else:
+                state = _state_by_group(grad_final, inputs.keys.shape[3])
+            states = _States(row, before, resets, state)
         for index, block in reversed(list(enumerate(row.blocks))):
             part = _Block(row, index)
             grad = grad_rows[index]
             grad_heads = grad.contiguous().view(-1, part.rows, grad.shape[-1])
-            grad_read = part.per_group(grad, part.incoming)  # [m·g, q·r, e·p]
-            states = before[:, block].reshape(-1, *_matrix(before))  # [m·g, n, e·p]
-
-            # The state, from the last chunk to the first.
-            grad_before = torch.bmm(part.queries.transpose(1, 2), grad_read).view(
-                before[:, block].shape
-            )
-            grad_added = torch.empty_like(grad_before)
-            grad_added[:, -1] = state
-            for c in range(block.stop - 1, block.start - 1, -1):
-                i = c - block.start
-                to = grad_added[:, i - 1] if i else state
-                torch.addcmul(grad_before[:, i], grad_added[:, i], row.total[:, c], out=to)
-                if resets[c] is not None:
-                    to.masked_fill_(resets[c], 0)
-            torch.mul(grad_added, before[:, block], out=grad_before)
-            grad_total = grad_before.sum(dim=(-3, -1)).flatten(2)
-            grad_total *= row.decays.total()[:, block]
-            grad_added = grad_added.view(states.shape)
 
             # Inside chunks: the gradient of scores times decays, and what it gives to both.
             grad_inputs = torch.bmm(part.decayed_scores().transpose(1, 2), grad_heads)
@@ -270,18 +276,15 @@ class _ChunkScan(torch.autograd.Function):
             part.decay(grad_inner)
             grad_scores = part.over_heads(grad_inner)
             of_queries = torch.bmm(grad_scores, part.keys)
-            of_queries.baddbmm_(grad_read, states.transpose(1, 2))
-            grad_queries[index].copy_(of_queries.view(grad_queries[index].shape))
             of_keys = torch.bmm(grad_scores.transpose(1, 2), part.queries)
-            of_keys.baddbmm_(part.weighted, grad_added.transpose(1, 2))
-            grad_keys[index].copy_(of_keys.view(grad_keys[index].shape))
             grad_log_inner = part.times_scores(grad_inner)  # overwrites the scores' gradient
-
-            grad_incoming = part.over_rows(grad_read.mul_(torch.bmm(part.queries, states)))
-            later = torch.bmm(part.keys, grad_added)
-            grad_outgoing = part.over_rows(part.weighted.mul_(later))
             of_inputs = part.by_head(grad_inputs)
-            of_inputs.addcmul_(part.from_groups(later), part.outgoing)
+
+            of_decays = None
+            if states is not None:
+                of_decays = states.block_backward(part, block, grad, of_queries, of_keys, of_inputs)
+            grad_queries[index].copy_(of_queries.view(grad_queries[index].shape))
+            grad_keys[index].copy_(of_keys.view(grad_keys[index].shape))
             to = grad_values[index]
             torch.mul(of_inputs, part.weight, out=to)
             if row.D is not None and grads.D is not None:
@@ -289,13 +292,74 @@ class _ChunkScan(torch.autograd.Function):
                 grads.D[:, block] = (grad * part.values).sum(dim=(4, 5)).flatten(2, 3)
             of_weight = of_inputs.mul_(part.values).sum(dim=(-2, -1))
             grad_weight[:, block] = of_weight.flatten(2, 3)
-            grad_log_decay[:, block] = log_decay_gradient(
-                grad_log_inner, grad_incoming, grad_outgoing, grad_total
-            )
+            grad_log_decay[:, block] = log_decay_gradient(grad_log_inner, of_decays)
         if grads.D is not None and D is not None:
             grad_D = grads.D.sum(dim=(0, 1))
             grads = grads._replace(D=grad_D.sum(dim=-1) if D.dim() == 1 else grad_D)
-        return *grads, _state_by_head(state), None
+        grad_initial = None
+        if states is not None and ctx.needs_input_grad[7]:  # type: ignore[attr-defined]
+            grad_initial = _state_by_head(states.grad)
+        return *grads, grad_initial, None, None
+
+
+class _States(NamedTuple):
+    """What the backward needs of the states between chunks.
+
+    Attributes:
+        before: ``[b, c + 1, g, n, e, p]``, the state before each chunk.
+        resets: as :func:`_resets` returns them.
+        grad: ``[b, g, n, e, p]``, the gradient of the state after the current block; overwritten.
+    """
+
+    row: _Row
+    before: Tensor
+    resets: list[Tensor | None]
+    grad: Tensor
+
+    def block_backward(
+        self,
+        part: _Block,
+        block: slice,
+        grad: Tensor,
+        of_queries: Tensor,
+        of_keys: Tensor,
+        of_inputs: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add what a block's gradients get through the states, from its last chunk to its first.
+
+        Args:
+            grad: of the output, as values.
+            of_queries: ``[m·g, q·r, n]``, added to; so are of_keys and of_inputs (as values).
+
+        Returns:
+            The gradients of the logarithms of the block's decays: from before a chunk, to its end
+            (``[b, k, h, q]`` each) and over it (``[b, k, h]``).
+        """
+        row, before = self.row, self.before[:, block]
+        grad_read = part.per_group(grad, part.incoming)  # [m·g, q·r, e·p]
+        states = before.reshape(-1, *_matrix(before))  # [m·g, n, e·p]
+        grad_before = torch.bmm(part.queries.transpose(1, 2), grad_read).view(before.shape)
+        grad_added = torch.empty_like(grad_before)
+        grad_added[:, -1] = self.grad
+        for c in range(block.stop - 1, block.start - 1, -1):
+            i = c - block.start
+            to = grad_added[:, i - 1] if i else self.grad
+            torch.addcmul(grad_before[:, i], grad_added[:, i], row.total[:, c], out=to)
+            reset = self.resets[c]
+            if reset is not None:
+                to.masked_fill_(reset, 0)
+        torch.mul(grad_added, before, out=grad_before)
+        grad_total = grad_before.sum(dim=(-3, -1)).flatten(2)
+        grad_total *= row.decays.total()[:, block]
+        grad_added = grad_added.view(states.shape)
+        weighted = part.at_end()
+        of_queries.baddbmm_(grad_read, states.transpose(1, 2))
+        of_keys.baddbmm_(weighted, grad_added.transpose(1, 2))
+        grad_incoming = part.over_rows(grad_read.mul_(torch.bmm(part.queries, states)))
+        later = torch.bmm(part.keys, grad_added)
+        grad_outgoing = part.over_rows(weighted.mul_(later))
+        of_inputs.addcmul_(part.from_groups(later), part.outgoing)
+        return grad_incoming, grad_outgoing, grad_total
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -340,7 +404,8 @@ def chunk_scan(
     D: Tensor | None = None,
     initial: Tensor | None = None,
     starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    final: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Scan rows that are cut into chunks (:mod:`nemo_megacpp.mixers.kernels.chunks`).
 
     No sum crosses heads but that of a group for the gradients of its keys and queries, and a
@@ -355,14 +420,15 @@ def chunk_scan(
         D: ``[h]`` or ``[h, p]``, the skip weight.
         initial: ``[b, h, p, n]``; zero if None.
         starts: bool ``[b, c]``: the state before these chunks is zero.
+        final: also return the last state. Without it, a row of one chunk that starts from zero
+            has no states to compute.
 
     Returns:
-        ``y [b, c, q, h, r, p]`` and the state ``[b, h, p, n]`` after the last token.
+        ``y [b, c, q, h, r, p]`` and the state ``[b, h, p, n]`` after the last token, or None.
     """
-    if initial is None:
-        shape = (values.shape[0], values.shape[3], values.shape[5], keys.shape[5])
-        initial = values.new_zeros(shape)
-    y, final = _ChunkScan.apply(
-        values, keys, queries, log_decay, weight, diagonal, D, initial.to(values.dtype), starts
+    if initial is not None:
+        initial = initial.to(values.dtype)
+    y, state = _ChunkScan.apply(
+        values, keys, queries, log_decay, weight, diagonal, D, initial, starts, final
     )
-    return y, final
+    return y, state

@@ -157,7 +157,9 @@ def _pairs(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
     return up_to, up_to.t() - torch.eye(size, dtype=dtype, device=device)
 
 
-def log_decay_gradient(inner: Tensor, incoming: Tensor, outgoing: Tensor, total: Tensor) -> Tensor:
+def log_decay_gradient(
+    inner: Tensor, of_states: tuple[Tensor, Tensor, Tensor] | None = None
+) -> Tensor:
     """Return the gradient ``[b, k, h, q]`` of ``log_decay``, from those of the decays' logarithms.
 
     Token ``t`` decays every pair ``(i, j)`` with ``j < t <= i``. A chain of differences would take
@@ -165,11 +167,14 @@ def log_decay_gradient(inner: Tensor, incoming: Tensor, outgoing: Tensor, total:
 
     Args:
         inner: ``[b, k, h, q, q]``; overwritten.
-        incoming: ``[b, k, h, q]``; so is outgoing.
-        total: ``[b, k, h]``.
+        of_states: of the incoming and outgoing decays, ``[b, k, h, q]`` each, and of the total,
+            ``[b, k, h]``; None if no state crosses a chunk's ends.
     """
     up_to, earlier = _pairs(inner.shape[-1], inner.dtype, inner.device)
     grad = (inner @ earlier).mul_(up_to).sum(dim=-2)
+    if of_states is None:
+        return grad
+    incoming, outgoing, total = of_states
     grad += incoming @ up_to
     grad += outgoing @ earlier
     return grad.add_(total[..., None])

@@ -123,9 +123,10 @@ def ssd_chunked(
         D=None if D is None else D.to(acc),
         initial=initial_states,
         starts=chunks.starts,
+        final=return_final_states,
     )
     y = from_chunks(y.squeeze(4), chunks)
     if z is not None:
         y = y * F.silu(z.to(acc))
     y = y.to(x.dtype)
-    return (y, final) if return_final_states else y
+    return y if final is None else (y, final)

@@ -48,6 +48,26 @@ def test_optional_tensors_may_be_absent(hold_to, absent):
     hold_to(ssd_naive, ssd_chunked, tensors, 1e-10, OPTIONS, {"chunk_size": 8})
 
 
+@pytest.mark.parametrize("absent", [["initial_states"], ["initial_states", "D"]])
+@pytest.mark.parametrize("length", [1, 5, 64, 65])
+def test_no_state_comes_in_and_none_is_asked_for(hold_to, length, absent):
+    """A row of one chunk then computes no states, a longer one does."""
+    tensors = {k: v for k, v in make(length=length).items() if k not in absent}
+    options = {"dt_softplus": True}
+    hold_to(ssd_naive, ssd_chunked, tensors, 1e-10, options, {"chunk_size": 64})
+
+
+def test_the_last_state_alone_has_the_gradients_of_the_reference():
+    grads = []
+    for form in (ssd_naive, ssd_chunked):
+        t = {k: v.requires_grad_() for k, v in make().items()}
+        _, final = form(**t, **OPTIONS)
+        names = ("x", "dt", "A", "B", "initial_states")
+        grads.append(torch.autograd.grad(final.square().sum(), [t[name] for name in names]))
+    for expected, actual in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 def test_group_layouts_and_per_channel_skip(hold_to, groups):
     tensors = make(groups=groups)
