@@ -42,7 +42,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from nemo_megacpp.megatron_args.dialect import choose, installed
+    from nemo_megacpp.core.releases import imported
+    from nemo_megacpp.megatron_args.dialect import choose
 
     dialect, release = choose(args.megatron)  # before anything imports Megatron
 
@@ -55,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
     device = args.device or current_host().device
     words, remarks = megatron_arguments(recipe, dialect, run_dir, device)
     if dialect is not choose(None)[0]:
-        remarks.append(f"the recipe was validated with the installed Megatron-Core {installed()}")
+        remarks.append(f"the recipe was validated with the installed Megatron-Core {imported()}")
     if args.device is None and device == "cpu":
         remarks.append("this machine has no GPU: these are arguments for a CPU (--device cuda)")
     for remark in remarks:

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from nemo_megacpp.core.releases import imported
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.pattern import MegatronArgument
 
@@ -103,7 +104,7 @@ def choose(megatron: str | None) -> tuple[Dialect, str]:
         UserError: neither folder nor release, or another series than the stack is written for.
     """
     if megatron is None:
-        release = installed()
+        release = imported()
     elif Path(megatron).is_dir():
         release = _release_at(Path(megatron))
     else:
@@ -118,13 +119,6 @@ def choose(megatron: str | None) -> tuple[Dialect, str]:
     if dialect is None:
         raise UserError(f"Megatron-LM {release} is not {' or '.join(_DIALECTS)}. {_BETWEEN}")
     return dialect, release
-
-
-def installed() -> str:
-    """Return the release of the installed Megatron-Core."""
-    from megatron.core.package_info import __version__ as release
-
-    return release
 
 
 def _release_at(checkout: Path) -> str:

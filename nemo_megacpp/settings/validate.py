@@ -15,12 +15,25 @@ from nemo_megacpp.settings.training_verdicts import DDP, OPTIMIZER
 from nemo_megacpp.settings.transformer_verdicts import TRANSFORMER
 from nemo_megacpp.settings.verdict import Setting, Table
 
-TABLES: dict[type, Table] = {
+ALL_RELEASES: dict[type, Table] = {
     TransformerConfig: TRANSFORMER,
     DistributedDataParallelConfig: DDP,
     OptimizerConfig: OPTIMIZER,
 }
-"""Configuration of Megatron -> field -> verdict."""
+"""Configuration of Megatron -> field of any supported release -> verdict."""
+
+TABLES: dict[type, Table] = {
+    kind: {f.name: table[f.name] for f in dataclasses.fields(kind) if f.name in table}
+    for kind, table in ALL_RELEASES.items()
+}
+"""Configuration of Megatron -> field of the installed release -> verdict."""
+
+
+_DEGREES = {
+    "tensor_parallel_num_weight_shards": "tensor_model_parallel_size",
+    "expert_tensor_parallel_num_weight_shards": "expert_tensor_parallel_size",
+}
+"""Refused field -> the field whose value Megatron gives it where nobody sets it."""
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -49,6 +62,8 @@ def setting_violations(kind: type, values: Mapping[str, Any]) -> Iterator[str]:
                     f"{kind.__name__}.{field.name}={value!r}: nemo_megacpp does not know this "
                     f"setting of the installed Megatron-Core. Legal: {default!r}."
                 )
+        elif field.name in _DEGREES and value == values.get(_DEGREES[field.name]):
+            continue
         elif not setting.accepts(value, default):
             reason = setting.otherwise or setting.reason
             legal = ", ".join(map(repr, legal_values(setting, default)))
