@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.pattern import CUT, HybridPattern
+from nemo_megacpp.pattern import HybridPattern
 
 try:
     from megatron.core.models.hybrid.hybrid_model import HybridModel as CoreModel
@@ -17,9 +17,6 @@ except ImportError:  # MambaModel until 0.17
     from megatron.core.models.mamba import MambaModel as CoreModel
 
 _MODEL = signature(CoreModel.__init__).parameters
-
-_LEGAL = frozenset("M*E-")
-"""Symbols that every release validates as layers."""
 
 
 def stage_argument(vp_stage: int | None) -> dict[str, Any]:
@@ -52,9 +49,23 @@ def stand_in_pattern(pattern: HybridPattern, chunks: int) -> str:
 
     Megatron's model builds nothing of the symbols: its stack does, and the stack is ours.
     """
-    symbols = [family.megatron_symbol for family in pattern.families]
-    symbols = [symbol if symbol in _LEGAL else "M" for symbol in symbols]
-    return CUT.join("".join(symbols[chunk.start : chunk.stop]) for chunk in pattern.chunks(chunks))
+    cut = pattern.cut_into(chunks)
+    return cut.to_megatron("hybrid_layer_pattern", cuts=True, stand_ins=True)
+
+
+def only_stage(layer_type_list: Sequence[str], stages: int) -> str:
+    """Return the pattern of a model whose spec carries none: the layers of its only stage.
+
+    Raises:
+        UserError: there are other stages, whose layers Megatron does not show this one.
+    """
+    if stages > 1:
+        raise UserError(
+            f"Megatron shows the stack of a pipeline stage its own layers only, here "
+            f"{''.join(layer_type_list)!r}. Give the whole pattern in the spec's name, as in "
+            f"--spec nemo_megacpp.specs 'hybrid_stack_spec(hybrid_pattern=AEM|R)'."
+        )
+    return "".join(layer_type_list)
 
 
 def chunk_at(
@@ -83,3 +94,25 @@ def chunk_at(
         f"{', '.join(f'{chunk.start} to {chunk.stop - 1}' for chunk in chunks)}. Give both the same"
         f" depth and cuts."
     )
+
+
+def check_symbols(pattern: HybridPattern, chunk: range, layer_type_list: Sequence[str]) -> None:
+    """Refuse a model whose own pattern says something else than the one that the spec carries.
+
+    Megatron counts E blocks and FLOP/s by its own.
+
+    Args:
+        pattern: of the whole model.
+        chunk: the layers of a stack.
+        layer_type_list: the symbols that Megatron's model selected for it.
+
+    Raises:
+        UserError: they are not the symbols of these layers.
+    """
+    here = HybridPattern(pattern.families[chunk.start : chunk.stop])
+    wanted = here.to_megatron("hybrid_layer_pattern", stand_ins=True)
+    if wanted != "".join(layer_type_list):
+        raise UserError(
+            f"The model's layer pattern has {''.join(layer_type_list)!r} at layers {chunk.start} "
+            f"to {chunk.stop - 1}, and the stack's is {here.letters}: give {wanted!r} there."
+        )

@@ -79,7 +79,7 @@ def megatron_arguments(
     recipe, sources = open_data(recipe)
     config = validate_model(recipe, device)
     model, unsaid = model_options(config, dialect)
-    refusals = [*unsaid, *_refusals(recipe, config, dialect)]
+    refusals = [*unsaid, *_refusals(recipe, config, dialect, device)]
     if refusals:
         listed = "\n".join(f"  {refusal}" for refusal in refusals)
         raise UserError(f"{dialect.script} has no option for this of {recipe.name}:\n{listed}")
@@ -99,7 +99,7 @@ def megatron_arguments(
     return words, remarks
 
 
-def _refusals(recipe: Recipe, config: HybridConfig, dialect: Dialect) -> list[str]:
+def _refusals(recipe: Recipe, config: HybridConfig, dialect: Dialect, device: Device) -> list[str]:
     """Return what the script has no option for, one phrase each."""
     found = []
     training = recipe.training
@@ -107,6 +107,11 @@ def _refusals(recipe: Recipe, config: HybridConfig, dialect: Dialect) -> list[st
         found.append(
             f"resume={recipe.resume}: the script resumes only checkpoints of its own format; "
             f"resume=auto takes the newest in run_dir"
+        )
+    if recipe.resume == "auto" and training.use_distributed_optimizer and device == "cpu":
+        found.append(
+            "resume=auto with use_distributed_optimizer=true on a CPU: Megatron loads that state "
+            "only with Transformer Engine or Apex; use use_distributed_optimizer=false"
         )
     if recipe.init_from is not None:
         found.append(f"init_from={recipe.init_from}: the script loads only its own checkpoints")

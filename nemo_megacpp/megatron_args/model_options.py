@@ -78,7 +78,9 @@ def model_options(config: HybridConfig, dialect: Dialect) -> tuple[list[str], li
     """
     pattern, in_the_name = config.pattern, None
     if dialect.reads_the_pattern:
-        pattern = _cut(config)
+        # The script reads the number of virtual stages from the cuts.
+        virtual = config.virtual_pipeline_model_parallel_size or 1
+        pattern = config.pattern.cut_into(config.pipeline_model_parallel_size * virtual)
         in_the_name = str(
             pattern
         )  # Megatron's own has stand-ins for families that it does not know
@@ -133,14 +135,6 @@ def model_options(config: HybridConfig, dialect: Dialect) -> tuple[list[str], li
             refusals.append(f"{field.name}={value!r}")
         words += found or []
     return words, refusals
-
-
-def _cut(config: HybridConfig) -> HybridPattern:
-    """Return the pattern with a cut before every chunk of the layout but the first, and no other:
-    the script reads the number of virtual stages from it."""
-    stages = config.pipeline_model_parallel_size
-    chunks = config.pattern.chunks(stages * (config.virtual_pipeline_model_parallel_size or 1))
-    return HybridPattern(config.pattern.families, tuple(chunk.start for chunk in chunks[1:]))
 
 
 def _pattern(pattern: HybridPattern, dialect: Dialect) -> list[str]:

@@ -204,6 +204,15 @@ class HybridPattern:
             f"Legal numbers of chunks: {', '.join(map(str, _divisors(depth)))}{self._advice(n)}"
         )
 
+    def cut_into(self, n: int) -> HybridPattern:
+        """Return the pattern with a cut before each of ``n`` chunks but the first, and no other.
+
+        Raises:
+            UserError: as `chunks`.
+        """
+        starts = tuple(chunk.start for chunk in self.chunks(n)[1:])
+        return HybridPattern(self.families, starts, self.mtp_families, self.mtp_num_depths)
+
     def _advice(self, n: int) -> str:
         if n > len(self):
             return "."

@@ -59,6 +59,13 @@ def validate_script(model: TransformerConfig) -> None:
 def _argument_violations(model: TransformerConfig, args: Any) -> Iterator[str]:
     if getattr(args, "use_torch_fsdp2", False):
         yield "--use-torch-fsdp2: no case covers torch's FSDP. Leave it out."
+    if getattr(args, "dataloader_inter_document_masking", False):
+        yield (
+            "--dataloader-inter-document-masking: no case covers the packs of the script's own "
+            "data loader. Leave it out, or train packed_documents=true with nemo-megacpp train."
+        )
+    if getattr(args, "logits_load_dir", None) is not None:
+        yield "--logits-load-dir: no case covers its distillation loss. Leave it out."
     # A script's loss function divides by the unmasked tokens of one context-parallel rank.
     if model.context_parallel_size == 1 or model.calculate_per_token_loss:
         return

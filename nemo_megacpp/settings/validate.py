@@ -29,6 +29,13 @@ TABLES: dict[type, Table] = {
 """Configuration of Megatron -> field of the installed release -> verdict."""
 
 
+_DEGREES = {
+    "tensor_parallel_num_weight_shards": "tensor_model_parallel_size",
+    "expert_tensor_parallel_num_weight_shards": "expert_tensor_parallel_size",
+}
+"""Refused field -> the field whose value Megatron gives it where nobody sets it."""
+
+
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """Return the default of a configuration's field."""
     if field.default_factory is not dataclasses.MISSING:
@@ -55,6 +62,8 @@ def setting_violations(kind: type, values: Mapping[str, Any]) -> Iterator[str]:
                     f"{kind.__name__}.{field.name}={value!r}: nemo_megacpp does not know this "
                     f"setting of the installed Megatron-Core. Legal: {default!r}."
                 )
+        elif field.name in _DEGREES and value == values.get(_DEGREES[field.name]):
+            continue
         elif not setting.accepts(value, default):
             reason = setting.otherwise or setting.reason
             legal = ", ".join(map(repr, legal_values(setting, default)))

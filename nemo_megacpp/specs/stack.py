@@ -32,7 +32,7 @@ from megatron.core.utils import WrappedTensor, make_viewless_tensor
 
 from nemo_megacpp.config import HybridConfig, config_violations
 from nemo_megacpp.core.layers import layer_number_arguments, mamba_layer_arguments
-from nemo_megacpp.core.model import chunk_at
+from nemo_megacpp.core.model import check_symbols, chunk_at, only_stage
 from nemo_megacpp.core.releases import require_supported
 from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.families import added, registered
@@ -121,16 +121,21 @@ class HybridStack(MegatronModule):
         if is_mtp_layer:
             raise UserError("The hybrid stack has no multi-token prediction (mtp_num_layers).")
         written = pattern or hybrid_override_pattern
-        if written is None and layer_type_list is not None and self.pp_group.size() == 1:
-            written = "".join(layer_type_list)
+        if written is None and layer_type_list is not None:
+            written = only_stage(layer_type_list, self.pp_group.size())
         layers = HybridPattern.parse(written or "", depth=config.num_layers)
         channels = read_side_channels(getattr(config, "side_channels", None))
-        if not isinstance(config, HybridConfig):
-            _validate_plain(config, layers, hybrid_fields, vp_stage)
         stages = self.pp_group.size()
         chunks = layers.chunks(stages * (config.virtual_pipeline_model_parallel_size or 1))
         ours = (vp_stage or 0) * stages + self.pp_group.rank()
         self.layer_range = chunk_at(chunks, layer_type_list, pp_layer_offset, ours)
+        if layer_type_list is not None:
+            check_symbols(layers, self.layer_range, layer_type_list)
+            if config.virtual_pipeline_model_parallel_size is not None:
+                # A script builds all virtual stages with one spec, which knows none.
+                self.vp_stage = chunks.index(self.layer_range) // stages
+        if not isinstance(config, HybridConfig):
+            _validate_plain(config, layers, hybrid_fields, self.vp_stage)
         self._declare_payload(layers.letters, hybrid_fields)
         self.families = tuple(layers.families[i] for i in self.layer_range)
         self._added_families = {block.family for block in added()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_megacpp.core.model import chunk_at, stand_in_pattern
+from nemo_megacpp.core.model import check_symbols, chunk_at, only_stage, stand_in_pattern
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.pattern import HybridPattern
 
@@ -38,3 +38,16 @@ def test_the_models_selection_goes_first() -> None:
 def test_other_cuts_are_refused(symbols: str, offset: int) -> None:
     with pytest.raises(UserError, match=r"chunks at 0 to 2, 3 to 4. Give both the same depth"):
         chunk_at(CHUNKS, list(symbols), offset, ours=0)
+
+
+def test_other_symbols_are_refused() -> None:
+    pattern = HybridPattern.parse("AEMRF")
+    check_symbols(pattern, range(2, 5), ["M", "M", "-"])
+    with pytest.raises(UserError, match=r"'ME-' at layers 2 to 4, .* is MRF: give 'MM-' there"):
+        check_symbols(pattern, range(2, 5), ["M", "E", "-"])
+
+
+def test_a_stage_does_not_know_the_others() -> None:
+    assert only_stage(["M", "*"], 1) == "M*"
+    with pytest.raises(UserError, match=r"here 'M\*'. Give the whole pattern in the spec's name"):
+        only_stage(["M", "*"], 2)

@@ -37,6 +37,8 @@ from nemo_megacpp.specs.named import read_spec_name, spec_name
 from nemo_megacpp.values import read_value
 
 DIALECT, _ = choose("core_v0.16.1")
+_PLAIN = "use_distributed_optimizer=false"
+"""A run on a CPU resumes no other optimizer."""
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +193,9 @@ def test_data_and_training(small_data: PreparedData) -> None:
     plain = _parse(_words("nam56r_tiny", "use_distributed_optimizer=false"))
     assert plain.overlap_grad_reduce
     assert not plain.use_distributed_optimizer and not plain.overlap_param_gather
-    mock = _parse(_words("nam56r_tiny", "resume=auto", "tensorboard=false", "wandb_project=us"))
+    mock = _parse(
+        _words("nam56r_tiny", "resume=auto", "tensorboard=false", "wandb_project=us", _PLAIN)
+    )
     assert (mock.load, mock.tensorboard_dir) == (mock.save, None)
     assert (mock.wandb_project, mock.wandb_exp_name) == ("us", "there")
     assert (mock.mock_data, mock.vocab_size, mock.padded_vocab_size) == (True, "2047", "2048")
@@ -203,7 +207,7 @@ def test_the_schedule_and_the_optimizer() -> None:
     assert (args.lr_decay_style, args.lr_wsd_decay_iters) == ("WSD", "30")
     assert (args.lr_wsd_decay_style, args.adam_beta1, args.adam_eps) == ("linear", "0.8", "1e-06")
     assert float(args.lr_warmup_init) == 4e-3 / 21, "as the recipe's own warm-up begins"
-    args = _parse(_words("nam56r_tiny", "warmup_steps=0", "resume=auto"))
+    args = _parse(_words("nam56r_tiny", "warmup_steps=0", "resume=auto", _PLAIN))
     assert (args.lr_warmup_init, args.lr_decay_style) == (0.0, "cosine")
     assert args.override_opt_param_scheduler, "the settings of the resumed run hold"
 
@@ -247,6 +251,12 @@ def test_what_cannot_be_said_is_listed_at_once() -> None:
         strict=True,
     ):
         assert line.strip().startswith(start)
+
+
+def test_a_distributed_optimizer_is_not_resumed_on_a_cpu() -> None:
+    with pytest.raises(UserError, match="resume=auto with use_distributed_optimizer=true on a CPU"):
+        _words("nam56r_tiny", "resume=auto")
+    assert "--load" in _words("nam56r_tiny", "resume=auto", device="cuda")
 
 
 def test_full_recompute_is_an_option() -> None:

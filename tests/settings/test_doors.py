@@ -276,8 +276,22 @@ def test_other_settings_are_let_through(kind: type) -> None:
 
 def test_a_script_with_its_usual_arguments(script: SimpleNamespace) -> None:
     validate_script(HybridConfig(**tiny_model("AEMR")))
-    script.use_torch_fsdp2 = True
-    with pytest.raises(UserError, match="--use-torch-fsdp2"):
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_torch_fsdp2", True),
+        ("use_megatron_fsdp", True),
+        ("dataloader_inter_document_masking", True),
+        ("logits_load_dir", "logits"),
+    ],
+)
+def test_a_script_with_an_argument_that_no_case_covers(
+    script: SimpleNamespace, name: str, value: object
+) -> None:
+    setattr(script, name, value)
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}|{name}=True"):
         validate_script(HybridConfig(**tiny_model("AEMR")))
 
 

@@ -1,0 +1,69 @@
+"""A recipe on Megatron's own trainer without a GPU: trained, saved, resumed in another layout."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.training.argument_utils", reason="not in the wheel until 0.18")
+
+from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.megatron_args.argument_list import megatron_arguments
+from nemo_megacpp.megatron_args.dialect import choose
+from nemo_megacpp.recipes.recipe import resolve
+from nemo_megacpp.recipes.views import model_settings
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the script runs untouched"),
+]
+SCRIPT = Path(__file__).with_name("hybrid_script.py")
+SETTINGS = (
+    *("seq_length=32", "vocab_size=384", "global_batch_size=4", "micro_batch_size=1"),
+    *("max_steps=4", "save_interval=2", "log_interval=1", "warmup_steps=1", "lr_warmup_init=0"),
+    *("limit_val_batches=0", "tensorboard=false", "use_distributed_optimizer=false"),
+)
+_STEP = re.compile(r"iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+) ")
+# Derived from another default, of the same meaning; or how the script runs its pipeline.
+_OTHERS = {
+    *("init_method", "output_layer_init_method", "embedding_init_method", "pipeline_dtype"),
+    *("cp_comm_type", "transformer_impl", "overlap_p2p_comm", "batch_p2p_comm", "is_hybrid_model"),
+}
+
+
+def _run(folder: Path, *settings: str) -> dict[int, tuple[float, float]]:
+    """Run the recipe on two ranks; return loss and gradient norm of each step that was logged."""
+    recipe = resolve("nam56r_tiny", (*SETTINGS, *settings))
+    words, _ = megatron_arguments(recipe, choose(None)[0], str(folder), "cpu")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "nemo_megacpp.runtime", str(SCRIPT), *words],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [_STEP.search(line) for line in done.stdout.splitlines()]
+    return {int(step[1]): (float(step[2]), float(step[3])) for step in found if step}
+
+
+def test_a_recipe_is_trained_saved_and_resumed(tmp_path: Path) -> None:
+    """TP=2, and from its second step on PP=2 with two virtual stages."""
+    steps = _run(tmp_path)
+    assert sorted(steps) == [1, 2, 3, 4]
+    fields = json.loads((tmp_path / "fields.json").read_text())
+    meant = HybridConfig(**model_settings(resolve("nam56r_tiny", SETTINGS), "cpu"))
+    different = {n for n, v in fields.items() if v != repr(getattr(meant, n)) and n not in _OTHERS}
+    assert not different
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = _run(tmp_path, "resume=auto", "tp=1", "pp=2", "vpp=2")
+    assert sorted(resumed) == [3, 4]
+    assert resumed[3] == pytest.approx(steps[3], rel=1e-5, abs=1e-3)
+    # Megatron prints the first step after a start at once, and averages it with the second.
+    mean = (steps[3][0] + steps[4][0]) / 2
+    assert resumed[4] == pytest.approx((mean, steps[4][1]), rel=1e-5, abs=1e-3)
