@@ -112,7 +112,7 @@ def _additions() -> dict[str, Any]:
         "builtins.slice": slice,
         "pathlib.Path": Path,
         "torch.storage._load_from_bytes": _load_nested,
-        # What Megatron puts in its place, from 0.18 on.
+        # What Megatron puts in its place, from 0.17 on.
         "megatron.core.safe_globals.safe_load_from_bytes": _load_nested,
         **{f"numpy.dtypes.{n}DType": getattr(np.dtypes, f"{n}DType") for n in _NUMPY_DTYPES},
         **{
