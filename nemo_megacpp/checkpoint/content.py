@@ -141,6 +141,8 @@ class CheckpointContent:
         path = self.weights / COMMON
         if not path.exists() and COMMON_OBJECT in self.metadata.state_dict_metadata:
             held = read_object(self.weights, self.metadata, COMMON_OBJECT)
+            if isinstance(held, list) and len(held) == 1:  # an object's array of one
+                (held,) = held
         else:
             held = read_torch_file(path)
         if not isinstance(held, dict):

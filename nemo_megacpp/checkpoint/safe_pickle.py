@@ -112,7 +112,7 @@ def _additions() -> dict[str, Any]:
         "builtins.slice": slice,
         "pathlib.Path": Path,
         "torch.storage._load_from_bytes": _load_nested,
-        # What Megatron puts in its place, from 0.18 on.
+        # What Megatron puts in its place, from 0.17 on.
         "megatron.core.safe_globals.safe_load_from_bytes": _load_nested,
         **{f"numpy.dtypes.{n}DType": getattr(np.dtypes, f"{n}DType") for n in _NUMPY_DTYPES},
         **{
@@ -258,9 +258,7 @@ def read_object(weights: Path, metadata: Metadata, name: str) -> Any:
     """
     validate_places(weights, metadata)
     (place,) = (place for index, place in metadata.storage_data.items() if index.fqn == name)
-    held = _read_object(weights, name, place)[0]
-    # Megatron saves a list of what the ranks have under the name; common state is of one of them.
-    return held[0] if isinstance(held, list) and held else held
+    return _read_object(weights, name, place)[0]
 
 
 def _read_object(weights: Path, name: str, place: Any) -> tuple[Any, str, int]:

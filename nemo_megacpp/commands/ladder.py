@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from nemo_megacpp.commands.arguments import add_recipe, print_json, read_count, read_recipe
+from nemo_megacpp.nemo.versions import require_nemo
 
 if TYPE_CHECKING:
     from nemo_megacpp.recipes.recipe import Recipe
@@ -114,6 +115,7 @@ def climb_recipe(
         },
     }
     precision: Any = "float32" if recipe.training.precision == "fp32" else "bfloat16"
+    require_nemo()
     from nemo_megacpp.nemo.proof_run import NEMO, measure_steps  # once all is valid: NeMo
 
     say = lambda line: console.print(f"  {line}")  # noqa: E731

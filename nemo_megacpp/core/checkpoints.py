@@ -13,7 +13,7 @@ COMMON_OBJECT = "common_state/shard_0_1"
 def keep_common_file(weights: Path) -> None:
     """Write ``common.pt`` into a checkpoint that was just saved without it.
 
-    From 0.18 on Megatron saves it as an object among the tensors, and reads the file first where
+    From 0.19 on Megatron saves it as an object among the tensors, and reads the file first where
     there is one. 0.16 knows the file only, so with it a checkpoint loads on every release. Called
     on one rank, after the save and before the manifest.
     """

@@ -1,4 +1,4 @@
-"""What is not sharded: a file in 0.16, an object among the tensors from 0.18 on."""
+"""What is not sharded: a file in 0.16, an object among the tensors from 0.19 on."""
 
 from __future__ import annotations
 
