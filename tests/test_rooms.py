@@ -16,7 +16,18 @@ ROOMS = (
     *("mixer_settings", "hybrid_fields"),
     *("pattern", "core", "families", "layout", "settings", "config"),
     *("mixers", "formulas", "specs", "runtime", "checkpoint", "contract", "proof", "data"),
-    *("recipes", "preflight", "runs", "nemo", "megatron_args", "bridge", "doctor", "commands", "cli"),
+    *(
+        "recipes",
+        "preflight",
+        "runs",
+        "start",
+        "nemo",
+        "megatron_args",
+        "bridge",
+        "doctor",
+        "commands",
+        "cli",
+    ),
 )
 """A room imports from those before it."""
 FRONT_ENDS = {"nemo", "megatron_args", "bridge"}
