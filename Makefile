@@ -5,11 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Two processes: a test that waits for its ranks or commands leaves a core idle.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
-PIP := $(BIN)/python -m pip install --disable-pip-version-check
+INSTALL := python -m pip install --disable-pip-version-check
+PIP := $(BIN)/$(INSTALL)
 # An index that has builds of torch, such as the CPU ones, beside pip's own; a set-up reads it.
 TORCH_INDEX_URL ?=
 PACKAGES := $(VENV)/.packages
 INSTALLED := $(VENV)/.installed
+# The environment of the newest Megatron-Core, and the tests that run in it: those that touch Megatron.
+PYTHON312 ?= python3.12
+CORE_NEW := .venv-core-new
+CORE_NEW_TESTS := $(addprefix tests/,core settings proof specs checkpoint contract runtime mixers \
+  examples data/test_packed_rows.py test_config.py test_families.py test_layout.py test_rooms.py)
 ORACLES := $(VENV)/oracles/.installed
 PEERS := $(VENV)/bench/.installed
 
@@ -17,7 +23,7 @@ PEERS := $(VENV)/bench/.installed
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: train check test test-all lint docs bench bench-gpu install oracles clean
+.PHONY: train check test test-all test-core-new lint docs bench bench-gpu install core-new oracles clean
 
 train: $(INSTALLED)
 	$(BIN)/nemo-megacpp demo --out runs/demo
@@ -31,6 +37,12 @@ test: lint docs $(ORACLES)
 
 test-all: lint docs $(ORACLES)
 	$(PYTEST)
+
+# What touches Megatron, on the newest Megatron-Core. The default environment is set up as well: each
+# loads a checkpoint that the other has saved.
+test-core-new: $(CORE_NEW)/.installed $(INSTALLED)
+	$(CORE_NEW)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" -rs \
+	  --ignore tests/mixers/kernels $(CORE_NEW_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check nemo_megacpp tests examples benchmarks docs/hooks.py
@@ -51,25 +63,44 @@ bench-gpu:
 
 install: $(INSTALLED)
 
+core-new: $(CORE_NEW)/.installed
+
 oracles: $(ORACLES)
 
 # From nothing: what an interrupted set-up left, and packages that are pinned no more, go first.
 # torch comes with its own dependencies, because PyPI's build has its CUDA libraries in packages of
 # their own; the constraints hold them to the pinned set.
+# $(1): Python, $(2): the environment's folder, $(3): its pinned requirements.
+define set_up
+	rm -rf $(2)
+	$(1) -m venv $(2)
+	@echo "== 1 of 4: pip and setuptools"
+	$(2)/bin/$(INSTALL) -c $(3) pip setuptools
+	@echo "== 2 of 4: torch"
+	$(2)/bin/$(INSTALL) -c $(3) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch
+	@echo "== 3 of 4: the other pinned packages"
+	$(2)/bin/$(INSTALL) --no-deps --no-build-isolation -r $(3)
+	@echo "== 4 of 4: whether every package has what it requires"
+	$(2)/bin/python -m pip check
+endef
+
 $(PACKAGES): requirements-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 	  { echo "The pinned requirements are for Python 3.11 and 3.12; $(PYTHON) is another. Use make PYTHON=/path/to/python3.12."; exit 1; }
 	@echo "Setting up $(VENV), once: 3.5 GB with a CPU build of torch, 6.6 GB with a CUDA build."
-	rm -rf $(VENV)
-	$(PYTHON) -m venv $(VENV)
-	@echo "== 1 of 4: pip and setuptools"
-	$(PIP) -c requirements-cpu.txt pip setuptools
-	@echo "== 2 of 4: torch"
-	$(PIP) -c requirements-cpu.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch
-	@echo "== 3 of 4: the other pinned packages"
-	$(PIP) --no-deps --no-build-isolation -r requirements-cpu.txt
-	@echo "== 4 of 4: whether every package has what it requires"
-	$(BIN)/python -m pip check
+	$(call set_up,$(PYTHON),$(VENV),requirements-cpu.txt)
+	touch $@
+
+# The newest Megatron-Core needs Python 3.12, and a set without NeMo.
+$(CORE_NEW)/.packages: requirements-core-new.txt
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+	  { echo "The newest Megatron-Core is tested on Python 3.12; $(PYTHON312) is another, or not there. Use make $(MAKECMDGOALS) PYTHON312=/path/to/python3.12."; exit 1; }
+	@echo "Setting up $(CORE_NEW), once: 1.2 GB with a CPU build of torch, 5 GB with a CUDA build."
+	$(call set_up,$(PYTHON312),$(CORE_NEW),requirements-core-new.txt)
+	touch $@
+
+$(CORE_NEW)/.installed: pyproject.toml $(CORE_NEW)/.packages
+	$(CORE_NEW)/bin/$(INSTALL) --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 $(INSTALLED): pyproject.toml $(PACKAGES)
@@ -91,4 +122,4 @@ $(PEERS): requirements-bench.txt $(PACKAGES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs data build
+	rm -rf $(VENV) $(CORE_NEW) runs data build

@@ -6,11 +6,14 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.needs_nemo import NEEDS_NEMO
+from tests.path import NO_NEMO
 
 pytest_plugins = ["tests.shared_data", "tests.reference"]
 
@@ -19,6 +22,29 @@ CACHE = Path(__file__).parents[1] / "data"
 
 _MARKERS = {"ranks": "ranks", "interpreter": "processes"}
 """Marker by fixture, of the fixtures that start processes."""
+
+
+class _NeedsNemo(pytest.File):
+    """Stands for a file of tests that cannot be imported without NeMo."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        yield _Skipped.from_parent(self, name="needs_nemo")
+
+
+class _Skipped(pytest.Item):
+    def runtest(self) -> None:
+        assert NO_NEMO is not None
+        pytest.skip(f"{NEEDS_NEMO[_below_tests(self.path)]}; {NO_NEMO}")
+
+
+def _below_tests(path: Path) -> str:
+    return str(path.relative_to(Path(__file__).parent))
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> Any:
+    if NO_NEMO is None or _below_tests(module_path) not in NEEDS_NEMO:
+        return None
+    return _NeedsNemo.from_parent(parent, path=module_path)
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this hook, too

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.step_result import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.path import run_step
 
 Reference = Callable[[StepSpec], tuple[GlobalValues, StepResult]]
 

@@ -59,6 +59,14 @@ def supported() -> str:
     )
 
 
+def imported() -> str:
+    """Return the version of the Megatron-Core that this process imports: the installed one, or
+    that of a checkout that is searched before it."""
+    from megatron.core import __version__ as text
+
+    return text
+
+
 @cache
 def installed() -> Release | None:
     """Return the installed Megatron-Core, None without one."""
@@ -72,14 +80,10 @@ def installed() -> Release | None:
 def require_supported() -> None:
     """Refuse to build a model on a Megatron-Core that nothing here was written for.
 
-    A source tree that is imported without being installed has no version to ask; its own series is
-    read from ``megatron.core``.
-
     Raises:
         UserError: the release is refused.
     """
-    from megatron.core import __version__ as text
-
+    text = imported()
     if standing_of(text) == "refused":
         raise UserError(
             f"Megatron-Core {text} is not supported ({supported()}). Install one of them; "

@@ -74,7 +74,7 @@ class CheckedRows(GPTDataset):
     def _ids_beside(self, idx: int) -> dict[str, torch.Tensor]:
         found = {}
         for channel, rows in self._beside:
-            ids, _ = GPTDataset._query_document_sample_shuffle_indices(rows, idx)
+            ids, *_ = GPTDataset._query_document_sample_shuffle_indices(rows, idx)
             if ids.min() < 0 or ids.max() >= channel.vocab_size:
                 raise UserError(
                     f"The {Path(str(self.dataset_path)).name} split of "
@@ -84,11 +84,12 @@ class CheckedRows(GPTDataset):
             found[channel.key] = torch.from_numpy(ids[: self.config.sequence_length]).long()
         return found
 
-    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
-        text, documents = super()._query_document_sample_shuffle_indices(idx)
+    def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
+        # Text, documents, and from 0.18 on the lengths of their parts.
+        text, documents, *more = super()._query_document_sample_shuffle_indices(idx)
         if text.min() < 0 or text.max() >= self.vocab_size:
             raise UserError(self._describe_wrong_id(text, documents))
-        return text, documents
+        return text, documents, *more
 
     def _describe_wrong_id(self, text: np.ndarray, documents: np.ndarray) -> str:
         found, where = int(text[(text < 0) | (text >= self.vocab_size)][0]), ""
@@ -115,7 +116,7 @@ class PackedDocuments(CheckedRows):
     """
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        text, _ = self._query_document_sample_shuffle_indices(0 if idx is None else idx)
+        text, *_ = self._query_document_sample_shuffle_indices(0 if idx is None else idx)
         row = pack_row(torch.from_numpy(text).long(), self.config.tokenizer.eod)
         if idx is None:  # a row that fills up a batch
             row["loss_mask"].zero_()
@@ -176,7 +177,7 @@ def read_rows(
     lengths = IndexedTokens.open(data.train_prefix).lengths
     dataset = open_epoch(data, seq_length, seed)
     for number in range(min(count, len(dataset))):
-        text, numbers = dataset._query_document_sample_shuffle_indices(number)
+        text, numbers, *_ = dataset._query_document_sample_shuffle_indices(number)
         first, offset = dataset.sample_index[dataset.shuffle_index[number]]
         assert numbers[0] == dataset.document_index[first]
         parts, start = [], 0

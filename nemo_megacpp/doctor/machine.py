@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Literal
 
+from nemo_megacpp.core.releases import standing_of, supported
 from nemo_megacpp.doctor.topology import Topology, read_topology
 from nemo_megacpp.nemo.versions import WANTED
 
@@ -173,7 +174,7 @@ class _Package:
 
 _PACKAGES = (
     _Package("torch", "nothing runs. Install the build for your GPUs, or a CPU one", required=True),
-    _Package("megatron-core", f"nothing runs. {_CORE}", WANTED["megatron-core"], required=True),
+    _Package("megatron-core", f"nothing runs. {_CORE}", required=True),
     _Package("einops", f"Megatron's Mamba layers do not import. {_CORE}", required=True),
     _Package("psutil", "saving a checkpoint hangs forever. pip install psutil", required=True),
     _Package("nemo-toolkit", _NO_NEMO, WANTED["nemo-toolkit"]),
@@ -211,6 +212,8 @@ def _finding(package: _Package, gpus: int) -> Finding:
         return Finding(
             package.name, "absent", "broken" if package.required else "limited", package.cost
         )
+    if package.name == "megatron-core":
+        return _core_finding(found, package.cost)
     if package.series is not None and not found.startswith(f"{package.series}."):
         return Finding(
             package.name,
@@ -219,6 +222,15 @@ def _finding(package: _Package, gpus: int) -> Finding:
             f"not {package.series}: {package.cost}",
         )
     return Finding(package.name, found)
+
+
+def _core_finding(found: str, cost: str) -> Finding:
+    standing = standing_of(found)
+    if standing == "proved":
+        return Finding("megatron-core", found)
+    if standing == "tried":
+        return Finding("megatron-core", f"{found}, not proved ({supported()})")
+    return Finding("megatron-core", found, "broken", f"{supported()}: {cost}")
 
 
 def _index_builder() -> Finding:

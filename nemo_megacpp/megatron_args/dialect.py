@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from nemo_megacpp.core.releases import imported
 from nemo_megacpp.errors import UserError
 
 _PACKAGE_INFO = Path("megatron") / "core" / "package_info.py"
@@ -84,7 +85,7 @@ def choose(megatron: str | None) -> tuple[Dialect, str]:
         UserError: neither folder nor release, or another series than the stack is written for.
     """
     if megatron is None:
-        from megatron.core.package_info import __version__ as release
+        release = imported()
     elif Path(megatron).is_dir():
         release = _release_at(Path(megatron))
     else:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from nemo_megacpp.settings.release_verdicts import (
+    DDP_SINCE_0_17,
+    DDP_UNTIL_0_16,
+    OPTIMIZER_SINCE_0_17,
+    OPTIMIZER_UNTIL_0_16,
+)
 from nemo_megacpp.settings.transformer_verdicts import TRANSFORMER
 from nemo_megacpp.settings.verdict import Table, covered, neutral, only_with, proved, refused, table
 
@@ -46,13 +52,15 @@ DDP = table(
         "Megatron's DDP trains the stack; no case covers its FSDP",
     ),
     only_with(
-        """gradient_reduce_div_fusion suggested_communication_unit_size preserve_fp32_weights
+        """gradient_reduce_div_fusion suggested_communication_unit_size
         keep_fp8_transpose_cache fsdp_double_buffer fsdp_manual_registration""",
         "use_megatron_fsdp",
     ),
+    DDP_UNTIL_0_16,
+    DDP_SINCE_0_17,
     configuration="DistributedDataParallelConfig",
 )
-"""Field -> verdict."""
+"""Field -> verdict, of every supported release."""
 
 OPTIMIZER = table(
     # The step.
@@ -75,7 +83,7 @@ OPTIMIZER = table(
     covered("clip_grad", "Bounds the norm over all ranks' gradients"),
     only_with("sgd_momentum", "optimizer='sgd'"),
     only_with(
-        """muon_momentum muon_split_qkv muon_use_nesterov muon_scale_mode muon_fp32_matmul_prec
+        """muon_momentum muon_split_qkv muon_scale_mode muon_fp32_matmul_prec
         muon_num_ns_steps muon_tp_mode muon_extra_scale_factor""",
         "optimizer='muon'",
     ),
@@ -117,6 +125,8 @@ OPTIMIZER = table(
     # What is logged.
     neutral("log_num_zeros_in_grad", "Counts, and changes nothing"),
     _as_the_model("barrier_with_L1_time timers config_logger_dir"),
+    OPTIMIZER_UNTIL_0_16,
+    OPTIMIZER_SINCE_0_17,
     configuration="OptimizerConfig",
 )
-"""Field -> verdict."""
+"""Field -> verdict, of every supported release."""

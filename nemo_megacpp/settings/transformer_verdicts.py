@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nemo_megacpp.settings.release_verdicts import SINCE_0_17, UNTIL_0_16
 from nemo_megacpp.settings.verdict import (
     DTYPES,
     covered,
@@ -36,7 +37,6 @@ _PARALLELISM = table(
     ),
     refused("hybrid_context_parallel", "Changes CP between microbatches; M and R need one CP"),
     only_with("max_seqlen_per_dp_cp_rank", "hybrid_context_parallel"),
-    refused("moe_extended_tp", "Unused in Megatron-Core 0.16; use expert_tensor_parallel_size"),
     # Initialization and data types.
     neutral(
         """perform_initialization use_cpu_initialization is_hybrid_model init_method
@@ -70,7 +70,6 @@ _PARALLELISM = table(
     covered("deterministic_mode", "Selects kernels that sum in one order"),
     # Fused kernels and overlap.
     neutral("gradient_accumulation_fusion", "Adds the same product to main_grad in the kernel"),
-    neutral("async_tensor_model_parallel_allreduce", "Megatron-Core 0.16 no longer reads it"),
     neutral(
         "tp_comm_overlap",
         "Transformer Engine splits a product to overlap it with its collective; it sums the same "
@@ -218,12 +217,17 @@ _EXPERTS = table(
     covered("moe_shared_expert_overlap", "When the shared expert computes"),
     refused("moe_latent_size", "Each rank holds its projections whole, which no case covers"),
     neutral("moe_grouped_gemm", "The backend decides: grouped with Transformer Engine"),
-    refused("moe_use_legacy_grouped_gemm", "The backend decides which experts are built"),
     neutral("moe_apply_probs_on_input", "Where one token is multiplied by its one probability"),
     # Routing.
     neutral("moe_router_topk", _SCORES),
     covered("moe_router_num_groups moe_router_group_topk moe_router_pre_softmax", _SCORES),
-    covered("moe_router_topk_scaling_factor moe_router_score_function", _SCORES),
+    covered("moe_router_topk_scaling_factor", _SCORES),
+    covered(
+        "moe_router_score_function",
+        _SCORES,
+        legal=("softmax", "sigmoid"),
+        otherwise="No case covers 'sqrtsoftplus'",
+    ),
     neutral("moe_router_dtype", "Rounding of one token's scores, the same in all layouts"),
     refused(
         "moe_router_topk_limited_devices",
@@ -382,6 +386,12 @@ _IMPLEMENTATION = table(
 )
 
 TRANSFORMER = table(
-    _PARALLELISM, _ARCHITECTURE, _EXPERTS, _IMPLEMENTATION, configuration="TransformerConfig"
+    _PARALLELISM,
+    _ARCHITECTURE,
+    _EXPERTS,
+    _IMPLEMENTATION,
+    UNTIL_0_16,
+    SINCE_0_17,
+    configuration="TransformerConfig",
 )
-"""Field -> verdict."""
+"""Field -> verdict, of every supported release."""

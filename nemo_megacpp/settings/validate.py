@@ -15,12 +15,18 @@ from nemo_megacpp.settings.training_verdicts import DDP, OPTIMIZER
 from nemo_megacpp.settings.transformer_verdicts import TRANSFORMER
 from nemo_megacpp.settings.verdict import Setting, Table
 
-TABLES: dict[type, Table] = {
+ALL_RELEASES: dict[type, Table] = {
     TransformerConfig: TRANSFORMER,
     DistributedDataParallelConfig: DDP,
     OptimizerConfig: OPTIMIZER,
 }
-"""Configuration of Megatron -> field -> verdict."""
+"""Configuration of Megatron -> field of any supported release -> verdict."""
+
+TABLES: dict[type, Table] = {
+    kind: {f.name: table[f.name] for f in dataclasses.fields(kind) if f.name in table}
+    for kind, table in ALL_RELEASES.items()
+}
+"""Configuration of Megatron -> field of the installed release -> verdict."""
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

@@ -19,9 +19,9 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from megatron.core import __version__ as megatron_version
 from rich.console import Console
 
+from nemo_megacpp.core.releases import imported
 from nemo_megacpp.errors import UserError, nearest
 from nemo_megacpp.render import Table, Tone, Toned, print_table
 from nemo_megacpp.settings.validate import TABLES, default_of, legal_values
@@ -69,7 +69,7 @@ def settings_document(name: str | None = None) -> dict[str, Any]:
                 f"Megatron has no setting {name!r}.{nearest(name, [row['field'] for row in rows])}"
             )
         rows = found
-    return {"schema": SCHEMA, "megatron_core": megatron_version, "settings": rows}
+    return {"schema": SCHEMA, "megatron_core": imported(), "settings": rows}
 
 
 def shown(value: Any) -> str:

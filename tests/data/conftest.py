@@ -6,7 +6,6 @@ import json
 import lzma
 from pathlib import Path
 
-import pyarrow
 import pytest
 
 from nemo_megacpp.data.prepare import prepare
@@ -56,6 +55,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "words.txt.bz2").write_bytes(bz2.compress(TEXTS["words.txt.bz2"].encode()))
     line = json.dumps({"text": TEXTS["words.jsonl.xz:1"]})
     (root / "words.jsonl.xz").write_bytes(lzma.compress(line.encode()))
+    pyarrow = pytest.importorskip("pyarrow")
     zstd = pyarrow.Codec("zstd")
     (root / "words.txt.zst").write_bytes(
         zstd.compress(TEXTS["words.txt.zst"].encode(), asbytes=True)

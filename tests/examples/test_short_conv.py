@@ -8,7 +8,6 @@ import pytest
 
 from nemo_megacpp.families import load_families
 from nemo_megacpp.layout import ParallelLayout, check_layout
-from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.pattern import HybridPattern
 from nemo_megacpp.proof.checks import FLOAT64, compare
 from nemo_megacpp.proof.small_models import tiny_model
@@ -16,6 +15,7 @@ from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.views import shape_of
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.path import run_step
 from tests.reference import Reference
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "short_conv.py")

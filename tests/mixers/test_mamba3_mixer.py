@@ -22,7 +22,6 @@ from nemo_megacpp.mixers.head_parallel import log_once
 from nemo_megacpp.mixers.kernels.mamba3_state import negative_decay_rate
 from nemo_megacpp.mixers.mamba3_mixer import Mamba3Mixer
 from nemo_megacpp.mixers.mamba3_rows import rank_share, split_rows
-from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.checks import FLOAT64, compare
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_result import StepResult
@@ -31,6 +30,7 @@ from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 from tests.bare import build_chunks, make_config
 from tests.mixers.kernels.naive import mamba3_naive, rows_in_mamba_ssm_order
+from tests.path import run_step
 from tests.selection import slow_if
 
 # Between two M blocks an A block mixes tokens, so that a wrong token order cannot hide.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.checks import FLOAT64, Check, compare
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.path import run_step
 from tests.proof.faults import run_broken
 from tests.reference import Reference
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.checks import FLOAT32, FLOAT64, SEEDS, Limits, compare, rounding_limits
 from nemo_megacpp.proof.covering import LAYOUTS, SETTINGS, CoveringCase, bundles, cases
 from nemo_megacpp.proof.step_spec import StepSpec
+from tests.path import run_step
 from tests.reference import Reference
 from tests.selection import slow_if
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.checks import FLOAT32, FLOAT64, compare
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.small_models import tiny_model
@@ -17,6 +16,7 @@ from nemo_megacpp.proof.step_result import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
 from nemo_megacpp.specs.payload import StagePayload
+from tests.path import run_step
 from tests.proof.cases import DEPTH_STATE
 from tests.reference import Reference
 from tests.selection import slow_if

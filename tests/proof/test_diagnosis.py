@@ -9,13 +9,13 @@ import pytest
 
 from nemo_megacpp.commands.verify import verify_recipe
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.proof_run import NEMO
 from nemo_megacpp.proof.case_runner import CaseResult, CaseRunner
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.verification import verify_layout
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.views import shape_of
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.path import PATH
 from tests.proof.faults import BrokenRanks
 
 
@@ -30,7 +30,7 @@ def _first_that_fails(
         tiny_model(pattern, num_layers=1),
         place,
         lambda model: shape_of(dataclasses.replace(recipe, model=dict(model), training=training)),
-        NEMO,
+        PATH,
         pool=BrokenRanks(ranks, fault),
     )
     return next(
@@ -120,13 +120,13 @@ def test_bfloat16_tells_a_fault_from_rounding(ranks: WorkerPool, tmp_path: Path)
     """A correct layout stays within its estimated rounding; one missing sum does not."""
     layout = ParallelLayout.parse("tp=2,cp=2,etp=1")
     fields = tiny_model("AMER", num_layers=4)
-    good = CaseRunner(ranks, NEMO, tmp_path, fields).run("all", "together", layout, "bfloat16")
+    good = CaseRunner(ranks, PATH, tmp_path, fields).run("all", "together", layout, "bfloat16")
     assert good.passed, good
     grads = next(check for check in good.checks if check.name == "gradients")
     assert grads.rounding is not None and 1e-4 < grads.difference < grads.tolerance < 1.0
 
     broken = BrokenRanks(ranks, "gradient of replicated rows not summed")
-    bad = CaseRunner(broken, NEMO, tmp_path, fields).run("all", "together", layout, "bfloat16")
+    bad = CaseRunner(broken, PATH, tmp_path, fields).run("all", "together", layout, "bfloat16")
     assert bad.diagnosis is not None and bad.diagnosis.first is not None
     assert bad.diagnosis.check == "gradients"
     assert bad.diagnosis.parameter == "decoder.layers.3.mixer.in_proj.shared_weight"

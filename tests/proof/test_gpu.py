@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.proof_run import NEMO, run_step
 from nemo_megacpp.proof.case_kernels import kernels_for
 from nemo_megacpp.proof.case_runner import CaseRunner
 from nemo_megacpp.proof.checks import FLOAT64, compare
@@ -18,6 +17,7 @@ from nemo_megacpp.proof.small_models import proxy_model
 from nemo_megacpp.proof.step_spec import Dtype, StepSpec
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.path import PATH, run_step
 
 pytestmark = pytest.mark.gpu
 ONE = ParallelLayout()
@@ -44,5 +44,5 @@ def test_a_layout_holds(gpu_ranks: WorkerPool, tmp_path: Path, text: str, dtype:
     layout = ParallelLayout.parse(text)
     if layout.world > gpu_ranks.size:
         pytest.skip(f"needs {layout.world} GPUs")
-    case = CaseRunner(gpu_ranks, NEMO, tmp_path, _model()).run("all", "together", layout, dtype)
+    case = CaseRunner(gpu_ranks, PATH, tmp_path, _model()).run("all", "together", layout, dtype)
     assert case.passed, case

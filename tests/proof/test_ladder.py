@@ -16,7 +16,6 @@ from rich.console import Console
 from nemo_megacpp.cli import read_arguments
 from nemo_megacpp.commands.ladder import climb_recipe
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.nemo.proof_run import NEMO
 from nemo_megacpp.proof.case_runner import CaseResult
 from nemo_megacpp.proof.checks import Check
 from nemo_megacpp.proof.ladder import Ladder, RungResult, build_ladder, climb
@@ -24,6 +23,7 @@ from nemo_megacpp.proof.ladder_report import ladder_document, print_ladder
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.recipes.views import shape_of
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
+from tests.path import PATH
 from tests.proof.faults import BrokenRanks
 
 
@@ -114,7 +114,7 @@ def test_an_illegal_rung_says_why() -> None:
     recipe = resolve("nam56r_tiny", ["pattern=AM", "depth=2"], "tp=4")
     rungs = _ladder("pattern=AM", "depth=2", layout="tp=4").rungs
     pool = SimpleNamespace(device="cpu")
-    (result,) = climb(rungs[-3:], _shape(recipe), NEMO, _never, pool, "float32")  # type: ignore[arg-type]
+    (result,) = climb(rungs[-3:], _shape(recipe), PATH, _never, pool, "float32")  # type: ignore[arg-type]
     assert not result.passed and result.rung.name == "CP"
     assert "mamba_num_heads = 28 is not divisible by TP x CP = 4 x 2 = 8" in str(result.case.error)
 
@@ -164,7 +164,7 @@ def test_a_rung_that_cannot_be_measured_has_failed() -> None:
 
     pool: Any = SimpleNamespace(device="cpu", run=out_of_memory)
     recipe = resolve("nam56r_tiny", ["pattern=AM", "depth=2"])
-    (result,) = climb(ladder.rungs, _shape(recipe), NEMO, _never, pool, "float32")
+    (result,) = climb(ladder.rungs, _shape(recipe), PATH, _never, pool, "float32")
     assert "out of memory" in str(result.case.error) and result.tokens_per_second is None
 
 

@@ -18,7 +18,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp, token_order
-from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.checks import FLOAT64, compare
 from nemo_megacpp.proof.gather import GlobalValues, shard_values
 from nemo_megacpp.proof.small_models import tiny_model
@@ -26,6 +25,7 @@ from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 from tests.bare import build_chunks, make_config
+from tests.path import DEALS_BATCHES, run_step
 from tests.proof.cases import FAMILIES
 from tests.reference import Reference
 from tests.selection import slow_if
@@ -88,7 +88,7 @@ def test_packs_of_families_together_under_cp(
 
 def _dealt_as_one_document(spec: StepSpec, layout: ParallelLayout, weights: GlobalValues) -> Any:
     with mock.patch(
-        "nemo_megacpp.nemo.hybrid_gpt.split_batch_for_cp",
+        f"{DEALS_BATCHES}.split_batch_for_cp",
         lambda batch, packed: split_batch_for_cp(batch),
     ):
         return run_step(spec, layout, weights)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.checks import FLOAT32, FLOAT64, Limits, compare
 from nemo_megacpp.proof.step_spec import StepSpec
+from tests.path import run_step
 from tests.proof.cases import FAMILIES, MIXED
 from tests.reference import Reference
 from tests.selection import slow_if, small_or_last

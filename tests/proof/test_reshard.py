@@ -18,13 +18,13 @@ from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict, save_sharded
 from nemo_megacpp.checkpoint.training_state import load_training_state
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.proof_run import resume_and_train, train_and_save
 from nemo_megacpp.proof.checks import FLOAT32, FLOAT64, Limits, compare
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_result import Carried, StepResult, checkpoint_of
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import prepare
+from tests.path import LOADS_OPTIMIZER, resume_and_train, train_and_save
 from tests.proof.cases import RESHARDINGS, SHARDED_RESHARDINGS, Place
 from tests.selection import slow_if
 
@@ -180,9 +180,7 @@ def test_before_the_first_step(ranks: WorkerPool, tmp_path: Path, sharded: bool)
 
 
 def _resume_without_moments(spec: StepSpec, layout: ParallelLayout, checkpoint: str) -> Any:
-    with mock.patch(
-        "nemo_megacpp.nemo.hybrid_optimizer.load_optimizer_state_dict", lambda *_: None
-    ):
+    with mock.patch(f"{LOADS_OPTIMIZER}.load_optimizer_state_dict", lambda *_: None):
         return resume_and_train(spec, layout, checkpoint, 1)
 
 

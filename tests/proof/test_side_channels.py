@@ -11,13 +11,13 @@ import torch
 
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.side_channels import ReplicatedTable, _replicated
-from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.checks import FLOAT32, FLOAT64, Check, Limits, compare
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
 from nemo_megacpp.specs.stack import HybridStack
+from tests.path import run_step
 from tests.reference import Reference
 from tests.selection import slow_if
 

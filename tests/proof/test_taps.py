@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.checks import FLOAT64
 from nemo_megacpp.proof.diagnosis import trace_differences
 from nemo_megacpp.proof.small_models import tiny_model
@@ -15,6 +14,7 @@ from nemo_megacpp.proof.step_result import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.taps import Trace
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.path import run_step
 from tests.reference import Reference
 from tests.selection import slow_if
 

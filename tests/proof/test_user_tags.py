@@ -9,7 +9,6 @@ import pytest
 from megatron.core import parallel_state
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.checks import FLOAT64, compare
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
@@ -17,6 +16,7 @@ from nemo_megacpp.proof.tag_check import TagViolation, tag_violations
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import build_chunks, make_config
+from tests.path import run_step
 from tests.reference import Reference
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "short_conv.py"

@@ -12,7 +12,6 @@ import pytest
 from nemo_megacpp.commands.verify import verify_recipe
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, check_layout
-from nemo_megacpp.nemo.proof_run import NEMO
 from nemo_megacpp.proof.case_kernels import kernels_for
 from nemo_megacpp.proof.case_report import BACKENDS, verify_document
 from nemo_megacpp.proof.case_runner import CaseResult
@@ -32,6 +31,7 @@ from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.views import shape_of
 from nemo_megacpp.runtime.workers import device_for
+from tests.path import PATH
 
 COUNTS = (
     "num_attention_heads",
@@ -87,7 +87,7 @@ def test_one_family_fills_every_chunk() -> None:
 def test_too_many_ranks() -> None:
     layout = ParallelLayout.parse("tp=8,pp=4")
     with pytest.raises(UserError, match="32 ranks"):
-        next(verify_layout(tiny_model("AEMR"), layout, lambda model: None, NEMO))
+        next(verify_layout(tiny_model("AEMR"), layout, lambda model: None, PATH))
 
 
 def test_a_trial_that_could_not_run_does_not_hold() -> None:

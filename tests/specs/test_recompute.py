@@ -14,7 +14,6 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.checks import FLOAT64, compare
 from nemo_megacpp.proof.gather import GlobalValues
 from nemo_megacpp.proof.small_models import tiny_model
@@ -22,6 +21,7 @@ from nemo_megacpp.proof.step_result import StepResult
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import prepare
+from tests.path import run_step
 
 SELECTIVE = {"recompute_granularity": "selective"}
 FULL = {"recompute_granularity": "full"}
