@@ -15,10 +15,10 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 
 from nemo_megacpp.bridge.forward_step import LOSS
+from nemo_megacpp.bridge.terminal import tell
 from nemo_megacpp.checkpoint.described import actual_layout
 from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
 from nemo_megacpp.preflight.outputs import job_process
-from nemo_megacpp.printable import say
 from nemo_megacpp.render import show_memory
 from nemo_megacpp.runs.events import append_record, record_event
 from nemo_megacpp.runs.non_finite import non_finite
@@ -130,7 +130,7 @@ class RunRecorder(Callback):
         parts += [f"grad norm {record['grad_norm']:.3f}"]
         parts += show_speed(record, self._throughput.unit)
         parts += [f"{record['seconds']:.2f} s", show_memory(record["memory"])]
-        print("  ".join(parts), flush=True)
+        tell("  ".join(parts))
 
     def on_eval_end(self, context: CallbackContext) -> None:
         """Record an evaluation."""
@@ -141,7 +141,7 @@ class RunRecorder(Callback):
             return
         self._heldout = loss
         append_record(self.run_dir / METRICS_FILE, {"step": self.step, "heldout_loss": loss})
-        print(f"step {self.step:>5}  held-out loss {loss:.4f}", flush=True)
+        tell(f"step {self.step:>5}  held-out loss {loss:.4f}")
 
     def _known(self, step: int) -> bool:
         """Whether the evaluation after this step is recorded; Bridge evaluates again at its end."""
@@ -160,7 +160,7 @@ class RunRecorder(Callback):
         write_summary(summary, self.run_dir)
         rows = [(kind, str(self.run_dir)), *summary.rows()]
         width = max(len(name) for name, _ in rows)
-        say("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+        tell("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
 
 
 class StopOnSigterm(Callback):
@@ -185,13 +185,13 @@ class StopOnSigterm(Callback):
         state.train_state.do_valid = False  # an evaluation may take longer than there is time
         self.stopping = True
         if torch.distributed.get_rank() == 0:
-            print(f"step {step:>5}  SIGTERM: saving, then stopping", flush=True)
+            tell(f"step {step:>5}  SIGTERM: saving, then stopping")
             record_event(self.run_dir, "sigterm", step)
 
     def finish(self) -> None:
         """Say how to go on."""
         if self.stopping and torch.distributed.get_rank() == 0:
-            print("stopped by SIGTERM; resume it with resume=auto", flush=True)
+            tell("stopped by SIGTERM; resume it with resume=auto")
 
 
 class Heartbeats(Callback):

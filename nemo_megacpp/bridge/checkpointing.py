@@ -28,6 +28,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
 from nemo_megacpp.bridge.config import tokenizer_fingerprint
+from nemo_megacpp.bridge.terminal import tell
 from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
 from nemo_megacpp.checkpoint.content import CheckpointContent
 from nemo_megacpp.checkpoint.dcp import require_psutil, sharding_metadata
@@ -56,7 +57,6 @@ from nemo_megacpp.checkpoint.random_state import (
 )
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.checkpoint.save_errors import save_errors
-from nemo_megacpp.printable import say
 from nemo_megacpp.runs.events import record_event
 from nemo_megacpp.runtime import heartbeat
 
@@ -100,12 +100,9 @@ class HybridCheckpointManager:
                 mark.touch()
                 begin_checkpoint(directory)
             torch.distributed.barrier()
-            sharded = bool(state.cfg.optimizer.use_distributed_optimizer)
-            dist_checkpointing.save(
-                _training_state(ctx, saving=True),
-                str(directory),
-                content_metadata=content_metadata(sharded),
-            )
+            form = content_metadata(bool(state.cfg.optimizer.use_distributed_optimizer))
+            saved = _training_state(ctx, saving=True)
+            dist_checkpointing.save(saved, str(directory), content_metadata=form)
             if torch.distributed.get_rank() == 0:
                 self._finish(directory, state)
                 mark.unlink()
@@ -119,7 +116,7 @@ class HybridCheckpointManager:
             *clear_leftovers(folder),
             *set_damaged_aside(folder, step if resumed is None else _step_of(Path(resumed))),
         ):
-            say(line)
+            tell(line)
 
     def _finish(self, directory: Path, state: GlobalState) -> None:
         step, model = state.train_state.step, state.cfg.model
@@ -134,11 +131,11 @@ class HybridCheckpointManager:
         partial = tracker.with_name(f"{_TRACKER}.partial")
         partial.write_text(str(step), encoding="utf-8")
         os.replace(partial, tracker)
-        say(f"step {step:>5}  saved {directory}")
+        tell(f"step {step:>5}  saved {directory}")
         record_event(directory.parent.parent, "checkpoint", step, path=str(directory))
         if (most := model.keep_latest) is not None:
             for path in prune(directory.parent, directory, most, model.keep_every):
-                say(f"removed {path}: newer ones are kept (keep_latest={most})")
+                tell(f"removed {path}: newer ones are kept (keep_latest={most})")
 
     def load(self, ctx: CheckpointLoadContext) -> tuple[int, int]:
         """Resume ``load``, or take the weights of ``pretrained_checkpoint``.
@@ -200,7 +197,7 @@ class HybridCheckpointManager:
         if saved is not None:
             set_random_state(saved)
         elif torch.distributed.get_rank() == 0:
-            say("The checkpoint has no random state for this layout: dropout restarts.")
+            tell("The checkpoint has no random state for this layout: dropout restarts.")
         return step, int(operations)
 
     def finalize_async_saves(

@@ -18,6 +18,7 @@ from megatron.bridge.training.config import (
     TrainingConfig,
     ValidationConfig,
 )
+from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 
 from nemo_megacpp.bridge.data import HybridDataset
 from nemo_megacpp.bridge.provider import make_provider
@@ -36,6 +37,7 @@ def to_config(recipe: Recipe, run_dir: Path) -> ConfigContainer:
         recipe: what to train; ``resume`` and ``init_from``, if given, are paths of checkpoints.
         run_dir: where checkpoints, TensorBoard files and metrics go.
     """
+    register_allowed_target_prefix("nemo_megacpp.")  # of the classes that Bridge may construct
     training, host = recipe.training, current_host()
     dataset = _dataset(recipe)
     return ConfigContainer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import signal
 import sys
@@ -34,9 +33,12 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
     training = recipe.training
     if training.heartbeat_timeout_minutes is not None:
         start_heartbeats(run_dir, training.heartbeat_timeout_minutes, training.init_timeout_minutes)
+    from nemo_megacpp.bridge.terminal import keep_library_output
     from nemo_megacpp.runtime.host import ensure_host
 
+    keep_library_output(run_dir)
     ensure_host(bridge=True)
+    _say_what_is_supplied()
     bind_helpers()
     with importing():
         from megatron.bridge.training.pretrain import pretrain
@@ -44,8 +46,6 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
         from nemo_megacpp.bridge.callbacks import Heartbeats, RunRecorder, StopOnSigterm
         from nemo_megacpp.bridge.config import to_config
         from nemo_megacpp.bridge.forward_step import hybrid_forward_step
-    for name in ("megatron", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     config = to_config(recipe, run_dir)
     recorder = RunRecorder(run_dir, training.log_interval, recipe.resume)
     sigterm = StopOnSigterm(run_dir)
@@ -65,6 +65,16 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
         heartbeat.stop()
     recorder.finish(training.max_steps)
     sigterm.finish()
+
+
+def _say_what_is_supplied() -> None:
+    """Name the libraries that Bridge's package imports and that the no-GPU host stands in for."""
+    from nemo_megacpp.bridge.terminal import tell
+    from nemo_megacpp.runtime.host import supplied_libraries
+
+    place, absent = launched(), supplied_libraries()
+    if absent and (place is None or place.rank == 0):
+        tell(f"no-GPU host: Bridge imports {', '.join(absent)} as empty modules; no step uses them")
 
 
 def main() -> None:

@@ -28,6 +28,9 @@ _NEEDS = {
 }
 """Module of Bridge -> the modules of a library that its body imports, outermost first."""
 
+supplied: set[str] = set()
+"""Libraries in whose place empty modules are given, after :func:`install`."""
+
 
 class _Empty(ModuleType):
     """A module in which every name is another empty module."""
@@ -119,8 +122,8 @@ def _no_accelerator_stream(*args: Any, **kwargs: Any) -> Any:
 def install() -> None:
     """Install the stand-ins. Called once, by :func:`nemo_megacpp.runtime.host.ensure_host`, after
     Megatron-Core was imported without the libraries."""
-    absent = set(absent_libraries())
-    needs = {module: names for module, names in _NEEDS.items() if names[0] in absent}
+    supplied.update(absent_libraries())
+    needs = {module: names for module, names in _NEEDS.items() if names[0] in supplied}
     if needs:
         sys.meta_path.insert(0, _Finder(needs))
     import torch

@@ -67,6 +67,15 @@ def ensure_host(*, nemo: bool = False, script: bool = False, bridge: bool = Fals
     return host
 
 
+def supplied_libraries() -> list[str]:
+    """Return the absent libraries for which empty modules let Megatron-Bridge be imported."""
+    if "bridge" not in _installed:
+        return []
+    from nemo_megacpp.runtime.cpu_bridge import supplied
+
+    return sorted(supplied)
+
+
 def _install(name: str) -> None:
     """Import and install the stand-ins of ``name``; each module needs those installed before it."""
     if name == "torch":
