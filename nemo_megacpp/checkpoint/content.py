@@ -13,11 +13,10 @@ from nemo_megacpp.checkpoint.folder import find_checkpoint, find_weights
 from nemo_megacpp.checkpoint.identity import Identity, read_identity, saved_model
 from nemo_megacpp.checkpoint.manifest import check_manifest
 from nemo_megacpp.checkpoint.safe_pickle import (
-    COMMON,
     EXTRA_STATE,
     METADATA,
+    read_common,
     read_metadata,
-    read_torch_file,
 )
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ModelShape, ParallelLayout, is_legal
@@ -132,16 +131,12 @@ class CheckpointContent:
         return step if isinstance(step, int) else None
 
     def common(self) -> dict[str, Any]:
-        """Return ``common.pt``: what is not sharded.
+        """Return what is not sharded: ``common.pt``, or from Megatron-Core 0.19 on an object.
 
         Raises:
             UserError: it is missing, damaged or unsafe.
         """
-        path = self.weights / COMMON
-        held = read_torch_file(path)
-        if not isinstance(held, dict):
-            raise UserError(f"{path} is damaged: it holds a {type(held).__name__}.")
-        return held
+        return read_common(self.weights, self.metadata)
 
     def read_tensor(self, name: str) -> torch.Tensor:
         """Return one whole tensor, of its global shape, assembled from its shards by torch.
