@@ -149,8 +149,8 @@ class RunRecorder(Callback):
         return known
 
     def finish(self, max_steps: int) -> None:
-        """Record the end of the run, and print the summary."""
-        if torch.distributed.get_rank() != 0:
+        """Record the end of the run, and print the summary; Bridge has left the job by now."""
+        if (place := launched()) is not None and place.rank != 0:
             return
         kind = "finished" if self.step >= max_steps else "stopped"
         record_event(self.run_dir, kind, self.step)
@@ -190,7 +190,8 @@ class StopOnSigterm(Callback):
 
     def finish(self) -> None:
         """Say how to go on."""
-        if self.stopping and torch.distributed.get_rank() == 0:
+        place = launched()
+        if self.stopping and (place is None or place.rank == 0):
             tell("stopped by SIGTERM; resume it with resume=auto")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import sys
@@ -40,7 +41,7 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
     ensure_host(bridge=True)
     _say_what_is_supplied()
     bind_helpers()
-    with importing():
+    with importing(), contextlib.redirect_stderr(sys.stdout):  # the run's log
         from megatron.bridge.training.pretrain import pretrain
 
         from nemo_megacpp.bridge.callbacks import Heartbeats, RunRecorder, StopOnSigterm
@@ -56,6 +57,9 @@ def run_recipe(recipe: Recipe, run_dir: Path, devices: int) -> None:
         )
     try:
         pretrain(config, hybrid_forward_step, callbacks)
+    except SystemExit as end:  # how Bridge's loop ends before its last step
+        if end.code:
+            raise
     except RuntimeError as error:
         if (found := _NON_FINITE.match(str(error))) is None:
             raise
