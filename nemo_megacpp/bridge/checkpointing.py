@@ -43,12 +43,7 @@ from nemo_megacpp.checkpoint.lifecycle import (
     prune,
     set_damaged_aside,
 )
-from nemo_megacpp.checkpoint.optimizer_state import (
-    content_metadata,
-    load_optimizer_state_dict,
-    optimizer_sharded_state_dict,
-    validate_optimizer_form,
-)
+from nemo_megacpp.checkpoint.optimizer_state import content_metadata, training_sharded_state_dict
 from nemo_megacpp.checkpoint.random_state import (
     load_random_state,
     random_state,
@@ -57,14 +52,14 @@ from nemo_megacpp.checkpoint.random_state import (
 )
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.checkpoint.save_errors import save_errors
+from nemo_megacpp.checkpoint.training_state import load_training_state
+from nemo_megacpp.core.checkpoints import keep_common_file
 from nemo_megacpp.runs.events import record_event
 from nemo_megacpp.runtime import heartbeat
 
 _KEPT = "Earlier checkpoints are unchanged."
 _TRACKER = "latest_checkpointed_iteration.txt"
 _CONFIG = "run_config.yaml"
-_PROGRESS = "bridge_progress"
-"""Key of what Bridge counts: samples and model FLOPs."""
 
 
 class HybridCheckpointManager:
@@ -78,8 +73,14 @@ class HybridCheckpointManager:
     def __init__(self, checkpoint_config: CheckpointConfig) -> None:
         require_psutil()
         self.config = checkpoint_config
-        self.checkpointing_context: dict[str, Any] = {}
+        # Bridge looks for files of its own to decide whether there is anything to load, and would
+        # train from random weights where it sees none; this is what else it asks.
+        self.checkpointing_context: dict[str, Any] = {"local_checkpoint_manager": self}
         self._saved: int | None = None
+
+    def find_latest(self) -> int:
+        """Return 0 if there is a checkpoint to load, else -1: Bridge then calls :meth:`load`."""
+        return -1 if self.config.load is None and self.config.pretrained_checkpoint is None else 0
 
     def save(self, ctx: CheckpointSaveContext, callback_manager: CallbackManager | None) -> None:
         """Save a checkpoint of the step that is done, unless it is saved already."""
@@ -101,9 +102,11 @@ class HybridCheckpointManager:
                 begin_checkpoint(directory)
             torch.distributed.barrier()
             form = content_metadata(bool(state.cfg.optimizer.use_distributed_optimizer))
-            saved = _training_state(ctx, saving=True)
+            saved = training_sharded_state_dict(unwrap_model(ctx.model), ctx.optimizer)
+            saved["random_state"] = sharded_random_state(random_state())
             dist_checkpointing.save(saved, str(directory), content_metadata=form)
             if torch.distributed.get_rank() == 0:
+                keep_common_file(directory)
                 self._finish(directory, state)
                 mark.unlink()
             torch.distributed.barrier()
@@ -155,50 +158,43 @@ class HybridCheckpointManager:
         model, letters = actual_model(cfg.model, ()), cfg.model.pattern.letters
         tokenizer = tokenizer_fingerprint(cfg.dataset)
         validate_same_model(directory, model, letters, tokenizer, new_side_channels=new)
-        weights = find_weights(directory)
         if resumes:
-            validate_optimizer_form(dist_checkpointing.load_content_metadata(str(weights)))
-        wanted = _training_state(
-            ctx, saving=False, prefix=CheckpointContent(directory).prefix, weights_only=not resumes
-        )
+            return self._resume(ctx, directory)
+        weights = find_weights(directory)
+        chunks, prefix = unwrap_model(ctx.model), CheckpointContent(directory).prefix
+        wanted = {
+            f"chunk{index}": chunk.sharded_state_dict(prefix=prefix, metadata=sharding_metadata())
+            for index, chunk in enumerate(chunks)
+        }
         fit_to_checkpoint(wanted, read_metadata(weights), new_side_channels=new)
         found = dist_checkpointing.load(wanted, str(weights))
-        for index, chunk in enumerate(unwrap_model(ctx.model)):
-            loaded = found["model"][f"chunk{index}"]
-            prefix = _common_prefix(loaded, chunk)
+        for index, chunk in enumerate(chunks):
+            loaded = found[f"chunk{index}"]
             own = {name: loaded.get(f"{prefix}{name}") for name in chunk.state_dict()}
-            if new:
-                own = {name: value for name, value in own.items() if value is not None}
-            chunk.load_state_dict(own, strict=not new)
-        if not resumes:
-            if ctx.optimizer is not None:
-                ctx.optimizer.reload_model_params()
-            return 0, 0
-        return self._resume(ctx, found, directory, weights)
+            chunk.load_state_dict(own, strict=True)
+        if ctx.optimizer is not None:
+            ctx.optimizer.reload_model_params()
+        return 0, 0
 
-    def _resume(
-        self, ctx: CheckpointLoadContext, found: dict[str, Any], directory: Path, weights: Path
-    ) -> tuple[int, int]:
-        train_state, gbs = ctx.state.train_state, ctx.state.cfg.train.global_batch_size
+    def _resume(self, ctx: CheckpointLoadContext, directory: Path) -> tuple[int, int]:
+        """Load everything that a run saved, of this door or NeMo's, in any layout."""
+        cfg, train_state = ctx.state.cfg, ctx.state.train_state
         assert ctx.optimizer is not None and ctx.opt_param_scheduler is not None
-        load_optimizer_state_dict(ctx.optimizer, found["optimizer"])
-        step = _step_of(directory)
+        load_training_state(unwrap_model(ctx.model), ctx.optimizer, directory)
+        step, rows = _step_of(directory), cfg.train.global_batch_size
         train_state.step = step
-        train_state.consumed_train_samples = step * gbs
-        evaluations = ctx.state.cfg.validation
-        done = step // evaluations.eval_interval if evaluations.eval_interval else 0
-        train_state.consumed_valid_samples = done * evaluations.eval_iters * gbs
-        operations = found.get(_PROGRESS, {}).get("operations", 0.0)
-        train_state.floating_point_operations_so_far = operations
+        train_state.consumed_train_samples = step * rows
+        interval, batches = cfg.validation.eval_interval, cfg.validation.eval_iters
+        train_state.consumed_valid_samples = step // interval * batches * rows if interval else 0
         # On the schedule of this run's settings, at the checkpoint's step.
         ctx.opt_param_scheduler.num_steps = 0
-        ctx.opt_param_scheduler.step(step * gbs)
-        saved = load_random_state(weights)
+        ctx.opt_param_scheduler.step(step * rows)
+        saved = load_random_state(find_weights(directory))
         if saved is not None:
             set_random_state(saved)
         elif torch.distributed.get_rank() == 0:
             tell("The checkpoint has no random state for this layout: dropout restarts.")
-        return step, int(operations)
+        return step, 0
 
     def finalize_async_saves(
         self, state: GlobalState, blocking: bool = False, terminate: bool = False
@@ -209,39 +205,3 @@ class HybridCheckpointManager:
 def _step_of(directory: Path) -> int:
     step = CheckpointContent(directory).step
     return 0 if step is None else step
-
-
-def _training_state(
-    ctx: CheckpointSaveContext | CheckpointLoadContext,
-    *,
-    saving: bool,
-    prefix: str = "",
-    weights_only: bool = False,
-) -> dict[str, Any]:
-    """Return the sharded state of this rank.
-
-    Args:
-        ctx: Bridge's.
-        saving: whether it will be saved, or filled.
-        prefix: of the names of the model's tensors.
-        weights_only: leave out everything but the model.
-    """
-    model = {
-        f"chunk{index}": chunk.sharded_state_dict(prefix=prefix, metadata=sharding_metadata())
-        for index, chunk in enumerate(unwrap_model(ctx.model))
-    }
-    if weights_only:
-        return {"model": model}
-    assert ctx.optimizer is not None
-    optimizer = optimizer_sharded_state_dict(ctx.optimizer, model, is_loading=not saving)
-    state: dict[str, Any] = {"model": model, "optimizer": optimizer}
-    if isinstance(ctx, CheckpointSaveContext):
-        state["random_state"] = sharded_random_state(random_state())
-        state[_PROGRESS] = {"operations": float(ctx.num_floating_point_operations_so_far)}
-    return state
-
-
-def _common_prefix(loaded: dict[str, Any], chunk: torch.nn.Module) -> str:
-    """Return what the names of ``loaded`` begin with before those of the chunk's state."""
-    name = next(iter(chunk.state_dict()))
-    return next(key for key in loaded if key.endswith(name)).removesuffix(name)
