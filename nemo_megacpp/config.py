@@ -55,19 +55,27 @@ class HybridConfig(HybridFields, TransformerConfig):
     is_hybrid_model: bool = True
 
     def __post_init__(self) -> None:
-        self.finalize()
+        self.derive(super().__post_init__)
+
+    def derive(self, megatron: Callable[[], None]) -> None:
+        """Validate the fields, and derive what follows from them.
+
+        Args:
+            megatron: derives the rest: ``TransformerConfig.__post_init__`` of this object.
+        """
+        self._settle()
         modules: list[str] | None = self.recompute_modules
         if modules is not None:
             # Megatron asserts that it knows every name.
             self.recompute_modules: list[str] | None = [
                 name for name in modules if name not in OWN_MODULES
             ]
-        super().__post_init__()
+        megatron()
         if modules is not None:
             filled_in = [name for name in self.recompute_modules or () if name not in modules]
             self.recompute_modules = [*modules, *filled_in]
 
-    def finalize(self) -> None:
+    def _settle(self) -> None:
         """Validate the hybrid fields, and derive what follows from them."""
         load_families(self.family_modules)
         raise_violations(size_violations(vars(self)))

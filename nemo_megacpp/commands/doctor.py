@@ -43,6 +43,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+    from nemo_megacpp.doctor.doors import door_findings
     from nemo_megacpp.doctor.machine import (
         Finding,
         count_gpus,
@@ -53,6 +54,7 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
 
     gpus = count_gpus()
     yield from package_findings(gpus)
+    yield from door_findings()
     yield from machine_findings(gpus)
     run_dir = "runs"
     if args.recipe is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_megacpp.commands.arguments import add_recipe, read_recipe
+
+if TYPE_CHECKING:
+    from nemo_megacpp.start import Door
 
 _SETTINGS = "settings"
 """Stands for the list of settings, which takes a tenth of a second to import."""
@@ -33,12 +36,38 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="validate everything, start nothing, write nothing"
     )
+    parser.add_argument(
+        "--through",
+        choices=("nemo", "bridge"),
+        help="train with NeMo, or with Megatron-Bridge; without it, with whichever is installed",
+    )
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     recipe = read_recipe(args)  # a typing error is reported before NeMo's import, which takes long
-    from nemo_megacpp.nemo.start import train_recipe
+    from nemo_megacpp.start import train_recipe
 
-    train_recipe(recipe, dry_run=args.dry_run)
+    train_recipe(recipe, dry_run=args.dry_run, door=_door(args.through))
     return 0
+
+
+def _door(through: str | None) -> Door:
+    """Return the door that is asked for, or the only one that is open.
+
+    Raises:
+        UserError: that door is closed here.
+    """
+    from nemo_megacpp.bridge import versions as bridge
+    from nemo_megacpp.nemo import versions as nemo
+    from nemo_megacpp.start import NEMO
+
+    if through is None and nemo.describe_mismatch() and not bridge.describe_mismatch():
+        through = "bridge"
+    if through == "bridge":
+        from nemo_megacpp.bridge.door import BRIDGE
+
+        bridge.require_bridge()
+        return BRIDGE
+    nemo.require_nemo()
+    return NEMO

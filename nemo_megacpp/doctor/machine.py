@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Literal
 
-from nemo_megacpp.core.releases import standing_of, supported
+from nemo_megacpp.bridge.versions import WANTED as BRIDGE
+from nemo_megacpp.core.releases import SERIES, installed, standing_of, supported
 from nemo_megacpp.doctor.topology import Topology, read_topology
 from nemo_megacpp.nemo.versions import WANTED
 
@@ -150,6 +151,7 @@ def _backends(gpus: int) -> Iterator[Finding]:
 _CORE = "pip install 'nemo_megacpp[core]'"
 _NEMO = "pip install 'nemo_megacpp[nemo]'"
 _GPU = "pip install 'nemo_megacpp[gpu]'"
+_NO_BRIDGE = "no train; verify and Megatron-LM's scripts still work. See docs/bridge.md"
 _NO_NEMO = f"no train, no verify, no nemo llm pretrain; Megatron-LM's scripts still work. {_NEMO}"
 
 
@@ -163,6 +165,7 @@ class _Package:
         series: the versions that this package supports; None for any.
         required: nothing can be trained without it.
         gpu: it matters only where there is a GPU.
+        world: the series of Megatron-Core beside which it matters; None: beside each.
     """
 
     name: str
@@ -170,6 +173,10 @@ class _Package:
     series: str | None = None
     required: bool = False
     gpu: bool = False
+    world: str | None = None
+
+
+_NEMO_WORLD, _BRIDGE_WORLD = SERIES
 
 
 _PACKAGES = (
@@ -177,10 +184,12 @@ _PACKAGES = (
     _Package("megatron-core", f"nothing runs. {_CORE}", required=True),
     _Package("einops", f"Megatron's Mamba layers do not import. {_CORE}", required=True),
     _Package("psutil", "saving a checkpoint hangs forever. pip install psutil", required=True),
-    _Package("nemo-toolkit", _NO_NEMO, WANTED["nemo-toolkit"]),
-    _Package("nemo_run", _NO_NEMO),
-    _Package("nvidia-modelopt", f"NeMo hides llm.pretrain. {_NEMO}"),
-    _Package("nvidia-resiliency-ext", f"NeMo cannot write checkpoints. {_NEMO}"),
+    _Package("nemo-toolkit", _NO_NEMO, WANTED["nemo-toolkit"], world=_NEMO_WORLD),
+    _Package("nemo_run", _NO_NEMO, world=_NEMO_WORLD),
+    _Package("nvidia-modelopt", f"NeMo hides llm.pretrain. {_NEMO}", world=_NEMO_WORLD),
+    _Package("nvidia-resiliency-ext", f"NeMo cannot write checkpoints. {_NEMO}", world=_NEMO_WORLD),
+    _Package("megatron-bridge", _NO_BRIDGE, BRIDGE["megatron-bridge"], world=_BRIDGE_WORLD),
+    _Package("transformers", _NO_BRIDGE, world=_BRIDGE_WORLD),
     _Package("triton", f"NeMo's state-space models do not import, and no Triton kernels. {_NEMO}"),
     _Package("tensorboard", f"no TensorBoard files. {_NEMO}"),
     _Package("wandb", "wandb_project is refused; TensorBoard still works. pip install wandb"),
@@ -197,10 +206,13 @@ _PACKAGES = (
 def package_findings(gpus: int) -> Iterator[Finding]:
     """Yield one finding per package, Python first, for a machine with ``gpus`` GPUs."""
     yield Finding("python", platform.python_version())
+    core = installed()
     for package in _PACKAGES:
-        yield _finding(package, gpus)
+        if package.world is None or core is None or core.series == package.world:
+            yield _finding(package, gpus)
     yield _index_builder()
-    yield _entry_point()
+    if core is None or core.series == _NEMO_WORLD:
+        yield _entry_point()
 
 
 def _finding(package: _Package, gpus: int) -> Finding:

@@ -8,14 +8,12 @@ objects are validated again before the ranks start, and a checkpoint describes t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from nemo_megacpp.checkpoint.identity import STRUCTURE
 from nemo_megacpp.config import HybridConfig, config_violations
 from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.layout import ModelShape, ParallelLayout, validate_layout
@@ -23,24 +21,6 @@ from nemo_megacpp.preflight.resume import validate_steps_left
 from nemo_megacpp.settings.combinations import training_violations
 from nemo_megacpp.settings.validate import setting_violations
 from nemo_megacpp.side_channels import read_side_channels
-
-
-def actual_layout(degrees: Any, ranks: int) -> ParallelLayout:
-    """Return the layout of ``degrees``, an object with Megatron's fields, on ``ranks`` ranks."""
-    names = [f.name for f in dataclasses.fields(ParallelLayout) if f.name != "world_size"]
-    layout = ParallelLayout(**{name: getattr(degrees, name) for name in names})
-    return layout if layout.world == ranks else dataclasses.replace(layout, world_size=ranks)
-
-
-def actual_model(config: HybridConfig, names: Iterable[str]) -> dict[str, Any]:
-    """Return the model's fields that a checkpoint records.
-
-    Args:
-        config: of the model.
-        names: the fields that its recipe gave; those that decide a tensor's shape are added.
-    """
-    decisive = {*STRUCTURE, "hybrid_pattern", "side_channels"}
-    return {name: getattr(config, name) for name in {*names, *decisive}}
 
 
 def tokenizer_of(data: Any) -> str | None:

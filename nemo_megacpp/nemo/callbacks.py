@@ -3,7 +3,6 @@
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
 import os
-import resource
 import time
 from pathlib import Path
 from typing import Any, Optional
@@ -12,20 +11,21 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import WandbLogger
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import unwrap_model
 from nemo.lightning.io import IOMixin
 
+from nemo_megacpp.checkpoint.described import actual_layout
 from nemo_megacpp.checkpoint.folder import newest_checkpoint, read_identity
 from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
-from nemo_megacpp.nemo.actual import actual_layout
 from nemo_megacpp.nemo.stops import StopOnSigterm
-from nemo_megacpp.nemo.throughput import Throughput
 from nemo_megacpp.preflight.outputs import job_process
 from nemo_megacpp.printable import say
 from nemo_megacpp.render import show_memory
 from nemo_megacpp.runs.events import append_record, record_event
+from nemo_megacpp.runs.ranks import memory_now, over_ranks
 from nemo_megacpp.runs.run_folder import METRICS_FILE
 from nemo_megacpp.runs.summary import show_speed, summarize, write_summary
-from nemo_megacpp.runtime.host import current_host
+from nemo_megacpp.runs.throughput import Throughput
 from nemo_megacpp.runtime.launch import launched
 
 
@@ -45,38 +45,6 @@ class RunFolderWandbLogger(WandbLogger):
 
 def _number(value: Any) -> Optional[float]:  # noqa: UP045
     return None if value is None else float(value)
-
-
-def memory_now() -> int:
-    """Return the bytes of this rank's tensors on the device, or of its process on a CPU."""
-    if current_host().device == "cuda":
-        return torch.cuda.memory_allocated()
-    resident = Path("/proc/self/statm").read_text().split()[1]
-    return int(resident) * resource.getpagesize()
-
-
-def over_ranks(before: int, seconds: float) -> dict[str, float]:
-    """Return what all ranks measured. A collective over all ranks.
-
-    ``memory`` is the largest peak of any rank, and ``memory_added`` the largest above ``before``,
-    in bytes: of the device's tensors, or of the process on a CPU. ``seconds_fastest`` and
-    ``seconds_slowest`` are the least and the most ``seconds`` of any rank.
-    """
-    device = torch.cuda.current_device()
-    if current_host().device == "cuda":
-        here = torch.cuda.max_memory_allocated()
-    else:
-        here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    measured = [here, here - before, -seconds, seconds]
-    most = torch.tensor(measured, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    memory, added, fastest, slowest = most.tolist()
-    return {
-        "memory": memory,
-        "memory_added": added,
-        "seconds_fastest": -fastest,
-        "seconds_slowest": slowest,
-    }
 
 
 class RunRecorder(pl.Callback, IOMixin):
@@ -112,7 +80,10 @@ class RunRecorder(pl.Callback, IOMixin):
         self._before = memory_now()  # the strategy builds the model after this
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._throughput = Throughput(trainer, pl_module.config)
+        data, strategy = trainer.datamodule, trainer.strategy  # type: ignore[attr-defined]
+        chunks = unwrap_model([chunk.module for chunk in strategy.megatron_parallel])
+        tokens = data.global_batch_size * data.seq_length
+        self._throughput = Throughput(chunks, pl_module.config, tokens)
         if trainer.is_global_zero:
             ranks = trainer.world_size
             details = {

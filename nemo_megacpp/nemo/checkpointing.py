@@ -18,6 +18,7 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
 from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
 from nemo_megacpp.checkpoint.dcp import require_psutil
+from nemo_megacpp.checkpoint.described import actual_layout, actual_model
 from nemo_megacpp.checkpoint.folder import find_weights, is_complete_checkpoint
 from nemo_megacpp.checkpoint.lifecycle import (
     begin_checkpoint,
@@ -28,7 +29,7 @@ from nemo_megacpp.checkpoint.lifecycle import (
 )
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.checkpoint.save_errors import save_errors
-from nemo_megacpp.nemo.actual import actual_layout, actual_model, tokenizer_of
+from nemo_megacpp.nemo.actual import tokenizer_of
 from nemo_megacpp.printable import say
 from nemo_megacpp.runs.events import record_event
 from nemo_megacpp.runtime import heartbeat

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from megatron.core.parallel_state import update_pg_timeout
 from nemo.lightning.io import IOMixin
 
-from nemo_megacpp.nemo.heartbeat_start import start_heartbeats
+from nemo_megacpp.runs.heartbeat_start import start_heartbeats
 from nemo_megacpp.runtime import heartbeat
 
 

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from nemo_megacpp.data.builtin import ensure_builtin
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.nemo.start import train_recipe
 from nemo_megacpp.recipes.recipe import from_mapping
 from nemo_megacpp.runs.curves import Curve, draw_phases, read_curve
 from nemo_megacpp.runs.run_lock import validate_not_running
+from nemo_megacpp.start import train_recipe
 
 MAX_STEPS = 120
 CHECKPOINT_AT = 80

@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 import torch
 from nemo.lightning.io import IOMixin
 
-from nemo_megacpp.errors import UserError
 from nemo_megacpp.runs.events import record_event
+from nemo_megacpp.runs.non_finite import non_finite
 from nemo_megacpp.runtime import stopping
 
 
@@ -87,11 +87,3 @@ class StopOnNonFinite(pl.Callback, IOMixin):
             value = trainer.callback_metrics.get(key)
             if value is not None and not math.isfinite(value):
                 raise non_finite(trainer.global_step, f"the {name} is {float(value)}")
-
-
-def non_finite(step: int, what: str) -> UserError:
-    """Return the error of a run that ends because of NaN or Inf."""
-    return UserError(
-        f"Step {step}: {what}. The run stops and saves nothing of this step. Resume an earlier "
-        f"checkpoint with a lower lr, or without the data of this step."
-    )

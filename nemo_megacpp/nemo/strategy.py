@@ -13,6 +13,7 @@ from nemo.lightning import MegatronStrategy, megatron_init
 from nemo.lightning._strategy_lib import init_model_parallel
 from nemo.lightning.io.pl import MegatronCheckpointIO, ckpt_to_weights_subdir
 
+from nemo_megacpp.checkpoint.described import actual_layout, actual_model
 from nemo_megacpp.checkpoint.folder import find_checkpoint
 from nemo_megacpp.checkpoint.guard import guard_load
 from nemo_megacpp.checkpoint.identity import validate_same_model
@@ -26,8 +27,6 @@ from nemo_megacpp.checkpoint.random_state import (
 )
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.nemo.actual import (
-    actual_layout,
-    actual_model,
     tokenizer_of,
     validate_actual,
     validate_run_steps_left,
@@ -36,8 +35,8 @@ from nemo_megacpp.nemo.actual import (
 )
 from nemo_megacpp.nemo.checkpointing import AcrossBackends, AsyncCheckpointIO
 from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
-from nemo_megacpp.nemo.stops import non_finite
 from nemo_megacpp.preflight.resume import validate_optimizer_state
+from nemo_megacpp.runs.non_finite import non_finite
 from nemo_megacpp.runtime.host import ensure_host
 from nemo_megacpp.runtime.orphans import bind_helpers
 from nemo_megacpp.settings.validate import validate_config

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.nemo.heartbeat_start import start_heartbeats
 from nemo_megacpp.recipes.recipe import Recipe, resolve
+from nemo_megacpp.runs.heartbeat_start import start_heartbeats
 from nemo_megacpp.runtime import stopping
 from nemo_megacpp.runtime.imports import importing
 from nemo_megacpp.runtime.launch import launched

@@ -53,6 +53,9 @@ class NoStream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return False
+
     def elapsed_time(self, other: Any) -> float:
         return 0.0
 

@@ -36,7 +36,7 @@ def current_host() -> Host:
     return Host("cpu", "gloo")
 
 
-def ensure_host(*, nemo: bool = False, script: bool = False) -> Host:
+def ensure_host(*, nemo: bool = False, script: bool = False, bridge: bool = False) -> Host:
     """Make this process able to build and train Megatron modules; safe to call again.
 
     With a GPU nothing is changed. Without one, stand-ins for the parts of ``torch.cuda`` that
@@ -46,6 +46,7 @@ def ensure_host(*, nemo: bool = False, script: bool = False) -> Host:
     Args:
         nemo: also make NeMo's Megatron strategy run (imports NeMo).
         script: also make Megatron-LM's own training scripts run, which check for a CUDA device.
+        bridge: also make Megatron-Bridge import and train.
 
     Returns:
         The host that the process now runs on.
@@ -53,11 +54,26 @@ def ensure_host(*, nemo: bool = False, script: bool = False) -> Host:
     host = current_host()
     if host.device == "cuda":
         return host
-    for name, wanted in (("torch", True), ("megatron", True), ("nemo", nemo), ("script", script)):
+    for name, wanted in (
+        ("torch", True),
+        ("megatron", True),
+        ("nemo", nemo),
+        ("script", script or bridge),  # Bridge checks for a CUDA device as the scripts do
+        ("bridge", bridge),
+    ):
         if wanted and name not in _installed:
             _install(name)
             _installed.add(name)
     return host
+
+
+def supplied_libraries() -> list[str]:
+    """Return the absent libraries for which empty modules let Megatron-Bridge be imported."""
+    if "bridge" not in _installed:
+        return []
+    from nemo_megacpp.runtime.cpu_bridge import supplied
+
+    return sorted(supplied)
 
 
 def _install(name: str) -> None:
@@ -68,6 +84,8 @@ def _install(name: str) -> None:
         from nemo_megacpp.runtime.cpu_megatron import install
     elif name == "nemo":
         from nemo_megacpp.runtime.cpu_nemo import install
+    elif name == "bridge":
+        from nemo_megacpp.runtime.cpu_bridge import install
     else:
         from nemo_megacpp.runtime.cpu_scripts import install
     install()

@@ -20,12 +20,11 @@ import yaml
 from torch.distributed.checkpoint.metadata import Metadata
 
 import nemo_megacpp
-from nemo_megacpp import cli
+from nemo_megacpp import cli, start
 from nemo_megacpp.checkpoint.identity import write_identity
 from nemo_megacpp.data.builtin import builtin_folder
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import RankFailed, UserError
-from nemo_megacpp.nemo import start
 from nemo_megacpp.recipes.catalog import CATALOG, NAM56R_TINY_MODEL
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.runtime.workers import WorkerError

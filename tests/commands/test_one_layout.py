@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from nemo_megacpp import start
 from nemo_megacpp.checkpoint import rewrite
 from nemo_megacpp.cli import read_arguments
 from nemo_megacpp.commands import layouts as layouts_command
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo import start
 from nemo_megacpp.proof import verification
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 

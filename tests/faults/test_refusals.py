@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_megacpp import cli
+from nemo_megacpp import cli, start
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.nemo import start
 from nemo_megacpp.recipes.recipe import resolve
 
 

@@ -36,7 +36,7 @@ MODULES = (
     "nemo_megacpp.cli",
     "nemo_megacpp.checkpoint.rewrite",
     "nemo_megacpp.checkpoint.guard",
-    "nemo_megacpp.nemo.start",
+    "nemo_megacpp.start",
     "nemo_megacpp.data.prepare",
     "nemo_megacpp.data.packed_rows",
     "nemo_megacpp.preflight",

@@ -14,9 +14,9 @@ import fiddle
 import torch
 from nemo.collections import llm  # noqa: F401  (what takes the time)
 
-from nemo_megacpp.nemo.start import train_recipe
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.runtime.launch import rank_environment
+from nemo_megacpp.start import train_recipe
 
 
 def take_place(port: int) -> None:

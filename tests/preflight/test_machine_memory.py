@@ -9,12 +9,12 @@ import pytest
 from nemo_megacpp.contract.layout_plan import make_plan
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.hybrid_fields import LARGEST
-from nemo_megacpp.nemo.start import train_recipe
 from nemo_megacpp.preflight import machine_memory
 from nemo_megacpp.preflight.machine_memory import validate_memory
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.views import job_of
+from nemo_megacpp.start import train_recipe
 
 
 @pytest.mark.parametrize("key", LARGEST)

@@ -27,13 +27,13 @@ from nemo_megacpp.data import builtin
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.nemo import worker
-from nemo_megacpp.nemo.start import train_recipe
 from nemo_megacpp.preflight import preflight
 from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
 from nemo_megacpp.preflight.recipe_data import open_data
 from nemo_megacpp.preflight.resume import choose_newest, find_resume
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.recipes.views import shape_of
+from nemo_megacpp.start import train_recipe
 
 VOCAB_SIZE = 300
 Save = Callable[..., Path]

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.nemo.start import train_recipe
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.runs import run_lock
 from nemo_megacpp.runs.run_folder import LOCK_FILE, OWNER_FILE
 from nemo_megacpp.runs.run_lock import hold_run, validate_not_running
+from nemo_megacpp.start import train_recipe
 
 _HOLD = """
 import sys, time

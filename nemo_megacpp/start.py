@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import yaml
@@ -21,12 +24,32 @@ from nemo_megacpp.runs.run_lock import hold_run, validate_not_running
 from nemo_megacpp.runtime.launch import Launched, launch, launched, validate_device_count
 
 
-def train_recipe(recipe: Recipe, dry_run: bool = False) -> Path:
+@dataclass(frozen=True)
+class Door:
+    """Through which library a recipe is trained.
+
+    Attributes:
+        worker: module of a rank; run as a program, or its ``run_recipe`` where a launcher has
+            started the ranks.
+        prefixes: of the names of a model's tensors in the checkpoints that it can load.
+        validate: raises a UserError for settings of a recipe that the door does not carry.
+    """
+
+    worker: str = "nemo_megacpp.nemo.worker"
+    prefixes: tuple[str, ...] = ("module.",)
+    validate: Callable[[Recipe], None] = lambda recipe: None
+
+
+NEMO = Door()
+
+
+def train_recipe(recipe: Recipe, dry_run: bool = False, door: Door = NEMO) -> Path:
     """Train a resolved recipe, on this machine or under torchrun.
 
     Args:
         recipe: resolved.
         dry_run: validate everything, start no rank and write nothing.
+        door: through which library.
 
     Returns:
         The run's folder.
@@ -42,7 +65,8 @@ def train_recipe(recipe: Recipe, dry_run: bool = False) -> Path:
     if speaks and recipe.run_dir is not None:
         validate_not_running(Path(recipe.run_dir))
     resumes = recipe.resume is not None
-    settled = preflight(recipe, announce=speaks)
+    door.validate(recipe)
+    settled = preflight(recipe, announce=speaks, prefixes=door.prefixes)
     recipe, run_dir = settled.recipe, settled.run_dir
     if here is None:
         validate_device_count(recipe.layout.world)
@@ -59,12 +83,10 @@ def train_recipe(recipe: Recipe, dry_run: bool = False) -> Path:
             validate_run_dir(run_dir, recipe.resume, resumes, settled.skipped)
             file = _write_recipe(recipe, run_dir)
         if here is not None:
-            from nemo_megacpp.nemo.worker import run_recipe
-
-            run_recipe(recipe, run_dir, devices=here.local_world_size)
+            import_module(door.worker).run_recipe(recipe, run_dir, devices=here.local_world_size)
             return run_dir
         launch(
-            ["-m", "nemo_megacpp.nemo.worker", str(file), str(run_dir), str(os.getpid())],
+            ["-m", door.worker, str(file), str(run_dir), str(os.getpid())],
             recipe.layout.world,
             run_dir / "logs",
         )

@@ -29,13 +29,13 @@ BF16 = SimpleNamespace(bf16=True, fp8=None)
     ],
 )
 def test_the_peak_is_that_of_the_device_or_not_known(device: str, peak: float | None) -> None:
-    from nemo_megacpp.nemo.throughput import peak_tflops
+    from nemo_megacpp.runs.throughput import peak_tflops
 
     assert peak_tflops(device, BF16) == peak
 
 
 def test_fp32_and_fp8_have_no_single_peak() -> None:
-    from nemo_megacpp.nemo.throughput import peak_tflops
+    from nemo_megacpp.runs.throughput import peak_tflops
 
     assert peak_tflops("NVIDIA H200", SimpleNamespace(bf16=False, fp8=None)) is None
     assert peak_tflops("NVIDIA H200", SimpleNamespace(bf16=True, fp8="hybrid")) is None

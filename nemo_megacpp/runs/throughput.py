@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import unwrap_model
 
 from nemo_megacpp.contract.stages import read_chunk
 from nemo_megacpp.contract.work import step_operations
@@ -56,16 +55,16 @@ class Throughput:
     """Speed of a run from the seconds of a step; a collective over all ranks when constructed.
 
     Args:
-        trainer: Lightning's, with the model built.
+        chunks: of the model on this rank.
         config: of the model.
+        tokens: of a step, in the whole job.
     """
 
-    def __init__(self, trainer: Any, config: Any):
-        data, cuda = trainer.datamodule, current_host().device == "cuda"
+    def __init__(self, chunks: Sequence[torch.nn.Module], config: Any, tokens: int):
+        cuda = current_host().device == "cuda"
         self.unit = "GPU" if cuda else "rank"
-        self.tokens = data.global_batch_size * data.seq_length
-        chunks = unwrap_model([chunk.module for chunk in trainer.strategy.megatron_parallel])
-        here = step_operations(config, map(read_chunk, chunks), self.tokens)
+        self.tokens = tokens
+        here = step_operations(config, map(read_chunk, chunks), tokens)
         total = torch.tensor(float(here), dtype=torch.float64, device=torch.cuda.current_device())
         group = parallel_state.get_pipeline_model_parallel_group()
         torch.distributed.all_reduce(total, group=group)

@@ -1,4 +1,4 @@
-"""Start a run's heartbeats, before NeMo is imported where the run is ours."""
+"""Start a run's heartbeats, before the libraries are imported where the run is ours."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The door to Megatron-Bridge: a recipe becomes its ``ConfigContainer``, and its ``pretrain``."""
