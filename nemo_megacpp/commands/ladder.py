@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from nemo_megacpp.commands.arguments import add_recipe, print_json, read_count, read_recipe
-from nemo_megacpp.commands.verify import differences_from
 
 if TYPE_CHECKING:
     from nemo_megacpp.recipes.recipe import Recipe
@@ -45,7 +44,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: Namespace) -> int:
-    from nemo_megacpp.proof.verification import MAX_RANKS
+    from nemo_megacpp.proof.rank_limit import MAX_RANKS
 
     ranks = MAX_RANKS if args.ranks is None else read_count("--ranks", args.ranks, MAX_RANKS)
     start = None if args.start is None else read_count("--start", args.start, _MOST_TOKENS)
@@ -82,7 +81,7 @@ def climb_recipe(
     from nemo_megacpp.proof.case_report import RANKS_ON
     from nemo_megacpp.proof.ladder import ROWS, build_ladder, climb
     from nemo_megacpp.proof.ladder_report import ladder_document, print_ladder
-    from nemo_megacpp.recipes.views import shape_of
+    from nemo_megacpp.recipes.views import differences_from, shape_of
     from nemo_megacpp.render import make_console
     from nemo_megacpp.runtime.workers import WorkerPool, device_for
 

@@ -51,7 +51,7 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
     from nemo_megacpp.preflight.model_checks import validate_model
     from nemo_megacpp.proof.case_report import RANKS_ON, print_cases, verify_document
     from nemo_megacpp.proof.verification import verify_layout
-    from nemo_megacpp.recipes.views import shape_of
+    from nemo_megacpp.recipes.views import differences_from, shape_of
     from nemo_megacpp.render import make_console
     from nemo_megacpp.runtime.workers import device_for
 
@@ -96,16 +96,3 @@ def verify_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None)
     else:
         print_cases(console, cases)
     return 0 if all(case.passed for case in cases) else 1
-
-
-def differences_from(recipe: Recipe) -> list[str]:
-    """Return the defaults that the recipe takes, and what of it the proof leaves out."""
-    from nemo_megacpp.proof.small_models import DRAWN
-
-    drawn = [
-        f"{name}={value}" for name, value in recipe.model.items() if value != DRAWN.get(name, value)
-    ]
-    lines = [f"defaults taken: {'; '.join(recipe.assumed)}"] if recipe.assumed else []
-    if drawn:
-        lines.append(f"without {', '.join(drawn)}: each rank draws random numbers of its own")
-    return lines

@@ -7,39 +7,43 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_megacpp.contract.machine import Arithmetic, Link, Machine, read_machine_file
+from nemo_megacpp.contract.machine import Link, Machine, read_machine_file
 from nemo_megacpp.errors import UserError, nearest
 
 DEFAULT = "dgx-h100"
 
 _NDR = Link(bandwidth=50e9, latency=8e-6)
 """One 400 Gb/s InfiniBand or Ethernet port for each GPU."""
-_HOPPER_FLOPS: dict[Arithmetic, float] = {"fp32": 67e12, "bf16": 989e12, "fp8": 1979e12}
+
+
+def _hopper(name: str, hbm_bytes: int, hbm_bandwidth: float, source: str) -> Machine:
+    """A DGX with eight GPUs that differ by their memory alone."""
+    return Machine(
+        name=name,
+        gpus_per_node=8,
+        hbm_bytes=hbm_bytes,
+        hbm_bandwidth=hbm_bandwidth,
+        flops={"fp32": 67e12, "bf16": 989e12, "fp8": 1979e12},
+        in_node=Link(bandwidth=450e9, latency=3e-6),
+        between_nodes=_NDR,
+        source=source,
+    )
+
 
 PRESETS = {
     machine.name: machine
     for machine in (
-        Machine(
-            name="dgx-h100",
-            gpus_per_node=8,
-            hbm_bytes=80 * 10**9,
-            hbm_bandwidth=3.35e12,
-            flops=_HOPPER_FLOPS,
-            in_node=Link(bandwidth=450e9, latency=3e-6),
-            between_nodes=_NDR,
-            source="NVIDIA H100 data sheet (SXM): 989 TFLOP/s BF16 and 1,979 FP8 (half of those "
-            "with sparsity), 80 GB, 3.35 TB/s, NVLink 900 GB/s both ways; DGX H100: 8 x 400 Gb/s",
+        _hopper(
+            "dgx-h100",
+            *(80 * 10**9, 3.35e12),
+            "NVIDIA H100 data sheet (SXM): 989 TFLOP/s BF16 and 1,979 FP8 (half of those with "
+            "sparsity), 80 GB, 3.35 TB/s, NVLink 900 GB/s both ways; DGX H100: 8 x 400 Gb/s",
         ),
-        Machine(
-            name="dgx-h200",
-            gpus_per_node=8,
-            hbm_bytes=141 * 10**9,
-            hbm_bandwidth=4.8e12,
-            flops=_HOPPER_FLOPS,
-            in_node=Link(bandwidth=450e9, latency=3e-6),
-            between_nodes=_NDR,
-            source="NVIDIA H200 data sheet (SXM): the H100's peaks, 141 GB, 4.8 TB/s, NVLink 900 "
-            "GB/s both ways; DGX H200: 8 x 400 Gb/s",
+        _hopper(
+            "dgx-h200",
+            *(141 * 10**9, 4.8e12),
+            "NVIDIA H200 data sheet (SXM): the H100's peaks, 141 GB, 4.8 TB/s, NVLink 900 GB/s "
+            "both ways; DGX H200: 8 x 400 Gb/s",
         ),
         Machine(
             name="gb200-nvl72",

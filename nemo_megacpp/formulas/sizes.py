@@ -14,6 +14,7 @@ from nemo_megacpp.families import block_of, load_families
 from nemo_megacpp.layout import ParallelLayout, padded_vocab_size
 from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Dimensions, Mamba3Settings
 from nemo_megacpp.mixers.kernels.m2rnn_triton import unfit_for_triton
+from nemo_megacpp.mixers.recompute import recomputes
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.side_channels import channel_places
 
@@ -259,6 +260,4 @@ class Sizes:
 
     def recomputes(self, module: str) -> bool:
         """Whether ``module`` is computed again in the backward pass."""
-        return self.config.recompute_granularity == "selective" and module in (
-            self.config.recompute_modules or ()
-        )
+        return recomputes(self.config, module)

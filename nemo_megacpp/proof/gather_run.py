@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import block_of
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ParallelLayout, validate_layout
@@ -15,9 +14,9 @@ from nemo_megacpp.proof.case_kernels import kernels_for
 from nemo_megacpp.proof.gather_recorder import RecordedGather
 from nemo_megacpp.proof.gather_report import GatherRow, gather_rows
 from nemo_megacpp.proof.gather_verdicts import judge
+from nemo_megacpp.proof.rank_limit import validate_ranks
 from nemo_megacpp.proof.small_models import every_expert, proxy_model
 from nemo_megacpp.proof.step_spec import StepSpec
-from nemo_megacpp.proof.verification import MAX_RANKS
 from nemo_megacpp.runtime.workers import WorkerPool
 
 Record = Callable[[StepSpec, ParallelLayout], list[RecordedGather]]
@@ -49,12 +48,7 @@ def inspect_gathers(
     Raises:
         UserError: for a layout that is illegal or needs more ranks than this machine should start.
     """
-    if layout.world > MAX_RANKS:
-        raise UserError(
-            f"The layout needs {layout.world} ranks; gathers starts at most {MAX_RANKS} here. Give "
-            f"a smaller one with --layout: which gathers there are depends on which axes are "
-            f"split, not on their sizes."
-        )
+    validate_ranks(layout, "gathers", "which gathers there are")
     small = every_expert(proxy_model(model, layout, kernels_for("cpu", "float32").narrowest))
     rows = layout.pp * layout.data_parallel_size
     validate_layout(layout, shape_of(small, rows))

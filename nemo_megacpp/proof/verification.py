@@ -8,17 +8,15 @@ from contextlib import ExitStack
 from itertools import combinations
 from typing import Any
 
-from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, validate_layout
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.proof.case_kernels import kernels_for
 from nemo_megacpp.proof.case_runner import CaseResult, CaseRunner, TrainingPath
+from nemo_megacpp.proof.rank_limit import validate_ranks
 from nemo_megacpp.proof.small_models import proxy_model
 from nemo_megacpp.proof.step_spec import Dtype
 from nemo_megacpp.runtime.scratch import scratch_folder
 from nemo_megacpp.runtime.workers import WorkerPool, device_for
-
-MAX_RANKS = 16
 
 
 def verify_layout(
@@ -47,12 +45,7 @@ def verify_layout(
     Raises:
         UserError: for a layout that is illegal or needs more ranks than this machine should start.
     """
-    if layout.world > MAX_RANKS:
-        raise UserError(
-            f"The layout needs {layout.world} ranks; verify starts at most {MAX_RANKS} here. Give "
-            f"a smaller one with --layout: what is proved depends on which axes are split, not on "
-            f"their sizes."
-        )
+    validate_ranks(layout, "verify", "what is proved")
     device = device_for(layout.world) if pool is None else pool.device
     small = proxy_model(model, layout, kernels_for(device, "bfloat16").narrowest)
     training = dict(training or {})

@@ -11,6 +11,7 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.layout import ModelShape
 from nemo_megacpp.layout.parallel import MAX_RANKS
+from nemo_megacpp.proof.small_models import DRAWN
 from nemo_megacpp.recipes.recipe import Recipe
 
 
@@ -70,3 +71,14 @@ def validate_countable(recipe: Recipe) -> None:
             f"A world of {ranks:,} ranks cannot be planned: it must have between 1 and "
             f"{MAX_RANKS:,} ranks."
         )
+
+
+def differences_from(recipe: Recipe) -> list[str]:
+    """Return the defaults that the recipe takes, and what of it a proof leaves out, as lines."""
+    drawn = [
+        f"{name}={value}" for name, value in recipe.model.items() if value != DRAWN.get(name, value)
+    ]
+    lines = [f"defaults taken: {'; '.join(recipe.assumed)}"] if recipe.assumed else []
+    if drawn:
+        lines.append(f"without {', '.join(drawn)}: each rank draws random numbers of its own")
+    return lines
