@@ -11,8 +11,6 @@ from nemo_megacpp.proof.rank_limit import MAX_RANKS, validate_ranks
 
 def test_too_many_ranks_are_refused() -> None:
     validate_ranks(ParallelLayout.parse(f"cp={MAX_RANKS}"), "verify", "what is proved")
-    message = (
-        r"needs 32 ranks; gathers starts at most 16 here\. .*: which gathers there are depends"
-    )
+    message = r"32 ranks; gathers starts at most 16 here\. .*: which gathers there are depends on"
     with pytest.raises(UserError, match=message):
         validate_ranks(ParallelLayout.parse("cp=32"), "gathers", "which gathers there are")
