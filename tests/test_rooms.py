@@ -98,6 +98,35 @@ def test_only_the_runtime_knows_the_stand_ins() -> None:
     assert set(map(_room, users)) == {"runtime"}
 
 
+def _asks_for_a_release(path: Path) -> list[str]:
+    """Return where a file asks which Megatron-Core is there: by its version, by an import that may
+    fail, or by a signature."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+            megatron = (node.module or "").startswith("megatron")
+            if megatron and ("package_info" in node.module or "__version__" in names):
+                found.append(f"line {node.lineno}: Megatron's version")
+            if node.module == "inspect" and "signature" in names:
+                found.append(f"line {node.lineno}: signatures")
+        elif isinstance(node, ast.Try):
+            imports = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+            if any("megatron.core" in ast.unparse(each) for each in imports) and any(
+                "ImportError" in ast.unparse(handler.type)
+                for handler in node.handlers
+                if handler.type is not None
+            ):
+                found.append(f"line {node.lineno}: an import of Megatron that may fail")
+    return found
+
+
+def test_only_the_seam_asks_for_a_release() -> None:
+    """What differs between releases of Megatron-Core stands in ``core``."""
+    asking = {name: found for name, path in FILES.items() if (found := _asks_for_a_release(path))}
+    assert set(map(_room, asking)) == {"core"}, asking
+
+
 def test_a_command_is_one_file() -> None:
     """Its name in the command line is the file's."""
     from nemo_megacpp.cli import COMMANDS

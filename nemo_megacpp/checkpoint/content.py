@@ -15,9 +15,11 @@ from nemo_megacpp.checkpoint.manifest import check_manifest
 from nemo_megacpp.checkpoint.safe_pickle import (
     EXTRA_STATE,
     METADATA,
-    read_common,
     read_metadata,
+    read_object,
+    read_torch_file,
 )
+from nemo_megacpp.core.checkpoints import COMMON, COMMON_OBJECT
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ModelShape, ParallelLayout, is_legal
 
@@ -114,11 +116,11 @@ class CheckpointContent:
 
     @property
     def objects(self) -> list[str]:
-        """Names of pickled objects, except the modules' ``_extra_state``."""
+        """Names of pickled objects, except the modules' ``_extra_state`` and :meth:`common`."""
         return [
             name
             for name in self.metadata.state_dict_metadata
-            if name not in self.tensors and EXTRA_STATE not in name
+            if name not in self.tensors and EXTRA_STATE not in name and name != COMMON_OBJECT
         ]
 
     @property
@@ -131,12 +133,21 @@ class CheckpointContent:
         return step if isinstance(step, int) else None
 
     def common(self) -> dict[str, Any]:
-        """Return what is not sharded: ``common.pt``, or from Megatron-Core 0.19 on an object.
+        """Return what is not sharded: ``common.pt``, or the object that takes its place.
 
         Raises:
             UserError: it is missing, damaged or unsafe.
         """
-        return read_common(self.weights, self.metadata)
+        path = self.weights / COMMON
+        if not path.exists() and COMMON_OBJECT in self.metadata.state_dict_metadata:
+            held = read_object(self.weights, self.metadata, COMMON_OBJECT)
+            # Megatron saves an object as a list of it; our own saves are already taken out of it.
+            held = held[0] if isinstance(held, list) and held else held
+        else:
+            held = read_torch_file(path)
+        if not isinstance(held, dict):
+            raise UserError(f"{path} is damaged: it holds a {type(held).__name__}.")
+        return held
 
     def read_tensor(self, name: str) -> torch.Tensor:
         """Return one whole tensor, of its global shape, assembled from its shards by torch.

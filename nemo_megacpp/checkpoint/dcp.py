@@ -14,6 +14,7 @@ from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
 from nemo_megacpp.checkpoint.guard import guard_load
 from nemo_megacpp.checkpoint.manifest import write_manifest
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
+from nemo_megacpp.core.checkpoints import keep_common_file
 from nemo_megacpp.errors import UserError
 
 
@@ -53,6 +54,7 @@ def save_sharded(
     torch.distributed.barrier()
     dist_checkpointing.save(state, str(directory), content_metadata=content_metadata)
     if torch.distributed.get_rank() == 0:
+        keep_common_file(directory)
         write_manifest(directory)
     torch.distributed.barrier()
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from nemo_megacpp.checkpoint import manifest
 from nemo_megacpp.checkpoint.identity import FILE as IDENTITY
 from nemo_megacpp.checkpoint.identity import Identity, read_identity
-from nemo_megacpp.checkpoint.safe_pickle import COMMON, METADATA
+from nemo_megacpp.checkpoint.safe_pickle import METADATA
+from nemo_megacpp.core.checkpoints import COMMON
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.json_files import read_limited
 from nemo_megacpp.printable import shown

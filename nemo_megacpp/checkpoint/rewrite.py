@@ -29,6 +29,7 @@ from nemo_megacpp.checkpoint.manifest import FILE as MANIFEST
 from nemo_megacpp.checkpoint.manifest import check_manifest, write_manifest
 from nemo_megacpp.checkpoint.save_errors import save_errors
 from nemo_megacpp.config import HybridConfig, config_fields
+from nemo_megacpp.core.checkpoints import COMMON_OBJECT, keep_common_file
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout, validate_layout
 from nemo_megacpp.layout.parallel import read_degrees
@@ -201,6 +202,8 @@ def import_on_rank(source: Path, out: Path, prefix: str) -> None:
     }
     with save_errors(out, f"{source} is unchanged."):
         dist_checkpointing.save(sharded, str(out))
+        if torch.distributed.get_rank() == 0:
+            keep_common_file(out)
 
 
 def rewrite(source: Path, out: Path, chunks: list[torch.nn.Module]) -> tuple[int, int]:
@@ -242,6 +245,7 @@ def rewrite(source: Path, out: Path, chunks: list[torch.nn.Module]) -> tuple[int
             wanted[f"{name}#0"] = ShardedTensor.from_rank_offsets(name, data)
     if first:
         objects = content.metadata.state_dict_metadata.keys() - content.tensors.keys()
+        objects -= {COMMON_OBJECT}
         wanted |= {name: ShardedObject.empty_from_unique_key(name) for name in objects}
     loaded = dist_checkpointing.load(wanted.copy(), str(source))
     common = {key: value for key, value in loaded.items() if key not in wanted}
@@ -249,6 +253,8 @@ def rewrite(source: Path, out: Path, chunks: list[torch.nn.Module]) -> tuple[int
     metadata = common.pop(_CONTENT_METADATA, None)
     with save_errors(out, f"{source} is unchanged."):
         dist_checkpointing.save({**common, **saved}, str(out), content_metadata=metadata)
+        if first:
+            keep_common_file(out)
     return split, len(content.tensors) - split
 
 

@@ -2,8 +2,7 @@
 
 A ``torch_dist`` checkpoint holds three kinds of pickles. Torch's weights-only unpickler reads two
 of them, with the classes below added to torch's and Megatron's lists: ``common.pt``, and the
-objects among the tensors, which Megatron loads with ``weights_only=False``. From 0.19 on what was
-in ``common.pt`` is one of these objects. It does not read the
+objects among the tensors, which Megatron loads with ``weights_only=False``. It does not read the
 third kind, because it knows only the pickle protocol of ``torch.save``: ``.metadata``, which torch
 loads with a bare ``pickle.load``, and the FP8 state that Transformer Engine puts into byte tensors.
 :class:`_Unpickler` reads these, with the same lists.
@@ -28,6 +27,7 @@ from nemo_megacpp.checkpoint.pickle_limits import (
     validate_torch_file,
     validate_values,
 )
+from nemo_megacpp.core.checkpoints import COMMON
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.json_files import Count, read_json, read_limited
 from nemo_megacpp.printable import cut, printable
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 METADATA = ".metadata"
-COMMON = "common.pt"
-_COMMON_OBJECT = "common_state/shard_0_1"
-"""The object that takes the place of ``common.pt`` from Megatron-Core 0.19 on."""
 EXTRA_STATE = "_extra_state"
 """Of a Transformer Engine module: a pickle, as bytes in a tensor or in a ``BytesIO``."""
 _MODELOPT = "modelopt_state"
@@ -115,6 +112,8 @@ def _additions() -> dict[str, Any]:
         "builtins.slice": slice,
         "pathlib.Path": Path,
         "torch.storage._load_from_bytes": _load_nested,
+        # What Megatron puts in its place, from 0.17 on.
+        "megatron.core.safe_globals.safe_load_from_bytes": _load_nested,
         **{f"numpy.dtypes.{n}DType": getattr(np.dtypes, f"{n}DType") for n in _NUMPY_DTYPES},
         **{
             f"numpy.{core}.multiarray.{name}": function
@@ -225,45 +224,6 @@ def _read_torch(content: bytes, what: str) -> Any:
     return _guarded(load, what, len(content))
 
 
-def read_common(weights: Path, metadata: Metadata) -> dict[str, Any]:
-    """Return what is not sharded: ``common.pt``, or the object in its place.
-
-    Args:
-        weights: the folder with ``.metadata`` in it.
-        metadata: which was read from it.
-
-    Raises:
-        UserError: it is missing or damaged, or names something that is not allowed.
-    """
-    path = weights / COMMON
-    index = next((i for i in metadata.storage_data if i.fqn == _COMMON_OBJECT), None)
-    if path.exists() or index is None:
-        held, what = read_torch_file(path), str(path)
-    else:
-        validate_places(weights, metadata)
-        held, what = _read_object(weights, index.fqn, metadata.storage_data[index])
-        held = held[0] if isinstance(held, list) and held else held
-    if not isinstance(held, dict):
-        raise UserError(f"{what} is damaged: it holds a {type(held).__name__}, not a mapping.")
-    return held
-
-
-def _read_object(weights: Path, name: str, place: Any) -> tuple[Any, str]:
-    """Return an object among the tensors, and how to name it in an error."""
-    file, what = weights / place.relative_path, f"{weights / place.relative_path} ({name})"
-    if place.transform_descriptors:
-        raise UserError(f"{what} is refused: transformed storage is not supported.")
-    if place.length > _LIMIT:
-        raise UserError(f"{what} is damaged: it is larger than {_LIMIT:,} bytes.")
-    try:
-        with file.open("rb") as stream:
-            stream.seek(place.offset)
-            content = stream.read(place.length)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
-    return _read_torch(content, what), what
-
-
 def _scan_extra_state(held: Any) -> None:
     """Scan Transformer Engine's state with the reader that Megatron and it would load it with."""
     import torch
@@ -283,6 +243,38 @@ def _keys(held: Any) -> Iterator[str]:
     if isinstance(held, (dict, list, tuple)):
         for value in held.values() if isinstance(held, dict) else held:
             yield from _keys(value)
+
+
+def read_object(weights: Path, metadata: Metadata, name: str) -> Any:
+    """Return one of the objects among the tensors of a checkpoint.
+
+    Args:
+        weights: the folder with ``.metadata`` in it.
+        metadata: what it holds.
+        name: of the object.
+
+    Raises:
+        UserError: it is damaged, or names something that is not allowed.
+    """
+    validate_places(weights, metadata)
+    (place,) = (place for index, place in metadata.storage_data.items() if index.fqn == name)
+    return _read_object(weights, name, place)[0]
+
+
+def _read_object(weights: Path, name: str, place: Any) -> tuple[Any, str, int]:
+    """Return an object, its place in words for messages, and its bytes."""
+    file, what = weights / place.relative_path, f"{weights / place.relative_path} ({name})"
+    if place.transform_descriptors:
+        raise UserError(f"{what} is refused: transformed storage is not supported.")
+    if place.length > _LIMIT:
+        raise UserError(f"{what} is damaged: it is larger than {_LIMIT:,} bytes.")
+    try:
+        with file.open("rb") as stream:
+            stream.seek(place.offset)
+            content = stream.read(place.length)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
+    return _read_torch(content, what), what, len(content)
 
 
 def scan_checkpoint(weights: Path, share: int = 0, of: int = 1) -> int:
@@ -323,7 +315,7 @@ def scan_checkpoint(weights: Path, share: int = 0, of: int = 1) -> int:
         if any(EXTRA_STATE in key for key in _keys(held)):
             raise UserError(f"{path} is refused: {EXTRA_STATE} does not belong in this file.")
     for name, place in places:
-        held, what = _read_object(weights, name, place)
+        held, what, size = _read_object(weights, name, place)
         if EXTRA_STATE in name:
-            _guarded(functools.partial(_scan_extra_state, held), what, place.length)
+            _guarded(functools.partial(_scan_extra_state, held), what, size)
     return 1 + len(files) + len(places)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from nemo_megacpp.nemo.versions import require_nemo
+
 
 def add_parser(commands: Any) -> None:
     """Add ``demo`` to the command line's parsers."""
@@ -18,6 +20,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: Namespace) -> int:
+    require_nemo()
     from nemo_megacpp.nemo.resume_demo import demo
 
     return demo(args.out)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemo_megacpp.commands.arguments import add_recipe, print_json, read_recipe
+from nemo_megacpp.nemo.versions import require_nemo
 
 if TYPE_CHECKING:
     from nemo_megacpp.recipes.recipe import Recipe
@@ -70,6 +71,7 @@ def inspect_recipe(recipe: Recipe, as_json: bool, pool: WorkerPool | None = None
         "microbatch of a step, ranks on the CPU (gloo)",
         soft_wrap=True,
     )
+    require_nemo()
     from nemo_megacpp.nemo.proof_run import record_gathers  # once all is valid: it imports NeMo
 
     training = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_megacpp.commands.arguments import add_recipe, print_json, read_count, read_recipe
 from nemo_megacpp.commands.verify import differences_from
+from nemo_megacpp.nemo.versions import require_nemo
 
 if TYPE_CHECKING:
     from nemo_megacpp.recipes.recipe import Recipe
@@ -115,6 +116,7 @@ def climb_recipe(
         },
     }
     precision: Any = "float32" if recipe.training.precision == "fp32" else "bfloat16"
+    require_nemo()
     from nemo_megacpp.nemo.proof_run import NEMO, measure_steps  # once all is valid: NeMo
 
     say = lambda line: console.print(f"  {line}")  # noqa: E731

@@ -33,7 +33,7 @@ def layer_number_arguments(
 ) -> dict[str, Any]:
     """Return the keywords that give a ``TransformerLayer`` its number in the whole model.
 
-    The layer adds an offset that assumes equal stages. From 0.18 on it can be told not to; before,
+    The layer adds an offset that assumes equal stages. From 0.17 on it can be told not to; before,
     the offset is taken off first, so that the sum is the number whatever the cuts are.
     """
     if "add_layer_offset" in _TRANSFORMER_LAYER:
@@ -43,7 +43,7 @@ def layer_number_arguments(
 
 
 def mamba_layer_arguments(residual_in_fp32: bool) -> dict[str, Any]:
-    """Return the keywords of ``MambaLayer`` for the dtype of its residual; from 0.18 on the layer
+    """Return the keywords of ``MambaLayer`` for the dtype of its residual; from 0.17 on the layer
     reads ``fp32_residual_connection`` of the configuration instead."""
     if "residual_in_fp32" in _MAMBA_LAYER:
         return {"residual_in_fp32": residual_in_fp32}

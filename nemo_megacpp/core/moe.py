@@ -11,8 +11,9 @@ import torch
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
+
+from nemo_megacpp.core.releases import is_at_least
 
 try:
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -26,15 +27,13 @@ _BUILDS_EXPERTS = (
     not in signature(BackendSpecProvider.grouped_mlp_modules).parameters
 )
 
-AUX_LOSS_COUNTS_SHARES = (
-    "needs_dp_avg" in signature(TopKRouter.attach_and_log_load_balancing_loss).parameters
-)
+AUX_LOSS_COUNTS_SHARES = is_at_least("0.19")
 """Whether the router scales its auxiliary losses by the ranks that route one microbatch when
-``calculate_per_token_loss`` is on. The release that began to also renamed this argument."""
+``calculate_per_token_loss`` is on. No signature shows it."""
 
 
 def experts_of(experts: type, submodules: Any) -> Any:
-    """Return what ``grouped_mlp_modules`` of a backend returns: class and submodules, or from 0.18
+    """Return what ``grouped_mlp_modules`` of a backend returns: class and submodules, or from 0.17
     on one callable that builds them."""
     return partial(experts, submodules=submodules) if _BUILDS_EXPERTS else (experts, submodules)
 

@@ -67,6 +67,16 @@ def imported() -> str:
     return text
 
 
+def is_at_least(series: str) -> bool:
+    """Return whether the imported Megatron-Core is of a series or of a later one, for what neither
+    a signature nor a field shows."""
+    return _numbers(imported()) >= _numbers(series)
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(map(int, series_of(release).split(".")))
+
+
 @cache
 def installed() -> Release | None:
     """Return the installed Megatron-Core, None without one."""

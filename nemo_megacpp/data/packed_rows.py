@@ -85,7 +85,7 @@ class CheckedRows(GPTDataset):
         return found
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
-        # Text, documents, and from 0.18 on the lengths of their parts.
+        # Text, documents, and from 0.19 on the lengths of their parts.
         text, documents, *more = super()._query_document_sample_shuffle_indices(idx)
         if text.min() < 0 or text.max() >= self.vocab_size:
             raise UserError(self._describe_wrong_id(text, documents))

@@ -26,7 +26,7 @@ class Mamba2Mixer(KeepsFloat32, MambaMixer):
     Megatron builds ``A_log`` and ``D`` in float32, and its ``Float16Module`` converts them to
     bfloat16; the kernels take all three in float32. The stock mixer reads the weight and bias of
     ``conv1d`` without calling it, so nothing waits for their gather. In each layer it numbers the
-    documents of a pack, for which it waits for the GPU, or from 0.18 on only of a pack that has
+    documents of a pack, for which it waits for the GPU, or from 0.17 on only of a pack that has
     ``total_tokens``. Everything else, and every checkpoint key, is the stock mixer's.
     """
 

@@ -84,7 +84,7 @@ class TorchRMSNorm(torch.nn.RMSNorm):
 class NormOfConfig:
     """Builds ``norm`` with ``config.layernorm_epsilon``.
 
-    Until 0.17 Megatron's ``MambaLayer`` builds its norm without an epsilon, and Transformer
+    Until 0.18 Megatron's ``MambaLayer`` builds its norm without an epsilon, and Transformer
     Engine's norm then has 1e-5 in place of the configuration's.
     """
 

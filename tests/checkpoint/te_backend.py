@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn import functional as F
 
+from nemo_megacpp.core.moe import experts_of
 from nemo_megacpp.mixers.core_attention import TorchCoreAttention
 from nemo_megacpp.mixers.experts import with_expert_tags
 from nemo_megacpp.mixers.linear import NormColumnParallelLinear
@@ -129,15 +130,12 @@ class TransformerEngineNames(TorchBackend):
     def column_parallel_layer_norm_linear(self) -> type:
         return NormColumn
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+    def layer_norm(self, *args: Any, **kwargs: Any) -> type:
         return Norm
 
     def core_attention(self) -> type:
         return CoreAttention
 
-    def grouped_mlp_modules(
-        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
-    ) -> tuple[type, MLPSubmodules]:
-        return with_expert_tags(TEGroupedMLP), MLPSubmodules(
-            linear_fc1=GroupedColumn, linear_fc2=GroupedRow
-        )
+    def grouped_mlp_modules(self, *args: Any, **kwargs: Any) -> Any:
+        submodules = MLPSubmodules(linear_fc1=GroupedColumn, linear_fc2=GroupedRow)
+        return experts_of(with_expert_tags(TEGroupedMLP), submodules)

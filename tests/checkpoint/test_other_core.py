@@ -15,7 +15,7 @@ from nemo_megacpp.core.releases import PROVED, imported
 from nemo_megacpp.proof.core_run import resume_and_train
 from nemo_megacpp.proof.step_result import Carried, checkpoint_of
 from nemo_megacpp.runtime.workers import WorkerPool
-from tests.checkpoint.other_core import LOADED_IN, SAVED_IN, SPEC, Told
+from tests.checkpoint.exchange import LOADED_IN, SAVED_IN, SPEC, Told
 from tests.path import train_and_save
 
 ROOT = Path(__file__).parents[2]

@@ -62,7 +62,12 @@ def test_a_recipe_that_cannot_be_trained(
     ("installed", "part", "status", "cost"),
     [
         ({"torch": None}, "torch", "broken", "nothing runs"),
-        ({"megatron-core": "0.17.0"}, "megatron-core", "broken", "not 0.16: nothing runs"),
+        (
+            {"megatron-core": "0.17.0"},
+            "megatron-core",
+            "broken",
+            "refused: every other: nothing runs",
+        ),
         ({"psutil": None}, "psutil", "broken", "hangs forever"),
         ({"nemo-toolkit": "3.0.0"}, "nemo-toolkit", "limited", "not 2.7: no train, no verify"),
         ({"nvidia-modelopt": None}, "nvidia-modelopt", "limited", "hides llm.pretrain"),

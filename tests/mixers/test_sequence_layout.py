@@ -14,8 +14,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.utils import get_batch_on_this_cp_rank
 
+from nemo_megacpp.core.batches import deal_over_cp
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.sequence_layout import (
@@ -110,7 +110,7 @@ def _exchanges_of(
         "split_batch_for_cp": torch.equal(dealt["tokens"][0], zigzag) and dealt["labels"] is None,
         "the batch is left alone": tokens["tokens"].size(1) == length,
         "as Megatron deals it": row is not None
-        or torch.equal(dealt["tokens"], get_batch_on_this_cp_rank(tokens)["tokens"]),
+        or torch.equal(dealt["tokens"], deal_over_cp(tokens, group)["tokens"]),
         "sequence_to_heads": holds(sequence_to_heads, share, a, b, form[zigzag]),
         "heads_to_sequence": holds(heads_to_sequence, a, share, form[zigzag], b),
         "gather_sequence": holds(

@@ -9,10 +9,22 @@ import re
 from pathlib import Path
 
 import pytest
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
 
 from nemo_megacpp import cli
+from nemo_megacpp.core.releases import imported, series_of
 from nemo_megacpp.proof.covering import SETTINGS
-from nemo_megacpp.settings.validate import TABLES, default_of
+from nemo_megacpp.settings.release_verdicts import (
+    DDP_SINCE_0_17,
+    DDP_UNTIL_0_16,
+    OPTIMIZER_SINCE_0_17,
+    OPTIMIZER_UNTIL_0_16,
+    SINCE_0_17,
+    UNTIL_0_16,
+)
+from nemo_megacpp.settings.validate import ALL_RELEASES, TABLES, default_of
 from nemo_megacpp.settings.verdict_document import markdown, settings_document
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +37,22 @@ PROOFS = sorted(
 def test_every_field_has_a_verdict(kind: type) -> None:
     """A field that Megatron-Core gains has to be judged; one that it loses goes."""
     assert set(TABLES[kind]) == {field.name for field in dataclasses.fields(kind)}
+
+
+OF_RELEASES = {
+    TransformerConfig: (UNTIL_0_16, SINCE_0_17),
+    DistributedDataParallelConfig: (DDP_UNTIL_0_16, DDP_SINCE_0_17),
+    OptimizerConfig: (OPTIMIZER_UNTIL_0_16, OPTIMIZER_SINCE_0_17),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES, ids=lambda kind: kind.__name__)
+def test_what_another_release_has_is_declared(kind: type) -> None:
+    """No verdict is left over: one that is not this release's is on the list of the others."""
+    fields = {field.name for field in dataclasses.fields(kind)}
+    until, since = OF_RELEASES[kind]
+    foreign = since if series_of(imported()) == "0.16" else until
+    assert set(ALL_RELEASES[kind]) - fields == set(foreign)
 
 
 @pytest.mark.parametrize("kind", TABLES, ids=lambda kind: kind.__name__)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.models.mamba import MambaModel
 from megatron.core.transformer import TransformerConfig
 
+from nemo_megacpp.core.model import CoreModel, model_arguments
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.pattern import HybridPattern
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import fake_rank
@@ -168,11 +169,12 @@ def test_a_plain_configuration_gets_the_payload_too() -> None:
         **{field.name: getattr(meant, field.name) for field in fields(TransformerConfig)}
     )
     with fake_rank(layout, 0):
-        model = MambaModel(
+        stack = build_hybrid_stack_spec(read_spec_name(name), pattern="RARA")
+        model = CoreModel(
             config,
-            build_hybrid_stack_spec(read_spec_name(name)),
-            *(118, 16),
-            hybrid_override_pattern="RARA",
+            **model_arguments(stack, HybridPattern.parse("RARA"), 2),
+            vocab_size=118,
+            max_sequence_length=16,
             post_process=False,
         )
         tokens = torch.arange(32).view(2, 16)
