@@ -25,6 +25,11 @@ from torch.utils.data import Dataset
 VOCABULARY = 384
 
 
+def name_of(value: Any) -> str:
+    """Return a field's value as text; a function by its name."""
+    return getattr(value, "__name__", repr(value))
+
+
 class Rows(Dataset):
     """Rows of random tokens, the same for every rank."""
 
@@ -67,7 +72,7 @@ if __name__ == "__main__":
     if args.rank == 0:
         plain = model.transformer
         fields = {
-            field.name: repr(getattr(plain, field.name)) for field in dataclasses.fields(plain)
+            field.name: name_of(getattr(plain, field.name)) for field in dataclasses.fields(plain)
         }
         folder = Path(args.save).parent
         folder.mkdir(parents=True, exist_ok=True)
