@@ -73,7 +73,8 @@ class HybridProvider(HybridConfig, HybridModelProvider):
         assert pre_process is not None and post_process is not None, "Bridge's get_model gives both"
         # Bridge has just turned it off; without a GPU weights are initialised on the CPU.
         self.use_cpu_initialization = current_host().device == "cpu"
-        groups, self._pg_collection = self._pg_collection, None  # a group cannot be copied
+        groups: Any = self._pg_collection  # type: ignore[has-type]
+        self._pg_collection: Any = None  # a group cannot be copied
         try:
             return build_hybrid_model(
                 self,

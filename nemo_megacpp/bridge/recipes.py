@@ -33,7 +33,7 @@ def _pretrain_config(name: str, settings: dict[str, Any]) -> ConfigContainer:
     recipe = from_mapping({"recipe": name, **settings})
     validate_carried(recipe)
     validate_recipe_layout(recipe)
-    return to_config(recipe, Path(recipe.run_dir or "nemo_experiments") / "default")
+    return to_config(recipe, Path(recipe.run_dir or "nemo_experiments/default"))
 
 
 def _recipe(name: str) -> Callable[..., ConfigContainer]:

@@ -30,7 +30,7 @@ STEPS = 10
 SETTINGS = (
     "nam56r_tiny pattern=AEMR depth=4 tp=2 etp=1 seq_length=64 micro_batch_size=2 "
     "global_batch_size=4 lr=0.001 min_lr=0.0001 warmup_steps=2 log_interval=1 "
-    f"max_steps={STEPS} save_interval=100 val_check_interval=100 limit_val_batches=1"
+    f"max_steps={STEPS} save_interval=100 val_check_interval=20 limit_val_batches=1"
 ).split()
 """All families over two ranks, in float32."""
 
@@ -91,7 +91,7 @@ def test_the_checkpoints_are_complete_and_say_what_they_are(runs: Runs) -> None:
     assert "contents verified" in check_manifest(path)
     content = CheckpointContent(path)
     assert content.prefix == "" and content.step == STEPS
-    assert content.identity is not None and content.identity["layout"] == "tp=2 sp etp=1"
+    assert content.identity is not None and content.identity["layout"] == "tp=2,sp=true,etp=1"
     assert content.optimizer_tensors
 
 
