@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.nemo.proof_run import run_step
 from nemo_megacpp.proof.checks import FLOAT32, SEEDS, Limits, compare, rounding_limits
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_result import StepResult
 from nemo_megacpp.proof.step_spec import Dtype, StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.path import run_step
 from tests.proof.faults import run_broken
 from tests.reference import Reference
 
