@@ -113,13 +113,13 @@ def test_an_interrupt_of_all_processes_ends_the_pool_in_silence(
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt), WorkerPool(1) as pool:
-        (worker,) = pool._workers
+        process = pool._server.process
         threading.Thread(target=interrupt, daemon=True).start()
         try:
             pool.run(1, _wait_long, str(ready))
         finally:
             interrupted = time.monotonic()
-    assert time.monotonic() - interrupted < 5 and not worker.process.is_alive()
+    assert time.monotonic() - interrupted < 5 and not process.is_alive()
     assert "KeyboardInterrupt" not in capfd.readouterr().err
 
 
