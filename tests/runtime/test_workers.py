@@ -52,8 +52,9 @@ def _hang_on_one_rank() -> None:
     time.sleep(600)
 
 
-def _identity() -> tuple[int, int, int]:
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), os.getpid()
+def _identity() -> tuple[int, int, int, int]:
+    world_size = torch.distributed.get_world_size()
+    return torch.distributed.get_rank(), world_size, os.getpid(), os.getppid()
 
 
 def test_results_by_rank(pool: WorkerPool) -> None:
@@ -61,8 +62,9 @@ def test_results_by_rank(pool: WorkerPool) -> None:
     assert pool.run(2, _sum, 5) == [15, 15]
     assert pool.run(1, _sum, 5) == [5]
     first, second = pool.run(2, _identity), pool.run(2, _identity)
-    assert [(rank, world) for rank, world, _ in first] == [(0, 2), (1, 2)]
-    assert not {pid for *_, pid in first} & {pid for *_, pid in second}, "a process per task"
+    assert [(rank, world) for rank, world, *_ in first] == [(0, 2), (1, 2)]
+    assert len({pid for *_, pid, _ in first + second}) == 4, "a process per rank and task"
+    assert len({parent for *_, parent in first + second}) == 1, "which imports once for all"
 
 
 def test_one_rank_raises_while_the_other_waits(pool: WorkerPool) -> None:
