@@ -89,7 +89,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[WorkerPool]:
-    """Four gloo ranks, started once for the whole session."""
+    """A pool of four gloo ranks for the whole session."""
     from nemo_megacpp.runtime.workers import WorkerPool
 
     with WorkerPool(4) as pool:

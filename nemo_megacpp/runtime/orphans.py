@@ -81,13 +81,18 @@ def _after_fork() -> None:
         end_with_parent(parent)
 
 
-def renew_results_queue() -> None:
+def renew_results_queue() -> Any:
     """Give the writers forked next a new queue on the server of :func:`bind_helpers`: a save that
-    failed may have left its results in the old one."""
+    failed may have left its results in the old one.
+
+    Returns:
+        The queue. The process that made it must keep this object while another one uses the queue.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     assert _server is not None, "bind_helpers() starts it"
-    filesystem_async._results_queue = _server.Queue()  # type: ignore[attr-defined]
+    filesystem_async._results_queue = queue = _server.Queue()  # type: ignore[attr-defined]
+    return queue
 
 
 def _start_results_server() -> None:

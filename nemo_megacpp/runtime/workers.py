@@ -1,9 +1,10 @@
-"""A pool of worker processes that run one distributed task after another.
+"""A pool of ranks that run one distributed task after another.
 
-Starting a process and importing Megatron takes seconds; a parity run needs dozens of layouts. The
-pool starts its ranks once, and a rank forks for every task: the child joins a process group, runs
-the task and ends. So neither Megatron's global state nor the sockets and threads of its process
-groups, to which autograd graphs may refer, outlive a task.
+Starting a process and importing Megatron takes seconds, and hundreds of megabytes; a parity run
+needs dozens of layouts. The pool starts one server, which imports what a task needs and forks a
+process for every rank of it: this joins a process group, runs the task and ends. So neither
+Megatron's global state nor the sockets and threads of its process groups, to which autograd graphs
+may refer, outlive a task.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from torch import multiprocessing as mp
 
 from nemo_megacpp.errors import RankFailed, UserError
 from nemo_megacpp.runtime.imports import importing
-from nemo_megacpp.runtime.orphans import call_bound
+from nemo_megacpp.runtime.orphans import bind_helpers, call_bound, renew_results_queue
 from nemo_megacpp.runtime.scratch import scratch_folder
 
 Device = Literal["cuda", "cpu"]
@@ -53,17 +54,20 @@ class _Failure(NamedTuple):
     refusal: str | None = None
 
 
-class _Worker(NamedTuple):
-    pipe: Any
+class _Server(NamedTuple):
+    """The process that forks the ranks, a pipe to it, and one from each rank's process."""
+
     process: Any
+    tasks: Any
+    results: list[Any]
 
 
 class WorkerPool:
-    """``size`` processes, ranks 0 to ``size - 1``.
+    """Ranks 0 to ``size - 1``.
 
     Args:
         size: most ranks of a task.
-        threads: torch threads per worker.
+        threads: torch threads per rank.
         device: ``cuda`` gives rank ``r`` the ``r``-th GPU and NCCL, ``cpu`` hides the GPUs from
             all ranks (gloo).
 
@@ -78,32 +82,30 @@ class WorkerPool:
             raise UserError(
                 f"{size} ranks need as many GPUs; this machine has {torch.cuda.device_count()}."
             )
-        self._threads, self.device = threads, device
+        self.size, self._threads, self.device = size, threads, device
         self._stack = contextlib.ExitStack()
         self._scratch = self._stack.enter_context(scratch_folder())
         self._tasks = 0
-        self._workers = [self._start(rank) for rank in range(size)]
+        self._server = self._start()
 
-    def _start(self, rank: int) -> _Worker:
+    def _start(self) -> _Server:
         context = mp.get_context("spawn")
-        here, there = context.Pipe()
+        tasks, server_end = context.Pipe()
+        pipes = [context.Pipe() for _ in range(self.size)]
+        ends = [there for _, there in pipes]
         # Linux ends a bound process with the thread that started it.
         main = threading.current_thread() is threading.main_thread()
         process = context.Process(
             target=call_bound,
             args=(
-                *(os.getpid() if main else 0, __name__, "work"),
-                *(there, rank, self._threads, self.device, str(self._scratch)),
+                *(os.getpid() if main else 0, __name__, "serve"),
+                *(server_end, ends, self._threads, self.device, str(self._scratch)),
             ),
         )
         process.start()
-        there.close()
-        return _Worker(here, process)
-
-    @property
-    def size(self) -> int:
-        """Most ranks of a task."""
-        return len(self._workers)
+        for end in (server_end, *ends):
+            end.close()
+        return _Server(process, tasks, [here for here, _ in pipes])
 
     def run(self, world_size: int, task: Callable[..., Any], *args: Any) -> list[Any]:
         """Run ``task(*args)`` on ranks 0 … ``world_size - 1`` inside a default process group.
@@ -119,25 +121,27 @@ class WorkerPool:
         assert 0 < world_size <= self.size, (world_size, self.size)
         self._tasks += 1
         store = self._scratch / f"task{self._tasks}"
-        workers = self._workers[:world_size]
-        for worker in workers:
-            worker.pipe.send((world_size, f"file://{store}", task, args))
+        self._server.tasks.send((world_size, f"file://{store}", task, args))
+        pipes = self._server.results[:world_size]
+        lost = False
         results: dict[int, Any] = {}
         failures: dict[int, _Failure] = {}
         while len(results) < world_size:
-            waiting = [w.pipe for rank, w in enumerate(workers) if rank not in results]
+            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
             ready = wait(waiting, timeout=_GRACE if failures else None)
             if not ready:
-                # A rank failed, and the others wait for it in a collective: replace them.
-                for rank in range(world_size):
-                    if rank not in results:
-                        self._replace(rank)
+                lost = True  # a rank failed, and the others wait for it in a collective
                 break
-            for rank, worker in enumerate(workers):
-                if worker.pipe in ready and rank not in results:
-                    ok, results[rank] = self._receive(rank)
+            for rank, pipe in enumerate(pipes):
+                if pipe in ready and rank not in results:
+                    try:
+                        ok, results[rank] = pipe.recv()
+                    except EOFError:
+                        ok, results[rank], lost = False, _Failure("the process died"), True
                     if not ok:
                         failures[rank] = results[rank]
+        if lost:
+            self._restart()
         if failures:
             told = (f"rank {rank}: {failure.text}" for rank, failure in failures.items())
             error = WorkerError("\n".join(told))
@@ -145,32 +149,27 @@ class WorkerPool:
             raise error
         return [results[rank] for rank in range(world_size)]
 
-    def _receive(self, rank: int) -> tuple[bool, Any]:
-        try:
-            return self._workers[rank].pipe.recv()
-        except EOFError:
-            self._replace(rank)
-            return False, _Failure("the process died")
+    def _restart(self) -> None:
+        for pipe in (self._server.tasks, *self._server.results):
+            pipe.close()
+        self._kill()
+        self._server = self._start()
 
-    def _replace(self, rank: int) -> None:
-        worker = self._workers[rank]
-        worker.pipe.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.process.pid, signal.SIGKILL)
-        worker.process.join()
-        self._workers[rank] = self._start(rank)
+    def _kill(self) -> None:
+        """Kill the server with the ranks and helpers that it started."""
+        process = self._server.process
+        with contextlib.suppress(ProcessLookupError):  # it may not lead a group yet
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
 
     def close(self, patience: float = 20.0) -> None:
-        """End the workers; kill those that have not ended after ``patience`` seconds each."""
-        for worker in self._workers:
-            worker.pipe.close()
-        for worker in self._workers:
-            worker.process.join(patience)
-            if worker.process.is_alive():
-                with contextlib.suppress(ProcessLookupError):  # it may not lead a group yet
-                    os.killpg(worker.process.pid, signal.SIGKILL)
-                worker.process.kill()
-                worker.process.join()
+        """End the server; kill it if it has not ended after ``patience`` seconds."""
+        for pipe in (self._server.tasks, *self._server.results):
+            pipe.close()
+        self._server.process.join(patience)
+        if self._server.process.is_alive():
+            self._kill()
         self._stack.close()
 
     def __enter__(self) -> WorkerPool:
@@ -186,12 +185,13 @@ def device_for(ranks: int) -> Device:
     return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= ranks else "cpu"
 
 
-def work(pipe: Any, rank: int, threads: int, device: Device, scratch: str) -> None:
-    """Wait for tasks; a task is run by a fork of this process, which itself starts no threads.
+def serve(pipe: Any, results: Sequence[Any], threads: int, device: Device, scratch: str) -> None:
+    """Wait for tasks; a task is run by forks of this process, which itself starts no threads.
 
     Args:
         pipe: to the pool, which sends tasks.
-        rank, threads, device: see :class:`WorkerPool`.
+        results: pipes to the pool, one for each rank.
+        threads, device: see :class:`WorkerPool`.
         scratch: the pool's folder for temporary files, which the pool removes.
     """
     tempfile.tempdir = scratch
@@ -199,7 +199,7 @@ def work(pipe: Any, rank: int, threads: int, device: Device, scratch: str) -> No
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # CUDA does not work in forks of a process that called the CUDA runtime; NVML does no harm.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    os.setpgrp()  # so that a hanging task can be killed together with its children
+    os.setpgrp()  # so that hanging ranks can be killed together with their children
     # Whoever interrupts all processes of a job means its owner, which ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     owner = os.getppid()
@@ -207,8 +207,8 @@ def work(pipe: Any, rank: int, threads: int, device: Device, scratch: str) -> No
     warnings.simplefilter("ignore")  # the libraries' warnings, once per task and rank
     while True:
         try:
-            # A task's arguments import what it needs. The fork below shares these objects' memory:
-            # a garbage collection in the child would write to, and so copy, every page of it.
+            # A task's arguments import what it needs. The forks below share these objects' memory:
+            # a garbage collection in a child would write to, and so copy, every page of it.
             with importing():
                 world_size, rendezvous, task, args = pipe.recv()
         except EOFError:
@@ -216,33 +216,39 @@ def work(pipe: Any, rank: int, threads: int, device: Device, scratch: str) -> No
                 helper.kill()  # the exit of this process would wait for them
             return
         helpers = _share_helpers()
-        child = os.fork()
-        if child == 0:
-            pipe.send(_run_task(rank, world_size, rendezvous, task, args))
-            for started in set(mp.active_children()) - helpers:
-                started.terminate()
-            os._exit(0)
-        status = _wait_for(child, owner)
-        if status != 0:
-            code = os.waitstatus_to_exitcode(status)
-            pipe.send((False, _Failure(f"the process died (exit code {code})")))
+        ranks: dict[int, int] = {}
+        queues = []  # they last as long as these objects
+        for rank in range(world_size):
+            queues.append(renew_results_queue())
+            child = os.fork()
+            if child == 0:
+                results[rank].send(_run_task(rank, world_size, rendezvous, task, args))
+                for started in set(mp.active_children()) - helpers:
+                    started.terminate()
+                os._exit(0)
+            ranks[child] = rank
+        while ranks:
+            child, status = _wait_for(list(ranks), owner)
+            rank = ranks.pop(child)
+            if status != 0:
+                code = os.waitstatus_to_exitcode(status)
+                results[rank].send((False, _Failure(f"the process died (exit code {code})")))
 
 
 def _share_helpers() -> set[Any]:
     """Start once the helpers that a task would start in order to save, and return them."""
-    from nemo_megacpp.runtime.orphans import bind_helpers, renew_results_queue
-
     bind_helpers()
-    renew_results_queue()
     return set(mp.active_children())
 
 
-def _wait_for(child: int, owner: int) -> int:
-    """Return the exit status of ``child``; kill this process group if the pool's owner ended."""
+def _wait_for(children: Sequence[int], owner: int) -> tuple[int, int]:
+    """Return a child that ended and its exit status; kill this process group if the pool's owner
+    ended."""
     while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status
+        for child in children:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return child, status
         if os.getppid() != owner:
             os.killpg(0, signal.SIGKILL)
         time.sleep(_POLL)

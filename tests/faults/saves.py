@@ -183,17 +183,14 @@ def _fingerprint(directory: Path) -> str:
 
 
 def _helpers(pool: WorkerPool) -> set[int]:
-    """Return what the idle workers keep running for all their tasks."""
-    return {
-        child.pid
-        for worker in pool._workers
-        for child in psutil.Process(worker.process.pid).children(recursive=True)
-    }
+    """Return what the idle pool keeps running for all its tasks."""
+    server = psutil.Process(pool._server.process.pid)
+    return {child.pid for child in server.children(recursive=True)}
 
 
 def _left_behind(pool: WorkerPool, helpers: set[int]) -> list[str]:
     """Return what still runs of a task that is over; it is ended then."""
-    owners = {worker.process.pid for worker in pool._workers}
+    owners = {pool._server.process.pid}
     give_up = time.monotonic() + _LINGER
     while True:
         left = [

@@ -52,8 +52,9 @@ def _hang_on_one_rank() -> None:
     time.sleep(600)
 
 
-def _identity() -> tuple[int, int, int]:
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), os.getpid()
+def _identity() -> tuple[int, int, int, int]:
+    world_size = torch.distributed.get_world_size()
+    return torch.distributed.get_rank(), world_size, os.getpid(), os.getppid()
 
 
 def test_results_by_rank(pool: WorkerPool) -> None:
@@ -61,8 +62,9 @@ def test_results_by_rank(pool: WorkerPool) -> None:
     assert pool.run(2, _sum, 5) == [15, 15]
     assert pool.run(1, _sum, 5) == [5]
     first, second = pool.run(2, _identity), pool.run(2, _identity)
-    assert [(rank, world) for rank, world, _ in first] == [(0, 2), (1, 2)]
-    assert not {pid for *_, pid in first} & {pid for *_, pid in second}, "a process per task"
+    assert [(rank, world) for rank, world, *_ in first] == [(0, 2), (1, 2)]
+    assert len({pid for *_, pid, _ in first + second}) == 4, "a process per rank and task"
+    assert len({parent for *_, parent in first + second}) == 1, "which imports once for all"
 
 
 def test_one_rank_raises_while_the_other_waits(pool: WorkerPool) -> None:
@@ -113,13 +115,13 @@ def test_an_interrupt_of_all_processes_ends_the_pool_in_silence(
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt), WorkerPool(1) as pool:
-        (worker,) = pool._workers
+        process = pool._server.process
         threading.Thread(target=interrupt, daemon=True).start()
         try:
             pool.run(1, _wait_long, str(ready))
         finally:
             interrupted = time.monotonic()
-    assert time.monotonic() - interrupted < 5 and not worker.process.is_alive()
+    assert time.monotonic() - interrupted < 5 and not process.is_alive()
     assert "KeyboardInterrupt" not in capfd.readouterr().err
 
 
