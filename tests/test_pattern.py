@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.pattern import BUILT_IN, Family, HybridPattern, MegatronArgument
+from nemo_megacpp.pattern import BUILT_IN, CUT, MTP, Family, HybridPattern, MegatronArgument
 
 A, M, E, R = Family.ATTENTION, Family.MAMBA, Family.EXPERT, Family.RECURRENT
 F = Family.FEED_FORWARD
@@ -29,11 +29,19 @@ def test_families_have_letters_long_names_and_megatron_symbols() -> None:
 
 def test_megatron_symbols_are_those_of_megatron_core() -> None:
     allocation = pytest.importorskip("megatron.core.ssm.mamba_hybrid_layer_allocation")
-    assert A.megatron_symbol == allocation.Symbols.ATTENTION
-    assert M.megatron_symbol == allocation.Symbols.MAMBA
-    assert E.megatron_symbol == allocation.Symbols.MOE
-    assert F.megatron_symbol == allocation.Symbols.MLP
-    assert R.megatron_symbol not in allocation.Symbols.VALID
+    symbols = allocation.Symbols
+    assert A.megatron_symbol == symbols.ATTENTION
+    assert M.megatron_symbol == symbols.MAMBA
+    assert E.megatron_symbol == symbols.MOE
+    assert F.megatron_symbol == symbols.MLP
+    ours = {family.megatron_symbol for family in BUILT_IN if family.is_megatrons}
+    if hasattr(symbols, "VALID"):  # hybrid_override_pattern
+        assert ours == symbols.VALID
+        return
+    assert (symbols.PIPE, symbols.MTP_SEPARATOR) == (CUT, MTP)
+    for symbol in symbols.VALID_LAYERS - ours:  # each has a name in the refusal
+        with pytest.raises(UserError, match="In Megatron's hybrid_layer_pattern it is "):
+            HybridPattern.from_megatron(symbol, NEW)
 
 
 def test_nam56r_has_its_published_counts() -> None:

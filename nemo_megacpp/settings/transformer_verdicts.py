@@ -142,7 +142,11 @@ _ARCHITECTURE = table(
         hetereogenous_dist_checkpoint""",
         "The pattern says which layers there are",
     ),
-    refused("mtp_num_layers", "MambaModel has no multi-token prediction"),
+    refused(
+        "mtp_num_layers",
+        "The stack has no such layers: MambaModel of 0.16 has none, and HybridModel of 0.19 builds "
+        "them of its own stack",
+    ),
     covered("kv_channels", "The width of a head, which no layout splits"),
     refused("use_mamba_mem_eff_path", "Without it Megatron's mixer takes no packed sequences"),
     # Attention.

@@ -30,7 +30,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _words(name: str, *overrides: str) -> list[str]:
-    words, _ = megatron_arguments(resolve(name, overrides), DIALECT, "there", "cpu")
+    words, _ = megatron_arguments(
+        resolve(name, ("tensorboard=false", *overrides)), DIALECT, "there", "cpu"
+    )
     return words
 
 
@@ -86,8 +88,9 @@ def test_a_spec_name_carries_a_pattern() -> None:
 
 
 def test_the_command_says_what_validated_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--device=cpu", "--megatron=core_v0.19.0", "--json")
     args = build_parser().parse_args(
-        ["megatron-args", "nam56r_tiny", "--device=cpu", "--megatron=core_v0.19.0", "--json"]
+        ["megatron-args", "nam56r_tiny", "tensorboard=false", *options]
     )
     assert args.run(args) == 0
     out, remarks = capsys.readouterr()
