@@ -141,8 +141,8 @@ class CheckpointContent:
         path = self.weights / COMMON
         if not path.exists() and COMMON_OBJECT in self.metadata.state_dict_metadata:
             held = read_object(self.weights, self.metadata, COMMON_OBJECT)
-            # Megatron saves an object as a list of it; our own saves are already taken out of it.
-            held = held[0] if isinstance(held, list) and held else held
+            if isinstance(held, list) and len(held) == 1:  # an object's array of one
+                (held,) = held
         else:
             held = read_torch_file(path)
         if not isinstance(held, dict):

@@ -66,7 +66,7 @@ def test_a_recipe_that_cannot_be_trained(
             {"megatron-core": "0.17.0"},
             "megatron-core",
             "broken",
-            "refused: every other: nothing runs",
+            "every other: nothing runs",
         ),
         ({"psutil": None}, "psutil", "broken", "hangs forever"),
         ({"nemo-toolkit": "3.0.0"}, "nemo-toolkit", "limited", "not 2.7: no train, no verify"),
