@@ -88,11 +88,9 @@ def test_a_spec_name_carries_a_pattern() -> None:
 
 
 def test_the_command_says_what_validated_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--device=cpu", "--megatron=core_v0.19.0", "--json")
     args = build_parser().parse_args(
-        [
-            *("megatron-args", "nam56r_tiny", "tensorboard=false"),
-            *("--device=cpu", "--megatron=core_v0.19.0", "--json"),
-        ]
+        ["megatron-args", "nam56r_tiny", "tensorboard=false", *options]
     )
     assert args.run(args) == 0
     out, remarks = capsys.readouterr()
