@@ -9,6 +9,7 @@ are not part of it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,8 +86,9 @@ def train_and_save(
     trainee.begin(reader)
 
     def save() -> None:
-        reader.gather_state()
-        trainee.save(Path(checkpoint_of(run_dir, after)), after, layout)
+        with trainee.gathered():
+            reader.gather_state()
+            trainee.save(Path(checkpoint_of(run_dir, after)), after, layout)
 
     trainee.train(reader, at=after, do=save)
     return reader.carried
@@ -183,6 +185,17 @@ class _Trainee:
         if at == self.spec.steps and do is not None:
             do()
         reader.finish()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Gather the parameters first, which with ``overlap_param_gather`` would arrive in the next
+        forward pass, as Megatron's training does before it saves."""
+        ahead = [chunk for chunk in self.wrapped if chunk.ddp_config.overlap_param_gather]
+        for chunk in ahead:
+            chunk.disable_forward_pre_hook()
+        yield
+        for chunk in ahead:
+            chunk.enable_forward_pre_hook()
 
     def save(self, directory: Path, step: int, layout: ParallelLayout) -> None:
         """Save a checkpoint that the package's commands can read."""
