@@ -106,6 +106,12 @@ class RunRecorder(Callback):
         shown = step % self.log_interval == 0 or step in (1, cfg.train.train_iters)
         everywhere = over_ranks(self._before, seconds) if shown or not self._begun else {}
         self._begun = True
+        scalars = {LOSS: loss, "grad-norm": norm, **aux}
+        if (writer := context.state.tensorboard_logger) is not None:  # on Bridge's last rank
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+        if (wandb := context.state.wandb_logger) is not None:
+            wandb.log(scalars, step)
         if torch.distributed.get_rank() != 0:
             return
         record = {

@@ -71,6 +71,9 @@ def to_config(recipe: Recipe, run_dir: Path) -> ConfigContainer:
         dataset=dataset,
         logger=LoggerConfig(
             log_interval=training.log_interval,
+            # RunRecorder logs: Bridge's own reduction of the auxiliary losses waits for ever where
+            # one pipeline stage has E blocks and another has none.
+            skip_train_metrics_log=True,
             tensorboard_dir=str(run_dir / "tensorboard") if training.tensorboard else None,
             wandb_project=training.wandb_project,
             wandb_exp_name=training.wandb_name or run_dir.name,
