@@ -93,6 +93,9 @@ class Probe(pl.Callback):
         raise Done  # before the run saves its last state
 
     def _gather_state(self, trainer: pl.Trainer) -> None:
+        strategy: Any = trainer.strategy
+        if strategy.ddp_config.overlap_param_gather:
+            strategy.megatron_parallel.force_param_sync()  # as NeMo does before it saves
         self._reader.gather_state()
         if trainer.global_step == 0 and not self._resumed:
             save: Any = trainer.checkpoint_callback  # a run saves after steps only

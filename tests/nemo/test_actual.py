@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
+from nemo_megacpp.checkpoint.described import actual_layout, actual_model
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.nemo.actual import (
-    actual_layout,
-    actual_model,
     tokenizer_of,
     validate_actual,
 )
