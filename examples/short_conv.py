@@ -78,6 +78,7 @@ class ShortConvMixer(HeadParallelMixer):
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
+        name: str | None = None,
     ):
         super().__init__(config, pg_collection, layer_number)
         self.build_projections(submodules, d_model, rows=3 * d_model, inner=d_model)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.optimizer import optimizer as core_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_megacpp.layout import ParallelLayout
@@ -57,6 +58,7 @@ class Recorded:
 def record_step(spec: StepSpec, layout: ParallelLayout) -> Recorded:
     """Run one step of ``spec`` in ``layout``, on every rank of it, and return what this one did."""
     step = prepare(spec, layout)
+    _ask_for_grad_norm_groups(step.optimizer)
     with _Collectives() as sent, _Saved(step) as saved:
         step.forward_backward()
         step.optimizer.step()
@@ -71,6 +73,13 @@ def record_step(spec: StepSpec, layout: ParallelLayout) -> Recorded:
         sent.counted,
         saved.bytes_by_place(),
     )
+
+
+def _ask_for_grad_norm_groups(optimizer: Any) -> None:
+    """Have asked what Megatron-Core 0.19 asks all ranks once in a run, in its first step: whether
+    any parameter belongs to a group with a gradient norm of its own."""
+    for group in getattr(core_optimizer, "SEPARATE_GRAD_NORM_GROUPS", ()):
+        optimizer.has_grad_norm_group(group)
 
 
 def peak_of_saved(spec: StepSpec, layout: ParallelLayout) -> int:
