@@ -41,7 +41,7 @@ SLOW = (
 and those that use what such a command has made."""
 
 PREPARE = 'python -c "from nemo_megacpp.data.builtin import ensure_builtin as e; e(512, False)"'
-"""Has the built-in corpus prepared before ``doctor`` says whether it is."""
+"""Has the built-in corpus prepared before ``doctor`` and ``megatron-args`` say whether it is."""
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,7 @@ def printed(
     folder = workplace(tmp_path_factory.mktemp("reader"))
     asked = {getattr(item, "callspec", None) and item.callspec.id for item in request.session.items}
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
-        if "containers-0" in asked:
-            one.submit(run, PREPARE, folder)
+        one.submit(run, PREPARE, folder)
         yield {
             name: (one if name.startswith(ALONE) else other).submit(
                 run_preloaded if starts_no_ranks(command) else run, command.text, folder
