@@ -103,14 +103,16 @@ def _wait_long(ready: str) -> None:
 def test_an_interrupt_of_all_processes_ends_the_pool_in_silence(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As from a batch system, which signals every process of a job."""
+    """As from a batch system, which signals every process of a job: those of the pool here, as
+    other tests have processes of their own."""
     ready = tmp_path / "ready"
 
     def interrupt() -> None:
         while not ready.exists():
             time.sleep(0.05)
-        for process in psutil.Process().children(recursive=True):
-            process.send_signal(signal.SIGINT)
+        server = psutil.Process(process.pid)
+        for one in (server, *server.children(recursive=True)):
+            one.send_signal(signal.SIGINT)
         time.sleep(1)  # in which a process that is not prepared prints where it was
         os.kill(os.getpid(), signal.SIGINT)
 
