@@ -261,6 +261,9 @@ def _run_task(
 
     try:
         start_process_group(rank, world_size, rendezvous)
+        if torch.distributed.get_backend() == "gloo":
+            # The end of a rank breaks the connections that another one is still making to it.
+            torch.distributed.barrier()
         return True, task(*args)
     except BaseException as error:
         refusal = str(error) if isinstance(error, UserError) else None
