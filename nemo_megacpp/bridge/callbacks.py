@@ -19,12 +19,11 @@ from nemo_megacpp.bridge.terminal import tell
 from nemo_megacpp.checkpoint.described import actual_layout
 from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
 from nemo_megacpp.preflight.outputs import job_process
-from nemo_megacpp.render import show_memory
 from nemo_megacpp.runs.events import append_record, record_event
 from nemo_megacpp.runs.non_finite import non_finite
 from nemo_megacpp.runs.ranks import memory_now, over_ranks
 from nemo_megacpp.runs.run_folder import METRICS_FILE
-from nemo_megacpp.runs.summary import show_speed, summarize, write_summary
+from nemo_megacpp.runs.summary import show_step, summarize, write_summary
 from nemo_megacpp.runs.throughput import Throughput
 from nemo_megacpp.runtime import heartbeat, stopping
 from nemo_megacpp.runtime.launch import launched
@@ -60,6 +59,7 @@ class RunRecorder(Callback):
         self._step_began = 0.0
         self._begun = False
         self._heldout: float | None = None
+        self._evaluated: int | None = None
         self._throughput: Any = None
         self.step = 0
 
@@ -126,17 +126,8 @@ class RunRecorder(Callback):
         }
         append_record(self.run_dir / METRICS_FILE, record)
         if shown:
-            self._print_step(record, cfg.train.train_iters)
-
-    def _print_step(self, record: dict[str, Any], max_steps: int) -> None:
-        parts = [f"step {record['step']:>5}/{max_steps}", f"loss {record['loss']:.4f}"]
-        if self._heldout is not None:
-            parts.append(f"held-out {self._heldout:.4f}")
-        parts += [f"{name} {value:.3f}" for name, value in record["aux"].items()]
-        parts += [f"grad norm {record['grad_norm']:.3f}"]
-        parts += show_speed(record, self._throughput.unit)
-        parts += [f"{record['seconds']:.2f} s", show_memory(record["memory"])]
-        tell("  ".join(parts))
+            unit = self._throughput.unit
+            tell(show_step(record, cfg.train.train_iters, self._heldout, unit))
 
     def on_eval_end(self, context: CallbackContext) -> None:
         """Record an evaluation."""
@@ -151,7 +142,7 @@ class RunRecorder(Callback):
 
     def _known(self, step: int) -> bool:
         """Whether the evaluation after this step is recorded; Bridge evaluates again at its end."""
-        known, self._evaluated = getattr(self, "_evaluated", None) == step, step
+        known, self._evaluated = self._evaluated == step, step
         return known
 
     def finish(self, max_steps: int) -> None:

@@ -20,11 +20,10 @@ from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
 from nemo_megacpp.nemo.stops import StopOnSigterm
 from nemo_megacpp.preflight.outputs import job_process
 from nemo_megacpp.printable import say
-from nemo_megacpp.render import show_memory
 from nemo_megacpp.runs.events import append_record, record_event
 from nemo_megacpp.runs.ranks import memory_now, over_ranks
 from nemo_megacpp.runs.run_folder import METRICS_FILE
-from nemo_megacpp.runs.summary import show_speed, summarize, write_summary
+from nemo_megacpp.runs.summary import show_step, summarize, write_summary
 from nemo_megacpp.runs.throughput import Throughput
 from nemo_megacpp.runtime.launch import launched
 
@@ -128,17 +127,8 @@ class RunRecorder(pl.Callback, IOMixin):
         }
         append_record(self.run_dir / METRICS_FILE, record)
         if shown:
-            self._print_step(record, trainer.max_steps)
-
-    def _print_step(self, record: dict[str, Any], max_steps: int) -> None:
-        parts = [f"step {record['step']:>5}/{max_steps}", f"loss {record['loss']:.4f}"]
-        if self._heldout is not None:
-            parts.append(f"held-out {self._heldout:.4f}")
-        parts += [f"{name} {value:.3f}" for name, value in record["aux"].items()]
-        parts += [f"grad norm {record['grad_norm'] or 0.0:.3f}"]
-        parts += show_speed(record, self._throughput.unit)
-        parts += [f"{record['seconds']:.2f} s", show_memory(record["memory"])]
-        print("  ".join(parts), flush=True)
+            unit = self._throughput.unit
+            print(show_step(record, trainer.max_steps, self._heldout, unit), flush=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step_began = time.perf_counter()

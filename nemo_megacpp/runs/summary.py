@@ -70,6 +70,25 @@ class Summary:
         return rows
 
 
+def show_step(record: Mapping[str, Any], max_steps: int, heldout: float | None, unit: str) -> str:
+    """Return the line of progress of a step.
+
+    Args:
+        record: of the step, as ``metrics.jsonl`` has it, with ``memory``.
+        max_steps: of the run.
+        heldout: the last held-out loss, None before the first evaluation.
+        unit: what a rank is: ``GPU`` or ``rank``.
+    """
+    parts = [f"step {record['step']:>5}/{max_steps}", f"loss {record['loss']:.4f}"]
+    if heldout is not None:
+        parts.append(f"held-out {heldout:.4f}")
+    parts += [f"{name} {value:.3f}" for name, value in record["aux"].items()]
+    parts += [f"grad norm {record['grad_norm'] or 0.0:.3f}"]
+    parts += show_speed(record, unit)
+    parts += [f"{record['seconds']:.2f} s", show_memory(record["memory"])]
+    return "  ".join(parts)
+
+
 def show_speed(record: Mapping[str, Any], unit: str = "rank") -> list[str]:
     """Return the speeds that a step or a summary records, as phrases.
 
