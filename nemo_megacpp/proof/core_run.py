@@ -50,6 +50,7 @@ from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.host import current_host
 from nemo_megacpp.side_channels import BATCH_PREFIX
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
+from nemo_megacpp.specs.payload import schedule_seq_length
 
 
 def run_step(
@@ -160,6 +161,8 @@ class _Trainee:
         schedule = _schedule(self.spec, self.optimizer)
         if done:
             schedule.step(done)
+        config = self.config
+        rows = schedule_seq_length(config.pattern.letters, config, config, config.seq_length)
         for step in range(done + 1, self.spec.steps + 1):
             if at == step - 1 and do is not None:
                 do()
@@ -167,11 +170,11 @@ class _Trainee:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             outputs = get_forward_backward_func()(
-                forward_step_func=partial(_forward_step, self.spec, self.config),
+                forward_step_func=partial(_forward_step, self.spec, config),
                 data_iterator=[microbatches(self.spec, step - 1) for _ in self.wrapped],
                 model=self.wrapped,
                 num_microbatches=self.num_microbatches,
-                seq_length=self.config.seq_length,
+                seq_length=rows,
                 micro_batch_size=self.spec.micro_batch_size,
                 forward_only=False,
             )
