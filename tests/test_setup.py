@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from packaging.requirements import Requirement
@@ -21,8 +21,55 @@ from packaging.version import Version
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[1]
-PINS = ROOT / "requirements-cpu.txt"
 PYTHONS = ("3.11", "3.12")
+
+
+class Environment(NamedTuple):
+    """One that make sets up.
+
+    Attributes:
+        target: of make.
+        folder, python: make's variables of its folder and of the Python that it is made with.
+        pins: the file of its pinned packages.
+        pythons: versions of Python that the pins are for.
+        refusal: of another Python.
+        whole: every package that a pinned one names is pinned.
+    """
+
+    target: str
+    folder: str
+    python: str
+    pins: str
+    pythons: tuple[str, ...]
+    refusal: str
+    whole: bool = True
+
+
+DEFAULT = Environment(
+    "install", "VENV", "PYTHON", "requirements-cpu.txt", PYTHONS, "are for Python 3.11 and 3.12"
+)
+CORE_NEW = Environment(
+    "core-new",
+    "CORE_NEW",
+    "PYTHON312",
+    "requirements-core-new.txt",
+    ("3.12",),
+    "newest Megatron-Core is tested on Python 3.12",
+)
+BRIDGE = Environment(
+    "bridge",
+    "BRIDGE",
+    "PYTHON312",
+    "requirements-bridge.txt",
+    ("3.12",),
+    "Megatron-Bridge needs Python 3.12",
+    whole=False,  # the no-GPU host stands in for some, and others are never imported
+)
+ENVIRONMENTS = [DEFAULT, CORE_NEW, BRIDGE]
+each_environment = pytest.mark.parametrize("made", ENVIRONMENTS, ids=lambda made: made.target)
+
+NEWER = {"megatron-core", "transformers", "huggingface-hub", "nvidia-modelopt"}
+"""What Bridge's environment has in a newer version than the default one."""
 TORCH_CUDA = {"cuda-toolkit", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13", "triton"}
 
 
@@ -30,9 +77,9 @@ def _name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _pinned() -> dict[str, Version]:
+def _pinned(made: Environment = DEFAULT) -> dict[str, Version]:
     """Return the pinned versions by normalized name."""
-    lines = PINS.read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / made.pins).read_text(encoding="utf-8").splitlines()
     pins = [line.split("==") for line in lines if not line.startswith("#")]
     return {_name(name): Version(pin) for name, pin in pins}
 
@@ -42,7 +89,7 @@ def _make(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {
         key: value
         for key, value in os.environ.items()
-        if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "TORCH_INDEX_URL", "PYTHON")
+        if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "TORCH_INDEX_URL", "PYTHON", "PYTHON312")
     }
     return subprocess.run(
         ["make", *words],
@@ -66,13 +113,22 @@ esac
 """
 
 
-def test_an_interrupted_setup_begins_again_and_a_finished_one_is_reused(tmp_path: Path) -> None:
-    stub, environment, log = tmp_path / "python", tmp_path / "venv", tmp_path / "log"
+def _make_words(made: Environment, folder: Path) -> tuple[str, ...]:
+    """Return the words that make this environment in a folder, with a stub for Python."""
+    stub = folder / "python"
     stub.write_text(STUB, encoding="utf-8")
     stub.chmod(0o755)
-    words = ("install", f"PYTHON={stub}", f"VENV={environment}")
+    return made.target, f"{made.python}={stub}", f"{made.folder}={folder / 'venv'}"
 
-    broken = _make(*words, LOG=str(log), FAIL_AT="requirements-cpu.txt")
+
+@each_environment
+def test_an_interrupted_setup_begins_again_and_a_finished_one_is_reused(
+    made: Environment, tmp_path: Path
+) -> None:
+    environment, log = tmp_path / "venv", tmp_path / "log"
+    words = _make_words(made, tmp_path)
+
+    broken = _make(*words, LOG=str(log), FAIL_AT=made.pins)
     assert broken.returncode == 2, broken.stdout
     steps = re.findall(r"^== (\d) of (\d): ", broken.stdout, re.MULTILINE)
     assert steps == [("1", "4"), ("2", "4"), ("3", "4")]
@@ -87,15 +143,48 @@ def test_an_interrupted_setup_begins_again_and_a_finished_one_is_reused(tmp_path
     assert len(log.read_text(encoding="utf-8").splitlines()) == commands
 
 
-def test_another_python_is_refused_before_anything_is_removed(tmp_path: Path) -> None:
-    stub, environment = tmp_path / "python", tmp_path / "venv"
-    stub.write_text(STUB, encoding="utf-8")
-    stub.chmod(0o755)
+@each_environment
+def test_another_python_is_refused_before_anything_is_removed(
+    made: Environment, tmp_path: Path
+) -> None:
+    environment = tmp_path / "venv"
     environment.mkdir()
-    done = _make("install", f"PYTHON={stub}", f"VENV={environment}", WRONG_PYTHON="1")
+    done = _make(*_make_words(made, tmp_path), WRONG_PYTHON="1")
     assert done.returncode == 2
-    assert "are for Python 3.11 and 3.12" in done.stdout
+    assert made.refusal in done.stdout
     assert environment.exists()
+
+
+CHECKS = {
+    "nothing": "No broken requirements found.",
+    "missing": "megatron-bridge 0.6.2 requires flash-linear-attention, which is not installed.",
+    "another": "megatron-bridge 0.6.2 has requirement torch>=2.9, but you have torch 2.8.0.",
+}
+"""What `pip check` prints."""
+
+
+@pytest.mark.parametrize("said", CHECKS)
+@each_environment
+def test_packages_that_do_not_go_together_end_the_setup(
+    made: Environment, said: str, tmp_path: Path
+) -> None:
+    """A package in a version that another one does not take, and, in a whole set, a missing one."""
+    words = _make_words(made, tmp_path)
+    check = (
+        f'case "$*" in "-m pip check") echo "{CHECKS[said]}"; exit {int(said != "nothing")} ;; esac'
+    )
+    stub = tmp_path / "python"
+    stub.write_text(f"{STUB}{check}\n", encoding="utf-8")
+    done = _make(*words, LOG=str(tmp_path / "log"), FAIL_AT="nothing")
+    accepted = said == "nothing" or (said == "missing" and not made.whole)
+    assert (done.returncode == 0) == accepted, done.stdout
+
+
+def test_bridges_environment_shares_the_versions_of_the_default_one() -> None:
+    """But for those that it is there for; ``tests/core/test_releases.py`` has core-new's."""
+    pinned, default = _pinned(BRIDGE), _pinned()
+    assert {name for name in default if pinned.get(name, default[name]) != default[name]} == NEWER
+    assert all(pinned[name] > default[name] for name in NEWER)
 
 
 def test_this_environment_imports_torch() -> None:
@@ -133,9 +222,9 @@ def index() -> None:
         pytest.skip(f"no package index answers: {done.stderr.strip().splitlines()[-1]}")
 
 
-def _setup_command(ending: str, *variables: str) -> list[str]:
+def _setup_command(ending: str, *variables: str, target: str = "install") -> list[str]:
     """Return the arguments of the set-up's pip command that ends so, as make would run it."""
-    listed = _make("--dry-run", "--always-make", "install", *variables)
+    listed = _make("--dry-run", "--always-make", target, *variables)
     assert listed.returncode == 0, listed.stdout
     (line,) = (line for line in listed.stdout.splitlines() if line.endswith(ending))
     return shlex.split(line)[3:]
@@ -210,17 +299,29 @@ def test_a_cpu_build_is_taken_where_pip_finds_one(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("index")
-@pytest.mark.parametrize("python", PYTHONS)
-def test_the_pinned_set_is_whole_and_consistent(python: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("made", "python"),
+    [
+        pytest.param(made, python, id=f"{made.target}-{python}")
+        for made in ENVIRONMENTS
+        for python in made.pythons
+    ],
+)
+def test_the_pinned_set_is_whole_and_consistent(
+    made: Environment, python: str, tmp_path: Path
+) -> None:
     """Every pin can be installed from the index, and meets what the others require of it."""
-    metadata = _resolve(_setup_command("-r requirements-cpu.txt"), python, tmp_path)
-    pinned = _pinned()
+    command = _setup_command(f"-r {made.pins}", target=made.target)
+    metadata = _resolve(command, python, tmp_path)
+    pinned = _pinned(made)
     assert _versions(metadata) == pinned
-    assert list(_unmet(metadata, pinned, python)) == []
+    assert list(_unmet(metadata, made, python)) == []
 
 
-def _unmet(metadata: list[Any], pinned: dict[str, Version], python: str) -> Iterator[str]:
-    """Yield the requirements that the pins do not meet, torch's CUDA libraries aside."""
+def _unmet(metadata: list[Any], made: Environment, python: str) -> Iterator[str]:
+    """Yield the requirements that the pins do not meet, torch's CUDA libraries aside, and packages
+    that are not pinned where the set is not a whole one."""
+    pinned = _pinned(made)
     marks = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     for entry in metadata:
         for line in entry.get("requires_dist", ()):
@@ -228,7 +329,7 @@ def _unmet(metadata: list[Any], pinned: dict[str, Version], python: str) -> Iter
             if wanted.marker is not None and not wanted.marker.evaluate(marks):
                 continue
             pin = pinned.get(_name(wanted.name))
-            if pin is None and entry["name"] == "torch":
+            if pin is None and (entry["name"] == "torch" or not made.whole):
                 continue
             if pin is None or not wanted.specifier.contains(pin, prereleases=True):
                 yield f"{entry['name']} wants {line}; pinned: {pin}"
