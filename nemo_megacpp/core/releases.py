@@ -61,10 +61,14 @@ def supported() -> str:
 
 def imported() -> str:
     """Return the version of the Megatron-Core that this process imports: the installed one, or
-    that of a checkout that is searched before it."""
+    that of a checkout that is searched before it.
+
+    From 0.19 on Megatron appends the commit of the Git repository that its files are in, which for
+    an environment inside a checkout of something else, as those of the Makefile, is not its own.
+    """
     from megatron.core import __version__ as text
 
-    return text
+    return text.partition("+")[0]
 
 
 def is_at_least(series: str) -> bool:

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from megatron import core
 from packaging.requirements import Requirement
 
 from nemo_megacpp.core import releases
@@ -39,6 +40,12 @@ def test_standing(release: str, standing: str) -> None:
 def test_the_tests_run_on_a_proved_release() -> None:
     assert imported() in PROVED
     require_supported()
+
+
+def test_the_commit_around_it_is_not_part_of_the_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.19.2 in an environment inside this project's clone says that it is 0.19.2+a905b4f."""
+    monkeypatch.setattr(core, "__version__", "0.19.2+a905b4f")
+    assert imported() == "0.19.2"
 
 
 def test_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
