@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from nemo_megacpp.runtime import workers
+from nemo_megacpp.runtime import distributed, workers
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 
 pytestmark = pytest.mark.processes
@@ -92,6 +93,46 @@ def test_one_rank_hangs_outside_collectives(
         pool.run(2, _hang_on_one_rank)
     assert time.monotonic() - start < 60
     assert pool.run(2, _sum, 4) == [12, 12]
+
+
+_JOIN = distributed.start_process_group
+_joined = 0.0
+"""When this rank had joined."""
+
+
+def _join_a_second_apart(rank: int, world_size: int, rendezvous: str) -> None:
+    global _joined
+    _JOIN(rank, world_size, rendezvous)
+    time.sleep(rank)
+    _joined = time.monotonic()
+
+
+def _let_join(apart: bool) -> bool:
+    distributed.start_process_group = _join_a_second_apart if apart else _JOIN
+    return apart
+
+
+class _Joining:
+    """An argument that sets how ranks join: in the pool's server, of which they are forks."""
+
+    def __init__(self, apart: bool):
+        self.apart = apart
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _let_join, (self.apart,)
+
+
+def _times(joining: object) -> tuple[float, float]:
+    return _joined, time.monotonic()
+
+
+def test_a_task_starts_once_all_ranks_have_joined(pool: WorkerPool) -> None:
+    """A rank that ended before would break the connections that another one is still making."""
+    try:
+        (_, began), (joined, _) = pool.run(2, _times, _Joining(apart=True))
+    finally:
+        pool.run(1, _times, _Joining(apart=False))
+    assert 0.0 < joined <= began
 
 
 def _wait_long(ready: str) -> None:
