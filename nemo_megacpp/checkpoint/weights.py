@@ -35,6 +35,8 @@ from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 WRAPPER = "module."
 """Prefix of the names of a model's tensors in the checkpoint of a run through NeMo."""
 
+Shapes = dict[str, tuple[int, ...] | None]
+"""Global shape by name; None where Megatron pads a tensor as the layout needs it."""
 _MOMENT = re.compile(r"optimizer\.state\.\w+\.")
 _SHOWN = 3
 
@@ -125,14 +127,25 @@ def validate_tensors(
     Raises:
         UserError: on every rank, with the names.
     """
-    own = {
+    everywhere: list[Shapes] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, tensor_shapes(state))
+    wanted = {name: shape for found in everywhere for name, shape in found.items()}
+    validate_shapes(wanted, content, new_side_channels=new_side_channels)
+
+
+def tensor_shapes(state: dict[str, Any]) -> Shapes:
+    """Return the global shapes of a sharded state's tensors, by name."""
+    return {
         part.key: None if part.allow_shape_mismatch else tuple(part.global_shape)
         for part in _tensors(state)
     }
-    everywhere: list[dict[str, tuple[int, ...] | None]]
-    everywhere = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, own)
-    wanted = {name: shape for found in everywhere for name, shape in found.items()}
+
+
+def validate_shapes(
+    wanted: Shapes, content: CheckpointContent, *, new_side_channels: bool = False
+) -> None:
+    """Refuse a checkpoint that has other tensors of a model than ``wanted``, those of all its
+    ranks; see :func:`validate_tensors`."""
     saved = {content.prefix + name: info.shape for name, info in content.model_tensors.items()}
     extra = [
         name
