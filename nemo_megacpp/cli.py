@@ -24,6 +24,7 @@ from nemo_megacpp.commands import (
     data,
     demo,
     doctor,
+    evaluate,
     gathers,
     ladder,
     layouts,
@@ -42,8 +43,8 @@ from nemo_megacpp.printable import screenful
 from nemo_megacpp.runtime.imports import importing
 
 COMMANDS = (
-    *(train, demo, verify, gathers, ladder, recipes, plan, layouts, compare, data, checkpoint),
-    *(megatron_args, settings, doctor, measure_machine, placement, report, completion),
+    *(train, demo, evaluate, verify, gathers, ladder, recipes, plan, layouts, compare, data),
+    *(checkpoint, megatron_args, settings, doctor, measure_machine, placement, report, completion),
 )
 """In the order of the help."""
 

@@ -50,6 +50,12 @@ def find_weights(directory: Path) -> Path:
             f"The checkpoint {directory} is incomplete: its run ended while it was being saved "
             f"({METADATA} is missing)."
         )
+    if any(directory.glob("*.safetensors")):
+        raise UserError(
+            f"{directory} holds safetensors files, which are not a checkpoint. Make one of them: "
+            f"nemo-megacpp checkpoint import {directory} OUT (with --from hf if Hugging Face's "
+            f"transformers made them)."
+        )
     raise UserError(
         f"There is no checkpoint at {directory}: it is neither a checkpoint (with {METADATA} or "
         f"{WEIGHTS}/{METADATA} in it) nor a run folder with a complete one under checkpoints/."

@@ -103,7 +103,7 @@ def reshard(
             f"a checkpoint names. A checkpoint of any layout loads into any other without it."
         )
     validate_layout(layout, saved_shape(content.directory, content.identity))
-    _validate_buildable(content.directory, content.identity["model"], layout)
+    validate_buildable(content.directory, content.identity["model"], layout)
     say(f"{content.directory}: {inspect_before_load(content.directory, verify=verify)}")
     with new_folder(out) as folder:
         weights = folder / content.weights.relative_to(content.directory)
@@ -115,7 +115,7 @@ def reshard(
     return counts[0]
 
 
-def _validate_buildable(directory: Path, model: dict[str, Any], layout: ParallelLayout) -> None:
+def validate_buildable(directory: Path, model: dict[str, Any], layout: ParallelLayout) -> None:
     """Refuse a model that no rank could build, with whatever Megatron says of its settings."""
     try:
         HybridConfig(**config_fields(model, layout, torch.float32, "cpu"))

@@ -83,6 +83,24 @@ class LoadedTokenizer:
             for encoding in self._encode(texts, "encode_batch")
         ]
 
+    def bytes_of_tokens(self) -> list[int] | None:
+        """Return how many bytes of text each token stands for, ``[vocab_size]``; a special token
+        for none. None where the tokenizer is not a byte-level one, whose tokens spell their bytes.
+
+        Raises:
+            UserError: its file cannot be read.
+        """
+        content = _read_json(self.folder / _FILE)
+        if '"ByteLevel"' not in json.dumps(content.get("decoder")):
+            return None
+        added = self.tokenizer.get_added_tokens_decoder()
+        return [
+            (0 if added[number].special else len(added[number].content.encode()))
+            if number in added
+            else len(self.tokenizer.id_to_token(number))  # a character for each byte
+            for number in range(self.vocab_size)
+        ]
+
     def _encode(self, texts: Sequence[str], method: str) -> list[Encoding]:
         seconds = _SECONDS + sum(map(len, texts)) // _BYTES_PER_SECOND
         with guard_library(self.folder):

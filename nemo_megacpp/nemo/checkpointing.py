@@ -17,9 +17,10 @@ from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
 from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
+from nemo_megacpp.checkpoint.content import CheckpointContent
 from nemo_megacpp.checkpoint.dcp import require_psutil
 from nemo_megacpp.checkpoint.described import actual_layout, actual_model
-from nemo_megacpp.checkpoint.folder import find_weights, is_complete_checkpoint
+from nemo_megacpp.checkpoint.folder import is_complete_checkpoint
 from nemo_megacpp.checkpoint.lifecycle import (
     begin_checkpoint,
     clear_leftovers,
@@ -27,8 +28,8 @@ from nemo_megacpp.checkpoint.lifecycle import (
     prune,
     set_damaged_aside,
 )
-from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.checkpoint.save_errors import save_errors
+from nemo_megacpp.checkpoint.weights import WRAPPER, replace_prefix, validate_tensors
 from nemo_megacpp.nemo.actual import tokenizer_of
 from nemo_megacpp.printable import say
 from nemo_megacpp.runs.events import record_event
@@ -158,11 +159,14 @@ def _try_to_finish(directory: Path, identity: dict[str, Any], step: int) -> None
 
 
 class AcrossBackends(_WrappingCheckpointIO):
-    """Loads a checkpoint under the names that it has, whichever backend wrote it.
+    """Loads a checkpoint under the names that it has, whichever program and backend wrote it.
 
     Args:
         checkpoint_io: loads it.
         new_side_channels: of :func:`fit_to_checkpoint`.
+
+    Raises:
+        UserError: on every rank; the checkpoint lacks a tensor of the model, or has others.
     """
 
     def __init__(self, checkpoint_io: Any, new_side_channels: bool = False):
@@ -172,8 +176,10 @@ class AcrossBackends(_WrappingCheckpointIO):
     def load_checkpoint(
         self, path: Any, sharded_state_dict: dict[str, Any], **kwargs: Any
     ) -> dict[str, Any]:
-        metadata, new = read_metadata(find_weights(Path(path))), self._new_side_channels
-        fit_to_checkpoint(sharded_state_dict, metadata, new_side_channels=new)
+        content, new = CheckpointContent(Path(path)), self._new_side_channels
+        replace_prefix(sharded_state_dict, WRAPPER, content.prefix)
+        fit_to_checkpoint(sharded_state_dict, content.metadata, new_side_channels=new)
+        validate_tensors(sharded_state_dict["state_dict"], content, new_side_channels=new)
         return self.checkpoint_io.load_checkpoint(
             path, sharded_state_dict=sharded_state_dict, **kwargs
         )

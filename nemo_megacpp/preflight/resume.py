@@ -16,12 +16,10 @@ from nemo_megacpp.checkpoint.folder import (
 )
 from nemo_megacpp.checkpoint.identity import read_identity, validate_same_model
 from nemo_megacpp.checkpoint.manifest import check_manifest
+from nemo_megacpp.checkpoint.weights import WRAPPER
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe
-
-WRAPPED = "module."
-"""Prefix of the names of a model's tensors in the checkpoint of a run through NeMo."""
 
 
 @dataclass(frozen=True)
@@ -171,41 +169,29 @@ def validate_steps_left(checkpoint: Path, max_steps: int, stop_after: int | None
         )
 
 
-def validate_weights(checkpoint: Path, prefixes: tuple[str, ...] = (WRAPPED,)) -> CheckpointContent:
-    """Refuse a checkpoint whose tensors do not have the names that a run gives them.
+def validate_optimizer_state(checkpoint: Path, prefixes: tuple[str, ...] = (WRAPPER,)) -> None:
+    """Refuse to resume a checkpoint of another program, or one without optimizer state, as
+    ``import`` writes them.
 
     Args:
-        checkpoint: to load.
-        prefixes: of the names that the run can load.
+        checkpoint: to resume.
+        prefixes: of the names of a model's tensors in the checkpoints that the run can resume.
 
     Raises:
-        UserError: with the prefix that they have, or it cannot be read.
+        UserError: it has another prefix, or no optimizer state, or cannot be read.
     """
     content = CheckpointContent(checkpoint)
+    instead = f"Start a new run from its weights with init_from={checkpoint}."
+    if content.tensors and not content.optimizer_tensors:
+        raise UserError(
+            f"{checkpoint} holds weights only, without optimizer state, so it cannot be resumed. "
+            f"{instead}"
+        )
     if content.tensors and content.prefix not in prefixes:
         prefix = repr(content.prefix) if content.prefix else "nothing"
         known = " or ".join(repr(name) if name else "nothing" for name in prefixes)
         raise UserError(
-            f"A run cannot load {checkpoint}: the names of its tensors begin with {prefix}, and "
+            f"A run cannot resume {checkpoint}: the names of its tensors begin with {prefix}, and "
             f"those of a run's checkpoint with {known}. It was saved by another "
-            f"program, such as Megatron's own script."
-        )
-    return content
-
-
-def validate_optimizer_state(checkpoint: Path, prefixes: tuple[str, ...] = (WRAPPED,)) -> None:
-    """Refuse to resume a checkpoint without optimizer state, as ``import`` writes them.
-
-    Args:
-        checkpoint: to resume.
-        prefixes: of :func:`validate_weights`.
-
-    Raises:
-        UserError: it has none, or it cannot be read.
-    """
-    content = validate_weights(checkpoint, prefixes)
-    if content.tensors and not content.optimizer_tensors:
-        raise UserError(
-            f"{checkpoint} holds weights only, without optimizer state, so it cannot be resumed. "
-            f"Start a new run from it with init_from={checkpoint}."
+            f"program, such as Megatron's own script. {instead}"
         )

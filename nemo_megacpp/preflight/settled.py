@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemo_megacpp.checkpoint.dcp import require_psutil
 from nemo_megacpp.checkpoint.guard import inspect_before_load
+from nemo_megacpp.checkpoint.weights import WRAPPER
 from nemo_megacpp.data.builtin import builtin_folder
 from nemo_megacpp.data.checksums import verify_sample
 from nemo_megacpp.data.prepared import PreparedData
@@ -26,13 +27,12 @@ from nemo_megacpp.preflight.outputs import (
 )
 from nemo_megacpp.preflight.recipe_data import open_data
 from nemo_megacpp.preflight.resume import (
-    WRAPPED,
     Newest,
     choose_newest,
     find_resume,
     validate_optimizer_state,
-    validate_weights,
 )
+from nemo_megacpp.preflight.start_weights import validate_start_weights
 from nemo_megacpp.printable import say
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.views import shape_of
@@ -55,7 +55,7 @@ class Settled:
 
 
 def preflight(
-    recipe: Recipe, announce: bool = True, prefixes: tuple[str, ...] = (WRAPPED,)
+    recipe: Recipe, announce: bool = True, prefixes: tuple[str, ...] = (WRAPPER,)
 ) -> Settled:
     """Validate ``recipe``, choose what it leaves open, and write nothing.
 
@@ -63,7 +63,7 @@ def preflight(
         recipe: what to train.
         announce: whether this process prints the choices and verifies the checkpoint to start from
             and a sample of the data, which one process of a job does.
-        prefixes: of :func:`nemo_megacpp.preflight.resume.validate_weights`.
+        prefixes: of :func:`nemo_megacpp.preflight.resume.validate_optimizer_state`.
 
     Raises:
         UserError: for anything that can be found before the ranks start.
@@ -85,7 +85,7 @@ def preflight(
     )
     recipe, sources = open_data(recipe)
     validate_recipe_layout(recipe)  # again, with the vocabulary of the data
-    resumes = recipe.resume is not None
+    resumes, init_from = recipe.resume is not None, recipe.init_from
     newest = choose_newest(recipe, decides=announce)
     skipped = newest.skipped if newest is not None else ()
     recipe = find_resume(recipe, sources, newest)
@@ -93,6 +93,8 @@ def preflight(
     validate_run_dir(run_dir, recipe.resume, resumes, skipped)
     if announce:
         _announce(recipe, run_dir, sources, newest, prefixes)
+        if init_from is not None and recipe.resume is not None:
+            say(f"init_from={init_from} was loaded when this run began, and is not loaded again")
     return Settled(recipe, run_dir, skipped)
 
 
@@ -109,7 +111,10 @@ def _announce(
         known = newest.verified if newest is not None and recipe.resume else None
         verify = recipe.training.verify_checkpoint and known is None
         verified = inspect_before_load(checkpoint, verify=verify)
-        (validate_optimizer_state if recipe.resume else validate_weights)(checkpoint, prefixes)
+        if recipe.resume:
+            validate_optimizer_state(checkpoint, prefixes)
+        else:
+            validate_start_weights(checkpoint, recipe)
     of_data = verify_sample(sources) if sources else None
     if recipe.defaults:
         say(f"defaults taken: {'; '.join(recipe.defaults)}")

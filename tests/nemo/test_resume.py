@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_megacpp.checkpoint.export import export
 from nemo_megacpp.checkpoint.rewrite import import_safetensors
+from nemo_megacpp.data.prepare import prepare
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.runs.curves import Curve, read_curve
 from nemo_megacpp.runtime.workers import WorkerPool
@@ -61,7 +62,7 @@ def train(ranks: WorkerPool, small_data: PreparedData, tmp_path: Path) -> Train:
     from tests.nemo import nemo_ranks
 
     def run(name: str, *, task: str = "run_train", **settings: Any) -> Path:
-        given = {**SMALL, **settings, "data": small_data.root, "run_dir": tmp_path / name}
+        given = {**SMALL, "data": small_data.root, **settings, "run_dir": tmp_path / name}
         overrides = [f"{key}={value}" for key, value in given.items()]
         ranks.run(2, getattr(nemo_ranks, task), _free_port(), overrides)
         return tmp_path / name
@@ -240,13 +241,19 @@ def _close(curve: Curve, expected: Curve, within: float = 1e-5) -> None:
 def test_a_run_starts_from_weights_alone(train: Train, ranks: WorkerPool, tmp_path: Path) -> None:
     """Exported, imported, and loaded with init_from in another layout, at step 0.
 
+    The import has the names of Megatron's script and does not say its model, as its checkpoints.
     The next step has a learning rate that changes no weight, so what it saves is what was loaded,
     float32 master weights included: a step taken from other masters would show.
     """
     trained = train("trained", tp=2, stop_after=2, save_interval=1, precision="bf16")
     export(_checkpoint(trained, 2), tmp_path / "exported")
-    imported = tmp_path / "imported"
-    import_safetensors(tmp_path / "exported", imported, lambda _: contextlib.nullcontext(ranks))
+    imported, config = tmp_path / "imported", tmp_path / "exported" / "config.json"
+    config.write_text(config.read_text().replace('"module."', '""'))
+    import_safetensors(
+        tmp_path / "exported", imported, lambda _: contextlib.nullcontext(ranks), verify=False
+    )
+    for file in imported.glob("*.json"):
+        file.unlink()
     still = {"lr": "1e-30", "min_lr": 0, "weight_decay": 0, "max_steps": 1, "warmup_steps": 0}
     begun = train(
         "begun",
@@ -254,7 +261,8 @@ def test_a_run_starts_from_weights_alone(train: Train, ranks: WorkerPool, tmp_pa
         **still,
         init_from=imported,
     )
-    wanted, found = _tensors(imported), _tensors(_checkpoint(begun, 1))
+    wanted = {f"module.{name}": value for name, value in _tensors(imported).items()}
+    found = _tensors(_checkpoint(begun, 1))
     assert wanted.keys() <= found.keys()
     different = [
         name
@@ -268,6 +276,51 @@ def test_a_run_starts_from_weights_alone(train: Train, ranks: WorkerPool, tmp_pa
     assert not torch.equal(first[name], wanted[name]), "the weights had been trained"
     assert list(_records(begun)) == [1]
     assert _what_goes_on(_checkpoint(begun, 1))["global_step"] == 1
+
+
+def test_fine_tuning_begins_at_the_beginning(
+    train: Train, ranks: WorkerPool, small_data: PreparedData, tmp_path: Path
+) -> None:
+    """In another layout: on the same data its losses are those of the saved model, on other data
+    the run is like any other; optimizer, schedule and order of the data start anew."""
+    fixed = {"moe_router_bias_update_rate": 0}
+    trained = train("trained", tp=2, **fixed)
+    saved = _checkpoint(trained, 2)
+    other = {"tp": 1, "pp": 2, "init_from": saved, **fixed}
+    still = train("still", **other, lr="1e-30", min_lr=0, weight_decay=0, stop_after=3)
+    losses = _losses(still)
+    assert losses[3] == pytest.approx(_losses(trained)[3], rel=1e-6), "of the saved model"
+    assert losses[1] != pytest.approx(_losses(trained)[1], rel=1e-3), "the weights were trained"
+    assert read_curve(still).steps[1]["step"] == 1
+
+    (texts := tmp_path / "texts").mkdir()
+    for number in range(4):
+        (texts / f"{number}.txt").write_text("\n".join(f"{n * 7} others" for n in range(300)))
+    data = prepare(
+        [texts],
+        tmp_path / "other",
+        tokenizer=small_data.tokenizer_dir,
+        held_out=0.3,
+        progress=False,
+    )
+    tuned = train("tuned", **other, data=data.root, save_interval=1)
+    rates = [record["lr"] for record in read_curve(tuned).steps.values()]
+    assert rates == [record["lr"] for record in read_curve(trained).steps.values()]
+    assert _losses(tuned)[1] != pytest.approx(losses[1], rel=1e-3)
+    common = _what_goes_on(_checkpoint(tuned, 1))
+    assert common["optimizer"][0]["step"] == common["global_step"] == 1
+    assert common["HybridDataModule"] == {"consumed_samples": SMALL["global_batch_size"]}
+    first = _tensors(_checkpoint(tuned, 1))
+    moments = [name for name in first if ".exp_avg." in name]
+    assert moments
+    for name in moments:  # (1 - beta1) g and (1 - beta2) g² of one gradient: both began at zero
+        square = (first[name] / (1 - 0.9)) ** 2 * (1 - 0.95)
+        found = first[name.replace(".exp_avg.", ".exp_avg_sq.")]
+        torch.testing.assert_close(found, square, rtol=1e-4, atol=1e-20, msg=name)
+
+
+def _losses(run: Path) -> dict[int, float]:
+    return {step: record["loss"] for step, record in read_curve(run).steps.items()}
 
 
 def test_nemo_factory_is_exact(ranks: WorkerPool, small_data: PreparedData, tmp_path: Path) -> None:

@@ -462,7 +462,7 @@ def test_resume_of_weights_alone(
     metadata.write_bytes(pickle.dumps(Metadata(held, None, {})))
     message = refusal(preflight, f"resume={checkpoint}")
     assert f"{checkpoint} holds weights only, without optimizer state" in message
-    assert message.endswith(f"Start a new run from it with init_from={checkpoint}.")
+    assert message.endswith(f"from its weights with init_from={checkpoint}.")
     preflight(tiny(f"init_from={checkpoint}"))
     assert [path.name for path in elsewhere.iterdir()] == ["run"]
 
@@ -487,17 +487,35 @@ def test_a_new_run_starts_from_weights(
     own = Path(shutil.copytree(save(tiny(), 4), "next/checkpoints/step=4")).absolute()
     recipe = start_of(tiny(*auto))
     assert (recipe.resume, recipe.init_from) == (str(own), None)
+    capsys.readouterr()
+    preflight(tiny(*auto))
+    assert "init_from=run was loaded when this run began" in capsys.readouterr().out
 
 
-def test_weights_of_another_program_are_refused(save: Save, elsewhere: Path) -> None:
+def test_weights_of_another_program_start_a_run(save: Save, elsewhere: Path) -> None:
+    """They are not resumed; those that do not say their model must have the model's tensors."""
     checkpoint = save(tiny(), 4)
     metadata = checkpoint / "weights" / ".metadata"
+    held = {"embedding.word_embeddings.weight": _tensor()}
+    moment = {"optimizer.state.exp_avg.embedding.word_embeddings.weight": _tensor()}
     for prefix, named in (("model.", "'model.'"), ("", "nothing")):
-        held = {f"{prefix}decoder.weight": _tensor()}
-        metadata.write_bytes(pickle.dumps(Metadata(held, None, {})))
-        for start in ("resume", "init_from"):
-            message = refusal(preflight, f"{start}={checkpoint}", "run_dir=next")
-            assert f"begin with {named}, and those of a run's checkpoint with 'module.'" in message
+        named_so = {f"{prefix}{name}": tensor for name, tensor in held.items()}
+        metadata.write_bytes(pickle.dumps(Metadata({**named_so, **moment}, None, {})))
+        message = refusal(preflight, f"resume={checkpoint}", "run_dir=next")
+        assert f"begin with {named}, and those of a run's checkpoint with 'module.'" in message
+        assert message.endswith(f"from its weights with init_from={checkpoint}.")
+        preflight(tiny(f"init_from={checkpoint}", "run_dir=next"))
+    (checkpoint / "nemo_megacpp.json").unlink()
+    message = refusal(preflight, f"init_from={checkpoint}", "run_dir=next")
+    assert f"{checkpoint} is a checkpoint of another model: it has no decoder.final_norm" in message
+    assert "and 105 more" in message
+
+
+def test_a_folder_of_safetensors_names_the_import(elsewhere: Path) -> None:
+    Path("exported").mkdir()
+    Path("exported/model.safetensors").touch()
+    message = refusal(resumed, "init_from=exported")
+    assert "nemo-megacpp checkpoint import exported OUT (with --from hf" in message
 
 
 def _tensor() -> TensorStorageMetadata:
