@@ -86,4 +86,9 @@ def _is_new_channel(value: ShardedTensor, saved: Mapping[str, Any]) -> bool:
     """Whether a tensor belongs to side channels and the checkpoint has no such tensor."""
     size = getattr(saved.get(value.key), "size", None)
     known = size is not None and tuple(size) == tuple(value.global_shape)
-    return "side_channels" in value.key.split(".") and not known
+    return in_side_channels(value.key) and not known
+
+
+def in_side_channels(key: str) -> bool:
+    """Return whether a tensor's name is of side channels."""
+    return "side_channels" in key.split(".")

@@ -5,15 +5,11 @@ What a NeMo run saved is loaded too: its keys name the wrapper around the model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.optimizer import MegatronOptimizer
 
 from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
@@ -27,18 +23,7 @@ from nemo_megacpp.checkpoint.optimizer_state import (
     validate_optimizer_form,
 )
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
-
-_WRAPPER = "module."
-_MOMENT = re.compile(r"optimizer\.state\.\w+\.")
-
-
-def _name_as_nemo(state: dict[str, Any]) -> None:
-    """Give every tensor the key that it has in a checkpoint of NeMo."""
-    for item in nested_values(state):
-        if isinstance(item, ShardedBase):
-            match = _MOMENT.match(item.key)
-            place = match.end() if match else 0
-            item.key = f"{item.key[:place]}{_WRAPPER}{item.key[place:]}"
+from nemo_megacpp.checkpoint.weights import WRAPPER, replace_prefix
 
 
 def save_training_state(
@@ -70,9 +55,9 @@ def load_training_state(
     validate_optimizer_form(dist_checkpointing.load_content_metadata(str(weights)))
     state = training_sharded_state_dict(chunks, optimizer, is_loading=True)
     metadata = read_metadata(weights)
-    of_nemo = any(name.startswith(_WRAPPER) for name in metadata.state_dict_metadata)
+    of_nemo = any(name.startswith(WRAPPER) for name in metadata.state_dict_metadata)
     if of_nemo:
-        _name_as_nemo(state)
+        replace_prefix(state, "", WRAPPER)
         state["optimizer"] = [state["optimizer"]]
     fit_to_checkpoint(state, metadata)
     state = dist_checkpointing.load(state, str(weights))
