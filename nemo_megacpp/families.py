@@ -56,6 +56,9 @@ class BlockFamily:
             the whole model. Those of the weights are counted from the parameters. None: no others.
         sequential_steps: likewise, the tokens of a microbatch that must follow one another in a
             pass, whichever ranks compute them. None: the mixing is parallel.
+        inference_state: likewise, what a layer keeps of one sequence while it generates
+            (:mod:`nemo_megacpp.formulas.inference`); an empty list for a layer whose tokens do not
+            meet. None: the family has no inference.
 
     The owner of a parameter is not declared: it is read from the tags of the built modules, by
     which Megatron trains.
@@ -70,6 +73,7 @@ class BlockFamily:
     saved_activations: Callable[[Any], list[Any]] | None = None
     mixing: Callable[[Any], int] | None = None
     sequential_steps: Callable[[Any], int] | None = None
+    inference_state: Callable[[Any], list[Any]] | None = None
 
     @property
     def family(self) -> Family:

@@ -12,6 +12,7 @@ from nemo_megacpp.contract.machine import Machine, machine_document
 from nemo_megacpp.contract.memory import StageMemory, stage_buffers, stage_memory
 from nemo_megacpp.contract.ownership import OwnedParameter, ownership, parameter_count
 from nemo_megacpp.contract.recompute import Activations, saved_activations
+from nemo_megacpp.contract.sequence_state import sequence_state
 from nemo_megacpp.contract.stage_cuts import StageCut, stage_cuts
 from nemo_megacpp.contract.stages import BuiltStage, build_stages
 from nemo_megacpp.contract.step_tables import assumptions, step_document
@@ -57,6 +58,8 @@ list; keys are only ever added within a version::
     costs: [{axis, effect, message}]
     estimate: {seconds, parts: {part: seconds}, slowest_stage, tokens_per_second_per_gpu,
         model_flops_per_second_per_gpu, model_flops_utilization, machine, assumptions}
+    inference_state: {letter: [{what, bytes, per_token}]}, of one layer and sequence on one rank,
+        of one token where per_token; null where a family declares none
 
 where COLLECTIVE is ``{kind, group, bytes, phase, role, what, count, neighbour}``, of one layer in
 one microbatch, or of one step; see :class:`nemo_megacpp.formulas.collectives.Collective`.
@@ -238,7 +241,7 @@ def _plan_stage(sizes: Sizes, built: BuiltStage, saved: Activations) -> StagePla
 
 def plan_document(plan: Plan) -> dict[str, Any]:
     """Return ``plan`` as plain data."""
-    job = plan.job
+    job, state = plan.job, sequence_state(plan.sizes)
     return {
         "schema": SCHEMA,
         "job": {
@@ -263,6 +266,8 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "cuts": [{**cut._asdict(), "bytes": cut.bytes} for cut in plan.cuts],
         "costs": [cost._asdict() for cost in plan.costs],
         "estimate": _estimate_document(plan),
+        "inference_state": state
+        and {letter: [item._asdict() for item in items] for letter, items in state.items()},
     }
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from nemo_megacpp.contract.layout_plan import Plan, StagePlan
+from nemo_megacpp.contract.sequence_state import state_line
 from nemo_megacpp.contract.step_tables import assumptions, parts_table
 from nemo_megacpp.families import block_of
 from nemo_megacpp.formulas.collectives import Collective
@@ -56,6 +57,9 @@ def print_plan(
         console.print()
         print_table(console, parts_table(plan.step, plan.machine, plan.job.precision))
         console.print(assumptions(plan.machine), highlight=False, markup=False)
+    state = state_line(plan.sizes)
+    if state is not None:
+        console.print(f"\n{state}", highlight=False, markup=False)
     if plan.costs:
         console.print("\n[bold]What this layout costs[/bold]")
     for cost in plan.costs:

@@ -108,6 +108,10 @@ class TorchCoreAttention(MegatronModule):
         if packed:
             query, key, value = (t.unsqueeze(1) for t in (query, key, value))
         cp = self.cp_group.size()
+        if attn_mask_type == AttnMaskType.arbitrary or key.size(0) != query.size(0):
+            # Inference: the keys before the queries come from a cache.
+            assert cp == 1 and not packed, "the stack refuses these with an inference context"
+            return self._attend_cache(query, key, value, attn_mask_type, attention_mask)
         order = token_order(query.size(0) * cp, cp, packed_seq_params, query.device)
         if cp == 1:
             context = self._attend(query, key, value, _mask_in_order(order))
@@ -115,6 +119,23 @@ class TorchCoreAttention(MegatronModule):
             exchange = {"p2p": self._ring, "all_gather": self._gathered, "a2a": self._exchanged}
             context = exchange[self.cp_comm_type](query, key, value, order)
         return context.squeeze(1) if packed else context
+
+    def _attend_cache(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask_type: AttnMaskType | None,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the attention of the last tokens to all: those that ``attention_mask``
+        ``[b, 1, s, t]`` leaves with an ``arbitrary`` mask, else the ones up to each token's own."""
+        if attn_mask_type == AttnMaskType.arbitrary:
+            assert attention_mask is not None
+            return self._attend(query, key, value, ~attention_mask)
+        keys = torch.arange(key.size(0), device=key.device)
+        seen = keys[key.size(0) - query.size(0) :, None] >= keys
+        return self._attend(query, key, value, seen)
 
     def _ring(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, order: TokenOrder

@@ -60,6 +60,7 @@ from nemo_megacpp.mixers.kernels.causal_conv1d import causal_conv1d, causal_conv
 from nemo_megacpp.mixers.kernels.m2rnn_scan import m2rnn_scan
 from nemo_megacpp.mixers.kernels.m2rnn_triton import m2rnn_triton, m2rnn_triton_reason
 from nemo_megacpp.mixers.recompute import recomputable
+from nemo_megacpp.mixers.recurrent_state import RecurrentState
 from nemo_megacpp.mixers.replicated import replicated, sum_over_tp
 from nemo_megacpp.mixers.sequence_layout import (
     TokenOrder,
@@ -172,18 +173,21 @@ class M2RNNMixer(HeadParallelMixer):
             depth_state: ``[s, b, V]`` in the layout of the input, from the R block before this one;
                 None for the first.
             hands_on: return the state for the next R block as well, ``[s, b, V]``.
-            inference_context: None.
-            packed_seq_params: the documents of the row.
+            inference_context: holds the states of the rows' sequences, read before the tokens and
+                written after them; None where a row is a whole sequence.
+            packed_seq_params: the documents of the row; not with an inference context.
 
         Returns:
             The output, and the state or None: what ``MambaLayer`` takes for a bias.
         """
-        assert inference_context is None, "the R mixer trains; it has no inference state"
         shared, split = self.in_proj(hidden_states)
         group, cp = self.cp_group, self.cp_group.size()
         order = token_order(shared.size(0) * cp, cp, packed_seq_params, shared.device)
         depth_state = self._depth_state_here(depth_state, order)
-        if self.serial:
+        if inference_context is not None:
+            memory = self._state_in(inference_context, shared.size(1), shared.device)
+            y = self._mix(shared, split, order, depth_state, memory)
+        elif self.serial:
             shared, split = (zigzag_to_segments(t, group, order) for t in (shared, split))
             y = segments_to_zigzag(self._mix(shared, split, order, depth_state), group, order)
         else:
@@ -241,32 +245,31 @@ class M2RNNMixer(HeadParallelMixer):
         split: torch.Tensor,
         order: TokenOrder,
         depth_state: torch.Tensor | None,
+        memory: RecurrentState | None = None,
     ) -> torch.Tensor:
         """Convolve, recur and gate: ``[s, b, 2K]`` and ``[s, b, n·(2V+1)]`` to ``[s, b, n·V]``.
 
-        Tokens are in order: the whole sequence, or this rank's segment of it.
+        Tokens are in order: the whole sequence, this rank's segment of it, or what follows the
+        tokens in ``memory``.
         """
+        window, state = (None, None) if memory is None else memory.read()
         shared, split = (t.transpose(0, 1) for t in (shared, split))  # [b, s, ·]
         v, f, g = split.unflatten(-1, (-1, 2 * self.v_dim + 1)).split(
             [self.v_dim, 1, self.v_dim], dim=-1
         )
         packs, continues = self._documents_here(order, shared.size(1))
         shared_conv = replicated(self.shared_conv_weight, self.config, self.tp_group)
-        q, k, v = self._convolve(
-            torch.cat([shared, v.flatten(-2)], dim=-1),
-            torch.cat([shared_conv, self.mine(self.conv_weight)]),
-            packs,
-            continues,
-        )
+        filtered = torch.cat([shared, v.flatten(-2)], dim=-1)
+        taps = torch.cat([shared_conv, self.mine(self.conv_weight)])
+        q, k, v = self._convolve(filtered, taps, packs, continues, window)
         if self.settings.depth_state:
             gate = self.mine(self.depth_gate).unflatten(0, (-1, self.v_dim))
             # The first R block takes zero; its gate then gets a gradient of zero, not none, which
             # Megatron's overlapped reduction would wait for.
             taken = 0 if depth_state is None else depth_state.transpose(0, 1).unsqueeze(2)
             v = v + gate * taken
-        wide = torch.promote_types(v.dtype, torch.float32)
-        state = None
         if self.serial:
+            wide = torch.promote_types(v.dtype, torch.float32)
             zeros = v.new_zeros(v.size(0), v.size(2), self.k_dim, self.v_dim, dtype=wide)
             state, q = receive_state(zeros, q, self.cp_group)
             state = state * continues
@@ -282,6 +285,8 @@ class M2RNNMixer(HeadParallelMixer):
             state_gradient_clip=self.clip,
             clip_order=self.settings.clip_order,
         )
+        if memory is not None:
+            memory.write(causal_conv1d_state(filtered, taps.size(1), None, window), last)
         if self.serial:
             y = send_state(last, y, self.cp_group)
         y = (y.flatten(-2) + self.mine(self.D) * v.flatten(-2)).to(v.dtype)
@@ -307,12 +312,28 @@ class M2RNNMixer(HeadParallelMixer):
         continues = start == 0 or start not in order.boundaries
         return order.documents[start : start + length].unsqueeze(0), float(continues)
 
+    def _state_in(self, context: Any, batch: int, device: torch.device) -> RecurrentState:
+        """Return the convolution's window and the matrix states in an inference context."""
+        dtype, n = self.config.params_dtype, self.heads
+        channels, taps = 2 * self.k_dim + n * self.v_dim, self.settings.conv_kernel
+        shapes = [
+            ((channels, taps - 1), dtype),
+            ((n, self.k_dim, self.v_dim), torch.promote_types(dtype, torch.float32)),
+        ]
+        assert self.layer_number is not None
+        return RecurrentState(context, self.layer_number, batch, shapes, device)
+
     def _convolve(
-        self, x: torch.Tensor, weight: torch.Tensor, packs: torch.Tensor | None, continues: float
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        packs: torch.Tensor | None,
+        continues: float,
+        window: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return q ``[b, s, K]``, k ``[b, s, K]`` and v ``[b, s, n, V]``, convolved."""
         packs = None if packs is None else packs.expand(x.size(0), -1)
-        window, taps = None, weight.size(1)
+        taps = weight.size(1)
         if self.serial and taps > 1:
             zeros = x.new_zeros(x.size(0), x.size(2), taps - 1)
             window, x = receive_state(zeros, x, self.cp_group)

@@ -14,6 +14,7 @@ from nemo_megacpp.core.layers import (
     with_documents,
 )
 from nemo_megacpp.mixers.float32 import KeepsFloat32, keep_in_float32
+from nemo_megacpp.mixers.mamba2_state import mamba2_continue, mamba2_state
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
 from nemo_megacpp.mixers.recompute import recomputable
 from nemo_megacpp.mixers.sequence_layout import token_order
@@ -27,7 +28,9 @@ class Mamba2Mixer(KeepsFloat32, MambaMixer):
     bfloat16; the kernels take all three in float32. The stock mixer reads the weight and bias of
     ``conv1d`` without calling it, so nothing waits for their gather. In each layer it numbers the
     documents of a pack, for which it waits for the GPU, or from 0.17 on only of a pack that has
-    ``total_tokens``. Everything else, and every checkpoint key, is the stock mixer's.
+    ``total_tokens``. With an inference context it begins at zero, or takes one token.
+
+    Everything else, and every checkpoint key, is the stock mixer's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -37,9 +40,14 @@ class Mamba2Mixer(KeepsFloat32, MambaMixer):
 
     @recomputable("mamba")
     def forward(
-        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, hidden_states: torch.Tensor, inference_context: Any = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return super().forward(hidden_states, *args, **kwargs)
+        if inference_context is None:
+            return super().forward(hidden_states, **kwargs)
+        wait_for_parameters(*convolution_modules(self))
+        projected, _ = self.in_proj(hidden_states)
+        memory = mamba2_state(self, inference_context, projected.size(1))
+        return self.out_proj(mamba2_continue(self, projected, memory))
 
     def _ssm_training(
         self, zxBCdt: torch.Tensor, packed_seq_params: PackedSeqParams | None = None

@@ -41,7 +41,11 @@ from nemo_megacpp.mixers.head_parallel import (
 )
 from nemo_megacpp.mixers.kernels.mamba3_gpu import mamba3_gpu, mamba3_gpu_reason
 from nemo_megacpp.mixers.kernels.mamba3_scan import mamba3_chunked
-from nemo_megacpp.mixers.kernels.mamba3_state import negative_decay_rate
+from nemo_megacpp.mixers.kernels.mamba3_state import (
+    Mamba3State,
+    mamba3_state_shapes,
+    negative_decay_rate,
+)
 from nemo_megacpp.mixers.kernels.packing import accumulation_dtype
 from nemo_megacpp.mixers.mamba3_rows import (
     cp_blocks,
@@ -51,6 +55,7 @@ from nemo_megacpp.mixers.mamba3_rows import (
     split_rows,
 )
 from nemo_megacpp.mixers.recompute import recomputable
+from nemo_megacpp.mixers.recurrent_state import RecurrentState
 from nemo_megacpp.mixers.replicated import replicated
 from nemo_megacpp.mixers.sequence_layout import (
     gather_sequence,
@@ -133,8 +138,11 @@ class Mamba3Mixer(HeadParallelMixer):
         *,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map ``[s, b, h]`` (``[s/tp, b, h]`` under SP) to the same shape, and a bias (None)."""
-        assert inference_context is None, "the Mamba-3 mixer trains; it has no inference state"
+        """Map ``[s, b, h]`` (``[s/tp, b, h]`` under SP) to the same shape, and a bias (None).
+
+        An ``inference_context`` holds the states of the rows' sequences, read before the tokens and
+        written after them.
+        """
         theta, split = self.in_proj(hidden_states)
         group, cp = self.cp_group, self.cp_group.size()
         order = token_order(theta.size(0) * cp, cp, packed_seq_params, theta.device)
@@ -143,11 +151,26 @@ class Mamba3Mixer(HeadParallelMixer):
             documents = documents.expand(theta.size(1), -1)
         theta = gather_sequence(theta, group, order)
         split = sequence_to_heads(cp_blocks(split, self.dims, self.copies), group, order)
-        y = self._mix(theta.transpose(0, 1), split.transpose(0, 1), documents)
+        memory = None
+        if inference_context is not None:
+            memory = self._state_in(inference_context, theta.size(1), theta.device)
+        y = self._mix(theta.transpose(0, 1), split.transpose(0, 1), documents, memory)
         return self.out_proj(heads_to_sequence(y.transpose(0, 1), group, order))
 
+    def _state_in(self, context: Any, batch: int, device: torch.device) -> RecurrentState:
+        """Return the parts of a :class:`Mamba3State` in an inference context."""
+        dims, wide = self.dims, torch.promote_types(self.config.params_dtype, torch.float32)
+        shapes = mamba3_state_shapes(dims, self.heads)
+        assert self.layer_number is not None
+        parts = [(shape, wide) for shape in shapes]
+        return RecurrentState(context, self.layer_number, batch, parts, device)
+
     def _mix(
-        self, theta: torch.Tensor, split: torch.Tensor, documents: torch.Tensor | None
+        self,
+        theta: torch.Tensor,
+        split: torch.Tensor,
+        documents: torch.Tensor | None,
+        memory: RecurrentState | None,
     ) -> torch.Tensor:
         """Scan and gate: θ̂ ``[b, s, S]`` and this rank's blocks ``[b, s, …]`` to ``[b, s, n·P]``.
 
@@ -173,6 +196,7 @@ class Mamba3Mixer(HeadParallelMixer):
             trap,
             theta,
             documents,
+            memory,
         )
         return self._gate(o.to(wide), z.to(wide)).to(x.dtype)
 
@@ -191,13 +215,15 @@ class Mamba3Mixer(HeadParallelMixer):
         trap: torch.Tensor,
         theta: torch.Tensor,
         documents: torch.Tensor | None,
+        memory: RecurrentState | None,
     ) -> torch.Tensor:
-        """Return ``o [b, s, n, R, P]``, from the kernel that the settings choose."""
+        """Return ``o [b, s, n, R, P]``, from the kernel that the settings choose; where there is a
+        state, from the torch form, which takes one."""
         B_bias, C_bias, D = (self.mine(p) for p in (self.B_bias, self.C_bias, self.D))
-        if self._runs_triton(x.dtype, documents is not None, x.device):
+        if memory is None and self._runs_triton(x.dtype, documents is not None, x.device):
             return mamba3_gpu(x, B, C, B_bias, C_bias, dt, A, trap, theta, D)
         wide = accumulation_dtype(x)
-        o, _ = mamba3_chunked(
+        o, last = mamba3_chunked(
             x,
             B,
             C,
@@ -210,8 +236,11 @@ class Mamba3Mixer(HeadParallelMixer):
             D,
             mimo_x=self.mine(self.mimo_x) if self.dims.mimo_rank > 1 else None,
             pairs=self.dims.pairs,
+            initial_state=None if memory is None else Mamba3State(*memory.read()),
             seq_idx=documents,
         )
+        if memory is not None:
+            memory.write(*last)
         return o
 
     def _gate(self, o: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

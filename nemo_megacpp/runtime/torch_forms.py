@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from nemo_megacpp.mixers.kernels.gated_rms_norm import RMSNormGated
 from nemo_megacpp.mixers.kernels.mamba_split_conv1d_scan import mamba_split_conv1d_scan
+from nemo_megacpp.mixers.kernels.selective_state_update import selective_state_update
 from nemo_megacpp.mixers.kernels.ssd import ssd_chunked
 from nemo_megacpp.mixers.sequence_layout import token_order
 
@@ -66,6 +67,7 @@ def install_mamba_kernels() -> None:
     module.ExtendedRMSNorm = ExtendedRMSNorm
     module.mamba_split_conv1d_scan_combined = mamba_split_conv1d_scan
     module.mamba_chunk_scan_combined = ssd_chunked
+    module.selective_state_update = selective_state_update
     # The torch forms reset state and convolution at document boundaries (seq_idx).
     module._check_mamba_sequence_packing_support = lambda for_inference_not_training=True: (
         (False, "the torch forms have no inference kernels")

@@ -16,6 +16,7 @@ from nemo_megacpp.formulas.collectives import (
     row_parallel,
     there_and_back,
 )
+from nemo_megacpp.formulas.inference import KeptState
 from nemo_megacpp.formulas.saved import Saved, norm
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Divides, GroupsDivideHeads, LayoutCheck, LayoutViolation
@@ -64,18 +65,19 @@ def attention_layer_spec(backend: BackendSpecProvider, fields: HybridFields) -> 
     """Return Megatron's ``TransformerLayer`` with ``SelfAttention`` only, as an
     :class:`AttentionLayer`."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.attention import SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+    from nemo_megacpp.mixers.self_attention import SlotSelfAttention
     from nemo_megacpp.mixers.transformer_layers import AttentionLayer
 
     return ModuleSpec(
         module=AttentionLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=SlotSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_parallel_layer_norm_linear(),
@@ -209,6 +211,11 @@ def _mixing(sizes: Sizes) -> int:
     return 4 * sizes.query_heads * sizes.head_dim * sizes.length // 2
 
 
+def _inference_state(sizes: Sizes) -> list[KeptState]:
+    head = sizes.kv_heads * sizes.head_dim * sizes.e
+    return [KeptState("keys", head, per_token=True), KeptState("values", head, per_token=True)]
+
+
 register(
     BlockFamily(
         letter="A",
@@ -219,5 +226,6 @@ register(
         collectives=_collectives,
         saved_activations=_saved_activations,
         mixing=_mixing,
+        inference_state=_inference_state,
     )
 )

@@ -13,6 +13,7 @@ from nemo_megacpp.formulas.collectives import (
     row_parallel,
     there_and_back,
 )
+from nemo_megacpp.formulas.inference import no_state
 from nemo_megacpp.formulas.saved import Saved, inside_mlp, norm
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Divides
@@ -198,5 +199,6 @@ register(
         required=("num_moe_experts", "moe_ffn_hidden_size"),
         collectives=_collectives,
         saved_activations=_saved_activations,
+        inference_state=no_state,
     )
 )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from nemo_megacpp.families import BlockFamily, register
 from nemo_megacpp.formulas.collectives import Collective, again, column_parallel, row_parallel
+from nemo_megacpp.formulas.inference import no_state
 from nemo_megacpp.formulas.saved import Saved, inside_mlp, norm
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Divides
@@ -74,5 +75,6 @@ register(
         required=("ffn_hidden_size",),
         collectives=_collectives,
         saved_activations=_saved_activations,
+        inference_state=no_state,
     )
 )

@@ -58,6 +58,11 @@ class HybridModel(CoreModel):
             side_channels: ids ``[b, s]`` of every channel by name, with CP this rank's share of
                 ``s``. Every pipeline stage takes them; one that owns none reads none.
         """
+        if kwargs.get("inference_context") is not None:
+            # Here as well, as the embedding has assertions of its own.
+            self.decoder.check_inference(
+                kwargs["inference_context"], kwargs.get("packed_seq_params")
+            )
         ids = _validate_ids(self.side_channels, side_channels or {})
         if self.pre_process and decoder_input is None and channels_at(self.side_channels, None):
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)

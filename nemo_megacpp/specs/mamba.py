@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from nemo_megacpp.formulas.collectives import (
     row_parallel,
     there_and_back,
 )
+from nemo_megacpp.formulas.inference import KeptState
 from nemo_megacpp.formulas.saved import Saved, norm
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Divides, GroupsDivideHeads, LayoutCheck, LayoutViolation
@@ -252,6 +254,27 @@ def _mamba3_scan(sizes: Sizes) -> Items:
     return weight + scan + output
 
 
+def _inference_state(sizes: Sizes) -> list[KeptState]:
+    config, tp, wide = sizes.config, sizes.layout.tp, sizes.wide
+    if _is_mamba3(sizes):
+        from nemo_megacpp.mixers.kernels.mamba3_state import mamba3_state_shapes
+
+        dims = sizes.mamba3
+        names = ("states", "last token's keys", "last token's values", "angles")
+        shapes = mamba3_state_shapes(dims, dims.num_heads // tp)
+        return [
+            KeptState(name, math.prod(shape) * wide)
+            for name, shape in zip(names, shapes, strict=True)
+        ]
+    heads, state = sizes.mamba_heads // tp, int(config.mamba_state_dim)
+    inner = heads * int(config.mamba_head_dim)
+    channels = inner + 2 * int(config.mamba_num_groups) // tp * state
+    return [
+        KeptState("convolution's window", channels * (MAMBA_CONV_KERNEL - 1) * sizes.e),
+        KeptState("states", inner * state * wide),
+    ]
+
+
 register(
     BlockFamily(
         letter="M",
@@ -274,5 +297,6 @@ register(
         collectives=_collectives,
         saved_activations=_saved_activations,
         mixing=_mixing,
+        inference_state=_inference_state,
     )
 )

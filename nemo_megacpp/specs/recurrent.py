@@ -15,6 +15,7 @@ from nemo_megacpp.formulas.collectives import (
     row_parallel,
     there_and_back,
 )
+from nemo_megacpp.formulas.inference import KeptState
 from nemo_megacpp.formulas.saved import Saved, norm
 from nemo_megacpp.hybrid_fields import HybridFields
 from nemo_megacpp.layout.rules import Divides
@@ -179,6 +180,16 @@ def _sequential_steps(sizes: Sizes) -> int:
     return sizes.config.seq_length
 
 
+def _inference_state(sizes: Sizes) -> list[KeptState]:
+    settings, heads = sizes.m2rnn, sizes.m2rnn_heads
+    key, value = settings.key_head_dim, settings.value_head_dim
+    window = (2 * key + heads * value) * (settings.conv_kernel - 1)
+    return [
+        KeptState("convolution's window", window * sizes.e),
+        KeptState("matrix states", heads * key * value * sizes.wide),
+    ]
+
+
 register(
     BlockFamily(
         letter="R",
@@ -197,5 +208,6 @@ register(
         saved_activations=_saved_activations,
         mixing=_mixing,
         sequential_steps=_sequential_steps,
+        inference_state=_inference_state,
     )
 )

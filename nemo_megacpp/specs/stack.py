@@ -43,10 +43,12 @@ from nemo_megacpp.mixers.head_parallel import log_once
 from nemo_megacpp.mixers.parameter_gather import wait_for_parameters
 from nemo_megacpp.mixers.recompute import recompute
 from nemo_megacpp.mixers.side_channels import Modules, SideChannelEmbeddings
+from nemo_megacpp.mixers.slot_context import SlotContext
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.settings.script import validate_script
 from nemo_megacpp.side_channels import channels_at, read_side_channels
 from nemo_megacpp.specs.backend import default_backend
+from nemo_megacpp.specs.inference import check_context, check_inference
 from nemo_megacpp.specs.packs import check_packs
 from nemo_megacpp.specs.payload import DEPTH_STATE, declared, payload_at, sends_shapes
 
@@ -125,6 +127,7 @@ class HybridStack(MegatronModule):
             written = only_stage(layer_type_list, self.pp_group.size())
         layers = HybridPattern.parse(written or "", depth=config.num_layers)
         channels = read_side_channels(getattr(config, "side_channels", None))
+        self._channels = channels
         stages = self.pp_group.size()
         chunks = layers.chunks(stages * (config.virtual_pipeline_model_parallel_size or 1))
         ours = (vp_stage or 0) * stages + self.pp_group.rank()
@@ -241,16 +244,25 @@ class HybridStack(MegatronModule):
     ) -> torch.Tensor:
         """Run the chunk on ``[s, b, h]`` (the rank's share of ``s`` under SP and CP).
 
+        Args:
+            inference_context: holds the states of the rows' sequences, which the layers read
+                before the tokens and write after them.
+
         Raises:
-            UserError: packed rows that the stack cannot run (:mod:`nemo_megacpp.specs.packs`).
+            UserError: packed rows that the stack cannot run (:mod:`nemo_megacpp.specs.packs`), or
+                what has no inference (:mod:`nemo_megacpp.specs.inference`).
         """
-        assert inference_context is None and inference_params is None, "the hybrid stack trains"
+        assert inference_params is None, "inference_params is Megatron's old name for the context"
+        if inference_context is not None:
+            self.check_inference(inference_context, packed_seq_params)
         extras = self._beside_input
         if not self.pre_process:
             assert self.input_tensor is not None
             hidden_states = self.input_tensor
         if isinstance(hidden_states, WrappedTensor):
             hidden_states = hidden_states.unwrap()
+        if isinstance(inference_context, SlotContext):
+            attention_mask = inference_context.attention_mask(hidden_states.device)
         if packed_seq_params is not None:
             rotary_length = None if rotary_pos_emb is None else rotary_pos_emb.size(0)
             cp = self.cp_group.size()
@@ -264,7 +276,8 @@ class HybridStack(MegatronModule):
         tracker = get_cuda_rng_tracker()
         rng = tracker.fork() if self.config.sequence_parallel else nullcontext()
         # Bound here: a recomputed layer reads its ids again in the backward pass.
-        run = partial(self._run_layers, self.side_channel_ids, packed_seq_params, delayed)
+        ids = self.side_channel_ids
+        run = partial(self._run_layers, ids, inference_context, packed_seq_params, delayed)
         others = (attention_mask, rotary_pos_emb, padding_mask)
         beside = [extras.get(name) for name in self._extras]
         with rng, get_fp8_context(self.config) if delayed else nullcontext():
@@ -287,9 +300,22 @@ class HybridStack(MegatronModule):
             inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
         )
 
+    def check_inference(self, context: Any, packed: PackedSeqParams | None) -> None:
+        """Refuse what has no inference; see :mod:`nemo_megacpp.specs.inference`."""
+        check_context(context, self.training, packed is not None)
+        owners = (None, *self.layer_range)
+        check_inference(
+            self.config,
+            self.families,
+            cp=self.cp_group.size(),
+            pp=self.pp_group.size(),
+            side_channels=any(channels_at(self._channels, owner) for owner in owners),
+        )
+
     def _run_layers(
         self,
         side_channel_ids: Mapping[str, torch.Tensor],
+        inference_context: Any,
         packed_seq_params: PackedSeqParams | None,
         fp8_is_on: bool,
         layers: range,
@@ -318,6 +344,7 @@ class HybridStack(MegatronModule):
                     hidden_states, _ = layer(
                         hidden_states=hidden_states,
                         attention_mask=attention_mask,
+                        inference_context=inference_context,
                         rotary_pos_emb=rotary_pos_emb,
                         packed_seq_params=packed_seq_params,
                         padding_mask=padding_mask,
@@ -327,12 +354,14 @@ class HybridStack(MegatronModule):
                         hidden_states,
                         extras.get(DEPTH_STATE),
                         hands_on=index < self._last_use.get(DEPTH_STATE, 0),
+                        inference_context=inference_context,
                         packed_seq_params=packed_seq_params,
                     )
                 else:
                     hidden_states = layer(
                         hidden_states=hidden_states,
                         attention_mask=attention_mask,
+                        inference_context=inference_context,
                         packed_seq_params=packed_seq_params,
                     )
         return hidden_states, *(extras[name] for name in self._extras)

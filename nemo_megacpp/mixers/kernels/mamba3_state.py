@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.mixer_settings import AActivation
+from nemo_megacpp.mixer_settings import AActivation, Mamba3Dimensions
 from nemo_megacpp.mixers.kernels.packing import accumulation_dtype, check_groups, check_shapes
 from nemo_megacpp.mixers.kernels.rotary import check_pairs
 
@@ -99,3 +99,10 @@ def starting_state(x: Tensor, B: Tensor, num_angles: int, state: Mamba3State | N
     rank, _, state_dim = B.shape[2:]
     shapes = ((head_dim, state_dim), (rank, state_dim), (head_dim,), (num_angles,))
     return Mamba3State(*(x.new_zeros(batch, heads, *shape, dtype=acc) for shape in shapes))
+
+
+def mamba3_state_shapes(dims: Mamba3Dimensions, heads: int) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of the parts of a :class:`Mamba3State` of one sequence and ``heads``
+    heads."""
+    p, n = dims.head_dim, dims.state_dim
+    return (heads, p, n), (heads, dims.mimo_rank, n), (heads, p), (heads, dims.num_angles)
