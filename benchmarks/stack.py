@@ -116,7 +116,7 @@ def stock_model(config: Any, layers: dict[str, Any]) -> torch.nn.Module:
 
 def our_layers(config: Any) -> dict[str, Any]:
     """Return our layer specs by letter."""
-    from nemo_megacpp.specs.stack import build_hybrid_stack_spec
+    from nemo_megacpp.specs.stack_spec import build_hybrid_stack_spec
 
     return build_hybrid_stack_spec(config).submodules.layers
 

@@ -16,7 +16,7 @@ from nemo_megacpp.families import load_families
 from nemo_megacpp.hybrid_fields import HybridFields, size_violations
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixer_settings import M2RNNSettings, Mamba3Settings
-from nemo_megacpp.pattern import MTP, Family, HybridPattern
+from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.settings.combinations import (
     OWN_MODULES,
     bias_violations,
@@ -24,6 +24,7 @@ from nemo_megacpp.settings.combinations import (
     range_violations,
     recompute_violations,
 )
+from nemo_megacpp.settings.multi_token import prediction_violations
 from nemo_megacpp.settings.validate import setting_violations
 from nemo_megacpp.side_channels import side_channel_violations
 from nemo_megacpp.values import choices
@@ -83,6 +84,7 @@ class HybridConfig(HybridFields, TransformerConfig):
         pattern = HybridPattern.parse(self.hybrid_pattern, depth=depth or None)
         self.num_layers: int = len(pattern)
         raise_violations(self._violations(pattern))
+        self.mtp_num_layers: int | None = pattern.mtp_num_depths or None
         if (
             self.virtual_pipeline_model_parallel_size is not None
             and self.pipeline_model_parallel_size == 2
@@ -92,7 +94,7 @@ class HybridConfig(HybridFields, TransformerConfig):
             # sent one by one, they use two groups.
             self.overlap_p2p_comm = True
             self.batch_p2p_comm = False
-        if Family.EXPERT not in pattern.families:
+        if Family.EXPERT not in pattern.all_families:
             # Megatron refuses sizes of experts in a model without experts.
             self.num_moe_experts = None
             self.moe_ffn_hidden_size = None
@@ -107,7 +109,7 @@ class HybridConfig(HybridFields, TransformerConfig):
         yield from config_violations(self, pattern)
         yield from side_channel_violations(self.side_channels, len(pattern))
         yield from self._field_violations()
-        families = pattern.families
+        families = pattern.all_families
         mixers: list[Callable[[], object]] = [
             lambda: M2RNNSettings.of(self).heads(self.hidden_size)
         ]
@@ -172,8 +174,9 @@ class HybridConfig(HybridFields, TransformerConfig):
 
     @property
     def num_expert_blocks(self) -> int:
-        """E blocks in the whole model: what an auxiliary loss is averaged over."""
-        return self.pattern.counts()[Family.EXPERT]
+        """E blocks in the whole model, prediction depths included: what an auxiliary loss is
+        averaged over."""
+        return self.pattern.all_families.count(Family.EXPERT)
 
 
 def config_violations(
@@ -190,14 +193,10 @@ def config_violations(
         assert hybrid is None, "a HybridConfig holds these fields itself"
         hybrid = config
     hybrid = hybrid or HybridFields()
-    if pattern.mtp_num_depths:
-        yield (
-            f"The pattern {pattern} has layers for multi-token prediction, after {MTP!r}: the "
-            f"stack builds the {len(pattern)} layers before it alone. Leave them out."
-        )
+    yield from prediction_violations(config, pattern, hybrid)
     yield from setting_violations(TransformerConfig, vars(config))
     yield from range_violations(config)
-    present = dict.fromkeys(pattern.families)
+    present = dict.fromkeys(pattern.all_families)
     yield from ignored_violations(config, [family.value for family in present])
     yield from recompute_violations(config, [family.value for family in present])
     unbiased = {Family.RECURRENT} | ({Family.MAMBA} if hybrid.mode == "mamba3" else set())

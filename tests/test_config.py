@@ -49,11 +49,6 @@ def test_refused(field: str, value: object) -> None:
         HybridConfig(**tiny_model("AEMR", **{field: value}))
 
 
-def test_multi_token_prediction_is_refused() -> None:
-    with pytest.raises(UserError, match=r"pattern AEM/A/A has layers for multi-token prediction"):
-        HybridConfig(**tiny_model("AEM/A/A"))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

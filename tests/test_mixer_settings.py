@@ -19,7 +19,7 @@ from nemo_megacpp.mixers.mamba3_mixer import Mamba3Mixer
 from nemo_megacpp.pattern import HybridPattern
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.specs.backend import TorchBackend
-from nemo_megacpp.specs.stack import build_hybrid_stack_spec
+from nemo_megacpp.specs.stack_spec import build_hybrid_stack_spec
 
 KINDS = (M2RNNSettings, Mamba3Settings)
 

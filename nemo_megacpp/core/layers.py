@@ -29,13 +29,19 @@ not from a method of its own."""
 
 
 def layer_number_arguments(
-    config: Any, layer_number: int, vp_stage: int | None, pp_rank: int
+    config: Any, layer_number: int, vp_stage: int | None, pp_rank: int, depth: int | None = None
 ) -> dict[str, Any]:
-    """Return the keywords that give a ``TransformerLayer`` its number in the whole model.
+    """Return the keywords that give a ``TransformerLayer`` its number in the whole model, or inside
+    a prediction depth the number of the depth.
+
+    By that number Megatron's router logs: it adds ``num_layers`` to it, and has as many places
+    beyond them as there are depths, however many layers each has.
 
     The layer adds an offset that assumes equal stages. From 0.17 on it can be told not to; before,
     the offset is taken off first, so that the sum is the number whatever the cuts are.
     """
+    if depth is not None:
+        return {"layer_number": depth, "add_layer_offset": False, "is_mtp_layer": True}
     if "add_layer_offset" in _TRANSFORMER_LAYER:
         return {"layer_number": layer_number, "add_layer_offset": False}
     offset = get_transformer_layer_offset(config, vp_stage, pp_rank)

@@ -29,7 +29,7 @@ def model_arguments(stack: ModuleSpec, pattern: HybridPattern, chunks: int) -> d
 
     From 0.18 on the model reads the pattern itself: it refuses letters that it does not know, and
     divides the layers over the stages. So it is given legal stand-ins, cut where ours is; the stack
-    has the pattern from its own spec (:func:`nemo_megacpp.specs.stack.build_hybrid_stack_spec`).
+    has the pattern from its own spec (:mod:`nemo_megacpp.specs.stack_spec`).
 
     Args:
         stack: spec of the stack.

@@ -63,7 +63,7 @@ def moe_spec(backend: BackendSpecProvider, router: type, shared_expert: type) ->
 
 def logged_aux_losses() -> Mapping[str, torch.Tensor]:
     """Return what the routers of this rank have logged since the last clearing: by name, a value
-    for each layer of the model, ``[num_layers]``."""
+    for each layer of the model, and beyond them for each prediction depth."""
     if get_moe_metrics_tracker is None:
         tracker = moe_utils.get_moe_layer_wise_logging_tracker()
         return {name: entry["values"] for name, entry in tracker.items() if "values" in entry}

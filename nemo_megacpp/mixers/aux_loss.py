@@ -44,12 +44,13 @@ def reduced_aux_losses(config: HybridConfig, scale: float = 1.0) -> dict[str, fl
         scale: one over the number of microbatches that were accumulated.
     """
     tracker = logged_aux_losses()
+    places = config.num_layers + (config.mtp_num_layers or 0)
     reduced = {}
     for name in aux_loss_names(config):
         logged = tracker.get(name)
         # On the device: NCCL reduces nothing else.
         device = torch.cuda.current_device()
-        values = torch.zeros(config.num_layers, dtype=torch.float64, device=device)
+        values = torch.zeros(places, dtype=torch.float64, device=device)
         if logged is not None:
             values += logged.double()
         tokens = parallel_state.get_tensor_and_context_parallel_group()

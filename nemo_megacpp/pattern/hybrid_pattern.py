@@ -153,9 +153,19 @@ class HybridPattern:
         """One upper-case letter per layer, without cuts."""
         return join(self.families, ())
 
+    @property
+    def all_families(self) -> tuple[Family, ...]:
+        """The families of all layers, those of every prediction depth included."""
+        return self.families + self.mtp_families * self.mtp_num_depths
+
+    @property
+    def mtp_letters(self) -> str:
+        """One upper-case letter per layer of a prediction depth."""
+        return join(self.mtp_families, ())
+
     def __str__(self) -> str:
         """The canonical form: upper-case letters with cuts. `parse` reads it back."""
-        mtp = MTP + join(self.mtp_families, ())
+        mtp = MTP + self.mtp_letters
         return join(self.families, self.cuts) + mtp * self.mtp_num_depths
 
     def __len__(self) -> int:

@@ -248,6 +248,7 @@ def _forward_step(
             position_ids=batch["position_ids"],
             attention_mask=None,
             labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
             packed_seq_params=batch["packed_seq_params"],
             side_channels=batch["side_channels"],
         )

@@ -79,18 +79,24 @@ def linear_form_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     A ``forward_step`` for NeMo's model, with the arguments of
     :func:`nemo_megacpp.nemo.hybrid_gpt.hybrid_forward_step`. The coefficients depend on the
     number of the token (``batch["labels"]``, see :class:`Rows`) and on the index of the vocabulary,
-    and on nothing else.
+    and on nothing else. The depths of multi-token prediction have the same form of their own
+    logits, by the numbers of the tokens that they predict.
     """
+    predicts = getattr(get_attr_wrapped_model(model, "config"), "mtp_num_layers", None)
+    if predicts:
+        core = get_attr_wrapped_model(model, "token_loss", return_model_obj=True)
+        core.token_loss = lambda numbers, logits: linear_form(logits.transpose(0, 1), numbers)
     output = model(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
         attention_mask=None,
-        labels=None,
+        labels=batch["labels"] if predicts else None,
+        **({"loss_mask": batch["loss_mask"]} if predicts else {}),
         packed_seq_params=batch.get("packed_seq_params"),
         side_channels=batch.get("side_channels"),
     )
-    if not get_attr_wrapped_model(model, "post_process"):
-        return output  # hidden states, for the next pipeline stage
+    if predicts or not get_attr_wrapped_model(model, "post_process"):
+        return output  # that form already, or hidden states for the next pipeline stage
     return linear_form(output, batch["labels"])
 
 

@@ -33,8 +33,24 @@ SINCE_0_17 = table(
         "moe_grad_scale_func",
         "It would scale the auxiliary losses alone, and no one divides their gradients again",
     ),
-    only_with("mtp_grad_scale_func mtp_use_repeated_layer mtp_detach_heads", "mtp_num_layers"),
-    refused("mtp_hybrid_override_pattern", "The stack has no multi-token prediction"),
+    refused(
+        "mtp_grad_scale_func",
+        "It would scale the losses of prediction depths alone, and no one divides their gradients "
+        "again",
+    ),
+    # Multi-token prediction.
+    refused(
+        "mtp_use_repeated_layer",
+        "No case covers one set of weights that several prediction depths share",
+    ),
+    refused(
+        "mtp_detach_heads",
+        "Clips the gradients of prediction depths by a norm of their own, which no case covers",
+    ),
+    refused(
+        "mtp_hybrid_override_pattern",
+        "Write the prediction depths into the pattern, as in 'AEMR/AM/AM'",
+    ),
     # Overlap and offloading.
     refused(
         "overlap_dispatch_backward_with_experts_wgrad",

@@ -22,6 +22,11 @@ _PARITY = (
 )
 _VERIFIED = "tests/proof/test_verify.py::test_a_recipe_verified"
 
+_PREDICTION = (
+    "tests/proof/test_prediction.py::test_float64",
+    "tests/proof/test_prediction.py::test_float32_loss",
+)
+
 _PARALLELISM = table(
     # The axes.
     proved(
@@ -118,7 +123,12 @@ _PARALLELISM = table(
     neutral("deallocate_pipeline_outputs", "Frees what was sent; nothing shares its storage"),
     refused("defer_embedding_wgrad_compute", "Only Megatron's GPTModel defers it"),
     only_with("wgrad_deferral_limit", "defer_embedding_wgrad_compute"),
-    only_with("mtp_standalone mtp_loss_scaling_factor", "mtp_num_layers"),
+    refused("mtp_standalone", "Megatron's hybrid model builds no stage of prediction depths alone"),
+    proved(
+        "mtp_loss_scaling_factor",
+        "The weight of the losses of the prediction depths, which are averaged over a microbatch",
+        *_PREDICTION,
+    ),
     refused("cpu_offloading _cpu_offloading_context", "Only Megatron's TransformerBlock offloads"),
     only_with(
         """cpu_offloading_num_layers cpu_offloading_activations cpu_offloading_weights
@@ -146,10 +156,11 @@ _ARCHITECTURE = table(
         hetereogenous_dist_checkpoint""",
         "The pattern says which layers there are",
     ),
-    refused(
+    proved(
         "mtp_num_layers",
-        "The stack has no such layers: MambaModel of 0.16 has none, and HybridModel of 0.19 builds "
-        "them of its own stack",
+        "Follows from the pattern, which has the prediction depths after a '/'; MambaModel of 0.16 "
+        "builds none, and they are refused there",
+        *_PREDICTION,
     ),
     covered("kv_channels", "The width of a head, which no layout splits"),
     refused("use_mamba_mem_eff_path", "Without it Megatron's mixer takes no packed sequences"),

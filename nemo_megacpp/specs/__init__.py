@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__ and not name.endswith(")"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from nemo_megacpp.specs.named import read_spec_name
-    from nemo_megacpp.specs.stack import build_hybrid_stack_spec
+    from nemo_megacpp.specs.stack_spec import build_hybrid_stack_spec
 
     # Megatron's import_module looks the name up in vars(module), so it must stay there.
     fields = read_spec_name(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,25 +15,32 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.core.model import CoreModel, model_arguments, stage_argument
+from nemo_megacpp.core.multi_token import depth_weights
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import padded_vocab_size
 from nemo_megacpp.mixers.side_channels import SideChannelEmbeddings
 from nemo_megacpp.side_channels import SideChannel, channels_at, read_side_channels
-from nemo_megacpp.specs.stack import build_hybrid_stack_spec
+from nemo_megacpp.specs.stack_spec import build_hybrid_stack_spec
 
 _WHILE_BUILDING = re.compile(r"( when instantiating \w+)+$")
 
 
 class HybridModel(CoreModel):
     """Megatron's hybrid model with a virtual stage, which not every release has an argument for,
-    and with side channels.
+    with side channels, and with a loss of multi-token prediction that CP does not change.
 
     The stage decides, while the model is built, which chunk shares the embedding's weight. So it is
     set before anything else, and stays when ``LanguageModule`` sets it to None.
+
+    Attributes:
+        token_loss: takes labels ``[b, s]`` and logits ``[s, b, v/tp]`` and returns the losses
+            ``[b, s]``, in the place of the cross entropy; None: the cross entropy.
     """
 
     def __init__(self, *args: Any, vp_stage: int | None = None, **kwargs: Any):
         self._virtual_stage = vp_stage
+        self.token_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+        self._depth_weights: Iterator[torch.Tensor] = iter(())
         super().__init__(*args, **kwargs, **stage_argument(vp_stage))
         self.side_channels = read_side_channels(self.config.side_channels)
         owned = channels_at(self.side_channels, None)
@@ -48,13 +55,17 @@ class HybridModel(CoreModel):
         position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         decoder_input: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         *args: Any,
+        loss_mask: torch.Tensor | None = None,
         side_channels: Mapping[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Run Megatron's forward pass, with side channels.
 
         Args:
+            loss_mask: ``[b, s]``, with CP this rank's share of ``s``; read by multi-token
+                prediction alone, whose losses are masked and averaged inside the model.
             side_channels: ids ``[b, s]`` of every channel by name, with CP this rank's share of
                 ``s``. Every pipeline stage takes them; one that owns none reads none.
         """
@@ -67,13 +78,53 @@ class HybridModel(CoreModel):
         if self.pre_process and decoder_input is None and channels_at(self.side_channels, None):
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
             decoder_input = self.embedding.side_channels(embedded, ids)
+        if getattr(self, "mtp_process", False):
+            kwargs["loss_mask"] = self._weigh_depths(labels, loss_mask, kwargs)
         self.decoder.side_channel_ids = ids  # Megatron's model has no argument for it
         try:
             return super().forward(
-                input_ids, position_ids, attention_mask, decoder_input, *args, **kwargs
+                input_ids, position_ids, attention_mask, decoder_input, labels, *args, **kwargs
             )
         finally:
             self.decoder.side_channel_ids = {}
+
+    def _weigh_depths(
+        self,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        others: Mapping[str, Any],
+    ) -> torch.Tensor | None:
+        """Prepare the losses of the prediction depths; return the mask that they are taken with."""
+        if labels is None:
+            if torch.is_grad_enabled():
+                raise UserError(
+                    "A model with multi-token prediction is trained with labels: the losses of its "
+                    "depths are computed inside it."
+                )
+            return loss_mask
+        loss_mask = torch.ones_like(labels) if loss_mask is None else loss_mask
+        # Megatron divides its sums by each other, which in float32 would round a float64 model.
+        wide = torch.promote_types(loss_mask.dtype, self.config.params_dtype)
+        loss_mask = loss_mask.to(wide)
+        self._depth_weights = iter(
+            depth_weights(
+                loss_mask,
+                self.config.mtp_num_layers or 0,
+                self.pg_collection.cp,
+                others.get("packed_seq_params"),
+                self.config.calculate_per_token_loss,
+            )
+        )
+        return loss_mask
+
+    def compute_language_model_loss(
+        self, labels: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the losses of the tokens, ``[b, s]``. Megatron's model calls it for each
+        prediction depth, in order, and then for the main loss."""
+        compute = self.token_loss or super().compute_language_model_loss
+        losses, weight = compute(labels, logits), next(self._depth_weights, None)
+        return losses if weight is None else losses * weight.to(losses)
 
     @property
     def vp_stage(self) -> int | None:

@@ -23,7 +23,7 @@ from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from nemo_megacpp.specs.backend import TorchBackend
-from nemo_megacpp.specs.stack import build_hybrid_stack_spec
+from nemo_megacpp.specs.stack_spec import build_hybrid_stack_spec
 from tests.bare import make_config, microbatches, prepare
 
 BIASED = {"gated_linear_unit": False, "activation_func": F.gelu, "add_bias_linear": True}

@@ -27,7 +27,7 @@ from nemo_megacpp.specs.payload import (
     schedule_seq_length,
     sends_shapes,
 )
-from nemo_megacpp.specs.stack import build_hybrid_stack_spec
+from nemo_megacpp.specs.stack_spec import build_hybrid_stack_spec
 from tests.bare import build_chunks, make_config
 
 STATE = HybridFields(m2rnn_depth_state=True, m2rnn_value_head_dim=5)

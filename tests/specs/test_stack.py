@@ -26,7 +26,7 @@ from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import fake_rank, start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
-from nemo_megacpp.specs import stack
+from nemo_megacpp.specs import layer_stack
 from nemo_megacpp.specs.hybrid_model import build_hybrid_model
 from nemo_megacpp.specs.stack import HybridStack
 from tests.bare import build_chunks, make_config, microbatches
@@ -203,7 +203,7 @@ def _contexts(recipe: str) -> list[tuple[str, str]]:
         yield
         opened.pop()
 
-    stack.get_fp8_context = context  # type: ignore[assignment]
+    layer_stack.get_fp8_context = context  # type: ignore[assignment]
     config.fp8, config.fp8_recipe = "hybrid", Fp8Recipe(recipe)
     config.first_last_layers_bf16 = recipe != "delayed"
     layers: Any = chunk.decoder.layers  # type: ignore[union-attr]
