@@ -11,6 +11,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch.utils.data import Dataset
 
 from nemo_megacpp.mixers.documents import pack_row
+from nemo_megacpp.mixers.microbatch import run_microbatch
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.side_channels import read_side_channels
 
@@ -81,14 +82,7 @@ def linear_form_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     number of the token (``batch["labels"]``, see :class:`Rows`) and on the index of the vocabulary,
     and on nothing else.
     """
-    output = model(
-        input_ids=batch["tokens"],
-        position_ids=batch["position_ids"],
-        attention_mask=None,
-        labels=None,
-        packed_seq_params=batch.get("packed_seq_params"),
-        side_channels=batch.get("side_channels"),
-    )
+    output = run_microbatch(model, {**batch, "labels": None})
     if not get_attr_wrapped_model(model, "post_process"):
         return output  # hidden states, for the next pipeline stage
     return linear_form(output, batch["labels"])
