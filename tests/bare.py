@@ -27,13 +27,11 @@ from torch.utils.data import default_collate
 from nemo_megacpp.checkpoint.dcp import save_model
 from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.mixers.documents import packed_seq_params
-from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp
+from nemo_megacpp.mixers.microbatch import deal_microbatch
 from nemo_megacpp.proof.step_data import Rows
 from nemo_megacpp.proof.step_result import ADAM_EPS, disturb
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
-from nemo_megacpp.side_channels import BATCH_PREFIX
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 from nemo_megacpp.specs.payload import schedule_seq_length
 
@@ -134,14 +132,7 @@ def microbatches(spec: StepSpec) -> Iterator[dict[str, Any]]:
         parallel_state.get_data_parallel_rank(),
     )
     for start in range(rank * size, spec.global_batch_size, dp * size):
-        batch = default_collate([rows[index] for index in range(start, start + size)])
-        begins = batch.pop("document_start", None)
-        packed = None if begins is None else packed_seq_params(begins)
-        batch = {name: tensor.to(device()) for name, tensor in batch.items()}
-        here = split_batch_for_cp(batch, packed)
-        ids = {name: here.pop(name) for name in list(here) if name.startswith(BATCH_PREFIX)}
-        channels = {name.removeprefix(BATCH_PREFIX): value for name, value in ids.items()}
-        yield {**here, "packed_seq_params": packed, "side_channels": channels}
+        yield deal_microbatch(default_collate([rows[i] for i in range(start, start + size)]))
 
 
 def forward_step(data: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Any, Any]:

@@ -21,7 +21,6 @@ if NO_NEMO is None:
         train_and_save,
     )
 
-    DEALS_BATCHES = "nemo_megacpp.nemo.hybrid_gpt"
     LOADS_OPTIMIZER = "nemo_megacpp.nemo.hybrid_optimizer"
 else:
     from nemo_megacpp.proof.core_run import (
@@ -33,11 +32,9 @@ else:
         train_and_save,
     )
 
-    DEALS_BATCHES = "nemo_megacpp.proof.core_run"
     LOADS_OPTIMIZER = "nemo_megacpp.checkpoint.training_state"
 
 __all__ = [
-    "DEALS_BATCHES",
     "LOADS_OPTIMIZER",
     "NO_NEMO",
     "PATH",

@@ -180,9 +180,16 @@ class AcrossBackends(_WrappingCheckpointIO):
         replace_prefix(sharded_state_dict, WRAPPER, content.prefix)
         fit_to_checkpoint(sharded_state_dict, content.metadata, new_side_channels=new)
         validate_tensors(sharded_state_dict["state_dict"], content, new_side_channels=new)
-        return self.checkpoint_io.load_checkpoint(
+        # Bridge saves one optimizer's state, NeMo a list of it.
+        bare = content.prefix != WRAPPER and "optimizer" in sharded_state_dict
+        if bare:
+            (sharded_state_dict["optimizer"],) = sharded_state_dict["optimizer"]
+        loaded = self.checkpoint_io.load_checkpoint(
             path, sharded_state_dict=sharded_state_dict, **kwargs
         )
+        if bare:
+            loaded["optimizer"] = [loaded["optimizer"]]
+        return loaded
 
 
 class AsyncCheckpointIO(AsyncFinalizableCheckpointIO):

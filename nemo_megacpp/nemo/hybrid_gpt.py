@@ -11,77 +11,28 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
-from nemo.collections.llm.gpt.model.base import GPTModel, gpt_data_step
+from nemo.collections.llm.gpt.model.base import GPTModel
 from nemo.lightning import io
 
 from nemo_megacpp.config import HybridConfig
-from nemo_megacpp.mixers.documents import packed_seq_params
-from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp
+from nemo_megacpp.mixers.microbatch import deal_microbatch, run_microbatch
 from nemo_megacpp.nemo.loss import HybridLossReduction
 from nemo_megacpp.nemo.schedule_length import ScheduleLength
-from nemo_megacpp.side_channels import BATCH_PREFIX
 from nemo_megacpp.specs.hybrid_model import build_hybrid_model
 
 
 def hybrid_data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
-    """Return this rank's share of the next microbatch.
-
-    This is NeMo's ``gpt_data_step``, extended to rows with marked documents
-    (:class:`nemo_megacpp.data.packed_rows.PackedDocuments`), whose batch carries
-    ``packed_seq_params`` on every pipeline stage, and to side channels, which every stage reads
-    from its own loader as ``side_channels``: a layer of any stage may own one.
-
-    Raises:
-        UserError: several marked rows in a microbatch, or documents that CP cannot split.
-    """
+    """Return this rank's share of the next microbatch, with packs and side channels, in place of
+    NeMo's ``gpt_data_step`` (:func:`nemo_megacpp.mixers.microbatch.deal_microbatch`)."""
     batch = next(dataloader_iter)
     if isinstance(batch, tuple) and len(batch) == 3:  # NeMo's loaders add two numbers
         batch = batch[0]
-    packed = None
-    if "document_start" in batch:
-        packed = packed_seq_params(batch["document_start"].cpu())
-    return {**_tokens_here(batch, packed), "side_channels": _side_channels(batch, packed)}
-
-
-def _side_channels(
-    batch: Mapping[str, torch.Tensor], packed: PackedSeqParams | None
-) -> dict[str, torch.Tensor]:
-    """Return the ids of side channels by name, dealt to this cp rank as tokens are."""
-    ids = {
-        name.removeprefix(BATCH_PREFIX): value.cuda(non_blocking=True)
-        for name, value in batch.items()
-        if name.startswith(BATCH_PREFIX)
-    }
-    return split_batch_for_cp(ids, packed) if ids else {}
-
-
-def _tokens_here(batch: dict[str, torch.Tensor], packed: PackedSeqParams | None) -> dict[str, Any]:
-    if packed is None:
-        return gpt_data_step(iter([batch]))
-    wanted: list[str] = []
-    if parallel_state.is_pipeline_first_stage():
-        wanted += ["tokens", "position_ids"]
-    if parallel_state.is_pipeline_last_stage():
-        wanted += ["labels", "loss_mask"]
-    here = {
-        name: batch[name].cuda(non_blocking=True) if name in wanted else None
-        for name in ("tokens", "position_ids", "labels", "loss_mask")
-    }
-    device = torch.cuda.current_device()
-    packed.cu_seqlens_q = packed.cu_seqlens_kv = packed.cu_seqlens_q.to(device)
-    return {**split_batch_for_cp(here, packed), "packed_seq_params": packed}
+    return deal_microbatch(batch)
 
 
 def hybrid_forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Run one microbatch; attention is causal by its mask type, so no mask is passed."""
-    return model(
-        input_ids=batch["tokens"],
-        position_ids=batch["position_ids"],
-        attention_mask=None,
-        labels=batch["labels"],
-        packed_seq_params=batch.get("packed_seq_params"),
-        side_channels=batch.get("side_channels"),
-    )
+    """Run one microbatch."""
+    return run_microbatch(model, batch)
 
 
 @dataclass
@@ -146,6 +97,7 @@ class HybridGPTModel(GPTModel):
         position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         side_channels: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
@@ -155,6 +107,7 @@ class HybridGPTModel(GPTModel):
             position_ids,
             attention_mask,
             labels=labels,
+            loss_mask=loss_mask,
             packed_seq_params=packed_seq_params,
             side_channels=side_channels,
         )

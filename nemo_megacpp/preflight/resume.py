@@ -21,6 +21,9 @@ from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe
 
+_PREFIXES = (WRAPPER, "")
+"""Of the names of a model's tensors in the checkpoint of a run: through NeMo, through Bridge."""
+
 
 @dataclass(frozen=True)
 class Newest:
@@ -169,13 +172,12 @@ def validate_steps_left(checkpoint: Path, max_steps: int, stop_after: int | None
         )
 
 
-def validate_optimizer_state(checkpoint: Path, prefixes: tuple[str, ...] = (WRAPPER,)) -> None:
+def validate_optimizer_state(checkpoint: Path) -> None:
     """Refuse to resume a checkpoint of another program, or one without optimizer state, as
     ``import`` writes them.
 
     Args:
         checkpoint: to resume.
-        prefixes: of the names of a model's tensors in the checkpoints that the run can resume.
 
     Raises:
         UserError: it has another prefix, or no optimizer state, or cannot be read.
@@ -187,11 +189,9 @@ def validate_optimizer_state(checkpoint: Path, prefixes: tuple[str, ...] = (WRAP
             f"{checkpoint} holds weights only, without optimizer state, so it cannot be resumed. "
             f"{instead}"
         )
-    if content.tensors and content.prefix not in prefixes:
-        prefix = repr(content.prefix) if content.prefix else "nothing"
-        known = " or ".join(repr(name) if name else "nothing" for name in prefixes)
+    if content.tensors and content.prefix not in _PREFIXES:
         raise UserError(
-            f"A run cannot resume {checkpoint}: the names of its tensors begin with {prefix}, and "
-            f"those of a run's checkpoint with {known}. It was saved by another "
-            f"program, such as Megatron's own script. {instead}"
+            f"A run cannot resume {checkpoint}: the names of its tensors begin with "
+            f"{content.prefix!r}, and those of a run's checkpoint with 'module.' or the model's "
+            f"own. It was saved by another program. {instead}"
         )

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from nemo_megacpp.checkpoint.dcp import require_psutil
 from nemo_megacpp.checkpoint.guard import inspect_before_load
-from nemo_megacpp.checkpoint.weights import WRAPPER
 from nemo_megacpp.data.builtin import builtin_folder
 from nemo_megacpp.data.checksums import verify_sample
 from nemo_megacpp.data.prepared import PreparedData
@@ -54,16 +53,13 @@ class Settled:
     skipped: tuple[Path, ...] = ()
 
 
-def preflight(
-    recipe: Recipe, announce: bool = True, prefixes: tuple[str, ...] = (WRAPPER,)
-) -> Settled:
+def preflight(recipe: Recipe, announce: bool = True) -> Settled:
     """Validate ``recipe``, choose what it leaves open, and write nothing.
 
     Args:
         recipe: what to train.
         announce: whether this process prints the choices and verifies the checkpoint to start from
             and a sample of the data, which one process of a job does.
-        prefixes: of :func:`nemo_megacpp.preflight.resume.validate_optimizer_state`.
 
     Raises:
         UserError: for anything that can be found before the ranks start.
@@ -92,7 +88,7 @@ def preflight(
     run_dir = Path(recipe.run_dir or new_run_dir(recipe.name, launched() is not None))
     validate_run_dir(run_dir, recipe.resume, resumes, skipped)
     if announce:
-        _announce(recipe, run_dir, sources, newest, prefixes)
+        _announce(recipe, run_dir, sources, newest)
         if init_from is not None and recipe.resume is not None:
             say(f"init_from={init_from} was loaded when this run began, and is not loaded again")
     return Settled(recipe, run_dir, skipped)
@@ -103,7 +99,6 @@ def _announce(
     run_dir: Path,
     sources: list[PreparedData],
     newest: Newest | None,
-    prefixes: tuple[str, ...],
 ) -> None:
     start = recipe.resume or recipe.init_from
     if start is not None:
@@ -112,7 +107,7 @@ def _announce(
         verify = recipe.training.verify_checkpoint and known is None
         verified = inspect_before_load(checkpoint, verify=verify)
         if recipe.resume:
-            validate_optimizer_state(checkpoint, prefixes)
+            validate_optimizer_state(checkpoint)
         else:
             validate_start_weights(checkpoint, recipe)
     of_data = verify_sample(sources) if sources else None

@@ -36,8 +36,7 @@ from nemo_megacpp.checkpoint.lifecycle import finish_checkpoint
 from nemo_megacpp.checkpoint.training_state import load_training_state, save_training_state
 from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.mixers.documents import packed_seq_params
-from nemo_megacpp.mixers.sequence_layout import split_batch_for_cp
+from nemo_megacpp.mixers.microbatch import deal_microbatch, run_microbatch
 from nemo_megacpp.mixers.token_loss import batch_loss, microbatch_loss
 from nemo_megacpp.proof.case_kernels import kernels_here, use_kernels
 from nemo_megacpp.proof.case_runner import TrainingPath
@@ -48,7 +47,6 @@ from nemo_megacpp.proof.step_result import ADAM_EPS, Carried, StepResult, checkp
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.host import current_host
-from nemo_megacpp.side_channels import BATCH_PREFIX
 from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 from nemo_megacpp.specs.payload import schedule_seq_length
 
@@ -212,27 +210,16 @@ class _Trainee:
 
 
 def microbatches(spec: StepSpec, step: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield this data-parallel rank's microbatches of a step, dealt to its context-parallel rank.
-
-    A batch has ``tokens``, ``labels``, ``loss_mask`` and ``position_ids`` ``[b, s/cp]``,
-    ``packed_seq_params`` (or None) and ``side_channels`` by name.
-    """
+    """Yield this data-parallel rank's microbatches of a step
+    (:func:`nemo_megacpp.mixers.microbatch.deal_microbatch`)."""
     rows, size = Rows(spec), spec.micro_batch_size
     dp, rank = (
         parallel_state.get_data_parallel_world_size(),
         parallel_state.get_data_parallel_rank(),
     )
     first = step * spec.global_batch_size
-    device = torch.device(torch.cuda.current_device())
     for start in range(first + rank * size, first + spec.global_batch_size, dp * size):
-        batch = default_collate([rows[index] for index in range(start, start + size)])
-        begins = batch.pop("document_start", None)
-        packed = None if begins is None else packed_seq_params(begins)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        here = split_batch_for_cp(batch, packed)
-        ids = {name: here.pop(name) for name in list(here) if name.startswith(BATCH_PREFIX)}
-        channels = {name.removeprefix(BATCH_PREFIX): value for name, value in ids.items()}
-        yield {**here, "packed_seq_params": packed, "side_channels": channels}
+        yield deal_microbatch(default_collate([rows[i] for i in range(start, start + size)]))
 
 
 def _forward_step(
@@ -243,15 +230,7 @@ def _forward_step(
     if spec.objective == "logits":
         losses = linear_form_step(model, batch)
     else:
-        losses = model(
-            input_ids=batch["tokens"],
-            position_ids=batch["position_ids"],
-            attention_mask=None,
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-            packed_seq_params=batch["packed_seq_params"],
-            side_channels=batch["side_channels"],
-        )
+        losses = run_microbatch(model, batch)
 
     def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         per_token = config.calculate_per_token_loss

@@ -11,6 +11,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch.utils.data import Dataset
 
 from nemo_megacpp.mixers.documents import pack_row
+from nemo_megacpp.mixers.microbatch import run_microbatch
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.side_channels import read_side_channels
 
@@ -86,15 +87,8 @@ def linear_form_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     if predicts:
         core = get_attr_wrapped_model(model, "token_loss", return_model_obj=True)
         core.token_loss = lambda numbers, logits: linear_form(logits.transpose(0, 1), numbers)
-    output = model(
-        input_ids=batch["tokens"],
-        position_ids=batch["position_ids"],
-        attention_mask=None,
-        labels=batch["labels"] if predicts else None,
-        **({"loss_mask": batch["loss_mask"]} if predicts else {}),
-        packed_seq_params=batch.get("packed_seq_params"),
-        side_channels=batch.get("side_channels"),
-    )
+    labels = batch["labels"] if predicts else None
+    output = run_microbatch(model, {**batch, "labels": labels})
     if predicts or not get_attr_wrapped_model(model, "post_process"):
         return output  # that form already, or hidden states for the next pipeline stage
     return linear_form(output, batch["labels"])

@@ -33,6 +33,7 @@ from nemo_megacpp.preflight.recipe_data import open_data
 from nemo_megacpp.preflight.resume import choose_newest, find_resume
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.recipes.views import shape_of
+from nemo_megacpp.runs import rank_program
 from nemo_megacpp.start import train_recipe
 
 VOCAB_SIZE = 300
@@ -498,13 +499,13 @@ def test_weights_of_another_program_start_a_run(save: Save, elsewhere: Path) -> 
     metadata = checkpoint / "weights" / ".metadata"
     held = {"embedding.word_embeddings.weight": _tensor()}
     moment = {"optimizer.state.exp_avg.embedding.word_embeddings.weight": _tensor()}
-    for prefix, named in (("model.", "'model.'"), ("", "nothing")):
+    for prefix in ("", "model."):
         named_so = {f"{prefix}{name}": tensor for name, tensor in held.items()}
         metadata.write_bytes(pickle.dumps(Metadata({**named_so, **moment}, None, {})))
-        message = refusal(preflight, f"resume={checkpoint}", "run_dir=next")
-        assert f"begin with {named}, and those of a run's checkpoint with 'module.'" in message
-        assert message.endswith(f"from its weights with init_from={checkpoint}.")
         preflight(tiny(f"init_from={checkpoint}", "run_dir=next"))
+    message = refusal(preflight, f"resume={checkpoint}", "run_dir=next")
+    assert "begin with 'model.', and those of a run's checkpoint with 'module.' or" in message
+    assert message.endswith(f"from its weights with init_from={checkpoint}.")
     (checkpoint / "nemo_megacpp.json").unlink()
     message = refusal(preflight, f"init_from={checkpoint}", "run_dir=next")
     assert f"{checkpoint} is a checkpoint of another model: it has no decoder.final_norm" in message
@@ -643,11 +644,10 @@ def test_an_interrupted_rank_leaves_its_launcher_to_speak(
         raise KeyboardInterrupt
 
     _start(monkeypatch, 0, 2, 2)
-    monkeypatch.setattr(worker, "run_recipe", interrupted)
-    monkeypatch.setattr(worker, "end_with_parent", lambda _: None)
+    monkeypatch.setattr(rank_program, "end_with_parent", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["worker", "nam56r_tiny", "here", "1"])
     with pytest.raises(SystemExit) as stop:
-        worker.main()
+        rank_program.run_rank(interrupted)
     said = ("Interrupted before training began; nothing is lost.\n", "")
     assert (stop.value.code, capsys.readouterr()) == (130, said)
 

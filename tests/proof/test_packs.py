@@ -25,7 +25,7 @@ from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 from tests.bare import build_chunks, make_config
-from tests.path import DEALS_BATCHES, run_step
+from tests.path import run_step
 from tests.proof.cases import FAMILIES
 from tests.reference import Reference
 from tests.selection import slow_if
@@ -88,7 +88,7 @@ def test_packs_of_families_together_under_cp(
 
 def _dealt_as_one_document(spec: StepSpec, layout: ParallelLayout, weights: GlobalValues) -> Any:
     with mock.patch(
-        f"{DEALS_BATCHES}.split_batch_for_cp",
+        "nemo_megacpp.mixers.microbatch.split_batch_for_cp",
         lambda batch, packed: split_batch_for_cp(batch),
     ):
         return run_step(spec, layout, weights)
