@@ -92,6 +92,12 @@ def _context_parallel(check: LayoutCheck) -> Iterator[LayoutViolation]:
             )
 
 
+def _chunks(length: int, tokens: int) -> int:
+    """Return the chunks of a row of one document, of at most ``tokens`` each: a power of two
+    (:func:`nemo_megacpp.mixers.kernels.chunks.cut_into_chunks`)."""
+    return -(-length // (1 << (tokens.bit_length() - 1)))
+
+
 def _is_mamba3(sizes: Sizes) -> bool:
     return sizes.config.mode == "mamba3"
 
@@ -165,13 +171,16 @@ def _mamba2_scan(sizes: Sizes) -> Items:
             ("scan output before and after the gate", 2 * tokens * inner * e),
             *gated[1:],
         ]
-    chunks = -(-length // min(SCAN_CHUNK, length))
+    chunks = _chunks(length, SCAN_CHUNK)
+    # Before each chunk and after the last; a row of one chunk starts from zero and needs none.
+    states = chunks + 1 if chunks > 1 else 0
     scan: Items = [
         ("convolution: padded input", batch * (length + MAMBA_CONV_KERNEL - 1) * channels * wide),
         ("convolution: taps", channels * MAMBA_CONV_KERNEL * wide),
         ("convolution: before SiLU", tokens * channels * wide),
         ("step sizes and their decays", 3 * tokens * heads * wide),
-        ("states before chunks", batch * chunks * heads * dim * state * wide),
+        ("A and its exponential", 2 * heads * wide),
+        ("states between chunks", batch * states * heads * dim * state * wide),
         ("gate and gated sum", 2 * tokens * inner * wide),
     ]
     if e == wide:
@@ -180,6 +189,7 @@ def _mamba2_scan(sizes: Sizes) -> Items:
     else:
         scan.append(("x and z in float32", 2 * tokens * inner * wide))
         scan.append(("B and C in float32", 2 * tokens * groups * state * wide))
+        scan.append(("gated norm: weight in float32", inner * cp * wide))
     return scan + gated
 
 
@@ -228,20 +238,25 @@ def _mamba3_scan(sizes: Sizes) -> Items:
             ("step sizes, decays, mixes", 6 * tokens * heads * wide),
             *output,
         ]
-    chunks = -(-length // min(max(SCAN_CHUNK // rank, 1), length))
+    chunks = _chunks(length, max(SCAN_CHUNK // rank, 1))
     per_head = tokens * heads * wide
     values = tokens * heads * rank * dim * wide
     scan: Items = [
         ("B and C: scales and normed", 2 * tokens * groups * rank * (state + 1) * wide),
-        ("step sizes, decays, mixes, weights", 12 * per_head + tokens * angles * wide),
+        ("step sizes, decays, mixes, weights", 11 * per_head + tokens * angles * wide),
+        ("where weights are positive", tokens * heads),
         ("angle steps (float64)", tokens * (heads + angles) * 8),
         ("sines and cosines", 2 * tokens * heads * angles * wide),
         ("B and C rotated", 2 * tokens * heads * rank * state * wide),
-        ("states before chunks", batch * chunks * heads * dim * state * wide),
+        # The first, before each chunk, and after the last, which the scan returns.
+        ("states between chunks", batch * (chunks + 2) * heads * dim * state * wide),
         ("gate and output", 2 * tokens * heads * rank * dim * wide),
     ]
     if rank > 1:
         scan.append(("mimo products", 3 * values))
+        scan.append(("weights of the token before", per_head))
+        first = batch * heads * (dim + rank * state) * wide
+        scan.append(("value and keys before the first token", first))
     if e == wide:
         beside = angles + padding if cp == 1 else 0  # one output, until cp gathers θ̂ apart
         scan.append(("projected B, C, z, x and numbers", tokens * (block + beside) * e))

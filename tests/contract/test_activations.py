@@ -1,4 +1,5 @@
-"""Formulas of what autograd saves, against recorded runs of the torch kernels: within 5%."""
+"""Formulas of what autograd saves, against recorded runs of the torch kernels: within 5%, and those
+of M on one rank to the byte."""
 
 from __future__ import annotations
 
@@ -85,6 +86,21 @@ def test_a_family(ranks: WorkerPool, model: dict[str, Any], layout: str, precisi
     assert planned == {
         place: pytest.approx(size, rel=WITHIN) for place, size in run.saved.items()
     }, {place: planned[place] / size for place, size in run.saved.items()}
+
+
+MIMO = {"mode": "mamba3", "mamba3_mimo_rank": 2, "mamba_num_groups": 2}
+
+
+@pytest.mark.parametrize("length", [32, 64, 128])  # half a chunk of the scan, one, two
+@pytest.mark.parametrize("changes", [{}, {"mode": "mamba3"}, MIMO], ids=["native", "siso", "mimo"])
+def test_the_scans_of_m_to_the_byte(
+    ranks: WorkerPool, changes: dict[str, Any], length: int
+) -> None:
+    """Among them the states between chunks, of which Mamba-2 keeps none in a row of one chunk."""
+    model = tiny_model("M", seq_length=length, **changes)
+    for precision in ("fp32", "bf16"):
+        job = job_of(model, ParallelLayout(), precision=precision)
+        assert saved_bytes(Sizes(job))["M"] == recorded(ranks, job)[0].saved["0"], precision
 
 
 def test_a_block_without_an_mlp_recomputes_none(ranks: WorkerPool) -> None:
