@@ -162,7 +162,7 @@ class HybridCheckpointManager:
         chosen = self.config.load if resumes else self.config.pretrained_checkpoint
         directory = find_checkpoint(guard_load(Path(str(chosen)), verify=False))
         new = not resumes and cfg.model.init_side_channels == "any"
-        model, letters = actual_model(cfg.model, ()), cfg.model.pattern.letters
+        model, letters = actual_model(cfg.model, ()), cfg.model.pattern.uncut
         tokenizer = tokenizer_fingerprint(cfg.dataset)
         validate_same_model(directory, model, letters, tokenizer, new_side_channels=new)
         if resumes:

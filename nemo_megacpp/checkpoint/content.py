@@ -245,7 +245,7 @@ def describe(path: Path) -> dict[str, Any]:
         "checkpoint": str(content.directory),
         "step": content.step,
         "model": model,
-        "pattern": None if shape is None else shape.pattern.letters,
+        "pattern": None if shape is None else shape.pattern.uncut,
         "layout": None if identity is None else identity.get("layout"),
         "tokenizer": None if identity is None else identity["tokenizer"],
         "bytes": sum(path.stat().st_size for path in files),

@@ -134,7 +134,7 @@ def saved_model(directory: Path, identity: Identity) -> tuple[dict[str, Any], Hy
 def validate_same_model(
     directory: Path,
     model: Mapping[str, Any],
-    letters: str,
+    pattern: str,
     tokenizer: str | None,
     *,
     new_side_channels: bool = False,
@@ -144,7 +144,7 @@ def validate_same_model(
     Args:
         directory: the checkpoint.
         model: fields of the model that will load it; one that is left out has its default.
-        letters: its families, one letter per layer, without cuts.
+        pattern: its pattern, without cuts (:attr:`HybridPattern.uncut`).
         tokenizer: fingerprint of the tokenizer of its data; None if that is not known yet.
         new_side_channels: accept channels that only one of both has.
 
@@ -156,24 +156,24 @@ def validate_same_model(
     identity = read_identity(directory)
     if identity is None:
         return
-    saved, pattern = saved_model(directory, identity)
+    saved, there = saved_model(directory, identity)
     defaults = {field.name: field.default for field in dataclasses.fields(HybridConfig)}
     model = {**defaults, **model}
     saved_channels, channels = map(_channels, (saved, model))
     differences = [
         f"{name} is {cut(str(saved.get(name)))} there and {model.get(name)} here"
         for name in STRUCTURE
-        if saved.get(name) != model.get(name) and _READ_ONLY_BY.get(name, "") in letters
+        if saved.get(name) != model.get(name) and _READ_ONLY_BY.get(name, "") in pattern
     ]
-    if pattern.letters != letters:
+    if there.uncut != pattern:
         differences.append(
-            f"the pattern is {cut(pattern.letters, 200)} there and {cut(letters, 200)} here"
+            f"the pattern is {cut(there.uncut, 200)} there and {cut(pattern, 200)} here"
         )
     if new_side_channels:
         saved_channels, channels = _of_both(saved_channels, channels)
     if saved_channels != channels:
-        there, here = (_named(each) for each in (saved_channels, channels))
-        differences.append(f"the side channels are {cut(there, 400)} there and {here} here")
+        saved_names, here = (_named(each) for each in (saved_channels, channels))
+        differences.append(f"the side channels are {cut(saved_names, 400)} there and {here} here")
     other = identity["tokenizer"]
     if tokenizer is not None and other is not None and other != tokenizer:
         differences.append(

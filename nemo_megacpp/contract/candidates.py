@@ -71,7 +71,7 @@ def all_layouts(
         cut: the pattern with cuts for a number of chunks, from 1 to the depth.
         fixed: degrees, by short name, that keep their value.
     """
-    uncut = HybridPattern(shape.pattern.families)
+    uncut = replace(shape.pattern, cuts=())
     part = replace(shape, pattern=uncut, micro_batch_size=None, global_batch_size=None)
 
     @cache
@@ -99,7 +99,7 @@ def all_layouts(
             rejected[why.rule, setting] = rejection
         return why is not None
 
-    has_experts = Family.EXPERT in shape.pattern.families
+    has_experts = Family.EXPERT in shape.pattern.all_families
     depth, total, legal = len(shape.pattern), 0, []
     for tp, cp, pp in _splits(world, fixed):
         choices = [None, *sorted({2, *divisors_of(world)[1:]})] if pp > 1 else [None]

@@ -22,7 +22,7 @@ from nemo_megacpp.families import block_of
 from nemo_megacpp.formulas.recompute import MIXER_MODULES
 from nemo_megacpp.formulas.saved import total
 from nemo_megacpp.formulas.side_channels import joined_width
-from nemo_megacpp.formulas.sizes import Sizes
+from nemo_megacpp.formulas.sizes import PREDICTION, Sizes
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.side_channels import channels_of, is_channel_place
 
@@ -76,7 +76,8 @@ class LayerTimes:
 
         Args:
             sizes: the job in its layout.
-            place: a family's letter, ``embedding``, ``head`` or a place of side channels.
+            place: a family's letter, ``embedding``, ``head``, ``prediction`` or a place of side
+                channels.
             parameters: of one such layer on the rank; not read for side channels.
             mixing: operations between tokens and on states, for one token of the whole model.
         """
@@ -124,6 +125,8 @@ class LayerTimes:
         shapes = [s for s in flat if len(s) == 2 and min(s) >= _LEAST_WIDTH]
         if place == "head":
             shapes = [(sizes.vocabulary, sizes.h)]  # also where it is the embedding
+        elif place == PREDICTION:
+            shapes.append((sizes.vocabulary, sizes.h))
         parts = [self._multiplied(sizes, sizes.tokens, 1, *shape) for shape in shapes]
         experts: Counter[tuple[int, ...]] = Counter()
         for parameter in parameters:

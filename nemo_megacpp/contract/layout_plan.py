@@ -31,7 +31,7 @@ from nemo_megacpp.formulas.saved import Saved
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import LayoutViolation, ParallelLayout
 from nemo_megacpp.layout.placement import GROUPS, GroupFacts, group_facts, group_size
-from nemo_megacpp.pattern import Family
+from nemo_megacpp.pattern import CUT, MTP, Family
 
 SCHEMA = 1
 """The schema of ``nemo-megacpp plan --json``, version 1. Every size is in bytes, every shape is a
@@ -49,7 +49,8 @@ list; keys are only ever added within a version::
     ownership: [{family, name, layers, global_shape, local_shape, on: {axis: word}, split, why,
         gradient}]
     activations: {place: [{what, bytes}]}, one layer, one microbatch, by formula
-    stages: [{stage, first_rank, ranks, chunks: [{index, first_layer, layers, embedding, head}],
+    stages: [{stage, first_rank, ranks, chunks: [{index, first_layer, layers, embedding, head,
+        depth_layers: of a prediction depth, depths}],
         parameters, memory: {parameters, gradients, optimizer, activations, total,
         activations_per_microbatch, in_flight, exact: [...], formula: [...]},
         microbatch: [{place, layers, collectives: [COLLECTIVE]}], step: [COLLECTIVE],
@@ -98,8 +99,12 @@ class StagePlan:
 
     @property
     def letters(self) -> str:
-        """Families of its layers, chunk by chunk, with ``|`` between chunks."""
-        return "|".join(chunk.letters for chunk in self.built.chunks)
+        """Families of its layers, chunk by chunk, with ``|`` between chunks, and ``/`` before each
+        prediction depth."""
+        return CUT.join(
+            chunk.letters + (MTP + chunk.depth_letters) * chunk.depths
+            for chunk in self.built.chunks
+        )
 
     @property
     def parameters(self) -> int:
@@ -307,6 +312,8 @@ def _stage(stage: StagePlan) -> dict[str, Any]:
                 "layers": chunk.letters,
                 "embedding": chunk.owns_embedding,
                 "head": chunk.owns_head,
+                "depth_layers": chunk.depth_letters,
+                "depths": chunk.depths,
             }
             for chunk in stage.built.chunks
         ],

@@ -35,7 +35,7 @@ from nemo_megacpp.contract.traffic import traffic, whole_step
 from nemo_megacpp.contract.work import work_of
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ModelShape, ParallelLayout
-from nemo_megacpp.pattern import Family, HybridPattern
+from nemo_megacpp.pattern import HybridPattern
 
 Balance = Literal["work", "memory"]
 
@@ -148,13 +148,17 @@ def _rank(priced: Priced) -> tuple[float, int, int, int, str]:
 
 class _Searcher:
     def __init__(self, job: Job, machine: Machine) -> None:
-        self._letters = letters = job.config().pattern.letters
-        model = {**job.model, "hybrid_pattern": letters, "num_layers": len(letters)}
+        self._uncut = dataclasses.replace(job.config().pattern, cuts=())
+        self._letters = letters = self._uncut.letters
+        model = {**job.model, "hybrid_pattern": str(self._uncut), "num_layers": len(letters)}
         self._job = dataclasses.replace(job, layout=ParallelLayout(), model=model)
         self._composed = ComposedStages(self._job)
         alone = self._composed.places(ParallelLayout(expert_tensor_parallel_size=1))
         whole = Sizes(self._job)
         self.work = work_of(whole, alone)
+        # The last chunk has the prediction depths, wherever the others are cut.
+        tail = sum(self.work[place] for place in whole.prediction)
+        self._weights = {**self.work, "head": self.work["head"] + tail}
         self._estimator = StepEstimator(machine, whole, self.work)
         self._last: tuple[ParallelLayout, HybridPattern] | None = None
         self._cuts: dict[int, HybridPattern] = {}
@@ -163,7 +167,7 @@ class _Searcher:
     def cut_by_work(self, chunks: int) -> HybridPattern:
         """Return the pattern with the cuts that balance the work of ``chunks`` chunks."""
         if chunks not in self._cuts:
-            weight = work_weight(self._letters, chunks, self.work)
+            weight = work_weight(self._letters, chunks, self._weights)
             cuts = choose_cuts(self._letters, chunks, weight)
             assert cuts is not None  # candidates have a layer for each chunk
             self._cuts[chunks] = self._pattern(cuts)
@@ -205,7 +209,7 @@ class _Searcher:
         return dataclasses.replace(priced, between_nodes=between, sent=sent, step=step)
 
     def _pattern(self, cuts: tuple[int, ...]) -> HybridPattern:
-        return HybridPattern(tuple(map(Family, self._letters)), cuts)
+        return dataclasses.replace(self._uncut, cuts=cuts)
 
     def _sizes(self, layout: ParallelLayout, pattern: HybridPattern) -> Sizes:
         """A configuration takes long to build: the last one is kept."""
@@ -222,7 +226,7 @@ class _Searcher:
     def _priced(self, layout: ParallelLayout, pattern: HybridPattern, balance: Balance) -> Priced:
         sizes = self._sizes(layout, pattern)
         saved, chunks = Activations(sizes), layout.chunks_count
-        weight = work_weight(self._letters, chunks, self.work)
+        weight = work_weight(self._letters, chunks, self._weights)
         weights = [
             weight(index, layers.start, layers.stop)
             for index, layers in enumerate(pattern.chunks(chunks))
@@ -263,8 +267,12 @@ class _Searcher:
         static_before = [0, *accumulate(static[letter] for letter in self._letters)]
 
         def weight(stage: int, first: int, end: int) -> int:
-            ends = ["embedding"] * (stage == 0) + ["head"] * (stage == layout.pp - 1)
+            ends = ["embedding"] * (stage == 0)
+            if stage == layout.pp - 1:
+                ends += [*sizes.prediction, "head"]
             held = static_before[end] - static_before[first] + sum(static[e] for e in ends)
+            if sizes.prediction and stage == layout.pp - 1 and stage:
+                held += static["embedding"]  # its copy
             kept, regained = saved.at_most(self._letters, first, end)
             kept += sum(saved.kept[e] for e in ends)
             return held + kept * min(layout.pp - stage, job.num_microbatches) + regained

@@ -70,7 +70,10 @@ def stage_memory(
     chunks = [
         saved.chunk(
             chunk.places,
-            [*channel_places(sizes.config.side_channels, chunk.owners), *[""] * chunk.owns_head],
+            [
+                *channel_places(sizes.config.side_channels, chunk.owners),
+                *[""] * (len(chunk.prediction) + chunk.owns_head),
+            ],
         )
         for chunk in stage.chunks
     ]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from nemo_megacpp.contract.stages import BuiltChunk, BuiltParameter, BuiltStage
-from nemo_megacpp.formulas.sizes import Job
+from nemo_megacpp.formulas.sizes import PREDICTION, Job
 from nemo_megacpp.layout.placement import group_size
 from nemo_megacpp.side_channels import channel_place, channels_at, read_side_channels
 
@@ -22,7 +22,7 @@ class OwnedParameter:
     """One parameter of a family, the same in all layers of the family.
 
     Attributes:
-        family: a letter, ``embedding``, ``head``, or a place of side channels.
+        family: a letter, ``embedding``, ``head``, ``prediction``, or a place of side channels.
         name: within the layer; all experts of a rank under one name, stacked on a leading axis.
         layers: how many layers of the whole model have it.
         global_shape, local_shape: of the whole, and of one rank's part.
@@ -51,14 +51,15 @@ class OwnedParameter:
 def ownership(job: Job, stages: Sequence[BuiltStage]) -> list[OwnedParameter]:
     """Return the parameters of the whole model, family by family, in the order of depth."""
     found: dict[tuple[str, str], OwnedParameter] = {}
-    layers: dict[tuple[str, str], set[int | None]] = {}
+    layers: dict[tuple[str, str], set[int | str | None]] = {}
     for chunk in sorted((c for stage in stages for c in stage.chunks), key=lambda c: c.index):
         # Experts of one layer on this rank.
         experts = len({p.name.split("local_experts.")[1].split(".")[0]
                        for p in chunk.parameters if p.is_expert})  # fmt: skip
         for parameter in chunk.parameters:
             family, name = place = _place(job, parameter, chunk)
-            layers.setdefault(place, set()).add(parameter.layer)
+            which = parameter.name if family == PREDICTION else parameter.layer
+            layers.setdefault(place, set()).add(which)
             if place not in found:
                 local = parameter.local_shape
                 if parameter.is_expert and len(local) == 3:
@@ -80,9 +81,11 @@ def _place(job: Job, parameter: BuiltParameter, chunk: BuiltChunk) -> tuple[str,
         place = channel_place(channels_at(channels, parameter.layer))
         return place, ".".join(parts[2 if parameter.layer is None else 3 :])
     if parameter.layer is None:
-        return ("embedding" if parts[0] == "embedding" else "head"), parameter.name
-    name = ".".join(part for part in parts[3:] if not (parameter.is_expert and part.isdigit()))
-    return chunk.letters[chunk.layers.index(parameter.layer)], name
+        inside = parts[3:] if parameter.end == PREDICTION else parts
+        return parameter.end, ".".join(inside)
+    first = 6 if parts[0] == "mtp" else 3
+    name = ".".join(part for part in parts[first:] if not (parameter.is_expert and part.isdigit()))
+    return dict(chunk.numbered)[parameter.layer], name
 
 
 def _owned(
@@ -137,5 +140,7 @@ def _gradient(job: Job, parameter: BuiltParameter, on: dict[str, str]) -> list[s
     if partial_on_tp and job.layout.sp:
         steps.append("all-reduced over tp, once per step (sequence_parallel tag)")
     if parameter.shared_embedding and job.layout.pp > 1:
-        steps.append("all-reduced between first and last stage (tied to the head)")
+        tied = job.model.get("share_embeddings_and_output_weights")
+        why = "tied to the head" if tied else "prediction depths have a copy"
+        steps.append(f"all-reduced between first and last stage ({why})")
     return steps or ["complete on the rank"]

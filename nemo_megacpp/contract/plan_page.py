@@ -22,6 +22,7 @@ from nemo_megacpp.contract.plan_tables import (
     verdict,
 )
 from nemo_megacpp.contract.step_tables import assumptions, parts_table, step_line
+from nemo_megacpp.formulas.sizes import PREDICTION
 from nemo_megacpp.layout.placement import degrees_of
 from nemo_megacpp.render import html_details, html_list, html_page, html_table, show_bytes
 
@@ -146,7 +147,8 @@ def _family_details(plan: Plan, place: str) -> str:
 
 def family_colours(plan: Plan) -> dict[str, str]:
     """Return the colour of each family of the model, by letter, the built-in ones first."""
-    present = set(plan.sizes.config.pattern.letters)
+    pattern = plan.sizes.config.pattern
+    present = {*pattern.letters, *pattern.mtp_letters}
     added = sorted(present - FAMILY_COLOURS.keys())
     return {
         **{letter: colour for letter, colour in FAMILY_COLOURS.items() if letter in present},
@@ -158,9 +160,7 @@ def stages_picture(plan: Plan) -> str:
     """Draw each stage as a row of blocks, in the order in which its chunks run."""
     stages, colours = plan.stages[:_MOST_STAGES], family_colours(plan)
     longest = max(
-        sum(len(c.letters) + c.owns_embedding + c.owns_head for c in stage.built.chunks)
-        + len(stage.built.chunks)
-        for stage in stages
+        sum(len(c.places) for c in stage.built.chunks) + len(stage.built.chunks) for stage in stages
     )
     step = min(40.0, (_WIDTH - _LEFT) / longest)
     parts = []
@@ -174,6 +174,12 @@ def stages_picture(plan: Plan) -> str:
             blocks += [
                 (f"layer {layer}, {letter}", letter, colours[letter])
                 for layer, letter in zip(chunk.layers, chunk.letters, strict=True)
+            ]
+            blocks += [
+                (f"prediction depth, {place}", "next", END_COLOUR)
+                if place == PREDICTION
+                else (f"prediction depth, {place}", place, colours[place])
+                for place in chunk.prediction
             ]
             blocks += [("final norm, head and loss", "out", END_COLOUR)] if chunk.owns_head else []
             for title, label, colour in blocks:

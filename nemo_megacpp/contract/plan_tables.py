@@ -123,7 +123,7 @@ def stage_table(plan: Plan, stages: Iterable[StagePlan]) -> Table:
     )
     for stage in stages:
         memory = stage.memory
-        ends = [place for place in stage.built.places if len(place) > 1]
+        ends = [end for end in stage.built.places if end in ("embedding", "head")]
         table.add(
             str(stage.pp_rank),
             rank_range(stage),
@@ -174,7 +174,9 @@ def _layers_of(plan: Plan, place: str) -> int:
     if is_channel_place(place):
         owners = (None, *range(len(plan.sizes.letters)))
         return channel_places(plan.sizes.config.side_channels, owners).count(place)
-    return plan.sizes.letters.count(place) if len(place) == 1 else 1
+    if place in ("embedding", "head"):
+        return 1
+    return [*plan.sizes.letters, *plan.sizes.prediction].count(place)
 
 
 def group_table(plan: Plan) -> Table:

@@ -14,12 +14,13 @@ from itertools import accumulate
 
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.contract.stages import BuiltChunk, BuiltParameter
-from nemo_megacpp.contract.work import work_of
+from nemo_megacpp.contract.work import one_depth, work_of
 from nemo_megacpp.families import block_of
+from nemo_megacpp.formulas.prediction import prediction_activations
 from nemo_megacpp.formulas.recompute import MIXER_MODULES, recompute_units
 from nemo_megacpp.formulas.saved import Saved, norm, total
 from nemo_megacpp.formulas.side_channels import channel_activations
-from nemo_megacpp.formulas.sizes import Job, Sizes
+from nemo_megacpp.formulas.sizes import PREDICTION, Job, Sizes
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.side_channels import is_channel_place
 
@@ -37,6 +38,8 @@ def saved_activations(sizes: Sizes, place: str) -> list[Saved]:
             Saved("probabilities of the vocabulary (float32)", tokens * sizes.vocabulary * 4),
             Saved("targets and their mask", tokens * 9),
         ]
+    if place == PREDICTION:
+        return prediction_activations(sizes, saved_activations(sizes, "head"))
     if is_channel_place(place):
         return channel_activations(sizes, place)
     formula = block_of(Family(place)).saved_activations
@@ -179,15 +182,16 @@ def recomputed_share(config: HybridConfig, chunks: Sequence[BuiltChunk]) -> floa
     sizes = Sizes(Job({}), config)  # a job without parallelism
     places: dict[str, list[BuiltParameter]] = {}
     for chunk in chunks:
-        for number, letter in zip(chunk.layers, chunk.letters, strict=True):
+        for number, letter in chunk.numbered:
             if letter not in places:
                 places[letter] = chunk.of_layer(number)
         if chunk.owns_head:
-            ends = [p for p in chunk.parameters if p.layer is None]
-            places["head"] = [p for p in ends if not p.name.startswith("embedding.")]
+            places["head"] = chunk.of_end("head")
+        if chunk.depths:
+            places[PREDICTION] = one_depth(chunk)
     work = work_of(sizes, places)
     forward = sum(work[place] for chunk in chunks for place in chunk.places)
-    return repeated_operations(sizes, work, [chunk.letters for chunk in chunks]) / forward
+    return repeated_operations(sizes, work, [chunk.all_letters for chunk in chunks]) / forward
 
 
 def _of_modules(sizes: Sizes, layer: str, work: int) -> int:

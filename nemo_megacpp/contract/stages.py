@@ -27,9 +27,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from nemo_megacpp.checkpoint.dcp import sharding_metadata
-from nemo_megacpp.formulas.sizes import Job
+from nemo_megacpp.formulas.sizes import PREDICTION, Job
 from nemo_megacpp.layout import ParallelLayout
-from nemo_megacpp.pattern import CUT, Family
+from nemo_megacpp.pattern import CUT, MTP, Family
 from nemo_megacpp.runtime.distributed import fake_rank
 from nemo_megacpp.settings.combinations import with_modules_of
 from nemo_megacpp.side_channels import channels_at, read_side_channels
@@ -43,8 +43,8 @@ class BuiltParameter:
 
     Attributes:
         name: within the chunk.
-        layer: global number of the layer, from 0, whose it is or whose side channel; None outside
-            the layers.
+        layer: global number of the layer, from 0, whose it is or whose side channel, those of
+            prediction depths after the decoder's; None outside the layers.
         local_shape: what the rank holds; with a leading axis of experts for an expert's weight.
         global_shape: of the whole parameter, as a checkpoint knows it.
         is_expert: reduced over the expert-data-parallel group.
@@ -71,6 +71,12 @@ class BuiltParameter:
         return math.prod(self.local_shape)
 
     @property
+    def end(self) -> str:
+        """The place of a parameter outside the layers."""
+        owner = self.name.split(".")[0]
+        return {"embedding": "embedding", "mtp": PREDICTION}.get(owner, "head")
+
+    @property
     def is_side_channel(self) -> bool:
         """Whether it belongs to side channels, not to the layer's family or to the embedding."""
         return "side_channels" in self.name.split(".")
@@ -80,14 +86,18 @@ class BuiltParameter:
 class BuiltChunk:
     """One pipeline chunk.
 
-    Its *places* are the families' letters, ``embedding`` and ``head``.
+    Its *places* are the families' letters, ``embedding``, ``head`` and ``prediction``.
 
     Attributes:
         index: in the order of depth.
         layers: global numbers of its layers.
         letters: their families.
         owns_embedding, owns_head: whether it has the embedding; the final norm, head and loss.
-        parameters: in the module's order, which is that of the gradient buffers, reversed.
+        parameters: in the module's order, which is that of the gradient buffers, reversed. A chunk
+            with prediction depths that has not the embedding has a copy of it.
+        depth_letters: families of a prediction depth.
+        depths: how many of them it has.
+        depths_from: global number of the first layer of the first.
     """
 
     index: int
@@ -96,11 +106,36 @@ class BuiltChunk:
     owns_embedding: bool
     owns_head: bool
     parameters: tuple[BuiltParameter, ...]
+    depth_letters: str = ""
+    depths: int = 0
+    depths_from: int = 0
+
+    @property
+    def prediction(self) -> list[str]:
+        """The places of its prediction depths."""
+        return [PREDICTION, *self.depth_letters] * self.depths
 
     @property
     def places(self) -> list[str]:
         """What the chunk computes, in order: one place for each layer and for each end."""
-        return ["embedding"] * self.owns_embedding + [*self.letters] + ["head"] * self.owns_head
+        first, last = ["embedding"] * self.owns_embedding, ["head"] * self.owns_head
+        return [*first, *self.letters, *self.prediction, *last]
+
+    @property
+    def all_letters(self) -> str:
+        """The families of all layers, those of prediction depths included."""
+        return self.letters + self.depth_letters * self.depths
+
+    @property
+    def numbered(self) -> list[tuple[int, str]]:
+        """Number and family of all layers, those of prediction depths included."""
+        after = range(self.depths_from, self.depths_from + self.depths * len(self.depth_letters))
+        return list(zip((*self.layers, *after), self.all_letters, strict=True))
+
+    def of_end(self, place: str) -> list[BuiltParameter]:
+        """Return the parameters of the embedding, of the head, or of the prediction depths beside
+        their layers."""
+        return [p for p in self.parameters if p.layer is None and p.end == place]
 
     @property
     def owners(self) -> list[int | None]:
@@ -182,7 +217,8 @@ def read_chunk(chunk: Any, index: int = 0) -> BuiltChunk:
     for item in nested_values(state):
         if isinstance(item, ShardedTensor | ShardedTensorFactory) and item.data is not None:
             shapes[id(item.data)] = _global_shape(item)
-    decoder = chunk.decoder
+    decoder, depths = chunk.decoder, getattr(chunk, "mtp", None)
+    inside = () if depths is None else depths.layers[0].mtp_model_layer.families
     parameters = []
     for name, parameter in chunk.named_parameters():
         stacked, global_shape = shapes[id(parameter)]
@@ -190,7 +226,7 @@ def read_chunk(chunk: Any, index: int = 0) -> BuiltChunk:
         parameters.append(
             BuiltParameter(
                 name,
-                _layer(decoder.layer_range, parts),
+                _layer(decoder.layer_range, chunk.config.num_layers, len(inside), parts),
                 (1,) * stacked + tuple(parameter.shape),
                 global_shape,
                 is_expert=not getattr(parameter, "allreduce", True),
@@ -207,11 +243,23 @@ def read_chunk(chunk: Any, index: int = 0) -> BuiltChunk:
         chunk.pre_process,
         chunk.post_process,
         tuple(parameters),
+        "".join(family.value for family in inside),
+        0 if depths is None else len(depths.layers),
+        chunk.config.num_layers,
     )
 
 
-def _layer(layers: Sequence[int], parts: list[str]) -> int | None:
-    """Return the global number of a parameter's layer. Side channels are named by it."""
+def _layer(layers: Sequence[int], depth: int, inside: int, parts: list[str]) -> int | None:
+    """Return the global number of a parameter's layer. Side channels are named by it.
+
+    Args:
+        layers: numbers of the chunk's layers.
+        depth: of the decoder.
+        inside: layers of a prediction depth.
+        parts: of the parameter's name.
+    """
+    if parts[:2] == ["mtp", "layers"] and parts[3:5] == ["mtp_model_layer", "layers"]:
+        return depth + int(parts[2]) * inside + int(parts[5])
     if parts[:2] == ["decoder", "layers"]:
         return layers[int(parts[2])]
     return int(parts[2]) if parts[:2] == ["decoder", "side_channels"] else None
@@ -249,7 +297,9 @@ class ComposedStages:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self.letters = job.config().pattern.letters
+        pattern = job.config().pattern
+        self.letters, self.depths = pattern.letters, pattern.mtp_num_depths
+        self.depth_letters = pattern.mtp_letters
         self._places: dict[tuple[Any, ...], dict[str, tuple[BuiltParameter, ...]]] = {}
         self._chunks: dict[tuple[Any, ...], BuiltChunk] = {}
         self._channels: dict[tuple[Any, ...], tuple[BuiltParameter, ...]] = {}
@@ -271,9 +321,15 @@ class ComposedStages:
         key = (layout.tp, layout.sp, layout.ep, layout.etp, index, len(chunks), layers)
         if key not in self._chunks:
             letters = self.letters[layers.start : layers.stop]
-            chunk = BuiltChunk(index, layers, letters, index == 0, index == len(chunks) - 1, ())
+            last = index == len(chunks) - 1
+            chunk = BuiltChunk(
+                *(index, layers, letters, index == 0, last, ()),
+                *(self.depth_letters, self.depths * last, len(self.letters)),
+            )
             parameters = self.places(layout)
-            inside = [p for place in chunk.places for p in parameters[place]]
+            copied = chunk.depths and not chunk.owns_embedding
+            inside = list(parameters["embedding"]) if copied else []
+            inside += [p for place in chunk.places for p in parameters[place]]
             for layer in layers:
                 inside += self._side_channels(layout, layer)
             self._chunks[key] = dataclasses.replace(chunk, parameters=tuple(inside))
@@ -297,7 +353,8 @@ class ComposedStages:
         return self._channels[key] if owned else ()
 
     def _build_places(self, layout: ParallelLayout) -> dict[str, tuple[BuiltParameter, ...]]:
-        letters = "".join(dict.fromkeys(self.letters))
+        letters = "".join(dict.fromkeys(self.letters + self.depth_letters))
+        predicted = MTP + letters[0] if self.depths else ""
         # Two stages wherever there are several: a head that is tied to the embedding then has a
         # copy of its own.
         stages = min(layout.pp, 2)
@@ -307,16 +364,17 @@ class ComposedStages:
             pipeline_model_parallel_size=stages,
             expert_tensor_parallel_size=1,
         )
-        built = self._build(dense, letters + CUT + letters[0] if stages > 1 else letters)
-        first, last = built[0].chunks[0].parameters, built[-1].chunks[-1].parameters
+        main = letters + CUT + letters[0] if stages > 1 else letters
+        built = self._build(dense, main + predicted)
+        first, last = built[0].chunks[0].parameters, built[-1].chunks[-1]
         places = {
             letter: tuple(p for p in first if p.layer == layer and not p.is_expert)
             for layer, letter in enumerate(letters)
         }
         places["embedding"] = tuple(p for p in first if p.name.startswith("embedding."))
-        places["head"] = tuple(
-            p for p in last if p.layer is None and not p.name.startswith("embedding.")
-        )
+        places["head"] = tuple(last.of_end("head"))
+        if self.depths:
+            places[PREDICTION] = tuple(last.of_end(PREDICTION))
         if Family.EXPERT.value in letters:
             experts = ParallelLayout(
                 expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp
@@ -332,9 +390,10 @@ class ComposedStages:
         side_channels: list[dict[str, Any]] | None = None,
     ) -> list[BuiltStage]:
         """Build a small model; with the embedding's side channels if none are given."""
-        depth = len(pattern.replace(CUT, ""))
+        depth = len(pattern.partition(MTP)[0].replace(CUT, ""))
         model = {**self._job.model, "hybrid_pattern": pattern, "num_layers": depth}
         known = read_side_channels(model.get("side_channels"))
         model["side_channels"] = side_channels or [asdict(c) for c in channels_at(known, None)]
-        model = with_modules_of(model, {*pattern} - {CUT})
+        model["mtp_num_layers"] = None  # the pattern says it
+        model = with_modules_of(model, {*pattern} - {CUT, MTP})
         return build_stages(dataclasses.replace(self._job, model=model, layout=layout))

@@ -26,10 +26,10 @@ from nemo_megacpp.contract.traffic import (
     place_collectives,
     step_collectives,
 )
-from nemo_megacpp.contract.work import FORWARD_AND_BACKWARD
+from nemo_megacpp.contract.work import FORWARD_AND_BACKWARD, one_depth
 from nemo_megacpp.families import block_of
 from nemo_megacpp.formulas.collectives import again
-from nemo_megacpp.formulas.sizes import Sizes
+from nemo_megacpp.formulas.sizes import PREDICTION, Sizes
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.side_channels import channel_places, is_channel_place
 
@@ -95,10 +95,12 @@ class StepEstimator:
         self._peak = machine.peak(whole.job.precision)
         self._layers = LayerTimes(machine, self._peak)
         mixing = {
-            letter: block_of(Family(letter)).mixing for letter in dict.fromkeys(whole.letters)
+            place: block_of(Family(place)).mixing for place in whole.places if len(place) == 1
         }
         self._mixing = {letter: count(whole) for letter, count in mixing.items() if count}
-        operations = sum(work[place] for place in (*whole.letters, "embedding", "head"))
+        operations = sum(
+            work[place] for place in (*whole.letters, *whole.prediction, "embedding", "head")
+        )
         self._operations = FORWARD_AND_BACKWARD * operations
         self._times: dict[tuple[object, ...], LayerTime] = {}
         self._sent: dict[tuple[object, ...], dict[str, float]] = {}
@@ -222,13 +224,14 @@ def places_of(stages: Sequence[BuiltStage]) -> Places:
     found: dict[str, list[BuiltParameter]] = {}
     for chunk in (chunk for stage in stages for chunk in stage.chunks):
         first: dict[str, int] = {}
-        for layer, letter in zip(chunk.layers, chunk.letters, strict=True):
+        for layer, letter in chunk.numbered:
             first.setdefault(letter, layer)
         for letter, layer in first.items():
             found.setdefault(letter, chunk.of_layer(layer))
-        ends = [p for p in chunk.parameters if p.layer is None]
         if chunk.owns_embedding:
-            found["embedding"] = [p for p in ends if p.name.startswith("embedding.")]
+            found["embedding"] = chunk.of_end("embedding")
         if chunk.owns_head:
-            found["head"] = [p for p in ends if not p.name.startswith("embedding.")]
+            found["head"] = chunk.of_end("head")
+        if chunk.depths:
+            found[PREDICTION] = one_depth(chunk)
     return found

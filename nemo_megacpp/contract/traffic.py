@@ -27,8 +27,9 @@ from nemo_megacpp.formulas.collectives import (
     column_parallel,
     there_and_back,
 )
+from nemo_megacpp.formulas.prediction import prediction_collectives
 from nemo_megacpp.formulas.side_channels import channel_collectives
-from nemo_megacpp.formulas.sizes import Sizes
+from nemo_megacpp.formulas.sizes import PREDICTION, Sizes
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.layout.placement import EMBEDDING, group_of, group_size
 from nemo_megacpp.pattern import Family
@@ -44,7 +45,8 @@ from nemo_megacpp.specs.recurrent import depth_state_handed_on, depth_state_take
 
 
 def place_collectives(sizes: Sizes, place: str) -> list[Collective]:
-    """Return what one layer of a family, the embedding or the head sends in one microbatch."""
+    """Return what one layer of a family, the embedding, the head or a prediction depth beside its
+    layers sends in one microbatch."""
     if place == "embedding":  # split over the vocabulary
         size, what = sizes.hidden_bytes, "embeddings of the rank's part of the vocabulary"
         made = (
@@ -57,6 +59,9 @@ def place_collectives(sizes: Sizes, place: str) -> list[Collective]:
             Collective("all_reduce", "tp", sizes.tokens * 4, "forward", "sum", f"{what} per token")
             for what in ("largest logit", "target's logit", "sum of exponentials")
         ]
+    elif place == PREDICTION:
+        ends = (place_collectives(sizes, end) for end in ("embedding", "head"))
+        made = prediction_collectives(sizes, *ends)
     elif is_channel_place(place):
         made = channel_collectives(sizes, place)
     else:
@@ -206,9 +211,12 @@ def step_collectives(
         once("all_reduce", "tp-pp", 4, "sum", "gradient norm of dense parameters")
         if has_experts:
             once("all_reduce", "etp-ep-pp", 4, "sum", "gradient norm of expert parameters")
-    if sizes.config.share_embeddings_and_output_weights and {"embedding", "head"} & {*stage.places}:
+    copied = sizes.config.share_embeddings_and_output_weights or sizes.prediction
+    if copied and {"embedding", "head"} & {*stage.places}:
         size = sizes.vocabulary * sizes.h * GRADIENT_BYTES
         what = "gradient of the embedding that is the head"
+        if sizes.prediction:
+            what = "gradient of the embedding that prediction depths have a copy of"
         once("all_reduce", EMBEDDING, size, "gradient", what)
     return between_several(sizes, made)
 

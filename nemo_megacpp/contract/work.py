@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.contract.stages import BuiltChunk, BuiltParameter
 from nemo_megacpp.families import block_of
-from nemo_megacpp.formulas.sizes import Job, Sizes
+from nemo_megacpp.formulas.sizes import PREDICTION, Job, Sizes
 from nemo_megacpp.pattern import Family
 
 FORWARD_AND_BACKWARD = 3
@@ -39,10 +39,19 @@ def work_of(sizes: Sizes, places: Mapping[str, Sequence[BuiltParameter]]) -> dic
     """
     work = {
         letter: _matrices(sizes, places[letter]) + _mixing(sizes, letter)
-        for letter in dict.fromkeys(sizes.letters)
+        for letter in sizes.places
+        if len(letter) == 1
     }
     # The look-up: one addition per element of its gradient.
-    return {**work, "embedding": sizes.h, "head": _head(sizes, places["head"])}
+    work |= {"embedding": sizes.h, "head": _head(sizes, places["head"])}
+    if sizes.prediction:
+        work[PREDICTION] = sizes.h + _matrices(sizes, places[PREDICTION]) + work["head"]
+    return work
+
+
+def one_depth(chunk: BuiltChunk) -> list[BuiltParameter]:
+    """Return the parameters of the first prediction depth of a chunk, beside its layers."""
+    return [p for p in chunk.of_end(PREDICTION) if p.name.startswith("mtp.layers.0.")]
 
 
 def step_operations(config: HybridConfig, chunks: Iterable[BuiltChunk], tokens: int) -> int:
@@ -60,10 +69,10 @@ def step_operations(config: HybridConfig, chunks: Iterable[BuiltChunk], tokens: 
     total = 0
     for chunk in chunks:
         inside = [p for p in chunk.parameters if p.layer is not None]
-        total += _matrices(whole, inside) + sum(_mixing(whole, c) for c in chunk.letters)
-        if chunk.owns_head:
-            ends = [p for p in chunk.parameters if p.layer is None]
-            total += _head(whole, [p for p in ends if not p.name.startswith("embedding.")])
+        total += _matrices(whole, inside) + sum(_mixing(whole, c) for c in chunk.all_letters)
+        total += _matrices(whole, chunk.of_end(PREDICTION))
+        if chunk.owns_head:  # each depth computes it too
+            total += _head(whole, chunk.of_end("head")) * (1 + chunk.depths)
     return FORWARD_AND_BACKWARD * tokens * total
 
 

@@ -18,6 +18,8 @@ from nemo_megacpp.mixers.recompute import recomputes
 from nemo_megacpp.pattern import Family, HybridPattern
 from nemo_megacpp.side_channels import channel_places
 
+PREDICTION = "prediction"
+"""The place of what a prediction depth has beside its layers."""
 Precision = Literal["fp32", "bf16"]
 Kernels = Literal["gpu", "torch"]
 
@@ -61,7 +63,7 @@ class Job:
     def __post_init__(self) -> None:
         load_families(self.model.get("family_modules"))
         pattern = self.model.get("hybrid_pattern")
-        letters = HybridPattern.parse(pattern).families if pattern else ()
+        letters = HybridPattern.parse(pattern).all_families if pattern else ()
         unpriced = [f.value for f in dict.fromkeys(letters) if not block_of(f).is_priced]
         if unpriced:
             raise UserError(
@@ -107,20 +109,27 @@ class Sizes:
 
     @property
     def letters(self) -> str:
-        """The families of the whole model, layer by layer."""
+        """The families of the decoder, layer by layer."""
         return self.config.pattern.letters
 
     @property
+    def prediction(self) -> tuple[str, ...]:
+        """The places of all prediction depths, in order."""
+        pattern = self.config.pattern
+        return (PREDICTION, *pattern.mtp_letters) * pattern.mtp_num_depths
+
+    @property
     def places(self) -> tuple[str, ...]:
-        """The letters of the families, each once, between ``embedding`` and ``head``; then the
-        places of side channels."""
+        """The letters of the families, each once, between ``embedding`` and ``head``, and the place
+        of prediction depths; then the places of side channels."""
         owners = (None, *range(len(self.letters)))
         channels = filter(None, dict.fromkeys(channel_places(self.config.side_channels, owners)))
-        return ("embedding", *dict.fromkeys(self.letters), "head", *channels)
+        layers = dict.fromkeys((*self.letters, *self.prediction))
+        return ("embedding", *layers, "head", *channels)
 
     def has(self, family: Family) -> bool:
         """Whether the model has blocks of ``family``."""
-        return family in self.config.pattern.families
+        return family in self.config.pattern.all_families
 
     @property
     def layout(self) -> ParallelLayout:

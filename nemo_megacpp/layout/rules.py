@@ -69,7 +69,7 @@ class LayoutCheck:
 
     def has(self, family: Family) -> bool:
         """Whether the pattern has blocks of ``family``."""
-        return family in self.shape.pattern.families
+        return family in self.shape.pattern.all_families
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ class HybridStrategy(MegatronStrategy):
         checkpoint_path = guard_load(Path(checkpoint_path), verify=False)
         config: Any = self.lightning_module.config
         tokenizer = tokenizer_of(self.lightning_module.trainer.datamodule)
-        model, letters = actual_model(config, ()), config.pattern.letters
+        model, letters = actual_model(config, ()), config.pattern.uncut
         directory = find_checkpoint(Path(checkpoint_path))  # NeMo gives its weights/
         new = selective_restore and self.init_side_channels == "any"
         validate_same_model(directory, model, letters, tokenizer, new_side_channels=new)

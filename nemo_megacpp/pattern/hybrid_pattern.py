@@ -163,6 +163,11 @@ class HybridPattern:
         """One upper-case letter per layer of a prediction depth."""
         return join(self.mtp_families, ())
 
+    @property
+    def uncut(self) -> str:
+        """The canonical form without cuts: what a model is, however its pipeline is cut."""
+        return self.letters + (MTP + self.mtp_letters) * self.mtp_num_depths
+
     def __str__(self) -> str:
         """The canonical form: upper-case letters with cuts. `parse` reads it back."""
         mtp = MTP + self.mtp_letters

@@ -58,7 +58,7 @@ def _size_violations(recipe: Recipe) -> Iterator[str]:
         if type(NAM56R_MODEL.get(name)) is int and value is not None and value < 1:
             yield f"{name}: {value} must be at least 1."
     chosen, experts = model["moe_router_topk"], model["num_moe_experts"]
-    if Family.EXPERT in recipe.pattern.families and chosen > (experts or 0):
+    if Family.EXPERT in recipe.pattern.all_families and chosen > (experts or 0):
         yield f"moe_router_topk={chosen} experts per token are more than num_moe_experts={experts}."
     recurrent = recipe.pattern.letters.count(Family.RECURRENT.value)
     if model.get("m2rnn_depth_state") and recurrent < 2:
@@ -89,7 +89,7 @@ def validate_host(recipe: Recipe, config: HybridConfig) -> None:
             modules would refuse in the first step.
     """
     device = current_host().device
-    present = config.pattern.families
+    present = config.pattern.all_families
     if isinstance(default_backend(), TorchBackend):
         validate_torch_norm(config)
         if Family.ATTENTION in present:

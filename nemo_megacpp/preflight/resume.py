@@ -125,7 +125,7 @@ def find_resume(
     if newest is None and recipe.resume is not None:
         found = find_checkpoint(Path(recipe.resume))
     tokenizer = sources[0].tokenizer_fingerprint if sources else None
-    model, letters = recipe.model, recipe.pattern.letters
+    model, letters = recipe.model, recipe.pattern.uncut
     if found is not None:
         if newest is None or newest.verified is not None:  # else the deciding process does
             validate_same_model(found, model, letters, tokenizer)

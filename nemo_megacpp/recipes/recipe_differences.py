@@ -77,7 +77,7 @@ def _degrees(a: Recipe, b: Recipe) -> Iterator[SettingDifference]:
     names = ["tp", "cp", "pp"]
     names += ["sp"] if one.tp > 1 and two.tp > 1 else []
     names += ["vpp"] if one.pp > 1 and two.pp > 1 else []
-    experts = [Family.EXPERT in recipe.pattern.families for recipe in (a, b)]
+    experts = [Family.EXPERT in recipe.pattern.all_families for recipe in (a, b)]
     names += ["ep", "etp"] if any(experts) else []
     for name in names:
         before, after = getattr(one, name), getattr(two, name)
@@ -97,8 +97,8 @@ def _degrees(a: Recipe, b: Recipe) -> Iterator[SettingDifference]:
 
 def _depth(a: Recipe, b: Recipe) -> Iterator[SettingDifference]:
     one, two = a.pattern, b.pattern
-    if one.letters != two.letters:
-        yield SettingDifference("model", "hybrid_pattern", one.letters, two.letters)
+    if one.uncut != two.uncut:
+        yield SettingDifference("model", "hybrid_pattern", one.uncut, two.uncut)
         return
     chunks = a.layout.chunks_count
     if chunks == b.layout.chunks_count:

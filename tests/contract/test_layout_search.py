@@ -13,6 +13,7 @@ from nemo_megacpp.contract.candidates import all_layouts
 from nemo_megacpp.contract.layout_plan import make_plan
 from nemo_megacpp.contract.layout_search import search_layouts
 from nemo_megacpp.contract.machine_presets import PRESETS
+from nemo_megacpp.core.multi_token import missing_prediction
 from nemo_megacpp.formulas.sizes import Job
 from nemo_megacpp.layout import ModelShape, ParallelLayout, is_legal
 from nemo_megacpp.layout.rules import divisors_of
@@ -44,8 +45,16 @@ def _case(name: str, *overrides: str, **hardware: Any) -> tuple[Job, ModelShape]
             marks=pytest.mark.slow,
         ),
         pytest.param(("pattern=AMR", "num_layers=6"), marks=pytest.mark.slow),
+        pytest.param(
+            (
+                *("pattern=AMRE/AR/AR", "num_layers=8", "precision=bf16"),
+                *("use_distributed_optimizer=true", "recompute_granularity=selective"),
+                "recompute_modules=[core_attn,m2rnn]",
+            ),
+            marks=pytest.mark.skipif(missing_prediction() is not None, reason="0.19 has it"),
+        ),
     ],
-    ids=["tied", "distributed-full", "mamba3-selective", "without-experts"],
+    ids=["tied", "distributed-full", "mamba3-selective", "without-experts", "prediction"],
 )
 def test_prices_equal_the_plan(overrides: tuple[str, ...]) -> None:
     job, shape = _case(

@@ -17,6 +17,7 @@ import pytest
 from nemo_megacpp.contract.memory import GRADIENT_BYTES, optimizer_bytes, stage_buffers
 from nemo_megacpp.contract.stages import BuiltStage, build_stages
 from nemo_megacpp.contract.traffic import microbatch_collectives, step_collectives
+from nemo_megacpp.core.multi_token import missing_prediction
 from nemo_megacpp.formulas.collectives import Collective
 from nemo_megacpp.formulas.sizes import Job, Sizes
 from nemo_megacpp.layout import ParallelLayout
@@ -234,6 +235,17 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = [
     ),
     ("ARM|EA", {**BALANCED, "share_embeddings_and_output_weights": True}, ("pp=2",), {}),
 ]
+if missing_prediction() is None:
+    CASES += [
+        (
+            "AEMR/EAFMR/EAFMR",
+            BALANCED,
+            ("cp=2", "tp=2,cp=2,etp=1", "tp=2,pp=2,etp=1", "pp=2,vpp=2", "tp=2,etp=1"),
+            {},
+        ),
+        ("AM/AR", {}, ("tp=2,sp=false", "tp=2,pp=2"), {}),
+        ("AM/AR", {}, ("pp=2,world=4", "pp=2"), {**DISTRIBUTED, "precision": "bf16"}),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.nn import functional as F
 
+from nemo_megacpp.core.multi_token import missing_prediction
 from nemo_megacpp.proof.small_models import tiny_model
 
 _TP = ("tp=2", "tp=2,sp=false", "tp=4")
@@ -156,6 +157,16 @@ RESHARDINGS: tuple[tuple[str, dict[str, Any], Place, tuple[Place, ...]], ...] = 
 )
 """Label, model, where a training state is saved, where it is loaded."""
 
+if missing_prediction() is None:
+    RESHARDINGS += (
+        (
+            "prediction",
+            tiny_model("AEMR/EAFMR/EAFMR"),
+            "tp=2,pp=2,etp=1",
+            ("cp=2", "tp=1", ("ep=2,pp=2", "AEM|R/EAFMR/EAFMR")),
+        ),
+    )
+
 SHARDED_RESHARDINGS: tuple[tuple[str, dict[str, Any], Place, tuple[Place, ...]], ...] = (
     (
         "AEMR",
@@ -170,3 +181,8 @@ SHARDED_RESHARDINGS: tuple[tuple[str, dict[str, Any], Place, tuple[Place, ...]],
     ("with-F", tiny_model("FAFM"), "world=4,tp=2", ("world=2", "world=4,pp=2", "tp=4")),
 )
 """The same with the distributed optimizer."""
+
+if missing_prediction() is None:
+    SHARDED_RESHARDINGS += (
+        ("prediction", tiny_model("AMRE/EF"), "world=4,pp=2", ("world=2", "tp=2,pp=2,etp=1")),
+    )

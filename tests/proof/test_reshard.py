@@ -56,7 +56,7 @@ def _cases(reshardings: Any) -> list[Any]:
             saved,
             loaded,
             id=f"{label}: {saved} to {_name(loaded)}",
-            marks=slow_if(index > 0 or number % 3 > 0),
+            marks=slow_if(index > 0 or (number % 3 > 0 and label != "prediction")),
         )
         for number, (label, model, saved, targets) in enumerate(reshardings)
         for index, loaded in enumerate(targets)
