@@ -51,6 +51,7 @@ class RunRecorder(Callback):
         self.session.before_model()  # Bridge builds the model after this
         self.begun = False
         self.step = 0
+        self._evaluated: int | None = None
 
     def on_train_start(self, context: CallbackContext) -> None:
         """Record the start."""
@@ -93,14 +94,16 @@ class RunRecorder(Callback):
         self.session.restart_clock()
         if self._sigterm.stopping:
             return  # the evaluation was cut short: its loss is that of a part of the data
+        self._evaluated = self.step
         loss = of_last_stage((context.total_loss_dict or {}).get(LOSS))
         self._log({f"{LOSS} validation": loss}, context, self.step)
         if torch.distributed.get_rank() == 0:
             tell(self.session.end_evaluation(self.step, loss))
 
     def on_train_end(self, context: CallbackContext) -> None:
-        """Leave out the evaluation with which Bridge ends every run, at any step."""
-        context.state.train_state.do_valid = False
+        """Leave out the evaluation with which Bridge ends a run where its last step has had one."""
+        if self._evaluated == self.step:
+            context.state.train_state.do_valid = False
 
     def _log(self, scalars: dict[str, float], context: CallbackContext, step: int) -> None:
         """Give scalars to the loggers, which Bridge has on its last rank."""

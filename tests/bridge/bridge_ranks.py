@@ -52,6 +52,18 @@ def sigterm(event: str, rank: int, after: int) -> None:
     setattr(StopOnSigterm, event, sends)
 
 
+def interrupt(after: int) -> None:
+    """Interrupt a rank, as Ctrl-C does, in the step that follows ``after`` steps."""
+    stock = StopOnSigterm.on_train_step_end
+
+    def interrupted(self: StopOnSigterm, context: CallbackContext) -> None:
+        if context.state.train_state.step == after:
+            raise KeyboardInterrupt
+        stock(self, context)
+
+    StopOnSigterm.on_train_step_end = interrupted  # type: ignore[method-assign]
+
+
 def nan_loss(rank: int, microbatch: int) -> None:
     """Let the loss of a rank's microbatch be NaN."""
     stock, seen = forward_step.microbatch_loss, []

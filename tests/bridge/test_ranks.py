@@ -222,6 +222,17 @@ def test_nan_ends_the_run_before_it_saves(train: Train, first: Path) -> None:
     run = first.parent / "nan"
     assert _steps(run) == [1, 2]
     assert sorted(read_curve(run).steps) == [1, 2]
+    assert not [event for event in read_events(run) if event.kind in ("stopped", "finished")]
+
+
+def test_what_ends_a_run_is_recorded(train: Train, first: Path) -> None:
+    from tests.bridge import bridge_ranks
+
+    with pytest.raises(WorkerError, match="SystemExit: 130"):
+        train("interrupted", 1, bridge_ranks.interrupt, 1, init_from=first, save_interval=1)
+    run = first.parent / "interrupted"
+    assert _kinds(run) == [("started", 0), ("checkpoint", 1), ("failed", 2)]
+    assert read_events(run)[-1].details == {"reason": "KeyboardInterrupt"}
 
 
 def test_another_batch_size_reads_on_where_the_run_stopped(
@@ -236,11 +247,13 @@ def test_another_batch_size_reads_on_where_the_run_stopped(
         return file.read_text().splitlines()
 
     quiet = {"val_check_interval": 100}
-    all_rows = rows("same-size", **quiet)
+    all_rows = rows("same-size", **quiet)[: 4 * STEPS]  # then those of the evaluation at the end
+    assert list(read_curve(folder / "same-size").heldout) == [STEPS]
     assert len(all_rows) == len(set(all_rows)) == 4 * STEPS
     train("other-size", stop_after=2, init_from=first, **quiet)
     assert CheckpointContent(folder / "other-size").consumed_samples == 8
-    assert rows("other-size", resume="auto", global_batch_size=2, **quiet) == all_rows[8:12]
+    read_on = rows("other-size", resume="auto", global_batch_size=2, **quiet)
+    assert read_on[:4] == all_rows[8:12]
     (checkpoint,) = [
         p for s, p in complete_checkpoints(folder / "other-size/checkpoints") if s == 4
     ]

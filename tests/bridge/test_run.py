@@ -1,8 +1,9 @@
 """One training over both doors: NeMo in this environment, Megatron-Bridge in its own.
 
-One file and four runs, because a start takes most of the time: NeMo trains ten steps; Bridge
+One file and six runs, because a start takes most of the time: NeMo trains ten steps; Bridge
 resumes its third step in another layout, and is itself stopped and resumed; NeMo resumes Bridge's
-eighth. The data are a blend of packed documents with a side channel, in float32.
+eighth; and each begins a new run from the other's weights of step 6. The data are a blend of packed
+documents with a side channel, in float32.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Runs:
     """What the runs left.
 
     Attributes:
-        root: their folder: ``nemo``, ``bridge`` and ``back``.
+        root: their folder: ``nemo``, ``bridge``, ``back``, ``new-nemo`` and ``new-bridge``.
         output: what the runs through Bridge printed.
     """
 
@@ -84,7 +85,7 @@ def runs(blend: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     settings = [*SETTINGS, f"data={blend}", f"side_channels={json.dumps([CHANNEL])}"]
     here = [sys.executable, "train", *settings]
     there = [python, "train", *settings, "--through", "bridge"]
-    output, third = "", "nemo/checkpoints/step=3"
+    output, third, sixth = "", "nemo/checkpoints/step=3", "bridge/checkpoints/iter_0000006"
     for words in (
         [*here, "run_dir=nemo", "tp=2"],
         [
@@ -97,6 +98,8 @@ def runs(blend: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         ],
         [*there, "run_dir=bridge", "tp=1", "pp=2", "resume=auto", "stop_after=8"],
         [*here, "run_dir=back", "tp=2", "resume=bridge"],
+        [*here, "run_dir=new-nemo", "tp=2", f"init_from={sixth}", "stop_after=1"],
+        [*there, "run_dir=new-bridge", "tp=2", "init_from=nemo/checkpoints/step=6", "stop_after=1"],
     ):
         done = command(*words, cwd=root)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -119,13 +122,20 @@ def test_bridge_goes_on_where_nemo_has_saved(runs: Runs) -> None:
     nemo, bridge = (read_curve(runs.root / name) for name in ("nemo", "bridge"))
     assert nemo.losses[STEPS] < nemo.losses[1] - 0.1, "a run that learns nothing compares nothing"
     _hold(bridge, nemo, range(4, 9))
-    assert sorted(nemo.heldout) == [4, 8]
-    assert bridge.heldout == pytest.approx(nemo.heldout, rel=1e-6)
+    expected = {step: nemo.heldout[step] for step in (4, 8)}
+    assert bridge.heldout == pytest.approx(expected, rel=1e-6)
 
 
 def test_nemo_goes_on_where_bridge_has_saved(runs: Runs) -> None:
     nemo, back = (read_curve(runs.root / name) for name in ("nemo", "back"))
     _hold(back, nemo, range(9, STEPS + 1))
+
+
+def test_a_new_run_begins_from_the_weights_of_either_door(runs: Runs) -> None:
+    """Those of step 6 are the same in both runs, whose losses up to there are."""
+    nemo, bridge = (read_curve(runs.root / f"new-{name}").losses[1] for name in ("nemo", "bridge"))
+    assert nemo == pytest.approx(bridge, rel=1e-6)
+    assert nemo < 4, "the weights of a first step would give 5.9"
 
 
 def test_both_doors_leave_the_same_record(runs: Runs) -> None:
