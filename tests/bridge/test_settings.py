@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
-from nemo_megacpp.bridge.settings import FATES, validate_carried
+from nemo_megacpp.bridge.settings import FATES, validate_carried, validate_wrapper
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.names import RUN_KEYS
 from nemo_megacpp.recipes.recipe import resolve
@@ -30,3 +31,19 @@ def test_a_refusal_names_the_setting(setting: str) -> None:
         UserError, match=f"{setting.partition('=')[0]}=True through bridge: .*False"
     ):
         validate_carried(resolve("nam56r_tiny", [setting]))
+
+
+@pytest.mark.parametrize(
+    ("ddp", "dist", "message"),
+    [
+        ({"use_megatron_fsdp": True}, {}, r"ddp\.use_megatron_fsdp=True: through"),
+        ({"use_custom_fsdp": True}, {}, r"ddp\.use_custom_fsdp=True: "),
+        ({}, {"use_megatron_fsdp": True}, r"dist\.use_megatron_fsdp=True: "),
+        ({}, {"use_torch_fsdp2": True}, r"dist\.use_torch_fsdp2=True: "),
+    ],
+)
+def test_fsdp_is_refused(ddp: dict[str, bool], dist: dict[str, bool], message: str) -> None:
+    """``HybridProvider.provide_distributed_model`` asks this with Bridge's arguments."""
+    validate_wrapper(SimpleNamespace(use_megatron_fsdp=False), {"use_torch_fsdp2": False})
+    with pytest.raises(UserError, match=message):
+        validate_wrapper(SimpleNamespace(**ddp), dist)
