@@ -9,6 +9,7 @@ from typing import Any
 from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.core.transformer import TransformerConfig
 
+from nemo_megacpp.bridge.settings import validate_wrapper
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.core.model import stand_in_pattern
 from nemo_megacpp.errors import UserError
@@ -65,6 +66,18 @@ class HybridProvider(HybridConfig, HybridModelProvider):
             self.virtual_pipeline_model_parallel_size or 1
         )
         self.hybrid_layer_pattern: str | None = stand_in_pattern(self.pattern, chunks)
+
+    def provide_distributed_model(
+        self, ddp_config: Any = None, *args: Any, **options: Any
+    ) -> list[Any]:
+        """Build this rank's chunks, in Megatron's ``DistributedDataParallel``; see Bridge's.
+
+        Raises:
+            UserError: the run asks for FSDP.
+        """
+        validate_wrapper(ddp_config, options)
+        models: list[Any] = super().provide_distributed_model(ddp_config, *args, **options)
+        return models
 
     def provide(
         self,

@@ -8,11 +8,11 @@ the model and of the layout are carried to the provider under their own names, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nemo_megacpp.errors import raise_violations
+from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.recipes.recipe import Recipe
 
 
@@ -99,6 +99,28 @@ FATES: dict[str, Fate] = {
     "init_from": _carried("checkpoint.pretrained_checkpoint"),
 }
 """Setting of a recipe -> what becomes of it."""
+
+
+def validate_wrapper(ddp: Any, dist: Mapping[str, Any]) -> None:
+    """Refuse FSDP, which Bridge can be asked for in two places.
+
+    Args:
+        ddp: Megatron's configuration of the wrapper.
+        dist: fields of Bridge's ``DistributedInitConfig``.
+
+    Raises:
+        UserError: naming every field that asks for it.
+    """
+    asked = [f"dist.{n}=True" for n in ("use_megatron_fsdp", "use_torch_fsdp2") if dist.get(n)]
+    names = ("use_megatron_fsdp", "use_custom_fsdp")
+    asked += [f"ddp.{name}=True" for name in names if getattr(ddp, name, False)]
+    if asked:
+        raise UserError(
+            f"{' and '.join(asked)}: through Megatron-Bridge no run has been shown to keep the "
+            f"numbers and the checkpoints under FSDP (docs/fsdp.md says where it has). Leave it "
+            f"out; ddp.use_distributed_optimizer=True shards the optimizer's state over "
+            f"data-parallel ranks."
+        )
 
 
 def validate_carried(recipe: Recipe) -> None:

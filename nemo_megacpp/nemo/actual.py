@@ -28,18 +28,20 @@ def tokenizer_of(data: Any) -> str | None:
     return getattr(data, "tokenizer_fingerprint", None)
 
 
-def validate_wrapper(fsdp: Any, ddp: Any) -> None:
-    """Refuse FSDP and PyTorch's DDP, arguments of NeMo's ``MegatronStrategy``."""
+def validate_wrapper(fsdp: Any, ddp: Any, save_ckpt_format: Any = None) -> None:
+    """Refuse FSDP, its checkpoints and PyTorch's DDP, arguments of NeMo's ``MegatronStrategy``."""
     flags = [name for name in ("use_megatron_fsdp", "use_custom_fsdp") if getattr(ddp, name, False)]
     asked = [f"trainer.strategy.fsdp={fsdp!r}"] if fsdp is not None else []
     asked += [f"trainer.strategy.ddp.{name}=True" for name in flags]
     asked += [f"trainer.strategy.ddp={ddp!r}"] if ddp == "pytorch" else []
+    if save_ckpt_format == "fsdp_dtensor":
+        asked.append(f"trainer.strategy.save_ckpt_format={save_ckpt_format!r}")
     if asked:
         raise UserError(
             f"{' and '.join(asked)}: gradients are reduced, clipped and saved by Megatron's "
-            f"DistributedDataParallel here; no other wrapper has been shown to keep the numbers "
-            f"of every layout. Leave it out; use_distributed_optimizer=true shards the optimizer's "
-            f"state over data-parallel ranks."
+            f"DistributedDataParallel here; through NeMo no other wrapper has been shown to keep "
+            f"the numbers of every layout (docs/fsdp.md says where FSDP has). Leave it out; "
+            f"use_distributed_optimizer=true shards the optimizer's state over data-parallel ranks."
         )
 
 

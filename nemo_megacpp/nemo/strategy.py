@@ -75,7 +75,7 @@ class HybridStrategy(MegatronStrategy):
         ddp = kwargs.get("ddp", "megatron")
         if isinstance(ddp, DistributedDataParallelConfig):
             validate_config(ddp)
-        validate_wrapper(kwargs.get("fsdp"), ddp)
+        validate_wrapper(kwargs.get("fsdp"), ddp, kwargs.get("save_ckpt_format"))
         if not isinstance(ddp, DistributedDataParallelConfig) and ddp != "megatron":
             raise UserError(
                 f"trainer.strategy.ddp={ddp!r}: Megatron's optimizer needs Megatron's wrapper. "

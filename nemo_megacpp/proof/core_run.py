@@ -24,6 +24,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -61,7 +62,7 @@ def run_step(
     """Take the steps of ``spec`` in ``layout``, on every rank of it; see
     :func:`nemo_megacpp.nemo.proof_run.run_step`, which has the same arguments."""
     reader = StepReader(spec, weights, trace=trace, perturb_seed=perturb_seed)
-    trainee = _Trainee.prepare(spec, layout)
+    trainee = _Trainee.prepare(spec, layout, reader)
     trainee.begin(reader)
     trainee.train(reader)
     return reader.result
@@ -81,7 +82,7 @@ def train_and_save(
         On rank 0, the state that was saved and the steps that followed it.
     """
     reader = StepReader(spec, weights)
-    trainee = _Trainee.prepare(spec, layout)
+    trainee = _Trainee.prepare(spec, layout, reader)
     trainee.begin(reader)
 
     def save() -> None:
@@ -103,7 +104,7 @@ def resume_and_train(
         On rank 0, the state that was loaded and the steps that followed it.
     """
     reader = StepReader(spec, resumed=True)
-    trainee = _Trainee.prepare(spec, layout)
+    trainee = _Trainee.prepare(spec, layout, reader)
     load_training_state(trainee.chunks, trainee.optimizer, checkpoint)
     trainee.begin(reader)
     reader.gather_state()
@@ -120,12 +121,13 @@ class _Trainee:
     num_microbatches: int
     config: HybridConfig
     chunks: list[torch.nn.Module]
-    wrapped: list[DistributedDataParallel]
+    wrapped: list[Any]
     optimizer: MegatronOptimizer
 
     @classmethod
-    def prepare(cls, spec: StepSpec, layout: ParallelLayout) -> _Trainee:
-        """Build the model of ``spec`` in ``layout`` with its wrapper and optimizer."""
+    def prepare(cls, spec: StepSpec, layout: ParallelLayout, reader: StepReader) -> _Trainee:
+        """Build the model of ``spec`` in ``layout`` with its wrapper and optimizer. FSDP shards
+        weights where it wraps them, so ``reader`` gives them before."""
         logging.getLogger("megatron").setLevel(logging.ERROR)  # as on NeMo's path
         start_model_parallel(layout, spec.seed)
         dtype = getattr(torch, spec.dtype)
@@ -138,6 +140,8 @@ class _Trainee:
                 # What mixers keep in float32 as well: gradients are then reduced exactly.
                 for parameter in chunk.parameters():
                     parameter.data = parameter.data.double()
+        if spec.ddp.get("use_megatron_fsdp"):
+            reader.give_weights(chunks)
         wrapped = _wrap(spec, config, chunks)
         optimizer = _optimizer(spec, config, wrapped)
         config.grad_scale_func = optimizer.scale_loss
@@ -145,7 +149,7 @@ class _Trainee:
         return cls(spec, count, config, chunks, wrapped, optimizer)
 
     def begin(self, reader: StepReader) -> None:
-        """Let ``reader`` give the model its weights."""
+        """Let ``reader`` give the model its weights, if it has not, and watch it."""
         reader.begin(self.wrapped, self.config, self.optimizer)
 
     def train(
@@ -240,12 +244,10 @@ def _forward_step(
     return losses, loss
 
 
-def _wrap(
-    spec: StepSpec, config: HybridConfig, chunks: list[torch.nn.Module]
-) -> list[DistributedDataParallel]:
+def _wrap(spec: StepSpec, config: HybridConfig, chunks: list[torch.nn.Module]) -> list[Any]:
     """Wrap model chunks as Megatron's training does, and tell the schedules of it."""
-    exact = spec.dtype == "float64"
-    shards = spec.use_distributed_optimizer and not exact
+    exact, fsdp = spec.dtype == "float64", bool(spec.ddp.get("use_megatron_fsdp"))
+    shards = fsdp or (spec.use_distributed_optimizer and not exact)
     settings = {
         "grad_reduce_in_fp32": not exact,
         "check_for_nan_in_grad": True,
@@ -257,8 +259,9 @@ def _wrap(
     if exact:
         settings["overlap_param_gather"] = False
     ddp_config = DistributedDataParallelConfig(**settings)
+    wrapper: Any = FullyShardedDataParallel if fsdp else DistributedDataParallel
     wrapped = [
-        DistributedDataParallel(
+        wrapper(
             config,
             ddp_config,
             Float16Module(config, chunk) if config.bf16 else chunk,
@@ -266,9 +269,11 @@ def _wrap(
         )
         for index, chunk in enumerate(chunks)
     ]
-    functions: dict[str, list[Any]] = {"no_sync_func": [chunk.no_sync for chunk in wrapped]}
-    if ddp_config.overlap_grad_reduce and ddp_config.align_param_gather:
-        functions["grad_sync_func"] = [chunk.start_grad_sync for chunk in wrapped]
+    functions: dict[str, list[Any]] = {}
+    if ddp_config.overlap_grad_reduce:
+        functions["no_sync_func"] = [chunk.no_sync for chunk in wrapped]
+        if ddp_config.align_param_gather:
+            functions["grad_sync_func"] = [chunk.start_grad_sync for chunk in wrapped]
     if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
         functions["param_sync_func"] = [chunk.start_param_sync for chunk in wrapped]
     for name, of_chunks in functions.items():
@@ -277,9 +282,7 @@ def _wrap(
     return wrapped
 
 
-def _optimizer(
-    spec: StepSpec, config: HybridConfig, wrapped: list[DistributedDataParallel]
-) -> MegatronOptimizer:
+def _optimizer(spec: StepSpec, config: HybridConfig, wrapped: list[Any]) -> MegatronOptimizer:
     ddp = wrapped[0].ddp_config
     settings = {
         "optimizer": "adam",

@@ -10,6 +10,7 @@ from megatron.core.utils import unwrap_model
 
 from nemo_megacpp.checkpoint.optimizer_state import training_sharded_state_dict
 from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
+from nemo_megacpp.proof import fsdp
 from nemo_megacpp.proof.gather import (
     GlobalValues,
     gather_sharded,
@@ -31,7 +32,8 @@ from nemo_megacpp.proof.taps import Recorder, perturb
 class StepReader:
     """Gives a run its initial weights, and reads losses, gradients and parameters off it.
 
-    The driver of the run calls :meth:`begin`, then for each step :meth:`add_loss`,
+    The driver of the run calls :meth:`give_weights` where the model's wrapper shards its weights,
+    :meth:`begin`, then for each step :meth:`add_loss`,
     :meth:`before_step` and :meth:`after_step`, and :meth:`finish`; every rank calls all of them.
 
     Args:
@@ -65,7 +67,7 @@ class StepReader:
         self._optimizer: Any = None
         self._recorder: Recorder | None = None
         self._first = True
-        self._violations: Sequence[TagViolation] = ()
+        self._violations: Sequence[TagViolation] | None = None
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
         self._aux_losses: dict[str, float] = {}
@@ -74,8 +76,24 @@ class StepReader:
         self.result: StepResult | None = None
         self.carried: Carried | None = None
 
+    def give_weights(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Give the model its weights, and check its tags.
+
+        Args:
+            chunks: its chunks, unwrapped.
+        """
+        self.chunks = list(chunks)
+        self._violations = tag_violations(self.chunks)
+        if self._resumed:
+            return
+        if self._weights is None:
+            disturb(self._spec, chunks)
+            self._initial = gather_values(chunks)
+        else:
+            shard_values(chunks, self._weights)
+
     def begin(self, wrapped: Sequence[Any], config: Any, optimizer: Any) -> None:
-        """Give the model its weights, and start to watch it.
+        """Give the model its weights, unless it has them, and start to watch it.
 
         Args:
             wrapped: its chunks, each in Megatron's data-parallel wrapper.
@@ -83,19 +101,18 @@ class StepReader:
             optimizer: Megatron's.
         """
         self._wrapped, self._config, self._optimizer = wrapped, config, optimizer
-        self.chunks = list(unwrap_model(list(wrapped)))
-        self._violations = tag_violations(self.chunks)
-        if not self._resumed:
-            if self._weights is None:
-                disturb(self._spec, self.chunks)
-                self._initial = gather_values(self.chunks)
-            else:
-                shard_values(self.chunks, self._weights)
-            optimizer.reload_model_params()
+        if self._violations is None:
+            self.give_weights(unwrap_model(list(wrapped)))
+            if not self._resumed:
+                optimizer.reload_model_params()
         if self._perturb_seed is not None:
             perturb(self.chunks, config, self._perturb_seed)
         if self._traced:
             self._recorder = Recorder(self.chunks, config, self._spec)
+
+    @property
+    def _is_fsdp(self) -> bool:
+        return bool(self._wrapped[0].ddp_config.use_megatron_fsdp)
 
     def add_loss(self, loss: float) -> None:
         """Append the loss of a step, in full precision."""
@@ -105,7 +122,10 @@ class StepReader:
         """Gather the gradients of the first step and of the last; ``step`` counts from 1."""
         if not (self._first or step == self._spec.steps):
             return
-        gathered = gather_gradients(self.chunks, self._wrapped)
+        if self._is_fsdp:
+            gathered = fsdp.gather_gradients(self._wrapped)
+        else:
+            gathered = gather_gradients(self.chunks, self._wrapped)
         if gathered is not None:
             self._gradients.add(gathered, "" if self._first else f"@{step}")
         self._first = False
@@ -127,10 +147,13 @@ class StepReader:
 
     def finish(self) -> None:
         """After the last step, gather the parameters, the losses and the trace to rank 0."""
-        for chunk in self._wrapped:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
-        parameters = gather_parameters(self.chunks, self._wrapped)
+        if self._is_fsdp:
+            parameters = fsdp.gather_parameters(self._wrapped)
+        else:
+            for chunk in self._wrapped:
+                if chunk.ddp_config.overlap_param_gather:
+                    chunk.start_param_sync(force_sync=True)
+            parameters = gather_parameters(self.chunks, self._wrapped)
         trace = None if self._recorder is None else self._recorder.gather()
         losses = _from_last_stage(self._losses)
         if parameters is None:
@@ -144,7 +167,7 @@ class StepReader:
             parameters,
             trace,
             self._initial,
-            self._violations,
+            self._violations or (),
         )
         if self.carried is not None:
             self.carried.following = self.result

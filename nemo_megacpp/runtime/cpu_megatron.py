@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from nemo_megacpp.core.fsdp import problem_with_fsdp
+from nemo_megacpp.runtime import cpu_fsdp
 from nemo_megacpp.runtime.torch_forms import install_clipping, install_mamba_kernels
 
 
@@ -144,3 +146,5 @@ def install() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         moe[0].te_general_gemm = None
     install_mamba_kernels()
+    if problem_with_fsdp() is None:
+        cpu_fsdp.install()

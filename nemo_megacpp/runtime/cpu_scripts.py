@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 _HELPERS = "megatron.core.datasets.helpers_cpp"
+_FSDP = "--use-megatron-fsdp"
 _CAPABILITY = (8, 0)
 """Megatron's argument check needs 8.0 for grouped experts; no computation depends on it."""
 
@@ -126,8 +127,9 @@ def _print_no_stacks() -> None:
 
 def install() -> None:
     """Install the stand-ins. Called once, by :func:`nemo_megacpp.runtime.host.ensure_host`."""
-    # Megatron's argument check requires it below compute capability 10.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Megatron's argument check requires it below compute capability 10, and refuses it with FSDP.
+    if _FSDP not in sys.argv:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     distributed: Any = torch.distributed
     distributed.init_process_group = _on_gloo(distributed.init_process_group)
     _use_compiled_helpers()

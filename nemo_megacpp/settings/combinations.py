@@ -15,6 +15,8 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
+from nemo_megacpp.settings.fsdp import fsdp_violations
+
 
 def range_violations(config: TransformerConfig) -> Iterator[str]:
     """Yield numbers outside their range."""
@@ -211,6 +213,7 @@ def training_violations(
             "microbatches would be summed in bfloat16, and their number per rank would "
             "change the sum. Legal: True."
         )
+    yield from fsdp_violations(model, ddp)
     if ddp.average_in_collective and model.calculate_per_token_loss:
         yield (
             "DistributedDataParallelConfig.average_in_collective=True: with "

@@ -6,7 +6,7 @@ A field of another release than the installed one has a verdict too, which nothi
 
 from __future__ import annotations
 
-from nemo_megacpp.settings.verdict import neutral, only_with, refused, table
+from nemo_megacpp.settings.verdict import Named, neutral, only_with, proved, refused, table
 
 _INFERENCE = "Only inference reads it, and the hybrid stack trains"
 _OP_FUSER = "No GPU has proved Transformer Engine's fused operations here"
@@ -139,6 +139,7 @@ SINCE_0_17 = table(
 )
 """Fields of ``TransformerConfig`` that 0.16 does not have."""
 
+FSDP_ALONE = "Megatron's FSDP alone reads it, and no case varies it"
 DDP_UNTIL_0_16 = only_with("preserve_fp32_weights", "use_megatron_fsdp")
 """As :data:`UNTIL_0_16`, of ``DistributedDataParallelConfig``."""
 
@@ -149,13 +150,19 @@ DDP_SINCE_0_17 = table(
         "Gradients are accumulated in float32 whatever the name (grad_reduce_in_fp32)",
     ),
     refused("fp4_param_gather", "It needs fp4, which is refused"),
-    only_with(
+    proved(
+        "megatron_fsdp_main_grads_dtype",
+        "The type in which FSDP sums gradients; a bf16 model accepts torch.float32 only",
+        "tests/proof/test_fsdp.py::test_bf16",
+        legal=(Named("torch.float32"),),
+        otherwise="Their number per rank would change a sum of fewer bits",
+    ),
+    refused(
         """fsdp_db_use_persist_buf_on_alloc_fail fsdp_all_gather_in_start_param_sync
-        megatron_fsdp_main_params_dtype megatron_fsdp_main_grads_dtype
-        megatron_fsdp_grad_comm_dtype megatron_fsdp_use_decoupled_grad
-        megatron_fsdp_cuda_graph_mode megatron_fsdp_enable_fine_grained_param_gather
-        megatron_fsdp_max_pool_double_buffer""",
-        "use_megatron_fsdp",
+        megatron_fsdp_main_params_dtype megatron_fsdp_grad_comm_dtype
+        megatron_fsdp_use_decoupled_grad megatron_fsdp_cuda_graph_mode
+        megatron_fsdp_enable_fine_grained_param_gather megatron_fsdp_max_pool_double_buffer""",
+        FSDP_ALONE,
     ),
 )
 """As :data:`SINCE_0_17`, of ``DistributedDataParallelConfig``."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from nemo_megacpp.core.fsdp import STRATEGIES
 from nemo_megacpp.settings.release_verdicts import (
     DDP_SINCE_0_17,
     DDP_UNTIL_0_16,
+    FSDP_ALONE,
     OPTIMIZER_SINCE_0_17,
     OPTIMIZER_UNTIL_0_16,
 )
@@ -13,6 +15,10 @@ from nemo_megacpp.settings.verdict import Table, covered, neutral, only_with, pr
 
 _FP8 = "It needs fp8, which is refused"
 _ONE_ELEMENT = "Enters the step of one element, by its own gradient alone"
+_FSDP = (
+    "tests/proof/test_fsdp.py::test_every_strategy",
+    "tests/proof/test_fsdp.py::test_every_layout",
+)
 _RESUMED = "tests/nemo/test_resume.py::test_the_schedule_continues_in_another_layout"
 _SCHEDULE = (
     "tests/nemo/test_lr_schedule.py::test_every_step_has_the_learning_rate_of_megatrons_script",
@@ -46,15 +52,25 @@ DDP = table(
     neutral("disable_symmetric_registration", "How NCCL learns where the buffers are"),
     _as_the_model("delay_wgrad_compute"),
     refused("fp8_param_gather reuse_grad_buf_for_mxfp8_param_ag", _FP8),
-    refused(
-        "use_megatron_fsdp use_custom_fsdp outer_dp_sharding_strategy",
-        "Megatron's DDP trains the stack; no case covers its FSDP",
-    ),
-    only_with(
-        """gradient_reduce_div_fusion suggested_communication_unit_size
-        keep_fp8_transpose_cache fsdp_double_buffer fsdp_manual_registration
-        data_parallel_sharding_strategy""",
+    proved(
         "use_megatron_fsdp",
+        "Which rank holds which parameters, gradients and optimizer state; refused on "
+        "Megatron-Core 0.16, through NeMo and through Megatron-Bridge",
+        *_FSDP,
+    ),
+    proved(
+        "data_parallel_sharding_strategy",
+        "What FSDP shards",
+        *_FSDP,
+        legal=("no_shard", *STRATEGIES),
+        otherwise="Megatron's FSDP has no such strategy",
+    ),
+    neutral("use_custom_fsdp", "The old name of use_megatron_fsdp: scripts set both, never alone"),
+    refused(
+        """outer_dp_sharding_strategy gradient_reduce_div_fusion
+        suggested_communication_unit_size keep_fp8_transpose_cache fsdp_double_buffer
+        fsdp_manual_registration""",
+        FSDP_ALONE,
     ),
     DDP_UNTIL_0_16,
     DDP_SINCE_0_17,

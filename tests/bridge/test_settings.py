@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
-from nemo_megacpp.bridge.settings import FATES, validate_carried
+from nemo_megacpp.bridge.settings import FATES, validate_carried, validate_wrapper
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.names import RUN_KEYS
 from nemo_megacpp.recipes.recipe import resolve
@@ -38,3 +39,19 @@ def test_depth_state_and_virtual_stages_are_refused_together() -> None:
         validate_carried(resolve("nam56r_tiny", both))
     for left_out in (3, 4):
         validate_carried(resolve("nam56r_tiny", both[:left_out] + both[left_out + 1 :]))
+
+
+@pytest.mark.parametrize(
+    ("ddp", "dist", "message"),
+    [
+        ({"use_megatron_fsdp": True}, {}, r"ddp\.use_megatron_fsdp=True: through"),
+        ({"use_custom_fsdp": True}, {}, r"ddp\.use_custom_fsdp=True: "),
+        ({}, {"use_megatron_fsdp": True}, r"dist\.use_megatron_fsdp=True: "),
+        ({}, {"use_torch_fsdp2": True}, r"dist\.use_torch_fsdp2=True: "),
+    ],
+)
+def test_fsdp_is_refused(ddp: dict[str, bool], dist: dict[str, bool], message: str) -> None:
+    """``HybridProvider.provide_distributed_model`` asks this with Bridge's arguments."""
+    validate_wrapper(SimpleNamespace(use_megatron_fsdp=False), {"use_torch_fsdp2": False})
+    with pytest.raises(UserError, match=message):
+        validate_wrapper(SimpleNamespace(**ddp), dist)

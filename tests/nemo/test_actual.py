@@ -111,6 +111,10 @@ def test_the_strategy_loads_no_checkpoint_of_another_model(
         ({"fsdp": "pytorch"}, r"trainer\.strategy\.fsdp='pytorch'"),
         ({"ddp": "pytorch"}, r"trainer\.strategy\.ddp='pytorch'"),
         (
+            {"save_ckpt_format": "fsdp_dtensor"},
+            r"trainer\.strategy\.save_ckpt_format='fsdp_dtensor'",
+        ),
+        (
             {"ddp": SimpleNamespace(use_megatron_fsdp=True)},
             r"trainer\.strategy\.ddp\.use_megatron_fsdp=True",
         ),

@@ -227,7 +227,7 @@ def test_a_refused_setting_of_the_wrapper(
     value = _illegal(DistributedDataParallelConfig, field)
     config = DistributedDataParallelConfig()
     setattr(config, field.name, value)  # past Megatron's own checks
-    message = f"DistributedDataParallelConfig.{field.name}={value!r}: {setting.reason}. Legal: "
+    message = f"DistributedDataParallelConfig.{field.name}={value!r}: {_words(setting)}. Legal: "
     with pytest.raises(UserError) as refusal:
         HybridStrategy(ddp=config)
     assert message in str(refusal.value)
@@ -337,6 +337,13 @@ def test_a_script_without_arguments_is_none(monkeypatch: pytest.MonkeyPatch) -> 
             r"overlap_param_gather=True with use_distributed_optimizer=False: Megatron gathers",
         ),
         ({}, {}, {"bf16": True}, r"OptimizerConfig\.bf16=True, and the model has bf16=False"),
+        (
+            {},
+            {"data_parallel_sharding_strategy": "optim"},
+            {},
+            r"data_parallel_sharding_strategy='optim' has no effect without use_megatron_fsdp",
+        ),
+        ({}, {"use_custom_fsdp": True}, {}, r"use_custom_fsdp=True: it is use_megatron_fsdp"),
     ],
 )
 def test_refused_together(

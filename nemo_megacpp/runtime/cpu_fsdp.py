@@ -1,0 +1,78 @@
+"""What Megatron's FSDP needs beyond :mod:`cpu_megatron` to run without a GPU.
+
+Its buffers, hooks and order of communication are the stock ones, on gloo.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+class _Distributed(ModuleType):
+    """``torch.distributed``, which gathers bytes: FSDP gathers the bfloat16 and the float32
+    parameters of a layer in one coalesced call, and gloo's corrupts tensors of several dtypes."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.distributed, name)
+
+    @staticmethod
+    def all_gather_into_tensor(
+        output_tensor: torch.Tensor, input_tensor: torch.Tensor, **options: Any
+    ) -> Any:
+        return torch.distributed.all_gather_into_tensor(
+            output_tensor.view(torch.uint8), input_tensor.view(torch.uint8), **options
+        )
+
+
+class _TorchOnCpu(ModuleType):
+    """Torch, in which ``device("cuda:…")`` is the CPU. Megatron writes the current device behind
+    ``"cuda:"``, and a device, which is no class to derive from, cannot be written as a number."""
+
+    distributed = _Distributed("torch.distributed")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def device(kind: Any, *index: Any) -> torch.device:
+        if isinstance(kind, str) and kind.startswith("cuda"):
+            return torch.device("cpu")
+        return torch.device(kind, *index)
+
+
+class _MeshOnCpu:
+    """``DeviceMesh.from_group`` with the device that gloo's groups have."""
+
+    @staticmethod
+    def from_group(group: Any, device_type: str, **options: Any) -> Any:
+        return torch.distributed.DeviceMesh.from_group(group, device_type="cpu", **options)
+
+
+def _scale_then_sum(
+    gradients: torch.Tensor, scaling_factor: float | None, ddp_config: Any
+) -> torch.distributed.ReduceOp.RedOpType:
+    """Stock form asks NCCL to multiply while it sums; gloo sums what is multiplied before."""
+    if scaling_factor is None:
+        return torch.distributed.ReduceOp.SUM
+    if ddp_config.average_in_collective:
+        return torch.distributed.ReduceOp.AVG
+    gradients.mul_(scaling_factor)
+    return torch.distributed.ReduceOp.SUM
+
+
+def install() -> None:
+    """Install the replacements. Called once, by :mod:`cpu_megatron`."""
+    from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import (
+        megatron_fsdp,
+        param_and_grad_buffer,
+    )
+
+    modules: list[Any] = [mcore_fsdp_adapter, megatron_fsdp, param_and_grad_buffer]
+    for module in modules:
+        module.torch = _TorchOnCpu("torch")
+    modules[0].DeviceMesh = _MeshOnCpu
+    modules[2].gradient_reduce_preprocessing = _scale_then_sum
