@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import math
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.state import GlobalState
 from megatron.core import parallel_state
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 
 from nemo_megacpp.bridge.forward_step import LOSS
 from nemo_megacpp.bridge.terminal import tell
-from nemo_megacpp.checkpoint.described import actual_layout
-from nemo_megacpp.mixers.aux_loss import reduced_aux_losses
-from nemo_megacpp.preflight.outputs import job_process
-from nemo_megacpp.runs.events import append_record, record_event
+from nemo_megacpp.runs.events import record_event
 from nemo_megacpp.runs.non_finite import non_finite
-from nemo_megacpp.runs.ranks import memory_now, over_ranks
-from nemo_megacpp.runs.run_folder import METRICS_FILE
-from nemo_megacpp.runs.summary import show_step, summarize, write_summary
-from nemo_megacpp.runs.throughput import Throughput
+from nemo_megacpp.runs.session import Session
 from nemo_megacpp.runtime import heartbeat, stopping
 from nemo_megacpp.runtime.launch import launched
 
@@ -41,51 +34,39 @@ def of_last_stage(loss: Any) -> float:
 
 
 class RunRecorder(Callback):
-    """Record a run's steps and events in its folder, print progress and a summary.
-
-    Only global rank 0 writes and prints.
+    """Record a run's steps and events in its folder, log scalars, print progress and a summary.
 
     Args:
         run_dir: the run's folder.
         log_interval: steps between progress lines.
         resumed: the checkpoint that the run resumes.
+        sigterm: of the same run.
     """
 
-    def __init__(self, run_dir: Path, log_interval: int, resumed: str | None):
-        self.run_dir, self.log_interval, self.resumed = run_dir, log_interval, resumed
-        job = job_process(bool(launched()))
-        self._job_pid, self._job_began = job.pid, job.create_time()
-        self._before = memory_now()  # Bridge builds the model after this
-        self._step_began = 0.0
-        self._begun = False
-        self._heldout: float | None = None
-        self._evaluated: int | None = None
-        self._throughput: Any = None
+    def __init__(
+        self, run_dir: Path, log_interval: int, resumed: str | None, sigterm: StopOnSigterm
+    ):
+        self._sigterm = sigterm
+        self.session = Session(run_dir, log_interval, resumed)
+        self.session.before_model()  # Bridge builds the model after this
+        self.begun = False
         self.step = 0
+        self._evaluated: int | None = None
 
     def on_train_start(self, context: CallbackContext) -> None:
         """Record the start."""
         cfg = context.state.cfg
-        tokens = cfg.train.global_batch_size * cfg.model.seq_length
-        self._throughput = Throughput(unwrap_model(context.model), cfg.model, tokens)
-        ranks = torch.distributed.get_world_size()
-        operations = self._throughput.tflop_per_rank * ranks * 1e12
-        cfg.model.row_operations = operations / cfg.train.global_batch_size
         self.step = context.state.train_state.step
-        if torch.distributed.get_rank() == 0:
-            details = {
-                "pattern": str(cfg.model.pattern),
-                "layout": actual_layout(cfg.model, ranks).describe(),
-                "ranks": ranks,
-                "max_steps": cfg.train.train_iters,
-                "startup_seconds": round(time.time() - self._job_began),
-                "through": "bridge",
-            }
-            if self.resumed is not None:
-                details["checkpoint"] = self.resumed
-            kind = "started" if self.resumed is None else "resumed"
-            record_event(self.run_dir, kind, self.step, **details)
-        self._step_began = time.perf_counter()
+        operations = self.session.start(
+            unwrap_model(context.model),
+            cfg.model,
+            cfg.train.global_batch_size * cfg.model.seq_length,
+            step=self.step,
+            max_steps=cfg.train.train_iters,
+            through="bridge",
+        )
+        cfg.model.row_operations = operations / cfg.train.global_batch_size
+        self.begun = True
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Record and print a step; Bridge counts it after this.
@@ -94,74 +75,63 @@ class RunRecorder(Callback):
             UserError: loss or gradient norm is NaN or Inf; nothing of this step is saved.
         """
         cfg = context.state.cfg
-        self.step = step = context.state.train_state.step + 1
+        step = context.state.train_state.step + 1
         loss = of_last_stage((context.loss_dict or {}).get(LOSS))
         norm = float("nan") if context.grad_norm is None else float(context.grad_norm)
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 raise non_finite(step, f"the {name} is {value}")
-        aux = reduced_aux_losses(cfg.model, scale=1.0 / get_num_microbatches())
-        now = time.perf_counter()
-        seconds, self._step_began = now - self._step_began, now
-        shown = step % self.log_interval == 0 or step in (1, cfg.train.train_iters)
-        everywhere = over_ranks(self._before, seconds) if shown or not self._begun else {}
-        self._begun = True
-        scalars = {LOSS: loss, "grad-norm": norm, **aux}
-        if (writer := context.state.tensorboard_logger) is not None:  # on Bridge's last rank
+        self.step = step
+        assert context.optimizer is not None
+        lr = context.optimizer.param_groups[0]["lr"]
+        line, scalars = self.session.end_step(step, cfg.model, lr, loss=loss, grad_norm=norm)
+        self._log({LOSS: loss, "grad-norm": norm, "learning-rate": lr, **scalars}, context, step)
+        if line is not None:
+            tell(line)
+
+    def on_eval_end(self, context: CallbackContext) -> None:
+        """Record an evaluation."""
+        self.session.restart_clock()
+        if self._sigterm.stopping:
+            return  # the evaluation was cut short: its loss is that of a part of the data
+        self._evaluated = self.step
+        loss = of_last_stage((context.total_loss_dict or {}).get(LOSS))
+        self._log({f"{LOSS} validation": loss}, context, self.step)
+        if torch.distributed.get_rank() == 0:
+            tell(self.session.end_evaluation(self.step, loss))
+
+    def on_train_end(self, context: CallbackContext) -> None:
+        """Leave out the evaluation with which Bridge ends a run where its last step has had one."""
+        if self._evaluated == self.step:
+            context.state.train_state.do_valid = False
+
+    def _log(self, scalars: dict[str, float], context: CallbackContext, step: int) -> None:
+        """Give scalars to the loggers, which Bridge has on its last rank."""
+        if (writer := context.state.tensorboard_logger) is not None:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step)
         if (wandb := context.state.wandb_logger) is not None:
             wandb.log(scalars, step)
-        if torch.distributed.get_rank() != 0:
-            return
-        record = {
-            "step": step,
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": context.optimizer.param_groups[0]["lr"] if context.optimizer else None,
-            "seconds": seconds,
-            **self._throughput.of(seconds),
-            "aux": aux,
-            **everywhere,
-        }
-        append_record(self.run_dir / METRICS_FILE, record)
-        if shown:
-            unit = self._throughput.unit
-            tell(show_step(record, cfg.train.train_iters, self._heldout, unit))
 
-    def on_eval_end(self, context: CallbackContext) -> None:
-        """Record an evaluation."""
-        self._step_began = time.perf_counter()
-        found = (context.total_loss_dict or {}).get(LOSS)
-        loss = of_last_stage(found)
-        if torch.distributed.get_rank() != 0 or self._known(self.step):
-            return
-        self._heldout = loss
-        append_record(self.run_dir / METRICS_FILE, {"step": self.step, "heldout_loss": loss})
-        tell(f"step {self.step:>5}  held-out loss {loss:.4f}")
-
-    def _known(self, step: int) -> bool:
-        """Whether the evaluation after this step is recorded; Bridge evaluates again at its end."""
-        known, self._evaluated = self._evaluated == step, step
-        return known
+    def fail(self, error: BaseException) -> None:
+        """Record what ended the run."""
+        if _is_global_zero() and (said := self.session.fail(self.step, error)) is not None:
+            tell(said)
 
     def finish(self, max_steps: int) -> None:
         """Record the end of the run, and print the summary; Bridge has left the job by now."""
-        if (place := launched()) is not None and place.rank != 0:
-            return
-        kind = "finished" if self.step >= max_steps else "stopped"
-        record_event(self.run_dir, kind, self.step)
-        summary = summarize(self.run_dir)
-        if summary is None:
-            return
-        write_summary(summary, self.run_dir)
-        rows = [(kind, str(self.run_dir)), *summary.rows()]
-        width = max(len(name) for name, _ in rows)
-        tell("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+        if _is_global_zero() and (said := self.session.end(self.step, max_steps)) is not None:
+            tell(said)
+
+
+def _is_global_zero() -> bool:
+    return (place := launched()) is None or place.rank == 0
 
 
 class StopOnSigterm(Callback):
     """Save and stop after the step in which SIGTERM has reached any rank.
+
+    An evaluation is cut short, as it may take longer than the time that a scheduler leaves.
 
     Args:
         run_dir: the run's folder, which records it.
@@ -171,15 +141,22 @@ class StopOnSigterm(Callback):
         self.run_dir, self.stopping = run_dir, False
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        """Ask all ranks; Bridge saves and stops at a multiple of ``exit_interval``."""
+        """Ask all ranks after a step; Bridge counts it after this."""
+        self._ask(context.state, context.state.train_state.step + 1)
+
+    def on_eval_step_end(self, context: CallbackContext) -> None:
+        """Ask all ranks after a batch of an evaluation."""
+        self._ask(context.state, context.state.train_state.step)
+        if self.stopping:
+            context.state.cfg.validation.eval_iters = 0  # which Bridge's loop compares with
+
+    def _ask(self, state: GlobalState, step: int) -> None:
         asked = torch.tensor(int(stopping.stop_asked()), device=torch.cuda.current_device())
         torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
         if not asked.item():
             return
-        state = context.state
-        step = state.train_state.step + 1
-        state.cfg.train.exit_interval = step
-        state.train_state.do_valid = False  # an evaluation may take longer than there is time
+        state.cfg.train.exit_interval = step  # Bridge saves and stops at a multiple of it
+        state.train_state.do_valid = False
         self.stopping = True
         if torch.distributed.get_rank() == 0:
             tell(f"step {step:>5}  SIGTERM: saving, then stopping")
@@ -187,8 +164,7 @@ class StopOnSigterm(Callback):
 
     def finish(self) -> None:
         """Say how to go on."""
-        place = launched()
-        if self.stopping and (place is None or place.rank == 0):
+        if self.stopping and _is_global_zero():
             tell("stopped by SIGTERM; resume it with resume=auto")
 
 

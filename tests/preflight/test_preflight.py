@@ -33,6 +33,7 @@ from nemo_megacpp.preflight.recipe_data import open_data
 from nemo_megacpp.preflight.resume import choose_newest, find_resume
 from nemo_megacpp.recipes.recipe import Recipe, resolve
 from nemo_megacpp.recipes.views import shape_of
+from nemo_megacpp.runs import rank_program
 from nemo_megacpp.start import train_recipe
 
 VOCAB_SIZE = 300
@@ -625,11 +626,10 @@ def test_an_interrupted_rank_leaves_its_launcher_to_speak(
         raise KeyboardInterrupt
 
     _start(monkeypatch, 0, 2, 2)
-    monkeypatch.setattr(worker, "run_recipe", interrupted)
-    monkeypatch.setattr(worker, "end_with_parent", lambda _: None)
+    monkeypatch.setattr(rank_program, "end_with_parent", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["worker", "nam56r_tiny", "here", "1"])
     with pytest.raises(SystemExit) as stop:
-        worker.main()
+        rank_program.run_rank(interrupted)
     said = ("Interrupted before training began; nothing is lost.\n", "")
     assert (stop.value.code, capsys.readouterr()) == (130, said)
 
