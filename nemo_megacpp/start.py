@@ -31,12 +31,10 @@ class Door:
     Attributes:
         worker: module of a rank; run as a program, or its ``run_recipe`` where a launcher has
             started the ranks.
-        prefixes: of the names of a model's tensors in the checkpoints that it can load.
         validate: raises a UserError for settings of a recipe that the door does not carry.
     """
 
     worker: str = "nemo_megacpp.nemo.worker"
-    prefixes: tuple[str, ...] = ("module.",)
     validate: Callable[[Recipe], None] = lambda recipe: None
 
 
@@ -66,7 +64,7 @@ def train_recipe(recipe: Recipe, dry_run: bool = False, door: Door = NEMO) -> Pa
         validate_not_running(Path(recipe.run_dir))
     resumes = recipe.resume is not None
     door.validate(recipe)
-    settled = preflight(recipe, announce=speaks, prefixes=door.prefixes)
+    settled = preflight(recipe, announce=speaks)
     recipe, run_dir = settled.recipe, settled.run_dir
     if here is None:
         validate_device_count(recipe.layout.world)

@@ -30,7 +30,7 @@ from megatron.core.utils import unwrap_model
 from nemo_megacpp.bridge.config import tokenizer_fingerprint
 from nemo_megacpp.bridge.terminal import tell
 from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
-from nemo_megacpp.checkpoint.content import CheckpointContent
+from nemo_megacpp.checkpoint.content import CONSUMED, CheckpointContent
 from nemo_megacpp.checkpoint.dcp import require_psutil, sharding_metadata
 from nemo_megacpp.checkpoint.described import actual_layout, actual_model
 from nemo_megacpp.checkpoint.folder import UNFINISHED, find_checkpoint, find_weights
@@ -45,6 +45,7 @@ from nemo_megacpp.checkpoint.lifecycle import (
 )
 from nemo_megacpp.checkpoint.optimizer_state import content_metadata, training_sharded_state_dict
 from nemo_megacpp.checkpoint.random_state import (
+    RandomState,
     load_random_state,
     random_state,
     set_random_state,
@@ -77,6 +78,7 @@ class HybridCheckpointManager:
         # train from random weights where it sees none; this is what else it asks.
         self.checkpointing_context: dict[str, Any] = {"local_checkpoint_manager": self}
         self._saved: int | None = None
+        self._random_state: RandomState | None = None
 
     def find_latest(self) -> int:
         """Return 0 if there is a checkpoint to load, else -1: Bridge then calls :meth:`load`."""
@@ -104,11 +106,13 @@ class HybridCheckpointManager:
             form = content_metadata(bool(state.cfg.optimizer.use_distributed_optimizer))
             saved = training_sharded_state_dict(unwrap_model(ctx.model), ctx.optimizer)
             saved["random_state"] = sharded_random_state(random_state())
+            saved[CONSUMED] = state.train_state.consumed_train_samples
             dist_checkpointing.save(saved, str(directory), content_metadata=form)
             if torch.distributed.get_rank() == 0:
                 keep_common_file(directory)
                 self._finish(directory, state)
-                mark.unlink()
+                mark.unlink()  # only then is it counted among the complete ones
+                self._prune(directory, state)
             torch.distributed.barrier()
         self._saved = step
 
@@ -136,6 +140,9 @@ class HybridCheckpointManager:
         os.replace(partial, tracker)
         tell(f"step {step:>5}  saved {directory}")
         record_event(directory.parent.parent, "checkpoint", step, path=str(directory))
+
+    def _prune(self, directory: Path, state: GlobalState) -> None:
+        model = state.cfg.model
         if (most := model.keep_latest) is not None:
             for path in prune(directory.parent, directory, most, model.keep_every):
                 tell(f"removed {path}: newer ones are kept (keep_latest={most})")
@@ -182,24 +189,37 @@ class HybridCheckpointManager:
         assert ctx.optimizer is not None and ctx.opt_param_scheduler is not None
         load_training_state(unwrap_model(ctx.model), ctx.optimizer, directory)
         step, rows = _step_of(directory), cfg.train.global_batch_size
-        train_state.step = step
-        train_state.consumed_train_samples = step * rows
-        interval, batches = cfg.validation.eval_interval, cfg.validation.eval_iters
-        train_state.consumed_valid_samples = step // interval * batches * rows if interval else 0
+        consumed = CheckpointContent(directory).consumed_samples
+        if consumed is None:
+            consumed = step * rows
+            if torch.distributed.get_rank() == 0:
+                tell(
+                    f"The checkpoint does not say how many rows its run has read: resuming after "
+                    f"{step} steps of global_batch_size={rows}."
+                )
+        train_state.step, train_state.consumed_train_samples = step, consumed
+        cfg.dataset.rows_to_read = consumed + (cfg.train.train_iters - step) * rows
+        train_state.consumed_valid_samples = 0  # every evaluation reads the same rows
         # On the schedule of this run's settings, at the checkpoint's step.
         ctx.opt_param_scheduler.num_steps = 0
         ctx.opt_param_scheduler.step(step * rows)
-        saved = load_random_state(find_weights(directory))
-        if saved is not None:
-            set_random_state(saved)
-        elif torch.distributed.get_rank() == 0:
+        self._random_state = load_random_state(find_weights(directory))
+        if self._random_state is None and torch.distributed.get_rank() == 0:
             tell("The checkpoint has no random state for this layout: dropout restarts.")
         return step, 0
 
     def finalize_async_saves(
         self, state: GlobalState, blocking: bool = False, terminate: bool = False
     ) -> None:
-        """Do nothing: nothing is saved in the background (``async_save`` is refused)."""
+        """Set the generators before the first step of a resumed run: the data loaders, which are
+        set up after :meth:`load`, draw from them.
+
+        Bridge calls this before every step. Nothing is saved in the background (``async_save`` is
+        refused).
+        """
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+            self._random_state = None
 
 
 def _step_of(directory: Path) -> int:

@@ -106,6 +106,7 @@ def _dataset(recipe: Recipe) -> HybridDataset:
         seq_length=recipe.model["seq_length"],
         seed=recipe.training.seed,
         packed_documents=recipe.training.packed_documents,
+        rows_per_evaluation=recipe.training.limit_val_batches * recipe.training.global_batch_size,
         side_channels=recipe.model.get("side_channels"),
     )
 

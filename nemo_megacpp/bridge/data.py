@@ -10,6 +10,7 @@ from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
+from torch.utils.data import Dataset
 
 from nemo_megacpp.data.builtin import ensure_builtin
 from nemo_megacpp.data.packed_rows import NO_CACHE, rows_class
@@ -26,6 +27,10 @@ class HybridDataset(DatasetProvider):
         vocab_size, seq_length, side_channels: of the model.
         seed: of the order.
         packed_documents: mark the starts of documents in a row.
+        rows_per_evaluation: the held-out rows that every evaluation reads, as at the other doors;
+            Bridge's own evaluations read on where the last one ended. 0: all.
+        rows_to_read: rows that a resumed run reads from the first one on, with another
+            global_batch_size than before more or fewer than its steps would alone.
         dataloader_type: of Bridge: rows in order, once.
         skip_getting_attention_mask_from_dataset: attention is causal by its mask type.
     """
@@ -35,6 +40,8 @@ class HybridDataset(DatasetProvider):
     seq_length: int = 0
     seed: int = 1234
     packed_documents: bool = False
+    rows_per_evaluation: int = 0
+    rows_to_read: int = field(default=0, init=False)
     side_channels: list[dict[str, Any]] | None = None
     dataloader_type: Any = "single"
     num_workers: int = 0
@@ -86,8 +93,26 @@ class HybridDataset(DatasetProvider):
         )
         rows, held, _ = BlendedMegatronDatasetBuilder(
             rows_class(self.vocab_size, self.packed_documents, channels),
-            [context.train_samples, context.valid_samples, 0],
+            [max(context.train_samples, self.rows_to_read), context.valid_samples, 0],
             lambda: True,
             config,
         ).build()
-        return rows, held, None
+        return rows, _Repeated(held, self.rows_per_evaluation or len(held)), None
+
+
+class _Repeated(Dataset):
+    """The first rows of a dataset, again and again to its length.
+
+    Args:
+        rows: the dataset.
+        count: of the first rows.
+    """
+
+    def __init__(self, rows: Dataset, count: int):
+        self._rows, self._count = rows, count
+
+    def __len__(self) -> int:
+        return len(self._rows)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows[index % self._count]

@@ -7,7 +7,5 @@ from nemo_megacpp.start import Door
 
 BRIDGE = Door(
     worker="nemo_megacpp.bridge.worker",
-    prefixes=("", "module."),
     validate=validate_carried,
 )
-"""Its own checkpoints name the model's tensors without a prefix; those of NeMo's runs have one."""

@@ -116,3 +116,12 @@ def _violations(recipe: Recipe) -> Iterator[str]:
         if fate.kind == "refused" and value not in fate.legal:
             legal = ", ".join(map(str, fate.legal))
             yield f"{name}={value} through bridge: {fate.where}. Legal: {legal}."
+    stages = recipe.layout.virtual_pipeline_model_parallel_size
+    carries = recipe.model.get("m2rnn_depth_state") and recipe.pattern.letters.count("R") > 1
+    if stages is not None and carries:
+        yield (
+            f"m2rnn_depth_state=true with virtual_pipeline_model_parallel_size={stages} through "
+            f"bridge: Bridge calls Megatron's schedule with the model's seq_length, and a message "
+            f"between virtual stages that carries the state is longer. Leave out the virtual "
+            f"stages, or train through NeMo."
+        )

@@ -32,6 +32,9 @@ _WRAPPERS = ("module.", "model.")
 _OPTIMIZER = "optimizer."
 _NOT_THE_MODEL = (_OPTIMIZER, "random_state.")
 """Prefixes of what is saved beside the model's tensors."""
+CONSUMED = "consumed_train_samples"
+"""Key of what is not sharded: rows that a run has trained on, of all data-parallel ranks."""
+_OF_DATA_MODULE = "consumed_samples"
 _SHOWN = ("num_layers", "hidden_size", "vocab_size")
 _AXES = ("tp", "cp", "pp", "ep", "etp")
 _LARGEST_DEGREE = 64
@@ -131,6 +134,18 @@ class CheckpointContent:
         common = self.common()
         step = common.get("global_step", common.get("iteration"))
         return step if isinstance(step, int) else None
+
+    @property
+    def consumed_samples(self) -> int | None:
+        """Rows that the run had trained on, as NeMo's data module or a run through Bridge saved
+        them; None where neither did."""
+        common = self.common()
+        modules = (value for value in common.values() if isinstance(value, dict))
+        of_nemo = next(
+            (value[_OF_DATA_MODULE] for value in modules if _OF_DATA_MODULE in value), None
+        )
+        rows = common.get(CONSUMED, of_nemo)
+        return rows if isinstance(rows, int) and rows >= 0 else None
 
     def common(self) -> dict[str, Any]:
         """Return what is not sharded: ``common.pt``, or the object that takes its place.

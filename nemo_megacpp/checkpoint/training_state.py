@@ -6,9 +6,9 @@ What a NeMo run saved is loaded too: its keys name the wrapper around the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -28,17 +28,36 @@ from nemo_megacpp.checkpoint.optimizer_state import (
 )
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
 _WRAPPER = "module."
 _MOMENT = re.compile(r"optimizer\.state\.\w+\.")
 
 
+def names_a_wrapper(metadata: Metadata) -> bool:
+    """Return whether a checkpoint names the wrapper around the model, as NeMo's runs do."""
+    return any(name.startswith(_WRAPPER) for name in metadata.state_dict_metadata)
+
+
+def name_without_wrapper(state: dict[str, Any]) -> None:
+    """Take the wrapper out of every tensor's key, in place: as runs through Bridge name them."""
+    for item, place in _keys(state):
+        item.key = item.key[:place] + item.key[place:].removeprefix(_WRAPPER)
+
+
 def _name_as_nemo(state: dict[str, Any]) -> None:
     """Give every tensor the key that it has in a checkpoint of NeMo."""
+    for item, place in _keys(state):
+        item.key = f"{item.key[:place]}{_WRAPPER}{item.key[place:]}"
+
+
+def _keys(state: dict[str, Any]) -> Iterator[tuple[ShardedBase, int]]:
+    """Yield what has a key, and where in it the name of the parameter begins."""
     for item in nested_values(state):
         if isinstance(item, ShardedBase):
             match = _MOMENT.match(item.key)
-            place = match.end() if match else 0
-            item.key = f"{item.key[:place]}{_WRAPPER}{item.key[place:]}"
+            yield item, match.end() if match else 0
 
 
 def save_training_state(
@@ -70,7 +89,7 @@ def load_training_state(
     validate_optimizer_form(dist_checkpointing.load_content_metadata(str(weights)))
     state = training_sharded_state_dict(chunks, optimizer, is_loading=True)
     metadata = read_metadata(weights)
-    of_nemo = any(name.startswith(_WRAPPER) for name in metadata.state_dict_metadata)
+    of_nemo = names_a_wrapper(metadata)
     if of_nemo:
         _name_as_nemo(state)
         state["optimizer"] = [state["optimizer"]]

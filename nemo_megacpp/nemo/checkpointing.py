@@ -29,6 +29,7 @@ from nemo_megacpp.checkpoint.lifecycle import (
 )
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.checkpoint.save_errors import save_errors
+from nemo_megacpp.checkpoint.training_state import name_without_wrapper, names_a_wrapper
 from nemo_megacpp.nemo.actual import tokenizer_of
 from nemo_megacpp.printable import say
 from nemo_megacpp.runs.events import record_event
@@ -158,7 +159,7 @@ def _try_to_finish(directory: Path, identity: dict[str, Any], step: int) -> None
 
 
 class AcrossBackends(_WrappingCheckpointIO):
-    """Loads a checkpoint under the names that it has, whichever backend wrote it.
+    """Loads a checkpoint under the names that it has, whichever backend and door wrote it.
 
     Args:
         checkpoint_io: loads it.
@@ -173,10 +174,18 @@ class AcrossBackends(_WrappingCheckpointIO):
         self, path: Any, sharded_state_dict: dict[str, Any], **kwargs: Any
     ) -> dict[str, Any]:
         metadata, new = read_metadata(find_weights(Path(path))), self._new_side_channels
+        bare = not names_a_wrapper(metadata)  # saved through Bridge
+        if bare:
+            name_without_wrapper(sharded_state_dict)
+            if "optimizer" in sharded_state_dict:
+                (sharded_state_dict["optimizer"],) = sharded_state_dict["optimizer"]
         fit_to_checkpoint(sharded_state_dict, metadata, new_side_channels=new)
-        return self.checkpoint_io.load_checkpoint(
+        loaded = self.checkpoint_io.load_checkpoint(
             path, sharded_state_dict=sharded_state_dict, **kwargs
         )
+        if bare and "optimizer" in loaded:
+            loaded["optimizer"] = [loaded["optimizer"]]
+        return loaded
 
 
 class AsyncCheckpointIO(AsyncFinalizableCheckpointIO):

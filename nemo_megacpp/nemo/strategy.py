@@ -3,7 +3,6 @@
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
 import logging
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from nemo.lightning import MegatronStrategy, megatron_init
 from nemo.lightning._strategy_lib import init_model_parallel
 from nemo.lightning.io.pl import MegatronCheckpointIO, ckpt_to_weights_subdir
 
+from nemo_megacpp.checkpoint.content import CheckpointContent
 from nemo_megacpp.checkpoint.described import actual_layout, actual_model
 from nemo_megacpp.checkpoint.folder import find_checkpoint
 from nemo_megacpp.checkpoint.guard import guard_load
@@ -35,14 +35,12 @@ from nemo_megacpp.nemo.actual import (
 )
 from nemo_megacpp.nemo.checkpointing import AcrossBackends, AsyncCheckpointIO
 from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
+from nemo_megacpp.nemo.trainer_state import trainer_state
 from nemo_megacpp.preflight.resume import validate_optimizer_state
-from nemo_megacpp.runs.non_finite import non_finite
+from nemo_megacpp.runs.non_finite import non_finite_gradient
 from nemo_megacpp.runtime.host import ensure_host
 from nemo_megacpp.runtime.orphans import bind_helpers
 from nemo_megacpp.settings.validate import validate_config
-
-_NON_FINITE = re.compile(r"^Rank (\d+), .*found (NaN|Inf) in local grad norm", re.DOTALL)
-"""The message of Megatron's ``check_for_nan_in_grad`` (``rerun_state_machine.py``)."""
 
 _logger = logging.getLogger(__name__)
 
@@ -145,10 +143,9 @@ class HybridStrategy(MegatronStrategy):
         try:
             output = super().training_step(dataloader_iter, *args, **kwargs)
         except RuntimeError as error:
-            if (found := _NON_FINITE.match(str(error))) is None:
+            if (found := non_finite_gradient(self.trainer.global_step + 1, error)) is None:
                 raise
-            step, (rank, value) = self.trainer.global_step + 1, found.groups()
-            raise non_finite(step, f"the gradient is {value} on rank {rank}") from None
+            raise found from None
         self._random_state = random_state()
         return output
 
@@ -195,6 +192,15 @@ class HybridStrategy(MegatronStrategy):
             checkpoint = super().load_checkpoint(checkpoint_path, selective_restore)
         finally:
             self.checkpoint_io = usual
+        if "loops" not in checkpoint and not selective_restore:  # of a run through Bridge
+            content = CheckpointContent(directory)
+            step, consumed = content.step, content.consumed_samples
+            if step is None or consumed is None:
+                raise UserError(
+                    f"{directory} does not say how many steps and rows its run had done, so it "
+                    f"cannot be resumed. Start a new run from it with init_from={directory}."
+                )
+            checkpoint |= trainer_state(self.lightning_module.trainer, step, consumed)
         _count_saving_step(checkpoint)
         if self.should_restore_optimizer_states(selective_restore=selective_restore):
             weights = ckpt_to_weights_subdir(checkpoint_path, is_saving=False)

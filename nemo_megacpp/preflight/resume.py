@@ -20,8 +20,8 @@ from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.recipes.recipe import Recipe
 
-WRAPPED = "module."
-"""Prefix of the names of a model's tensors in the checkpoint of a run through NeMo."""
+_PREFIXES = ("module.", "")
+"""Of the names of a model's tensors in the checkpoint of a run: through NeMo, through Bridge."""
 
 
 @dataclass(frozen=True)
@@ -171,39 +171,32 @@ def validate_steps_left(checkpoint: Path, max_steps: int, stop_after: int | None
         )
 
 
-def validate_weights(checkpoint: Path, prefixes: tuple[str, ...] = (WRAPPED,)) -> CheckpointContent:
+def validate_weights(checkpoint: Path) -> CheckpointContent:
     """Refuse a checkpoint whose tensors do not have the names that a run gives them.
-
-    Args:
-        checkpoint: to load.
-        prefixes: of the names that the run can load.
 
     Raises:
         UserError: with the prefix that they have, or it cannot be read.
     """
     content = CheckpointContent(checkpoint)
-    if content.tensors and content.prefix not in prefixes:
-        prefix = repr(content.prefix) if content.prefix else "nothing"
-        known = " or ".join(repr(name) if name else "nothing" for name in prefixes)
+    if content.tensors and content.prefix not in _PREFIXES:
         raise UserError(
-            f"A run cannot load {checkpoint}: the names of its tensors begin with {prefix}, and "
-            f"those of a run's checkpoint with {known}. It was saved by another "
-            f"program, such as Megatron's own script."
+            f"A run cannot load {checkpoint}: the names of its tensors begin with "
+            f"{content.prefix!r}, and those of a run's checkpoint with 'module.' or the model's "
+            f"own. It was saved by another program, such as Megatron's own script."
         )
     return content
 
 
-def validate_optimizer_state(checkpoint: Path, prefixes: tuple[str, ...] = (WRAPPED,)) -> None:
+def validate_optimizer_state(checkpoint: Path) -> None:
     """Refuse to resume a checkpoint without optimizer state, as ``import`` writes them.
 
     Args:
         checkpoint: to resume.
-        prefixes: of :func:`validate_weights`.
 
     Raises:
         UserError: it has none, or it cannot be read.
     """
-    content = validate_weights(checkpoint, prefixes)
+    content = validate_weights(checkpoint)
     if content.tensors and not content.optimizer_tensors:
         raise UserError(
             f"{checkpoint} holds weights only, without optimizer state, so it cannot be resumed. "

@@ -26,7 +26,6 @@ from nemo_megacpp.preflight.outputs import (
 )
 from nemo_megacpp.preflight.recipe_data import open_data
 from nemo_megacpp.preflight.resume import (
-    WRAPPED,
     Newest,
     choose_newest,
     find_resume,
@@ -54,16 +53,13 @@ class Settled:
     skipped: tuple[Path, ...] = ()
 
 
-def preflight(
-    recipe: Recipe, announce: bool = True, prefixes: tuple[str, ...] = (WRAPPED,)
-) -> Settled:
+def preflight(recipe: Recipe, announce: bool = True) -> Settled:
     """Validate ``recipe``, choose what it leaves open, and write nothing.
 
     Args:
         recipe: what to train.
         announce: whether this process prints the choices and verifies the checkpoint to start from
             and a sample of the data, which one process of a job does.
-        prefixes: of :func:`nemo_megacpp.preflight.resume.validate_weights`.
 
     Raises:
         UserError: for anything that can be found before the ranks start.
@@ -92,7 +88,7 @@ def preflight(
     run_dir = Path(recipe.run_dir or new_run_dir(recipe.name, launched() is not None))
     validate_run_dir(run_dir, recipe.resume, resumes, skipped)
     if announce:
-        _announce(recipe, run_dir, sources, newest, prefixes)
+        _announce(recipe, run_dir, sources, newest)
     return Settled(recipe, run_dir, skipped)
 
 
@@ -101,7 +97,6 @@ def _announce(
     run_dir: Path,
     sources: list[PreparedData],
     newest: Newest | None,
-    prefixes: tuple[str, ...],
 ) -> None:
     start = recipe.resume or recipe.init_from
     if start is not None:
@@ -109,7 +104,7 @@ def _announce(
         known = newest.verified if newest is not None and recipe.resume else None
         verify = recipe.training.verify_checkpoint and known is None
         verified = inspect_before_load(checkpoint, verify=verify)
-        (validate_optimizer_state if recipe.resume else validate_weights)(checkpoint, prefixes)
+        (validate_optimizer_state if recipe.resume else validate_weights)(checkpoint)
     of_data = verify_sample(sources) if sources else None
     if recipe.defaults:
         say(f"defaults taken: {'; '.join(recipe.defaults)}")
