@@ -47,8 +47,10 @@ test-core-new: $(CORE_NEW)/.installed $(INSTALLED)
 	$(CORE_NEW)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" -rs \
 	  --ignore tests/mixers/kernels $(CORE_NEW_TESTS)
 
-# Runs through Megatron-Bridge in its environment, compared with runs through NeMo in the default one.
+# Runs through Megatron-Bridge: in layouts, in its environment; and compared with runs through NeMo, in
+# the default one.
 test-bridge: $(BRIDGE)/.installed $(INSTALLED)
+	$(BRIDGE)/bin/python -m pytest -rs tests/bridge
 	$(BIN)/python -m pytest -rs tests/bridge
 
 lint: $(INSTALLED)

@@ -30,3 +30,11 @@ def test_a_refusal_names_the_setting(setting: str) -> None:
         UserError, match=f"{setting.partition('=')[0]}=True through bridge: .*False"
     ):
         validate_carried(resolve("nam56r_tiny", [setting]))
+
+
+def test_depth_state_and_virtual_stages_are_refused_together() -> None:
+    both = ["pattern=RAER", "depth=4", "pp=2", "vpp=2", "m2rnn_depth_state=true"]
+    with pytest.raises(UserError, match="m2rnn_depth_state=true with virtual_pipeline_model_"):
+        validate_carried(resolve("nam56r_tiny", both))
+    for left_out in (3, 4):
+        validate_carried(resolve("nam56r_tiny", both[:left_out] + both[left_out + 1 :]))
