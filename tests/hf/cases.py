@@ -54,3 +54,22 @@ CASES = {
     ),
     "all": spec("AEMRF"),
 }
+
+_NATIVE = {
+    "position_embedding_type": "none",
+    "gated_linear_unit": False,
+    "activation_func": "relu2",
+}
+NATIVE = {
+    "native": spec("MAEFM", moe_router_topk_scaling_factor=2.5, **_NATIVE),
+    "native groups": spec(
+        "EA",
+        moe_router_topk=4,
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
+        moe_router_enable_expert_bias=False,
+        **_NATIVE,
+    ),
+}
+"""What transformers' ``nemotron_h`` can express."""
+CASES |= NATIVE

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from nemo_megacpp.checkpoint.content import CheckpointContent
 from nemo_megacpp.checkpoint.identity import read_identity
 from nemo_megacpp.checkpoint.manifest import check_manifest, write_manifest
 from nemo_megacpp.checkpoint.rewrite import reshard
@@ -22,17 +20,7 @@ from nemo_megacpp.hf.export import export_hf
 from nemo_megacpp.hf.importing import import_hf
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.runtime.workers import WorkerPool
-
-
-def values(path: Path) -> dict[str, torch.Tensor]:
-    content = CheckpointContent(path)
-    return {name: content.read_tensor(name) for name in content.tensors}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
-    )
+from tests.hf.values import same, values
 
 
 @pytest.mark.parametrize("name", ["all", "MIMO", "tied"])
