@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
+from megatron.core.activations import squared_relu
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
@@ -28,6 +30,15 @@ from nemo_megacpp.settings.multi_token import prediction_violations
 from nemo_megacpp.settings.validate import setting_violations
 from nemo_megacpp.side_channels import side_channel_violations
 from nemo_megacpp.values import choices
+
+ACTIVATIONS: dict[str, Callable] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu2": squared_relu,
+    "quick_gelu": quick_gelu,
+}
+"""Activations of experts and MLPs by the name that a checkpoint's description and an export have
+for them."""
 
 
 @dataclass
@@ -218,14 +229,16 @@ def config_fields(
     proved, resharded and trained.
 
     Args:
-        model: fields without the layout's.
+        model: fields without the layout's; the activation may be one of :data:`ACTIVATIONS`.
         layout: the parallel degrees.
         dtype: of parameters and activations.
         device: ``"cuda"`` or ``"cpu"``, which decides where weights are initialised.
     """
+    activation = model.get("activation_func", F.silu)
     return {
         "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
         **model,
+        "activation_func": ACTIVATIONS.get(activation, activation),
         **layout.megatron_fields(),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,

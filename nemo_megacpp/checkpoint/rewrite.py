@@ -109,9 +109,9 @@ def reshard(
         weights = folder / content.weights.relative_to(content.directory)
         weights.mkdir(exist_ok=True)
         arguments = (content.weights, weights, content.identity["model"], layout)
-        with start(layout.world) as ranks, _refusals(weights, out):
+        with start(layout.world) as ranks, refusals(weights, out):
             counts = ranks.run(layout.world, rewrite_on_rank, *arguments)
-        _finish(folder, {**content.identity, "layout": layout.short()})
+        finish(folder, {**content.identity, "layout": layout.short()})
     return counts[0]
 
 
@@ -157,14 +157,14 @@ def import_safetensors(
     with new_folder(out) as folder:
         weights = folder / WEIGHTS
         weights.mkdir()
-        with start(1) as ranks, _refusals(weights, out):
+        with start(1) as ranks, refusals(weights, out):
             ranks.run(1, import_on_rank, source, weights, config["prefix"])
-        _finish(folder, config["identity"])
+        finish(folder, config["identity"])
     return names
 
 
 @contextlib.contextmanager
-def _refusals(written: Path, out: Path) -> Iterator[None]:
+def refusals(written: Path, out: Path) -> Iterator[None]:
     """Raise what a rank refused as a UserError of this process, which names ``out``."""
     try:
         yield
@@ -174,7 +174,8 @@ def _refusals(written: Path, out: Path) -> Iterator[None]:
         raise UserError(error.refusal.replace(str(written), str(out))) from None
 
 
-def _finish(folder: Path, identity: Identity | None) -> None:
+def finish(folder: Path, identity: Identity | None) -> None:
+    """Write the identity, if there is one, and the manifest of a checkpoint."""
     if identity is not None:
         write_identity(folder, {**identity, "manifest": MANIFEST}, identity["step"])
     write_manifest(folder)
@@ -195,12 +196,23 @@ def rewrite_on_rank(
 
 def import_on_rank(source: Path, out: Path, prefix: str) -> None:
     """Save the tensors of an exported folder, whole, under their names with ``prefix``."""
+    tensors = {prefix + name: tensor for name, tensor in read_export(source).items()}
+    save_whole(tensors, out, f"{source} is unchanged.")
+
+
+def save_whole(tensors: Mapping[str, torch.Tensor], out: Path, kept: str) -> None:
+    """Save tensors, each whole, from one rank.
+
+    Args:
+        tensors: by their names in the checkpoint.
+        out: folder of the weights.
+        kept: what an error message says of the source.
+    """
     require_psutil()
     sharded = {
-        prefix + name: ShardedTensor.from_rank_offsets(prefix + name, tensor)
-        for name, tensor in read_export(source).items()
+        name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors.items()
     }
-    with save_errors(out, f"{source} is unchanged."):
+    with save_errors(out, kept):
         dist_checkpointing.save(sharded, str(out))
         if torch.distributed.get_rank() == 0:
             keep_common_file(out)

@@ -15,6 +15,8 @@ from nemo_megacpp.printable import cut, printable, say
 _NAME = 200
 """Most characters of a tensor's name in a table."""
 _VALUE = 2000
+_PLAIN = "safetensors"
+_FORMS = ("hf", "nemotron_h")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -46,12 +48,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "export",
         help="the model's weights as safetensors files",
         description="Write the model's weights as safetensors files with an index, each tensor "
-        "whole. Optimizer states are left out.",
+        "whole, or as a folder that transformers loads. Optimizer states are left out.",
     )
     back = commands.add_parser(
         "import",
         help="a checkpoint from what export wrote",
-        description="Make a checkpoint of the weights in a folder that export wrote.",
+        description="Make a checkpoint of the weights in a folder that export wrote, or in one of "
+        "Hugging Face's forms.",
     )
     for command, run in (
         (inspect, _inspect),
@@ -63,13 +66,36 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.set_defaults(run=run if run in (_inspect, _verify) else partial(_in_scratch, run))
         what = "a checkpoint, or a run folder, whose newest checkpoint is taken"
         if command is back:
-            what = "a folder that export wrote"
+            what = "a folder that export wrote, or one of transformers"
         command.add_argument("directory", type=Path, metavar="DIR", help=what)
         if command in (reshard, export, back):
             command.add_argument("out", type=Path, metavar="OUT", help="folder to create")
             command.add_argument(
                 "--no-verify", action="store_true", help="do not compare DIR with its manifest"
             )
+    export.add_argument(
+        "--to",
+        choices=(_PLAIN, *_FORMS),
+        default=_PLAIN,
+        help="the checkpoint's own names (default), a folder for transformers with modelling code, "
+        "or one of an architecture that transformers has",
+    )
+    export.add_argument(
+        "--dtype", metavar="DTYPE", help="with --to: convert to float32, bfloat16, …; default: keep"
+    )
+    export.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="with --to: prepared data, or a folder with tokenizer.json, whose tokenizer to add",
+    )
+    back.add_argument(
+        "--from",
+        dest="form",
+        choices=(_PLAIN, "hf"),
+        default=_PLAIN,
+        help="what DIR is: export's files (default), or a folder for transformers",
+    )
     reshard.add_argument(
         "--layout",
         required=True,
@@ -127,10 +153,15 @@ def _export(args: argparse.Namespace) -> int:
     from nemo_megacpp.checkpoint.content import CheckpointContent
     from nemo_megacpp.checkpoint.export import export
     from nemo_megacpp.checkpoint.manifest import check_manifest
+    from nemo_megacpp.errors import UserError
 
+    if args.to == _PLAIN and (args.dtype or args.tokenizer):
+        raise UserError(f"--dtype and --tokenizer go with --to {' or --to '.join(_FORMS)}.")
     content = CheckpointContent(_find(args.directory))
     if not args.no_verify:
         say(f"{content.directory}: {check_manifest(content.directory)}")
+    if args.to != _PLAIN:
+        return _export_for_transformers(args, content.directory)
     index = export(content.directory, args.out)
     files = len(set(index["weight_map"].values()))
     others = len(content.other_tensors) + len(content.objects)
@@ -142,13 +173,25 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export_for_transformers(args: argparse.Namespace, directory: Path) -> int:
+    from nemo_megacpp.hf.export import export_hf
+    from nemo_megacpp.hf.nemotron_h import export_nemotron_h
+
+    write = export_hf if args.to == "hf" else export_nemotron_h
+    counts = write(directory, args.out, dtype=args.dtype, tokenizer=args.tokenizer)
+    files = f"{counts['files']} file{'s' if counts['files'] > 1 else ''}"
+    beside = "" if args.tokenizer else "; no tokenizer (--tokenizer DIR adds it)"
+    say(f"{args.out}: {counts['tensors']} tensors, {counts['bytes']:,} bytes, in {files}{beside}")
+    return 0
+
+
 def _import(args: argparse.Namespace) -> int:
     from nemo_megacpp.checkpoint.rewrite import import_safetensors
+    from nemo_megacpp.hf.importing import import_hf
     from nemo_megacpp.runtime.workers import WorkerPool
 
-    count = import_safetensors(
-        args.directory, args.out, WorkerPool, verify=not args.no_verify, say=say
-    )
+    read = import_hf if args.form == "hf" else import_safetensors
+    count = read(args.directory, args.out, WorkerPool, verify=not args.no_verify, say=say)
     say(f"{args.out}: {count} tensors; the weights only, without an optimizer")
     return 0
 

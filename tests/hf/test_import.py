@@ -1,0 +1,84 @@
+"""``checkpoint import --from hf``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_megacpp.checkpoint.identity import read_identity
+from nemo_megacpp.checkpoint.manifest import check_manifest, write_manifest
+from nemo_megacpp.checkpoint.rewrite import reshard
+from nemo_megacpp.errors import UserError
+from nemo_megacpp.hf import folder as folder_module
+from nemo_megacpp.hf.export import export_hf
+from nemo_megacpp.hf.importing import import_hf
+from nemo_megacpp.layout import ParallelLayout
+from nemo_megacpp.runtime.workers import WorkerPool
+from tests.hf.values import same, values
+
+
+@pytest.mark.parametrize("name", ["all", "MIMO", "tied"])
+def test_there_and_back(
+    name: str,
+    ranks: WorkerPool,
+    saved: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit; in several files, too; and the checkpoint can be resharded."""
+    monkeypatch.setattr(folder_module, "FILE_BYTES", 60_000)
+    counts = export_hf(saved(name), tmp_path / "out")
+    assert counts["files"] > 1
+    back = tmp_path / "back"
+    pool = lambda size: contextlib.nullcontext(ranks)  # noqa: E731
+    count = import_hf(tmp_path / "out", back, pool)
+    before, after = values(saved(name)), values(back)
+    assert len(after) == count
+    assert same(before, after)
+    assert read_identity(back) == read_identity(saved(name))
+    assert "contents verified" in check_manifest(back)
+    if name == "all":
+        reshard(back, tmp_path / "tp2", ParallelLayout.parse("tp=2,etp=1"), pool)
+        assert same(before, values(tmp_path / "tp2"))
+
+
+def _change(folder: Path, file: str, **fields: Any) -> None:
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **fields}))
+    write_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
+        (lambda f: _change(f, "config.json", model_type="llama"), "describes model_type='llama'"),
+        (lambda f: _change(f, "config.json", source={"prefix": ""}), "is damaged: source.identity"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x"), "model.safetensors cannot be read"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+    ],
+    ids=["no config", "another model", "no identity", "damaged", "no weights"],
+)
+def test_refusals(
+    break_it: Callable[[Path], Any], message: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    export_hf(saved("A"), folder)
+    break_it(folder)
+    with pytest.raises(UserError, match=message):
+        import_hf(folder, tmp_path / "out", verify=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
+
+
+def test_a_changed_byte_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(tmp_path / "folder")
+    export_hf(saved("A"), folder)
+    shutil.copyfile(folder / "config.json", folder / "generation_config.json")
+    with pytest.raises(UserError, match=r"is damaged: generation_config\.json has"):
+        import_hf(folder, tmp_path / "out")
