@@ -508,7 +508,7 @@ def test_weights_of_another_program_start_a_run(save: Save, elsewhere: Path) -> 
     assert message.endswith(f"from its weights with init_from={checkpoint}.")
     (checkpoint / "nemo_megacpp.json").unlink()
     message = refusal(preflight, f"init_from={checkpoint}", "run_dir=next")
-    assert f"{checkpoint} is a checkpoint of another model: it has no decoder.final_norm" in message
+    assert f"{checkpoint} is a checkpoint of another model: it has no model." in message
     assert "and 105 more" in message
 
 
