@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
+from nemo_megacpp.core.fsdp import STRATEGIES
 from nemo_megacpp.errors import raise_violations
 from nemo_megacpp.settings.combinations import training_violations
 from nemo_megacpp.settings.validate import default_of, setting_violations
@@ -44,6 +45,9 @@ def validate_script(model: TransformerConfig) -> None:
     if args is None:
         return
     ddp = _fields_from(args, DistributedDataParallelConfig, _RENAMED)
+    if not ddp["use_megatron_fsdp"] and ddp["data_parallel_sharding_strategy"] in STRATEGIES:
+        # A script's default is not the configuration's, and is not read.
+        ddp["data_parallel_sharding_strategy"] = "no_shard"
     optimizer = _fields_from(args, OptimizerConfig, {})
     wrapper: Any = SimpleNamespace(**ddp)
     raise_violations(
@@ -59,6 +63,13 @@ def validate_script(model: TransformerConfig) -> None:
 def _argument_violations(model: TransformerConfig, args: Any) -> Iterator[str]:
     if getattr(args, "use_torch_fsdp2", False):
         yield "--use-torch-fsdp2: no case covers torch's FSDP. Leave it out."
+    stored = [name for name in ("save", "load") if getattr(args, name, None)]
+    if getattr(args, "use_megatron_fsdp", False) and stored:
+        yield (
+            f"--use-megatron-fsdp with {' and '.join(f'--{name}' for name in stored)}: no test has "
+            f"saved and resumed a checkpoint of FSDP (--ckpt-format fsdp_dtensor). Train without a "
+            f"checkpoint, or leave FSDP out."
+        )
     if getattr(args, "dataloader_inter_document_masking", False):
         yield (
             "--dataloader-inter-document-masking: no case covers the packs of the script's own "

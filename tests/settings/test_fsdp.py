@@ -94,3 +94,16 @@ def test_a_script_with_fsdp(arguments: SimpleNamespace) -> None:
     arguments.fsdp_double_buffer = True
     with pytest.raises(UserError, match="fsdp_double_buffer=True: Megatron's FSDP alone reads it"):
         validate_script(config)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("name", ["save", "load"])
+def test_a_script_with_a_checkpoint_of_fsdp(arguments: SimpleNamespace, name: str) -> None:
+    setattr(arguments, name, "checkpoints")
+    with pytest.raises(UserError, match=f"--use-megatron-fsdp with --{name}: no test has saved"):
+        validate_script(HybridConfig(**tiny_model("AEMR")))
+
+
+def test_a_script_without_fsdp_has_its_strategy_by_default(arguments: SimpleNamespace) -> None:
+    vars(arguments).update(use_megatron_fsdp=False, use_custom_fsdp=False)
+    validate_script(HybridConfig(**tiny_model("AEMR")))
