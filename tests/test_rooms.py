@@ -16,6 +16,7 @@ ROOMS = (
     *("mixer_settings", "hybrid_fields"),
     *("pattern", "core", "families", "layout", "settings", "config"),
     *("mixers", "formulas", "specs", "runtime", "checkpoint", "contract", "proof", "data"),
+    "inference",
     *(
         "recipes",
         "preflight",
