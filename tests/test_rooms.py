@@ -16,7 +16,7 @@ ROOMS = (
     *("mixer_settings", "hybrid_fields"),
     *("pattern", "core", "families", "layout", "settings", "config"),
     *("mixers", "formulas", "specs", "runtime", "checkpoint", "contract", "proof", "data"),
-    *("evaluation", "hf"),
+    *("evaluation", "hf", "inference"),
     *(
         "recipes",
         "preflight",

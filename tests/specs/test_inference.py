@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_megacpp.checkpoint.dcp import save_model
 from nemo_megacpp.core.inference import inference_mode
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.families import block_of
@@ -23,47 +24,11 @@ from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.bare import build_chunks, make_config
+from tests.generation import CASES, random_model
 
 TOLERANCE = 1e-10
 """Of the largest logit, in float64."""
 LENGTH, BATCH = 13, 3
-MAMBA3 = {"mode": "mamba3", "mamba_num_heads": 8}
-VECTORS = {"num_moe_experts": 32}
-"""Megatron's router computes a float32 sigmoid whatever the model is, and torch rounds what is left
-beyond whole vectors of 32 differently: with fewer experts the eighth digit of a token's logits
-depends on its place in the batch."""
-CASES: dict[str, dict[str, Any]] = {
-    "A": tiny_model("AA"),
-    "M": tiny_model("MM"),
-    "M one group": tiny_model("MM", mamba_num_groups=1),
-    "mamba3": tiny_model("MM", **MAMBA3),
-    "mamba3 mimo": tiny_model("MM", **MAMBA3, mamba3_mimo_rank=3, mamba3_output_norm=True),
-    "R": tiny_model("RR"),
-    "R short filter": tiny_model("RR", m2rnn_conv_kernel=1),
-    "R depth state": tiny_model("RFR", m2rnn_depth_state=True),
-    "E": tiny_model("EE", **VECTORS),
-    "F": tiny_model("FF"),
-    "AEMR": tiny_model("AEMR", **VECTORS),
-    "AEMR mamba3": tiny_model("AEMRF", **MAMBA3, **VECTORS),
-}
-
-
-def _model(model: dict[str, Any], layout: str = "tp=1", weights: str | None = None) -> Any:
-    """Build a model in float64 whose parameters are all random."""
-    from nemo_megacpp.checkpoint.dcp import load_model
-
-    parsed = ParallelLayout.parse(layout)
-    start_model_parallel(parsed)
-    (chunk,) = chunks = build_chunks(make_config(StepSpec(model, dtype="float64"), parsed), parsed)
-    if weights is not None:
-        load_model(chunks, weights)
-        return chunk.eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in chunk.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter += 0.2 * noise
-    return chunk.eval()
 
 
 def _tokens(batch: int = BATCH, length: int = LENGTH) -> torch.Tensor:
@@ -104,7 +69,7 @@ def _check(found: Any, wanted: Any, what: str) -> None:
 
 
 def _parts(name: str) -> None:
-    model, tokens = _model(CASES[name]), _tokens()
+    model, tokens = random_model(CASES[name]), _tokens()
     wanted = _one_pass(model, tokens)
     others = _one_pass(model, tokens.roll(1, dims=1))
     assert not torch.allclose(others, wanted)
@@ -118,7 +83,7 @@ def test_parts_of_a_sequence_give_the_logits_of_one_pass(ranks: WorkerPool, name
 
 
 def _different_lengths() -> None:
-    model, tokens = _model(CASES["AEMR"]), _tokens(3)
+    model, tokens = random_model(CASES["AEMR"]), _tokens(3)
     wanted = _one_pass(model, tokens)
     context = SlotContext(5, LENGTH + 2, logits="all")
     # Slots that are no neighbours, in another order than they were filled, at different places.
@@ -151,7 +116,7 @@ def test_sequences_of_different_lengths_share_a_batch(ranks: WorkerPool) -> None
 def _megatrons_context() -> None:
     from megatron.core.inference.contexts import StaticInferenceContext
 
-    model, tokens = _model(CASES["AEMR"]), _tokens()
+    model, tokens = random_model(CASES["AEMR"]), _tokens()
     wanted = _one_pass(model, tokens)
     context = StaticInferenceContext(BATCH + 1, LENGTH)
     for _ in range(2):  # the second prompt begins with the states of the first in memory
@@ -172,14 +137,13 @@ def test_megatrons_static_context_gives_the_logits_of_one_pass(ranks: WorkerPool
 
 def _split(name: str, layout: str, weights: str) -> np.ndarray:
     """Return the logits of a prefill and of steps."""
-    model, tokens = _model(CASES[name], layout, weights), _tokens()
+    model, tokens = random_model(CASES[name], layout, weights), _tokens()
     return _in_parts(model, tokens, [8, 1, 1, 1, 1, 1]).numpy()
 
 
 def _save(name: str, weights: str) -> np.ndarray:
-    from nemo_megacpp.checkpoint.dcp import save_model
 
-    model = _model(CASES[name])
+    model = random_model(CASES[name])
     save_model([model], weights)
     return _one_pass(model, _tokens()).numpy()
 
@@ -232,7 +196,7 @@ _REFUSED = {
 
 
 def _refused(name: str, layout: str) -> str:
-    model = _model(CASES[name], layout)
+    model = random_model(CASES[name], layout)
     with pytest.raises(UserError) as error:
         _in_parts(model, _tokens(1, 4), [4])
     return str(error.value)
@@ -247,7 +211,7 @@ def test_what_has_no_inference_is_refused(ranks: WorkerPool, layout: str) -> Non
 
 def _refused_passes() -> list[str]:
     messages = []
-    model = _model(tiny_model("F"))
+    model = random_model(tiny_model("F"))
     model.train()
     for context in (SlotContext(1, 4), _Dynamic()):
         with pytest.raises(UserError) as error:
