@@ -24,13 +24,14 @@ CORE_NEW_TESTS := $(addprefix tests/,core settings proof specs checkpoint evalua
   test_mixer_settings.py test_pattern.py test_rooms.py)
 ORACLES := $(VENV)/oracles/.installed
 PEERS := $(VENV)/bench/.installed
+LM_EVAL := $(VENV)/lm-eval/.installed
 
 # Where it is set, every process compiles the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
 .PHONY: train check test test-all test-core-new test-bridge lint docs bench bench-gpu install core-new \
-  bridge oracles clean
+  bridge oracles lm-eval clean
 
 train: $(INSTALLED)
 	$(BIN)/nemo-megacpp demo --out runs/demo
@@ -81,6 +82,9 @@ core-new: $(CORE_NEW)/.installed
 bridge: $(BRIDGE)/.installed
 
 oracles: $(ORACLES)
+
+# lm-evaluation-harness: `make test-all` then runs it on an export.
+lm-eval: $(LM_EVAL)
 
 # From nothing: what an interrupted set-up left, and packages that are pinned no more, go first.
 # torch comes with its own dependencies, because PyPI's build has its CUDA libraries in packages of
@@ -147,6 +151,12 @@ $(ORACLES): requirements-oracles.txt $(PACKAGES)
 $(PEERS): requirements-bench.txt $(PACKAGES)
 	rm -rf $(@D)
 	$(PIP) --no-deps --target $(@D) -r requirements-bench.txt
+	touch $@
+
+# lm-evaluation-harness, behind the packages of the environment.
+$(LM_EVAL): requirements-lm-eval.txt $(PACKAGES)
+	rm -rf $(@D)
+	$(PIP) --no-deps --target $(@D) -r requirements-lm-eval.txt
 	touch $@
 
 clean:

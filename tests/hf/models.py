@@ -28,7 +28,7 @@ LOGITS = "logits.pt"
 
 def spec(pattern: str, **fields: Any) -> StepSpec:
     """Return a small float64 model of a vocabulary that is padded."""
-    model = tiny_model(pattern, vocab_size=90, seq_length=LENGTH, **fields)
+    model = tiny_model(pattern, **{"vocab_size": 90, "seq_length": LENGTH, **fields})
     return StepSpec(model, dtype="float64")
 
 
