@@ -93,7 +93,7 @@ def megatron_arguments(
     remarks.append(f"layout: {recipe.layout.describe()}")
     if not sources:
         remarks.append("no data=FOLDER in the recipe: mock data")
-    if Family.RECURRENT in config.pattern.families:
+    if Family.RECURRENT in config.pattern.all_families:
         as_what = "count R blocks as M" if dialect.reads_the_pattern else "leave out the R blocks"
         remarks.append(f"the script's TFLOP/s {as_what}")
     return words, remarks
@@ -119,6 +119,11 @@ def _refusals(recipe: Recipe, config: HybridConfig, dialect: Dialect, device: De
         found.append(
             f"virtual_pipeline_model_parallel_size={recipe.layout.vpp}: the script builds every "
             f"virtual stage like the first one"
+        )
+    if config.mtp_num_layers and recipe.layout.cp > 1:
+        found.append(
+            f"prediction depths with context_parallel_size={recipe.layout.cp}: the script's model "
+            f"averages their losses over each context-parallel rank's own tokens"
         )
     counted = config.moe_z_loss_coeff or config.moe_router_load_balancing_type != "none"
     if Family.EXPERT in config.pattern.families and counted:

@@ -77,6 +77,18 @@ def _argument_violations(model: TransformerConfig, args: Any) -> Iterator[str]:
         )
     if getattr(args, "logits_load_dir", None) is not None:
         yield "--logits-load-dir: no case covers its distillation loss. Leave it out."
+    if model.mtp_num_layers and model.context_parallel_size > 1:
+        yield (
+            f"--mtp-num-layers {model.mtp_num_layers} with CP={model.context_parallel_size}: the "
+            f"script's model averages the losses of prediction depths over each context-parallel "
+            f"rank's own tokens, whose number differs between ranks. Use CP=1."
+        )
+    if model.mtp_num_layers and not getattr(args, "untie_embeddings_and_output_weights", True):
+        yield (
+            f"--mtp-num-layers {model.mtp_num_layers} with tied embeddings: on several stages "
+            f"Megatron's HybridModel allocates a second head that nothing trains. Add "
+            f"--untie-embeddings-and-output-weights."
+        )
     # A script's loss function divides by the unmasked tokens of one context-parallel rank.
     if model.context_parallel_size == 1 or model.calculate_per_token_loss:
         return

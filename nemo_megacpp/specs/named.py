@@ -53,7 +53,7 @@ def spec_name(config: HybridConfig, pattern: str | None = None) -> str:
         pattern: the pattern that the name carries; None where the script gives it to the stack.
     """
     name = next(name for name, mode in MODES.items() if mode == config.mode)
-    families, defaults = config.pattern.families, HybridFields()
+    families, defaults = config.pattern.all_families, HybridFields()
     prefixes = ("m2rnn_",) * (Family.RECURRENT in families)
     prefixes += ("mamba3_",) * (config.mode == "mamba3" and Family.MAMBA in families)
     settings: dict[str, Any] = {} if pattern is None else {"hybrid_pattern": pattern}

@@ -484,6 +484,10 @@ def littered(run: Run, small_data: Path) -> Path:
         ("train nam56r_tiny resume=", r"resume is empty\. .* resume=null for a run from scratch"),
         ("plan nam56r_tiny etp=", r"etp is empty"),
         ("train nam56r_tiny normalization=Foo", r"normalization: 'Foo' is not 'RMSNorm' or"),
+        (
+            "train nam56r_tiny pattern=AEMR/A depth=4",
+            r"after '/': MambaModel of the installed Megatron-Core 0\.16",
+        ),
         ("train nam56r_tiny m2rnn_kernel=triton", r"m2rnn_kernel='triton' needs a GPU"),
         ("plan nam56r_tiny moe_token_dispatcher_type=flex", r"Legal: 'allgather', 'alltoall'"),
         ("train nam56r_tiny max_steps=20 warmup_steps=20", r"20 is not below max_steps=20"),

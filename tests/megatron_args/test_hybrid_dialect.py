@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_megacpp.cli import build_parser
+from nemo_megacpp.core.multi_token import missing_prediction
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.megatron_args.argument_list import megatron_arguments
 from nemo_megacpp.megatron_args.dialect import choose
@@ -78,6 +79,19 @@ def test_a_pattern_that_starts_with_an_mlp() -> None:
     words = _words("nam56r_tiny", "pattern=FAFR", "num_layers=4", "ffn_hidden_size=80")
     assert "--hybrid-layer-pattern=-*-M" in words
     assert _patterns(words)[1] == "FAFR"
+
+
+@pytest.mark.skipif(missing_prediction() is not None, reason=str(missing_prediction()))
+def test_prediction_depths() -> None:
+    """They come after the cuts of both patterns, with their number and the weight of their loss."""
+    settings = ("pattern=AMRE/RF/RF", "num_layers=4", "ffn_hidden_size=80", "tp=1", "pp=2")
+    settings += ("moe_router_load_balancing_type=none", "mtp_loss_scaling_factor=0.3")
+    words = _words("nam56r_tiny", *settings, "global_batch_size=8")
+    assert _patterns(words) == ("*M|ME/M-/M-", "AM|RE/RF/RF")
+    for option, value in (("--mtp-num-layers", "2"), ("--mtp-loss-scaling-factor", "0.3")):
+        assert words[words.index(option) + 1] == value
+    with pytest.raises(UserError, match="prediction depths with context_parallel_size=2"):
+        _words("nam56r_tiny", *settings, "global_batch_size=8", "cp=2")
 
 
 def test_a_spec_name_carries_a_pattern() -> None:

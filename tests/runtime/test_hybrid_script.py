@@ -71,3 +71,16 @@ def test_a_recipe_is_trained_saved_and_resumed(tmp_path: Path) -> None:
     # Megatron prints the first step after a start at once, and averages it with the second.
     mean = (steps[3][0] + steps[4][0]) / 2
     assert resumed[4] == pytest.approx((mean, steps[4][1]), rel=1e-5, abs=1e-3)
+
+
+def test_prediction_depths_are_trained_saved_and_resumed(tmp_path: Path) -> None:
+    """With a depth of an R block and experts; the loss that is shown is the decoder's."""
+    prediction = ("pattern=AERE/RE", "num_layers=4", "mtp_loss_scaling_factor=0.5")
+    steps = _run(tmp_path, *prediction)
+    assert sorted(steps) == [1, 2, 3, 4]
+    fields = json.loads((tmp_path / "fields.json").read_text())
+    assert (fields["mtp_num_layers"], fields["mtp_loss_scaling_factor"]) == ("1", "0.5")
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = _run(tmp_path, *prediction, "resume=auto", "tp=1", "pp=2")
+    assert sorted(resumed) == [3, 4]
+    assert resumed[3] == pytest.approx(steps[3], rel=1e-5, abs=1e-3)
