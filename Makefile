@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 PYTHON312 ?= python3.12
 CORE_NEW := .venv-core-new
 BRIDGE := .venv-bridge
-CORE_NEW_TESTS := $(addprefix tests/,core settings proof specs checkpoint contract runtime mixers \
+CORE_NEW_TESTS := $(addprefix tests/,core settings proof specs checkpoint inference contract runtime mixers \
   examples data/test_packed_rows.py megatron_args/test_hybrid_dialect.py test_config.py \
   test_families.py test_layout.py test_pattern.py test_rooms.py)
 ORACLES := $(VENV)/oracles/.installed

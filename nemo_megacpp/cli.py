@@ -25,6 +25,7 @@ from nemo_megacpp.commands import (
     demo,
     doctor,
     gathers,
+    generate,
     ladder,
     layouts,
     measure_machine,
@@ -42,7 +43,20 @@ from nemo_megacpp.printable import screenful
 from nemo_megacpp.runtime.imports import importing
 
 COMMANDS = (
-    *(train, demo, verify, gathers, ladder, recipes, plan, layouts, compare, data, checkpoint),
+    *(
+        train,
+        demo,
+        generate,
+        verify,
+        gathers,
+        ladder,
+        recipes,
+        plan,
+        layouts,
+        compare,
+        data,
+        checkpoint,
+    ),
     *(megatron_args, settings, doctor, measure_machine, placement, report, completion),
 )
 """In the order of the help."""
