@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 PYTHON312 ?= python3.12
 CORE_NEW := .venv-core-new
 BRIDGE := .venv-bridge
-CORE_NEW_TESTS := $(addprefix tests/,core settings proof specs checkpoint evaluation contract runtime mixers \
+CORE_NEW_TESTS := $(addprefix tests/,core settings proof specs checkpoint evaluation inference contract runtime mixers \
   examples data/test_adopt.py data/test_packed_rows.py data/test_prepare.py data/test_prepared.py \
   megatron_args/test_hybrid_dialect.py test_config.py test_families.py test_layout.py \
   test_mixer_settings.py test_pattern.py test_rooms.py)

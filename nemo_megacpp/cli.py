@@ -26,6 +26,7 @@ from nemo_megacpp.commands import (
     doctor,
     evaluate,
     gathers,
+    generate,
     ladder,
     layouts,
     measure_machine,
@@ -43,8 +44,18 @@ from nemo_megacpp.printable import screenful
 from nemo_megacpp.runtime.imports import importing
 
 COMMANDS = (
-    *(train, demo, evaluate, verify, gathers, ladder, recipes, plan, layouts, compare, data),
-    *(checkpoint, megatron_args, settings, doctor, measure_machine, placement, report, completion),
+    *(train, demo, generate, evaluate, verify, gathers, ladder, recipes, plan, layouts, compare),
+    *(
+        data,
+        checkpoint,
+        megatron_args,
+        settings,
+        doctor,
+        measure_machine,
+        placement,
+        report,
+        completion,
+    ),
 )
 """In the order of the help."""
 

@@ -13,6 +13,8 @@ from nemo_megacpp.inference.sampling import Sampler, Sampling
 from nemo_megacpp.inference.slot_batch import SlotBatch
 from nemo_megacpp.inference.text_stream import TextStream
 
+Emit = Callable[[int, str, bool], object]
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -56,8 +58,10 @@ class Times:
     """Where the time went.
 
     Attributes:
-        prefill_tokens, prefill_seconds: of prompts.
-        decode_tokens, decode_seconds: of steps, in which each sequence gets one token.
+        prefill_tokens: of prompts.
+        prefill_seconds: in which they ran, and the first token of each was chosen.
+        decode_tokens: that came of steps, in which each sequence gets one token.
+        decode_seconds: of these steps.
     """
 
     prefill_tokens: int = 0
@@ -71,7 +75,7 @@ def complete(
     prompts: Sequence[Prompt],
     decode: Callable[[Sequence[int]], str],
     eos_id: int | None,
-    emit: Callable[[int, str], object] = lambda index, text: None,
+    emit: Emit = lambda index, text, ended: None,
 ) -> tuple[list[Completion], Times]:
     """Complete prompts of any lengths, as many at once as the batch has slots.
 
@@ -83,7 +87,7 @@ def complete(
         prompts: to complete.
         decode: from ids to text.
         eos_id: the token that ends a document.
-        emit: is given the number of a prompt and new text of its completion.
+        emit: is given the number of a prompt, new text of its completion, and whether it has ended.
 
     Raises:
         UserError: the logits of a sequence are NaN or Inf, or it does not fit the slots.
@@ -117,8 +121,8 @@ def complete(
             text += stream.close()
             done.reason = "stop" if stream.stopped else done.reason
         done.text += text
-        if text:
-            emit(index, text)
+        if text or done.reason:
+            emit(index, text, bool(done.reason))
         if done.reason:
             batch.remove(slot)
             del running[slot]

@@ -75,7 +75,7 @@ class Sampler:
             raise UserError(
                 f"The model's logits are NaN or Inf ({int((~logits.isfinite()).sum()):,} of "
                 f"{len(logits):,}), so no token can be chosen: the checkpoint's weights are not "
-                f"finite, or the numbers overflow in this dtype (--dtype float32)."
+                f"finite, or the numbers overflow in this dtype (--precision fp32)."
             )
         how = self.sampling
         if how.temperature == 0:

@@ -24,6 +24,8 @@ OVERLAP = 5
 """Steps that both layouts run after the checkpoint, to be compared."""
 TOLERANCE = 1e-5
 """Largest relative difference of two float32 losses that rounding explains."""
+LINES = ("#include <", "for (int64_t i = 0; i <", "template <typename T>")
+"""What the model completes at the end."""
 FALL_TO = 0.7
 """Held-out loss must fall to this share of ln(vocabulary), the loss of a uniform guess."""
 
@@ -70,6 +72,7 @@ def demo(out: str | Path) -> int:
         f"median speed {statistics.median(rates):,.0f} tokens/s on two CPU ranks\n"
         f"training took {trained:.0f} s, the whole demo {time.perf_counter() - started:.0f} s"
     )
+    _complete(console, out / "phase2-pp2")
     _next_commands(console, out, picture)
     if worst > TOLERANCE:
         console.print("[red]FAILED: the layout changed the loss[/red]")
@@ -104,11 +107,27 @@ def _compare(console: Console, first: Curve, second: Curve) -> float:
     return differences[0]
 
 
+def _complete(console: Console, run: Path) -> None:
+    """Have the model complete three lines of C++."""
+    # Here, as the phases before need neither torch nor Megatron in this process.
+    from nemo_megacpp.checkpoint.content import CheckpointContent
+    from nemo_megacpp.inference.ranks import generate
+    from nemo_megacpp.inference.request import make_request
+    from nemo_megacpp.inference.sampling import GREEDY
+    from nemo_megacpp.inference.transcript import Transcript
+
+    console.rule("what it has learned: three lines of C++ and what the model adds")
+    content = CheckpointContent(run)
+    request = make_request(content, LINES, GREEDY, max_new_tokens=24)
+    generate(request, Transcript(LINES))
+
+
 def _next_commands(console: Console, out: Path, picture: Path) -> None:
     console.print(
         f"\nloss curve: {picture}\n"
         f"TensorBoard: .venv/bin/tensorboard --logdir {out}\n"
         "try next:\n"
+        f"  .venv/bin/nemo-megacpp generate {out / 'phase2-pp2'} --prompt 'namespace '\n"
         "  .venv/bin/nemo-megacpp recipes\n"
         "  .venv/bin/nemo-megacpp train nam56r_tiny pattern=AEMR pipeline_parallel=2 max_steps=20\n"
         "  .venv/bin/nemo llm pretrain --factory nam56r_tiny --yes\n"

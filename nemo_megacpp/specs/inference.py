@@ -26,12 +26,13 @@ def check_inference(
     Raises:
         UserError: with every reason.
     """
-    raise_violations(_violations(config, families, cp, pp, side_channels))
+    raise_violations(
+        [*layout_violations(cp, pp), *_model_violations(config, families, side_channels)]
+    )
 
 
-def _violations(
-    config: TransformerConfig, families: Sequence[Family], cp: int, pp: int, side_channels: bool
-) -> Iterator[str]:
+def layout_violations(cp: int, pp: int, tp: int = 1, ep: int = 1) -> Iterator[str]:
+    """Yield why a layout cannot generate."""
     if cp > 1:
         yield (
             f"Generation has no context parallelism, here CP={cp}: a step is one token, of which "
@@ -43,6 +44,16 @@ def _violations(
             f"state that R blocks hand on in depth, would need a schedule of their own. Load the "
             f"checkpoint with pp=1, and tp for a model that is too large for one GPU."
         )
+    if tp > 1 and ep > 1:
+        yield (
+            f"Generation has EP={ep} at TP=1 alone, here TP={tp}: Megatron's MoE layer needs "
+            f"sequence parallelism for both, and a step is one token. Choose one of them."
+        )
+
+
+def _model_violations(
+    config: TransformerConfig, families: Sequence[Family], side_channels: bool
+) -> Iterator[str]:
     if config.sequence_parallel:
         yield (
             "Generation has no sequence parallelism: it divides the tokens of a step, and a step "

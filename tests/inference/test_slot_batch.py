@@ -101,14 +101,15 @@ def _completions() -> None:
     ]
     streamed: dict[int, str] = {}
 
-    def emit(index: int, text: str) -> None:
-        streamed[index] = streamed.get(index, "") + text
+    def emit(index: int, text: str, ended: bool) -> None:
+        streamed[index] = streamed.get(index, "") + text + "." * ended
 
     together, times = complete(SlotBatch(model, 2, 16, VOCAB), prompts, _letters, None, emit)
     for index, (prompt, done) in enumerate(zip(prompts, together, strict=True)):
         (alone,), _ = complete(SlotBatch(model, 1, 16, VOCAB), [prompt], _letters, None)
         assert alone.tokens == done.tokens and len(done.tokens) == 6, index
-        assert done.text == streamed[index] == _letters(done.tokens)
+        assert done.text == _letters(done.tokens)
+        assert streamed[index] == done.text + "."
         assert done.reason == "length" and done.first_token_seconds > 0
     assert times.prefill_tokens == sum(map(len, PROMPTS))
     assert times.decode_tokens == 4 * 5  # the first token of each comes of its prompt
