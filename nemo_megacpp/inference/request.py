@@ -17,7 +17,7 @@ from nemo_megacpp.inference.completions import Prompt
 from nemo_megacpp.inference.sampling import Sampling
 from nemo_megacpp.layout import ParallelLayout, validate_layout
 from nemo_megacpp.pattern import Family
-from nemo_megacpp.specs.inference import layout_violations
+from nemo_megacpp.specs.inference import NO_SIDE_CHANNELS, layout_violations
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -74,13 +74,15 @@ class Request:
 def generation_layout(
     text: str, content: CheckpointContent, model: Mapping[str, Any]
 ) -> ParallelLayout:
-    """Read a layout and validate that it can generate: TP, or EP, without SP.
+    """Read a layout and validate that the model generates in it: over TP, or EP, without SP.
 
     Raises:
         UserError: every reason why it cannot.
     """
     layout = ParallelLayout.parse(text)
-    raise_violations(layout_violations(layout.cp, layout.pp, layout.tp, layout.ep))
+    channels = [NO_SIDE_CHANNELS] if model.get("side_channels") else []
+    reasons = layout_violations(layout.cp, layout.pp, layout.tp, layout.ep)
+    raise_violations([*reasons, *channels])
     identity: Identity = {"model": dict(model), "tokenizer": None, "step": 0}
     # With SP, which the rules ask of a layout that trains.
     validate_layout(layout, saved_shape(content.directory, identity))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from nemo_megacpp.settings.verdict import Named, neutral, only_with, proved, refused, table
 
-_INFERENCE = "Only inference reads it, and the hybrid stack trains"
+_INFERENCE = "Only inference reads it, and no proof of generation covers it"
 _OP_FUSER = "No GPU has proved Transformer Engine's fused operations here"
 
 UNTIL_0_16 = table(

@@ -13,7 +13,7 @@ from nemo_megacpp.settings.verdict import (
     table,
 )
 
-_INFERENCE = "Only inference reads it, and the hybrid stack trains"
+_INFERENCE = "Only inference reads it, and no proof of generation covers it"
 _MASKS = "Proved where the generators are the same; else a rank draws other masks, equally probable"
 _SCORES = "A function of one token's scores"
 _PARITY = (

@@ -11,6 +11,11 @@ from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.families import block_of
 from nemo_megacpp.pattern import Family
 
+NO_SIDE_CHANNELS = (
+    "The model has side channels, whose ids come with the data: nothing says which ones a "
+    "generated token has, so it cannot generate."
+)
+
 
 def check_inference(
     config: TransformerConfig, families: Sequence[Family], *, cp: int, pp: int, side_channels: bool
@@ -60,10 +65,7 @@ def _model_violations(
             "is one token. Load the checkpoint with sp=0."
         )
     if side_channels:
-        yield (
-            "The model has side channels, whose ids come with the data: nothing says which ones a "
-            "generated token has."
-        )
+        yield NO_SIDE_CHANNELS
     without = [f.value for f in dict.fromkeys(families) if block_of(f).inference_state is None]
     if without:
         yield (

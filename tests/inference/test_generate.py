@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from nemo_megacpp.commands.generate import _document, _request, _run, _sampling
 from nemo_megacpp.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.inference.ranks import generate_on_rank
-from nemo_megacpp.inference.request import Request
+from nemo_megacpp.inference.request import Request, make_request
+from nemo_megacpp.inference.sampling import GREEDY
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
 from tests.generation import VECTORS, random_model
@@ -137,6 +139,37 @@ def test_another_tokenizer_is_refused(checkpoint: Path, ranks: WorkerPool, tmp_p
     smaller = _write(tmp_path / "smaller", ranks, {**MODEL, "vocab_size": 270}, None)
     with pytest.raises(UserError, match="tokens, and the model 270: it was trained"):
         _run(_arguments(smaller, "--prompt", "a", "--tokenizer", other))
+
+
+def test_side_channels_are_refused(tmp_path: Path, checkpoint: Path, tokenizer: Path) -> None:
+    channel = {"name": "kind", "vocab_size": 4, "field": "kind"}
+    folder = tmp_path / "channels"
+    shutil.copytree(checkpoint, folder)
+    model = {**MODEL, "side_channels": [channel]}
+    write_identity(folder, {"model": model, "tokenizer": None, "layout": "tp=1"}, step=3)
+    with pytest.raises(UserError, match="has side channels"):
+        _run(_arguments(folder, "--prompt", "a", "--tokenizer", tokenizer))
+
+
+def _without_identity(content: Path, tokenizer: Path) -> Request:
+    return make_request(
+        CheckpointContent(content),
+        TEXTS,
+        GREEDY,
+        model=MODEL,
+        tokenizer=tokenizer,
+        max_new_tokens=4,
+    )
+
+
+def test_weights_without_an_identity_take_a_model(
+    ranks: WorkerPool, checkpoint: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("nemo_megacpp*"))
+    assert CheckpointContent(bare).identity is None
+    found, wanted = (_tokens(ranks, _without_identity(at, tokenizer)) for at in (bare, checkpoint))
+    assert found == wanted
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:
