@@ -111,6 +111,21 @@ def test_generate(saved: Callable[[str], Path], exported: Callable[[str], Path])
     assert made[0, short] == first
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_cache_changes_no_token(
+    beams: int, saved: Callable[[str], Path], exported: Callable[[str], Path]
+) -> None:
+    """In beam search, too, which reorders the states of the rows."""
+    tokens, _ = torch.load(saved("all").parent / LOGITS)
+    model, options = load(exported("all")), {"max_new_tokens": 5, "num_beams": beams}
+    with Float64():
+        made = [
+            model.generate(tokens[:, :7], do_sample=False, use_cache=kept, **options)
+            for kept in (True, False)
+        ]
+    assert torch.equal(*made) and made[0].shape == (2, 12)
+
+
 def test_other_dtypes(exported: Callable[[str], Path]) -> None:
     """Decays, step sizes, skips and the expert bias stay float32 in bfloat16."""
     model = load(exported("all"), torch.bfloat16)

@@ -140,7 +140,8 @@ class Mamba2(nn.Module):
     def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: State) -> Tensor:
         """Scan ``x [b, s, h, p]`` with ``B`` and ``C`` ``[b, s, g, n]``."""
         A = -torch.exp(self.A_log.float())
-        if x.is_cuda and mamba_chunk_scan_combined is not None:
+        has_kernel = mamba_chunk_scan_combined is not None and x.dtype != torch.float64
+        if x.is_cuda and has_kernel and x.size(1) > 1:
             y, state["ssm"] = mamba_chunk_scan_combined(
                 *(x, dt, A, B, C, 2 * CHUNK),
                 D=self.D,
