@@ -31,12 +31,12 @@ class Door:
     Attributes:
         worker: module of a rank; run as a program, or its ``run_recipe`` where a launcher has
             started the ranks.
-        prefixes: of the names of a model's tensors in the checkpoints that it can load.
+        prefixes: of the names of a model's tensors in the checkpoints that it can resume.
         validate: raises a UserError for settings of a recipe that the door does not carry.
     """
 
     worker: str = "nemo_megacpp.nemo.worker"
-    prefixes: tuple[str, ...] = ("module.",)
+    prefixes: tuple[str, ...] = ("", "module.")
     validate: Callable[[Recipe], None] = lambda recipe: None
 
 

@@ -29,6 +29,7 @@ from nemo_megacpp.checkpoint.lifecycle import (
     set_damaged_aside,
 )
 from nemo_megacpp.checkpoint.save_errors import save_errors
+from nemo_megacpp.checkpoint.script_state import common_optimizer
 from nemo_megacpp.checkpoint.weights import WRAPPER, replace_prefix, validate_tensors
 from nemo_megacpp.nemo.actual import tokenizer_of
 from nemo_megacpp.printable import say
@@ -180,9 +181,16 @@ class AcrossBackends(_WrappingCheckpointIO):
         replace_prefix(sharded_state_dict, WRAPPER, content.prefix)
         fit_to_checkpoint(sharded_state_dict, content.metadata, new_side_channels=new)
         validate_tensors(sharded_state_dict["state_dict"], content, new_side_channels=new)
-        return self.checkpoint_io.load_checkpoint(
-            path, sharded_state_dict=sharded_state_dict, **kwargs
-        )
+        wanted = dict(sharded_state_dict)
+        # What the ranks have in common of an optimizer is nested otherwise by other programs.
+        optimizers = wanted.pop("optimizer", None)
+        if optimizers is not None:
+            wanted["optimizer_tensors"] = [optimizer["tensors"] for optimizer in optimizers]
+        loaded = self.checkpoint_io.load_checkpoint(path, sharded_state_dict=wanted, **kwargs)
+        if optimizers is not None:
+            common, found = common_optimizer(loaded["optimizer"]), loaded.pop("optimizer_tensors")
+            loaded["optimizer"] = [{**common, "tensors": tensors} for tensors in found]
+        return loaded
 
 
 class AsyncCheckpointIO(AsyncFinalizableCheckpointIO):

@@ -13,6 +13,7 @@ from nemo.lightning import MegatronStrategy, megatron_init
 from nemo.lightning._strategy_lib import init_model_parallel
 from nemo.lightning.io.pl import MegatronCheckpointIO, ckpt_to_weights_subdir
 
+from nemo_megacpp.checkpoint.content import CheckpointContent
 from nemo_megacpp.checkpoint.described import actual_layout, actual_model
 from nemo_megacpp.checkpoint.folder import find_checkpoint
 from nemo_megacpp.checkpoint.guard import guard_load
@@ -25,6 +26,7 @@ from nemo_megacpp.checkpoint.random_state import (
     set_random_state,
     sharded_random_state,
 )
+from nemo_megacpp.checkpoint.script_state import consumed_samples
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.nemo.actual import (
     tokenizer_of,
@@ -35,6 +37,7 @@ from nemo_megacpp.nemo.actual import (
 )
 from nemo_megacpp.nemo.checkpointing import AcrossBackends, AsyncCheckpointIO
 from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
+from nemo_megacpp.nemo.other_progress import progress_of
 from nemo_megacpp.preflight.resume import validate_optimizer_state
 from nemo_megacpp.runs.non_finite import non_finite
 from nemo_megacpp.runtime.host import ensure_host
@@ -195,8 +198,16 @@ class HybridStrategy(MegatronStrategy):
             checkpoint = super().load_checkpoint(checkpoint_path, selective_restore)
         finally:
             self.checkpoint_io = usual
+        restores = self.should_restore_optimizer_states(selective_restore=selective_restore)
+        if restores and "loops" not in checkpoint:  # another program saved it
+            step = CheckpointContent(directory).step or 0
+            rows = self.lightning_module.trainer.datamodule.global_batch_size
+            samples = consumed_samples(checkpoint)
+            checkpoint |= progress_of(
+                self.trainer, step, step * rows if samples is None else samples
+            )
         _count_saving_step(checkpoint)
-        if self.should_restore_optimizer_states(selective_restore=selective_restore):
+        if restores:
             weights = ckpt_to_weights_subdir(checkpoint_path, is_saving=False)
             self._random_state = load_random_state(weights)
             if self._random_state is None:

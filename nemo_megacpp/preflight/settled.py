@@ -55,7 +55,7 @@ class Settled:
 
 
 def preflight(
-    recipe: Recipe, announce: bool = True, prefixes: tuple[str, ...] = (WRAPPER,)
+    recipe: Recipe, announce: bool = True, prefixes: tuple[str, ...] = ("", WRAPPER)
 ) -> Settled:
     """Validate ``recipe``, choose what it leaves open, and write nothing.
 
@@ -113,8 +113,7 @@ def _announce(
         verified = inspect_before_load(checkpoint, verify=verify)
         if recipe.resume:
             validate_optimizer_state(checkpoint, prefixes)
-        else:
-            validate_start_weights(checkpoint, recipe)
+        validate_start_weights(checkpoint, recipe)
     of_data = verify_sample(sources) if sources else None
     if recipe.defaults:
         say(f"defaults taken: {'; '.join(recipe.defaults)}")

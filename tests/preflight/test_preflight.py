@@ -493,7 +493,7 @@ def test_a_new_run_starts_from_weights(
 
 
 def test_weights_of_another_program_start_a_run(save: Save, elsewhere: Path) -> None:
-    """They are not resumed; those that do not say their model must have the model's tensors."""
+    """Those that do not say their model must have the model's tensors."""
     checkpoint = save(tiny(), 4)
     metadata = checkpoint / "weights" / ".metadata"
     held = {"embedding.word_embeddings.weight": _tensor()}
@@ -501,9 +501,11 @@ def test_weights_of_another_program_start_a_run(save: Save, elsewhere: Path) -> 
     for prefix, named in (("model.", "'model.'"), ("", "nothing")):
         named_so = {f"{prefix}{name}": tensor for name, tensor in held.items()}
         metadata.write_bytes(pickle.dumps(Metadata({**named_so, **moment}, None, {})))
-        message = refusal(preflight, f"resume={checkpoint}", "run_dir=next")
-        assert f"begin with {named}, and those of a run's checkpoint with 'module.'" in message
-        assert message.endswith(f"from its weights with init_from={checkpoint}.")
+        if prefix:
+            message = refusal(preflight, f"resume={checkpoint}", "run_dir=next")
+            known = "with nothing or 'module.'"
+            assert f"begin with {named}, and those of a run's checkpoint {known}" in message
+            assert message.endswith(f"from its weights with init_from={checkpoint}.")
         preflight(tiny(f"init_from={checkpoint}", "run_dir=next"))
     (checkpoint / "nemo_megacpp.json").unlink()
     message = refusal(preflight, f"init_from={checkpoint}", "run_dir=next")
