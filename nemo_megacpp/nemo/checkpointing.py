@@ -3,6 +3,8 @@
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
 import contextlib
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -11,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
-from nemo.lightning.io.pl import MegatronCheckpointIO
+from nemo.lightning.io.pl import MegatronCheckpointIO, TrainerContext
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
@@ -32,10 +34,11 @@ from nemo_megacpp.checkpoint.save_errors import save_errors
 from nemo_megacpp.checkpoint.script_state import common_optimizer
 from nemo_megacpp.checkpoint.weights import WRAPPER, replace_prefix, validate_tensors
 from nemo_megacpp.nemo.actual import tokenizer_of
-from nemo_megacpp.printable import say
+from nemo_megacpp.printable import cut, say
 from nemo_megacpp.runs.events import record_event
 from nemo_megacpp.runtime import heartbeat
 
+_logger = logging.getLogger(__name__)
 _KEPT = "Earlier checkpoints are unchanged."
 
 
@@ -110,6 +113,7 @@ class HybridCheckpoint(ModelCheckpoint):
             self.set_checkpoint_unfinished_marker(filepath)  # clear_leftovers finds it
             if trainer.is_global_zero:
                 begin_checkpoint(directory)
+                _save_context(trainer, directory)
             super()._save_checkpoint(trainer, filepath)
 
     def _get_finalize_save_checkpoint_callback(
@@ -151,6 +155,22 @@ class HybridCheckpoint(ModelCheckpoint):
             return
         for path in prune(saved.parent, saved, self.keep_latest, self.keep_every):
             say(f"removed {path}: newer ones are kept (keep_latest={self.keep_latest})")
+
+
+def _save_context(trainer: pl.Trainer, directory: Path) -> None:
+    """Save what NeMo's ``io.load_context`` reads: how model, data and trainer were constructed.
+
+    NeMo does this after it has scheduled a save in the background, which by then may have listed
+    the checkpoint's files. Objects of a user that NeMo cannot write down cost the context, as with
+    NeMo, and not the checkpoint.
+    """
+    folder = directory / "context"
+    try:
+        TrainerContext.from_trainer(trainer).io_dump(folder, yaml_attrs=["model"])
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        _logger.info("%s is saved without NeMo's context: %s", directory, cut(reason, 300))
 
 
 def _try_to_finish(directory: Path, identity: dict[str, Any], step: int) -> None:

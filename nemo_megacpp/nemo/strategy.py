@@ -5,7 +5,7 @@
 import logging
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -65,6 +65,8 @@ class HybridStrategy(MegatronStrategy):
         seed: of the weights and of dropout; NeMo's own is fixed.
         init_side_channels: ``any`` starts a run from the weights of a checkpoint with other side
             channels; ``same`` refuses it.
+        ddp: Megatron's wrapper, or its configuration. NeMo can write it down only as an argument of
+            its own, not among ``kwargs``.
         kwargs: of ``MegatronStrategy``. ``ckpt_optim_fully_reshardable`` has no effect: optimizer
             state is always saved so that any layout can load it.
 
@@ -74,10 +76,13 @@ class HybridStrategy(MegatronStrategy):
     """
 
     def __init__(
-        self, seed: int = 1234, init_side_channels: Literal["same", "any"] = "same", **kwargs: Any
+        self,
+        seed: int = 1234,
+        init_side_channels: Literal["same", "any"] = "same",
+        ddp: Union[Literal["megatron", "pytorch"], DistributedDataParallelConfig] = "megatron",  # noqa: UP007
+        **kwargs: Any,
     ):
         ensure_host(nemo=True)
-        ddp = kwargs.get("ddp", "megatron")
         if isinstance(ddp, DistributedDataParallelConfig):
             validate_config(ddp)
         validate_wrapper(kwargs.get("fsdp"), ddp)
@@ -86,7 +91,7 @@ class HybridStrategy(MegatronStrategy):
                 f"trainer.strategy.ddp={ddp!r}: Megatron's optimizer needs Megatron's wrapper. "
                 f"Legal: 'megatron', or a DistributedDataParallelConfig."
             )
-        super().__init__(**kwargs)
+        super().__init__(ddp=ddp, **kwargs)
         validate_config(self.ddp_config)  # some of the strategy's own settings enter it
         self.seed = seed
         self.init_side_channels = init_side_channels

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_megacpp.checkpoint.export import export
 from nemo_megacpp.checkpoint.identity import read_identity
+from nemo_megacpp.checkpoint.manifest import check_manifest
 from nemo_megacpp.checkpoint.rewrite import import_safetensors
 from nemo_megacpp.data.prepare import prepare
 from nemo_megacpp.data.prepared import PreparedData
@@ -341,6 +342,21 @@ def test_checkpoints_of_other_programs_are_resumed(
         found = _what_goes_on(_checkpoint(resumed, STEPS))
         assert found["HybridDataModule"] == wanted["HybridDataModule"]
         assert found["optimizer"][0]["step"] == found["global_step"] == STEPS
+    _load_context(Path(saved))
+
+
+def _load_context(saved: Path) -> None:
+    """NeMo's own restore reads how the objects were constructed."""
+    from nemo.lightning.io import load_context
+
+    from nemo_megacpp.nemo.hybrid_gpt import HybridModelConfig
+
+    model = load_context(saved, subpath="model", build=False)
+    assert model.config.hybrid_pattern == "AEMR"
+    config = load_context(saved, subpath="model.config")
+    assert isinstance(config, HybridModelConfig)
+    assert config.m2rnn_num_heads == SMALL["m2rnn_num_heads"]
+    assert "contents verified" in check_manifest(saved)
 
 
 def _losses(run: Path) -> dict[int, float]:
