@@ -75,16 +75,27 @@ def find_checkpoint(path: Path) -> Path:
     """
     if path.name == WEIGHTS and (path / METADATA).is_file():
         return path.parent
-    tracker = path / _TRACKER
-    if tracker.is_file():
-        text = read_limited(tracker, _TRACKER_LIMIT).decode(errors="replace").strip()
-        if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
-            raise UserError(f"{tracker} names no iteration: {shown(text[:40])}.")
-        path = path / f"iter_{int(text):07d}"
+    if (newest := newest_iteration(path)) is not None:
+        path = newest
     elif (folder := run_checkpoints(path)) is not None:
         return newest_undamaged(folder)
     find_weights(path)
     return path
+
+
+def newest_iteration(folder: Path) -> Path | None:
+    """Return the newest checkpoint in a folder of Megatron's script, by the script's own file.
+
+    Raises:
+        UserError: the file names none.
+    """
+    tracker = folder / _TRACKER
+    if not tracker.is_file():
+        return None
+    text = read_limited(tracker, _TRACKER_LIMIT).decode(errors="replace").strip()
+    if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
+        raise UserError(f"{tracker} names no iteration: {shown(text[:40])}.")
+    return folder / f"iter_{int(text):07d}"
 
 
 def is_complete_checkpoint(directory: Path) -> bool:

@@ -36,6 +36,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict
+from nemo_megacpp.checkpoint.script_state import is_script_form
 from nemo_megacpp.errors import UserError
 
 FORM = "optimizer_state"
@@ -55,7 +56,8 @@ def content_metadata(use_distributed_optimizer: bool) -> dict[str, Any]:
 
 
 def validate_optimizer_form(metadata: Mapping[str, Any] | None) -> None:
-    """Refuse optimizer state that was not written by this module.
+    """Refuse optimizer state that was neither written by this module nor by Megatron's script in a
+    form that every layout loads.
 
     Args:
         metadata: the checkpoint's content metadata.
@@ -64,7 +66,7 @@ def validate_optimizer_form(metadata: Mapping[str, Any] | None) -> None:
         UserError: naming its form.
     """
     found = metadata or {}
-    if FORM in found:
+    if FORM in found or is_script_form(found):
         return
     kind = found.get("distrib_optim_sharding_type", "without the distributed optimizer")
     if kind in ("dp_reshardable", "dp_zero_gather_scatter"):

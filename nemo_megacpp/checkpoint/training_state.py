@@ -1,6 +1,7 @@
 """Save and load bare model chunks with their optimizer, without NeMo.
 
-What a NeMo run saved is loaded too: its keys name the wrapper around the model.
+What a NeMo run saved is loaded too: its keys name the wrapper around the model. So is what
+Megatron's script saved (:mod:`nemo_megacpp.checkpoint.script_state`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nemo_megacpp.checkpoint.optimizer_state import (
     validate_optimizer_form,
 )
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
+from nemo_megacpp.checkpoint.script_state import common_optimizer
 from nemo_megacpp.checkpoint.weights import WRAPPER, replace_prefix
 
 
@@ -56,12 +58,10 @@ def load_training_state(
     state = training_sharded_state_dict(chunks, optimizer, is_loading=True)
     metadata = read_metadata(weights)
     of_nemo = any(name.startswith(WRAPPER) for name in metadata.state_dict_metadata)
-    if of_nemo:
-        replace_prefix(state, "", WRAPPER)
-        state["optimizer"] = [state["optimizer"]]
+    replace_prefix(state, "", WRAPPER if of_nemo else "")
+    state["tensors"] = state.pop("optimizer")["tensors"]
     fit_to_checkpoint(state, metadata)
     state = dist_checkpointing.load(state, str(weights))
-    if of_nemo:
-        (state["optimizer"],) = state["optimizer"]
     fill_model(chunks, state["model"])
-    load_optimizer_state_dict(optimizer, state["optimizer"])
+    common = common_optimizer(state["optimizer"])
+    load_optimizer_state_dict(optimizer, {**common, "tensors": state["tensors"]})

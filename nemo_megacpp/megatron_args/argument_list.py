@@ -10,6 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from nemo_megacpp.checkpoint.content import CheckpointContent
+from nemo_megacpp.checkpoint.folder import find_checkpoint, newest_iteration
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.data.prepared import PreparedData, weighted_prefixes
 from nemo_megacpp.errors import UserError
@@ -19,6 +21,7 @@ from nemo_megacpp.pattern import Family
 from nemo_megacpp.preflight.model_checks import validate_model, validate_recipe_layout
 from nemo_megacpp.preflight.outputs import validate_loggers, validate_profile
 from nemo_megacpp.preflight.recipe_data import open_data
+from nemo_megacpp.preflight.start_weights import validate_start_weights
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.training import Training
 
@@ -55,6 +58,8 @@ _OTHER_TRAINING = frozenset(
     )
 )
 """They are written in another form."""
+_CHECKPOINT_VERSION = 3.0
+"""That Megatron's scripts save since 2021; an older one has another order of attention's rows."""
 
 
 def megatron_arguments(
@@ -83,6 +88,8 @@ def megatron_arguments(
     if refusals:
         listed = "\n".join(f"  {refusal}" for refusal in refusals)
         raise UserError(f"{dialect.script} has no option for this of {recipe.name}:\n{listed}")
+    if recipe.init_from is not None:
+        validate_start_weights(find_checkpoint(Path(recipe.init_from)), recipe)
     folder = Path(run_dir).absolute()
     words = [*model, *_data(recipe, sources, folder), *_training(recipe.training)]
     words += _outputs(recipe, folder)
@@ -113,8 +120,8 @@ def _refusals(recipe: Recipe, config: HybridConfig, dialect: Dialect, device: De
             "resume=auto with use_distributed_optimizer=true on a CPU: Megatron loads that state "
             "only with Transformer Engine or Apex; use use_distributed_optimizer=false"
         )
-    if recipe.init_from is not None:
-        found.append(f"init_from={recipe.init_from}: the script loads only its own checkpoints")
+    if recipe.init_from is not None and (reason := _unreadable(Path(recipe.init_from))):
+        found.append(f"init_from={recipe.init_from}: {reason}")
     if recipe.layout.vpp is not None and not dialect.reads_the_pattern:
         found.append(
             f"virtual_pipeline_model_parallel_size={recipe.layout.vpp}: the script builds every "
@@ -142,6 +149,18 @@ def _refusals(recipe: Recipe, config: HybridConfig, dialect: Dialect, device: De
         for field in dataclasses.fields(Training)
         if field.name not in known and getattr(training, field.name) != field.default
     ]
+
+
+def _unreadable(init_from: Path) -> str:
+    """Return why the script cannot start from the weights of a checkpoint; empty if it can."""
+    content = CheckpointContent(init_from)
+    version = content.common().get("checkpoint_version")
+    # Without it the script takes the file for an old one, and reorders the rows of linear_qkv.
+    if content.prefix or not isinstance(version, float) or version < _CHECKPOINT_VERSION:
+        return "the script loads only checkpoints that a script saved; train starts from any"
+    if newest_iteration(content.directory.parent) != content.directory:
+        return f"the script loads the newest checkpoint of {content.directory.parent} only"
+    return ""
 
 
 def _data(recipe: Recipe, sources: list[PreparedData], run_dir: Path) -> list[str]:
@@ -176,6 +195,9 @@ def _outputs(recipe: Recipe, run_dir: Path) -> list[str]:
     words = ["--save", checkpoints]
     if recipe.resume == "auto":
         words += ["--load", checkpoints, "--override-opt_param-scheduler"]
+    if recipe.init_from is not None:  # unless there is a checkpoint to resume
+        folder = find_checkpoint(Path(recipe.init_from)).absolute().parent
+        words += ["--pretrained-checkpoint", str(folder)]
     if training.tensorboard:
         words += ["--tensorboard-dir", str(run_dir / "tensorboard")]
     if training.wandb_project is not None:

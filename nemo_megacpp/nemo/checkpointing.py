@@ -3,6 +3,8 @@
 # NeMo-Run reads these annotations at run time (data.seed=3), so they are not postponed.
 
 import contextlib
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -11,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
-from nemo.lightning.io.pl import MegatronCheckpointIO
+from nemo.lightning.io.pl import MegatronCheckpointIO, TrainerContext
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
@@ -29,12 +31,14 @@ from nemo_megacpp.checkpoint.lifecycle import (
     set_damaged_aside,
 )
 from nemo_megacpp.checkpoint.save_errors import save_errors
+from nemo_megacpp.checkpoint.script_state import common_optimizer
 from nemo_megacpp.checkpoint.weights import WRAPPER, replace_prefix, validate_tensors
 from nemo_megacpp.nemo.actual import tokenizer_of
-from nemo_megacpp.printable import say
+from nemo_megacpp.printable import cut, say
 from nemo_megacpp.runs.events import record_event
 from nemo_megacpp.runtime import heartbeat
 
+_logger = logging.getLogger(__name__)
 _KEPT = "Earlier checkpoints are unchanged."
 
 
@@ -109,6 +113,7 @@ class HybridCheckpoint(ModelCheckpoint):
             self.set_checkpoint_unfinished_marker(filepath)  # clear_leftovers finds it
             if trainer.is_global_zero:
                 begin_checkpoint(directory)
+                _save_context(trainer, directory)
             super()._save_checkpoint(trainer, filepath)
 
     def _get_finalize_save_checkpoint_callback(
@@ -152,6 +157,22 @@ class HybridCheckpoint(ModelCheckpoint):
             say(f"removed {path}: newer ones are kept (keep_latest={self.keep_latest})")
 
 
+def _save_context(trainer: pl.Trainer, directory: Path) -> None:
+    """Save what NeMo's ``io.load_context`` reads: how model, data and trainer were constructed.
+
+    NeMo does this after it has scheduled a save in the background, which by then may have listed
+    the checkpoint's files. Objects of a user that NeMo cannot write down cost the context, as with
+    NeMo, and not the checkpoint.
+    """
+    folder = directory / "context"
+    try:
+        TrainerContext.from_trainer(trainer).io_dump(folder, yaml_attrs=["model"])
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        _logger.info("%s is saved without NeMo's context: %s", directory, cut(reason, 300))
+
+
 def _try_to_finish(directory: Path, identity: dict[str, Any], step: int) -> None:
     """Finish a checkpoint in the background process, whose errors nobody receives."""
     with contextlib.suppress(OSError):
@@ -180,15 +201,15 @@ class AcrossBackends(_WrappingCheckpointIO):
         replace_prefix(sharded_state_dict, WRAPPER, content.prefix)
         fit_to_checkpoint(sharded_state_dict, content.metadata, new_side_channels=new)
         validate_tensors(sharded_state_dict["state_dict"], content, new_side_channels=new)
-        # Bridge saves one optimizer's state, NeMo a list of it.
-        bare = content.prefix != WRAPPER and "optimizer" in sharded_state_dict
-        if bare:
-            (sharded_state_dict["optimizer"],) = sharded_state_dict["optimizer"]
-        loaded = self.checkpoint_io.load_checkpoint(
-            path, sharded_state_dict=sharded_state_dict, **kwargs
-        )
-        if bare:
-            loaded["optimizer"] = [loaded["optimizer"]]
+        wanted = dict(sharded_state_dict)
+        # What the ranks have in common of an optimizer is nested otherwise by other programs.
+        optimizers = wanted.pop("optimizer", None)
+        if optimizers is not None:
+            wanted["optimizer_tensors"] = [optimizer["tensors"] for optimizer in optimizers]
+        loaded = self.checkpoint_io.load_checkpoint(path, sharded_state_dict=wanted, **kwargs)
+        if optimizers is not None:
+            common, found = common_optimizer(loaded["optimizer"]), loaded.pop("optimizer_tensors")
+            loaded["optimizer"] = [{**common, "tensors": tensors} for tensors in found]
         return loaded
 
 

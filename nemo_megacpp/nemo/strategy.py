@@ -4,7 +4,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -25,6 +25,7 @@ from nemo_megacpp.checkpoint.random_state import (
     set_random_state,
     sharded_random_state,
 )
+from nemo_megacpp.checkpoint.script_state import consumed_samples
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.nemo.actual import (
     tokenizer_of,
@@ -60,6 +61,8 @@ class HybridStrategy(MegatronStrategy):
         seed: of the weights and of dropout; NeMo's own is fixed.
         init_side_channels: ``any`` starts a run from the weights of a checkpoint with other side
             channels; ``same`` refuses it.
+        ddp: Megatron's wrapper, or its configuration. NeMo can write it down only as an argument of
+            its own, not among ``kwargs``.
         kwargs: of ``MegatronStrategy``. ``ckpt_optim_fully_reshardable`` has no effect: optimizer
             state is always saved so that any layout can load it.
 
@@ -69,10 +72,13 @@ class HybridStrategy(MegatronStrategy):
     """
 
     def __init__(
-        self, seed: int = 1234, init_side_channels: Literal["same", "any"] = "same", **kwargs: Any
+        self,
+        seed: int = 1234,
+        init_side_channels: Literal["same", "any"] = "same",
+        ddp: Union[Literal["megatron", "pytorch"], DistributedDataParallelConfig] = "megatron",  # noqa: UP007
+        **kwargs: Any,
     ):
         ensure_host(nemo=True)
-        ddp = kwargs.get("ddp", "megatron")
         if isinstance(ddp, DistributedDataParallelConfig):
             validate_config(ddp)
         validate_wrapper(kwargs.get("fsdp"), ddp, kwargs.get("save_ckpt_format"))
@@ -81,7 +87,7 @@ class HybridStrategy(MegatronStrategy):
                 f"trainer.strategy.ddp={ddp!r}: Megatron's optimizer needs Megatron's wrapper. "
                 f"Legal: 'megatron', or a DistributedDataParallelConfig."
             )
-        super().__init__(**kwargs)
+        super().__init__(ddp=ddp, **kwargs)
         validate_config(self.ddp_config)  # some of the strategy's own settings enter it
         self.seed = seed
         self.init_side_channels = init_side_channels
@@ -192,9 +198,12 @@ class HybridStrategy(MegatronStrategy):
             checkpoint = super().load_checkpoint(checkpoint_path, selective_restore)
         finally:
             self.checkpoint_io = usual
-        if "loops" not in checkpoint and not selective_restore:  # of a run through Bridge
+        restores = self.should_restore_optimizer_states(selective_restore=selective_restore)
+        if restores and "loops" not in checkpoint:  # another program saved it
             content = CheckpointContent(directory)
             step, consumed = content.step, content.consumed_samples
+            if consumed is None:
+                consumed = consumed_samples(checkpoint)
             if step is None or consumed is None:
                 raise UserError(
                     f"{directory} does not say how many steps and rows its run had done, so it "
@@ -202,7 +211,7 @@ class HybridStrategy(MegatronStrategy):
                 )
             checkpoint |= trainer_state(self.lightning_module.trainer, step, consumed)
         _count_saving_step(checkpoint)
-        if self.should_restore_optimizer_states(selective_restore=selective_restore):
+        if restores:
             weights = ckpt_to_weights_subdir(checkpoint_path, is_saving=False)
             self._random_state = load_random_state(weights)
             if self._random_state is None:

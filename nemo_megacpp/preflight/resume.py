@@ -16,6 +16,8 @@ from nemo_megacpp.checkpoint.folder import (
 )
 from nemo_megacpp.checkpoint.identity import read_identity, validate_same_model
 from nemo_megacpp.checkpoint.manifest import check_manifest
+from nemo_megacpp.checkpoint.optimizer_state import validate_optimizer_form
+from nemo_megacpp.checkpoint.script_state import is_script_form, validate_script_optimizer
 from nemo_megacpp.checkpoint.weights import WRAPPER
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.errors import UserError
@@ -151,9 +153,9 @@ def validate_steps_left(checkpoint: Path, max_steps: int, stop_after: int | None
         UserError: with both numbers.
     """
     identity = read_identity(checkpoint)
-    if identity is None:
+    step = CheckpointContent(checkpoint).step if identity is None else identity["step"]
+    if step is None:
         return
-    step = identity["step"]
     more = "To train on, give a larger max_steps, which counts from the first run's first step."
     if step == max_steps:
         raise UserError(
@@ -173,14 +175,15 @@ def validate_steps_left(checkpoint: Path, max_steps: int, stop_after: int | None
 
 
 def validate_optimizer_state(checkpoint: Path) -> None:
-    """Refuse to resume a checkpoint of another program, or one without optimizer state, as
-    ``import`` writes them.
+    """Refuse to resume a checkpoint without optimizer state, as ``import`` writes them, or with
+    one that only its own program and layout can load.
 
     Args:
         checkpoint: to resume.
 
     Raises:
-        UserError: it has another prefix, or no optimizer state, or cannot be read.
+        UserError: it has another prefix, no optimizer state or one of another form, or cannot be
+            read.
     """
     content = CheckpointContent(checkpoint)
     instead = f"Start a new run from its weights with init_from={checkpoint}."
@@ -195,3 +198,8 @@ def validate_optimizer_state(checkpoint: Path) -> None:
             f"{content.prefix!r}, and those of a run's checkpoint with 'module.' or the model's "
             f"own. It was saved by another program. {instead}"
         )
+    if content.tensors and content.identity is None:
+        metadata = content.common().get("content_metadata")
+        validate_optimizer_form(metadata)
+        if is_script_form(metadata):
+            validate_script_optimizer(checkpoint, content.tensors)

@@ -108,8 +108,7 @@ def _announce(
         verified = inspect_before_load(checkpoint, verify=verify)
         if recipe.resume:
             validate_optimizer_state(checkpoint)
-        else:
-            validate_start_weights(checkpoint, recipe)
+        validate_start_weights(checkpoint, recipe)
     of_data = verify_sample(sources) if sources else None
     if recipe.defaults:
         say(f"defaults taken: {'; '.join(recipe.defaults)}")

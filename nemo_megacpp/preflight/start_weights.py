@@ -1,4 +1,4 @@
-"""Whether a new run can start from the weights of a checkpoint, before its ranks are started."""
+"""Whether a run can load the weights of a checkpoint, before its ranks are started."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
 
 
 def validate_start_weights(checkpoint: Path, recipe: Recipe) -> None:
-    """Refuse to start from the weights of another model.
+    """Refuse to load the weights of another model.
 
     A checkpoint that says its model was compared with the recipe already. Of one that does not (of
     Megatron's script), names and shapes are compared with those of the recipe's model, which is

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shlex
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,31 @@ def test_what_cannot_be_said_is_listed_at_once() -> None:
         strict=True,
     ):
         assert line.strip().startswith(start)
+
+
+def test_the_script_starts_from_weights_that_a_script_saved(
+    save: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The newest of a folder; another program's it would read in an old order, or not at all."""
+    recipe = resolve("nam56r_tiny")
+    saved = save(recipe, 4).rename(tmp_path / "iter_0000004")
+    weights = saved / "weights"
+    for file in weights.iterdir():
+        file.rename(saved / file.name)
+    weights.rmdir()
+    torch.save({"iteration": 4}, saved / "common.pt")
+    with pytest.raises(UserError, match="the script loads only checkpoints that a script saved"):
+        _words("nam56r_tiny", f"init_from={saved}")
+    torch.save({"iteration": 4, "checkpoint_version": 3.0}, saved / "common.pt")
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("8")
+    with pytest.raises(UserError, match="the script loads the newest checkpoint of"):
+        _words("nam56r_tiny", f"init_from={saved}")
+    tracker.write_text("4")
+    for settings in ((), ("resume=auto", _PLAIN)):
+        args = _parse(_words("nam56r_tiny", f"init_from={tmp_path}", *settings))
+        assert args.pretrained_checkpoint == str(tmp_path)
+        assert (args.load is None) == (not settings), "a checkpoint of the run itself has priority"
 
 
 def test_a_distributed_optimizer_is_not_resumed_on_a_cpu() -> None:

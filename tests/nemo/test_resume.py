@@ -15,11 +15,14 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_megacpp.checkpoint.export import export
+from nemo_megacpp.checkpoint.identity import read_identity
+from nemo_megacpp.checkpoint.manifest import check_manifest
 from nemo_megacpp.checkpoint.rewrite import import_safetensors
 from nemo_megacpp.data.prepare import prepare
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.runs.curves import Curve, read_curve
 from nemo_megacpp.runtime.workers import WorkerPool
+from tests.checkpoint.script_checkpoint import save_as_bridge, save_as_script
 
 STEPS = 4
 SMALL = {
@@ -317,6 +320,43 @@ def test_fine_tuning_begins_at_the_beginning(
         square = (first[name] / (1 - 0.9)) ** 2 * (1 - 0.95)
         found = first[name.replace(".exp_avg.", ".exp_avg_sq.")]
         torch.testing.assert_close(found, square, rtol=1e-4, atol=1e-20, msg=name)
+
+
+def test_checkpoints_of_other_programs_are_resumed(
+    train: Train, ranks: WorkerPool, tmp_path: Path
+) -> None:
+    """Of Megatron's script and Bridge: weights, moments, step and the place in the data, as if
+    the run had never changed hands."""
+    at_once = train("at_once", tp=2)
+    identity = read_identity(_checkpoint(at_once, 2))
+    assert identity is not None
+    samples = 2 * SMALL["global_batch_size"]  # type: ignore[operator]
+    script, bridge = tmp_path / "script", tmp_path / "bridge" / "iter_0000002"
+    saved, model = str(_checkpoint(at_once, 2)), identity["model"]
+    ranks.run(2, save_as_script, saved, str(script), model, "tp=2,etp=1", 2, samples)
+    ranks.run(2, save_as_bridge, saved, str(bridge), model, "pp=2", 2)
+    wanted = _what_goes_on(_checkpoint(at_once, STEPS))
+    for name, start in (("of_script", script), ("of_bridge", bridge)):
+        resumed = train(name, tp=1, pp=2, resume=start)
+        _close(read_curve(resumed), read_curve(at_once))
+        found = _what_goes_on(_checkpoint(resumed, STEPS))
+        assert found["HybridDataModule"] == wanted["HybridDataModule"]
+        assert found["optimizer"][0]["step"] == found["global_step"] == STEPS
+    _load_context(Path(saved))
+
+
+def _load_context(saved: Path) -> None:
+    """NeMo's own restore reads how the objects were constructed."""
+    from nemo.lightning.io import load_context
+
+    from nemo_megacpp.nemo.hybrid_gpt import HybridModelConfig
+
+    model = load_context(saved, subpath="model", build=False)
+    assert model.config.hybrid_pattern == "AEMR"
+    config = load_context(saved, subpath="model.config")
+    assert isinstance(config, HybridModelConfig)
+    assert config.m2rnn_num_heads == SMALL["m2rnn_num_heads"]
+    assert "contents verified" in check_manifest(saved)
 
 
 def _losses(run: Path) -> dict[int, float]:

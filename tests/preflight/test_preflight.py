@@ -494,7 +494,7 @@ def test_a_new_run_starts_from_weights(
 
 
 def test_weights_of_another_program_start_a_run(save: Save, elsewhere: Path) -> None:
-    """They are not resumed; those that do not say their model must have the model's tensors."""
+    """Those that do not say their model must have the model's tensors."""
     checkpoint = save(tiny(), 4)
     metadata = checkpoint / "weights" / ".metadata"
     held = {"embedding.word_embeddings.weight": _tensor()}
