@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
+from nemo_megacpp.checkpoint.content import CONSUMED
 from nemo_megacpp.checkpoint.dcp import save_sharded, sharding_metadata
 from nemo_megacpp.checkpoint.lifecycle import finish_checkpoint
 from nemo_megacpp.checkpoint.optimizer_state import content_metadata, training_sharded_state_dict
@@ -31,13 +32,16 @@ def save_as_script(
     save_trainee(trainee, out, step, samples)
 
 
-def save_as_bridge(run: str, out: str, model: dict[str, Any], degrees: str, step: int) -> None:
+def save_as_bridge(
+    run: str, out: str, model: dict[str, Any], degrees: str, step: int, samples: int
+) -> None:
     """Load a checkpoint of a run and save it as ``out``, with what it says of its model."""
     layout = ParallelLayout.parse(degrees)
     trainee = prepare(StepSpec(model, dtype="float32"), layout)
     load_training_state(trainee.chunks, trainee.optimizer, run)
     state = training_sharded_state_dict(trainee.chunks, trainee.optimizer)
     state["random_state"] = sharded_random_state(random_state())
+    state[CONSUMED] = samples
     save_sharded(state, out, content_metadata(False))
     if torch.distributed.get_rank() == 0:
         identity = {"model": model, "layout": layout.short(), "tokenizer": None}

@@ -31,7 +31,7 @@ def _lines() -> list[str]:
 
 def _arguments(program: str) -> list[str]:
     """Return what follows ``program`` in every command, up to a pipe or a redirection."""
-    pattern = re.compile(rf"(?:^|[ /]){program} (?!.*{program} )([^|>]+)")
+    pattern = re.compile(rf"(?:^|[ /]){program} (?!.*{program} )((?:'[^']*'|[^|>'])+)")
     return [found[1] for line in _lines() if (found := pattern.search(line))]
 
 

@@ -25,7 +25,9 @@ class Float64(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.arange:  # the angles of RoPE are a float32 table in all forms
+        # The angles of RoPE are a float32 table in all forms. The no-GPU host may have wrapped
+        # `torch.arange`, and what arrives here is torch's own.
+        if func.__name__ == "arange":
             return func(*args, **(kwargs or {}))
         if func is torch.Tensor.float:
             func = torch.Tensor.double

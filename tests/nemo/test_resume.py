@@ -334,7 +334,7 @@ def test_checkpoints_of_other_programs_are_resumed(
     script, bridge = tmp_path / "script", tmp_path / "bridge" / "iter_0000002"
     saved, model = str(_checkpoint(at_once, 2)), identity["model"]
     ranks.run(2, save_as_script, saved, str(script), model, "tp=2,etp=1", 2, samples)
-    ranks.run(2, save_as_bridge, saved, str(bridge), model, "pp=2", 2)
+    ranks.run(2, save_as_bridge, saved, str(bridge), model, "pp=2", 2, samples)
     wanted = _what_goes_on(_checkpoint(at_once, STEPS))
     for name, start in (("of_script", script), ("of_bridge", bridge)):
         resumed = train(name, tp=1, pp=2, resume=start)
