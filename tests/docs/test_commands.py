@@ -41,8 +41,11 @@ SLOW = (
 """Commands that import NeMo or start ranks and do what tests with the pool do in less time,
 and those that use what such a command has made."""
 
-PREPARE = 'python -c "from nemo_megacpp.data.builtin import ensure_builtin as e; e(512, False)"'
-"""Has the built-in corpus prepared before ``doctor`` and ``megatron-args`` say whether it is."""
+PREPARE = (
+    'python -c "from nemo_megacpp.data.builtin import ensure_builtin as e; '
+    'e(512, False); e(2048, False)"'
+)
+"""Has the built-in corpora prepared before ``megatron-args`` and ``doctor`` say whether they are."""
 
 
 @pytest.fixture(scope="module")
