@@ -45,7 +45,7 @@ PREPARE = (
     'python -c "from nemo_megacpp.data.builtin import ensure_builtin as e; '
     'e(512, False); e(2048, False)"'
 )
-"""Has the built-in corpora prepared before ``megatron-args`` and ``doctor`` say whether they are."""
+"""Prepares the built-in corpora, before ``megatron-args`` and ``doctor`` say what is there."""
 
 
 @pytest.fixture(scope="module")
