@@ -25,9 +25,9 @@ class Float64(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        # The angles of RoPE are a float32 table in all forms. The no-GPU host may have wrapped
-        # `torch.arange`, and what arrives here is torch's own.
-        if func.__name__ == "arange":
+        # Megatron builds RoPE's table of frequencies in float32 before this mode is on, so a range
+        # with a step, which begins that table in transformers, stays float32. Positions are widened.
+        if func.__name__ == "arange" and len(args) == 3:
             return func(*args, **(kwargs or {}))
         if func is torch.Tensor.float:
             func = torch.Tensor.double
