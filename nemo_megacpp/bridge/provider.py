@@ -12,7 +12,6 @@ from megatron.core.transformer import TransformerConfig
 from nemo_megacpp.bridge.settings import validate_wrapper
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.core.model import stand_in_pattern
-from nemo_megacpp.errors import UserError
 from nemo_megacpp.runtime.host import current_host
 from nemo_megacpp.specs.hybrid_model import HybridModel, build_hybrid_model
 
@@ -57,11 +56,6 @@ class HybridProvider(HybridConfig, HybridModelProvider):
             UserError: for a pattern that cannot be read, or a field that no backend supports.
         """
         self.derive(lambda: TransformerConfig.__post_init__(self))
-        if self.pattern.mtp_num_depths:
-            raise UserError(
-                f"The pattern {self.pattern} has prediction depths: no run through Megatron-Bridge "
-                f"has proved them. Leave them out, or train with Megatron's pretrain_hybrid.py."
-            )
         chunks = self.pipeline_model_parallel_size * (
             self.virtual_pipeline_model_parallel_size or 1
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -100,19 +100,33 @@ def prediction_spec(
     )
 
 
-def depth_weights(
+class DepthShare(NamedTuple):
+    """What a context-parallel rank has of a prediction depth's loss of a microbatch.
+
+    Attributes:
+        loss_mask: ``[b, s/cp]``, of the depth's tokens.
+        tokens: the unmasked ones of all ranks, at least 1.
+        weight: what Megatron's token losses must be multiplied with; None without CP.
+    """
+
+    loss_mask: torch.Tensor
+    tokens: torch.Tensor
+    weight: torch.Tensor | None
+
+
+def depth_shares(
     loss_mask: torch.Tensor,
     depths: int,
     cp_group: ProcessGroup,
     packed: PackedSeqParams | None,
     per_token: bool,
-) -> list[torch.Tensor]:
-    """Return what the token losses of each depth must be multiplied with under CP.
+) -> list[DepthShare]:
+    """Return a rank's share of the losses of all depths.
 
-    Megatron divides them by the unmasked tokens of one context-parallel rank. Each depth masks the
-    last token of a row, which one rank holds, so the ranks' numbers differ and the mean of their
-    means is another mean than that of one rank (issue 7452 of Megatron-LM). With these weights it
-    is the mean over the microbatch. Without CP there are none.
+    Megatron divides token losses by the unmasked tokens of one context-parallel rank. Each depth
+    masks the last token of a row, which one rank holds, so the ranks' numbers differ and the mean
+    of their means is another mean than that of one rank (issue 7452 of Megatron-LM). With the
+    weights it is the mean over the microbatch.
 
     Args:
         loss_mask: ``[b, s/cp]``.
@@ -123,8 +137,6 @@ def depth_weights(
             the unmasked tokens of the main loss, again of one rank.
     """
     ranks = cp_group.size()
-    if ranks == 1:
-        return []
     roll = partial(
         megatron.roll_tensor, shifts=-1, dims=-1, cp_group=cp_group, packed_seq_params=packed
     )
@@ -133,11 +145,15 @@ def depth_weights(
         rolled, _ = roll(rolled)
         here = torch.stack([rolled.sum(), loss_mask.sum()]).double()
         everywhere = here.clone()
-        torch.distributed.all_reduce(everywhere, group=cp_group)
+        if ranks > 1:
+            torch.distributed.all_reduce(everywhere, group=cp_group)
         (mine, of_loss), (all_mine, all_of_loss) = here, everywhere.clamp(min=1)
-        if per_token:
+        if ranks == 1:
+            weight = None
+        elif per_token:
             # A rank without unmasked tokens has only zeros to weigh.
-            found.append(mine / of_loss.clamp(min=1) * all_of_loss / all_mine)
+            weight = mine / of_loss.clamp(min=1) * all_of_loss / all_mine
         else:
-            found.append(ranks * mine / all_mine)
+            weight = ranks * mine / all_mine
+        found.append(DepthShare(rolled, all_mine, weight))
     return found

@@ -27,6 +27,7 @@ from nemo_megacpp.proof.step_result import (
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.proof.tag_check import TagViolation, tag_violations
 from nemo_megacpp.proof.taps import Recorder, perturb
+from nemo_megacpp.specs.depth_losses import reduced_depth_losses
 
 
 class StepReader:
@@ -133,7 +134,9 @@ class StepReader:
     def after_step(self, step: int, microbatches: int, grad_norm: float) -> None:
         """Append the auxiliary losses and the gradient norm of a step."""
         suffix = "" if self._spec.steps == 1 else f"@{step}"
-        losses = reduced_aux_losses(self._config, scale=1.0 / microbatches)
+        scale = 1.0 / microbatches
+        losses = reduced_aux_losses(self._config, scale)
+        losses |= reduced_depth_losses(self.chunks, self._config, scale)
         self._aux_losses.update({f"{name}{suffix}": value for name, value in losses.items()})
         self._grad_norms.append(grad_norm)
 

@@ -23,6 +23,7 @@ from nemo_megacpp.runs.run_folder import METRICS_FILE
 from nemo_megacpp.runs.summary import show_step, summarize, write_summary
 from nemo_megacpp.runs.throughput import Throughput
 from nemo_megacpp.runtime.launch import launched
+from nemo_megacpp.specs.depth_losses import reduced_depth_losses
 
 
 class Session:
@@ -45,6 +46,7 @@ class Session:
         self._begun = False
         self._heldout: float | None = None
         self._throughput: Any = None
+        self._chunks: Sequence[torch.nn.Module] = ()
 
     def before_model(self) -> None:
         """Note the memory that is in use before the model is built."""
@@ -73,7 +75,7 @@ class Session:
         Returns:
             The model FLOPs of a step.
         """
-        self._max_steps = max_steps
+        self._max_steps, self._chunks = max_steps, chunks
         self._throughput = Throughput(chunks, config, tokens)
         ranks = torch.distributed.get_world_size()
         if torch.distributed.get_rank() == 0:
@@ -101,15 +103,17 @@ class Session:
 
         Args:
             step: steps that are complete.
-            config: of the model, for its auxiliary losses.
+            config: of the model, for its auxiliary losses and those of its prediction depths.
             lr: learning rate of the step.
             values: ``loss`` and ``grad_norm``, either may be None.
 
         Returns:
             On global rank 0 the line to print, if it is this step's turn; and the scalars for the
-            loggers by name: auxiliary losses, and speed.
+            loggers by name: auxiliary losses (those of prediction depths among them), and speed.
         """
-        aux = reduced_aux_losses(config, scale=1.0 / get_num_microbatches())
+        scale = 1.0 / get_num_microbatches()
+        aux = reduced_aux_losses(config, scale)
+        aux |= reduced_depth_losses(self._chunks, config, scale)
         now = time.perf_counter()
         seconds, self._step_began = now - self._step_began, now
         speed = self._throughput.of(seconds)

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.core.model import CoreModel, model_arguments, stage_argument
-from nemo_megacpp.core.multi_token import depth_weights
+from nemo_megacpp.core.multi_token import DepthShare, depth_shares
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import padded_vocab_size
 from nemo_megacpp.mixers.side_channels import SideChannelEmbeddings
@@ -35,12 +35,17 @@ class HybridModel(CoreModel):
     Attributes:
         token_loss: takes labels ``[b, s]`` and logits ``[s, b, v/tp]`` and returns the losses
             ``[b, s]``, in the place of the cross entropy; None: the cross entropy.
+        depth_losses: ``[depths]``, of the prediction depths, if the chunk has them: each the sum,
+            over the microbatches trained on, of this rank's share of the mean over a microbatch's
+            unmasked tokens. Read and cleared by
+            :func:`nemo_megacpp.specs.depth_losses.reduced_depth_losses`.
     """
 
     def __init__(self, *args: Any, vp_stage: int | None = None, **kwargs: Any):
         self._virtual_stage = vp_stage
         self.token_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-        self._depth_weights: Iterator[torch.Tensor] = iter(())
+        self._depth_shares: Iterator[tuple[int, DepthShare]] = iter(())
+        self.depth_losses: torch.Tensor | None = None
         super().__init__(*args, **kwargs, **stage_argument(vp_stage))
         self.side_channels = read_side_channels(self.config.side_channels)
         owned = channels_at(self.side_channels, None)
@@ -79,7 +84,7 @@ class HybridModel(CoreModel):
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
             decoder_input = self.embedding.side_channels(embedded, ids)
         if getattr(self, "mtp_process", False):
-            kwargs["loss_mask"] = self._weigh_depths(labels, loss_mask, kwargs)
+            kwargs["loss_mask"] = self._share_depths(labels, loss_mask, kwargs)
         self.decoder.side_channel_ids = ids  # Megatron's model has no argument for it
         try:
             return super().forward(
@@ -88,7 +93,7 @@ class HybridModel(CoreModel):
         finally:
             self.decoder.side_channel_ids = {}
 
-    def _weigh_depths(
+    def _share_depths(
         self,
         labels: torch.Tensor | None,
         loss_mask: torch.Tensor | None,
@@ -106,15 +111,14 @@ class HybridModel(CoreModel):
         # Megatron divides its sums by each other, which in float32 would round a float64 model.
         wide = torch.promote_types(loss_mask.dtype, self.config.params_dtype)
         loss_mask = loss_mask.to(wide)
-        self._depth_weights = iter(
-            depth_weights(
-                loss_mask,
-                self.config.mtp_num_layers or 0,
-                self.pg_collection.cp,
-                others.get("packed_seq_params"),
-                self.config.calculate_per_token_loss,
-            )
+        shares = depth_shares(
+            loss_mask,
+            self.config.mtp_num_layers or 0,
+            self.pg_collection.cp,
+            others.get("packed_seq_params"),
+            self.config.calculate_per_token_loss,
         )
+        self._depth_shares = iter(enumerate(shares))
         return loss_mask
 
     def compute_language_model_loss(
@@ -123,8 +127,19 @@ class HybridModel(CoreModel):
         """Return the losses of the tokens, ``[b, s]``. Megatron's model calls it for each
         prediction depth, in order, and then for the main loss."""
         compute = self.token_loss or super().compute_language_model_loss
-        losses, weight = compute(labels, logits), next(self._depth_weights, None)
-        return losses if weight is None else losses * weight.to(losses)
+        losses = compute(labels, logits)
+        if (following := next(self._depth_shares, None)) is None:
+            return losses
+        depth, share = following
+        if self.training:
+            self._add_depth_loss(depth, losses.detach(), share)
+        return losses if share.weight is None else losses * share.weight.to(losses)
+
+    def _add_depth_loss(self, depth: int, losses: torch.Tensor, share: DepthShare) -> None:
+        if self.depth_losses is None:
+            count = self.config.mtp_num_layers
+            self.depth_losses = torch.zeros(count, dtype=torch.float64, device=losses.device)
+        self.depth_losses[depth] += (losses * share.loss_mask).double().sum() / share.tokens
 
     @property
     def vp_stage(self) -> int | None:

@@ -150,6 +150,18 @@ def test_depth_state_crosses_a_cut(train: Train) -> None:
     _hold(train("depth-cut", 2, **settings, pp=2), train("depth", **settings))
 
 
+def test_prediction_depths(train: Train) -> None:
+    """Their losses are recorded by the run, and a run goes on in another layout."""
+    settings: dict[str, Any] = {"pattern": "AEMR/EAMR/EAMR", "mtp_loss_scaling_factor": 0.5}
+    settings["init_from"] = train("depths-first", **settings, stop_after=1)
+    one = train("depths", **settings)
+    first = read_curve(one).steps[1]
+    assert first["aux"]["mtp_1"] != pytest.approx(first["aux"]["mtp_2"], rel=1e-5)
+    assert first["aux"]["mtp_2"] == pytest.approx(first["loss"], rel=0.05), "barely trained"
+    _hold(train("depths-tp2-pp2", 4, **settings, tp=2, pp=2, stop_after=2), one, steps=2)
+    _hold(train("depths-tp2-pp2", 2, **settings, cp=2, resume="auto"), one)
+
+
 def test_what_a_run_leaves(one: Path) -> None:
     """Its record, the checkpoints that it keeps, and what its loggers got."""
     curve = read_curve(one)

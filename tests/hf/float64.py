@@ -25,8 +25,8 @@ class Float64(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        # Megatron builds RoPE's table of frequencies in float32 before this mode is on, so a range
-        # with a step, which begins that table in transformers, stays float32. Positions are widened.
+        # Megatron builds RoPE's table of frequencies in float32 before this mode is on. So a range
+        # with a step, which begins that table in transformers, stays float32; positions do not.
         if func.__name__ == "arange" and len(args) == 3:
             return func(*args, **(kwargs or {}))
         if func is torch.Tensor.float:

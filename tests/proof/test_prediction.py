@@ -6,9 +6,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
-from nemo_megacpp.core.multi_token import missing_prediction
+from nemo_megacpp.core.multi_token import DepthShare, depth_shares, missing_prediction
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.checks import FLOAT32, FLOAT64, Limits, compare
 from nemo_megacpp.proof.small_models import tiny_model
@@ -94,14 +93,16 @@ def test_the_depths_are_trained(reference: Reference) -> None:
     assert abs(trained.gradients.values[name] - without.gradients.values[name]).max() > 1e-6
     depths = {key: abs(g).max() for key, g in trained.gradients.values.items() if "mtp." in key}
     assert len(depths) > 40 and min(depths.values()) > 0, depths
+    # Compared in every layout, as the losses of the router are.
+    assert {"mtp_1", "mtp_2"} < set(trained.aux_losses)
 
 
-def _unweighted(loss_mask: torch.Tensor, depths: int, *others: Any) -> list[torch.Tensor]:
-    return []
+def _unweighted(*args: Any) -> list[DepthShare]:
+    return [share._replace(weight=None) for share in depth_shares(*args)]
 
 
 def _without_weights(*args: Any) -> Any:
-    with mock.patch("nemo_megacpp.specs.hybrid_model.depth_weights", _unweighted):
+    with mock.patch("nemo_megacpp.specs.hybrid_model.depth_shares", _unweighted):
         return run_step(*args)
 
 

@@ -18,6 +18,7 @@ from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerPool
+from nemo_megacpp.specs.depth_losses import reduced_depth_losses
 from tests.bare import build_chunks, make_config
 
 MISSING = missing_prediction()
@@ -40,9 +41,11 @@ def _cross_entropy(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return losses.view(labels.t().shape).t()
 
 
-def _formula(model: Any, batch: dict[str, torch.Tensor], per_token: bool) -> torch.Tensor:
-    """The main loss and the losses of the depths, from the model's weights; the layers of the
-    decoder and of the depths are the model's own modules."""
+def _formula(
+    model: Any, batch: dict[str, torch.Tensor], per_token: bool
+) -> tuple[torch.Tensor, list[float]]:
+    """The main loss plus the losses of the depths, and the latter alone, from the model's weights;
+    the layers of the decoder and of the depths are the model's own modules."""
     eps = model.config.layernorm_epsilon
     table, head = model.embedding.word_embeddings.weight, model.output_layer.weight
     rotary = model.rotary_pos_emb(batch["tokens"].size(1))
@@ -50,6 +53,7 @@ def _formula(model: Any, batch: dict[str, torch.Tensor], per_token: bool) -> tor
     mask = batch["loss_mask"]
     losses = _cross_entropy(batch["labels"], hidden @ head.t())
     total = (losses * mask).sum() / (1 if per_token else mask.sum())
+    means = []
     for depth, layer in enumerate(model.mtp.layers, start=1):
         ahead = F.embedding(_ahead(batch["tokens"], depth), table).transpose(0, 1)
         both = [_norm(ahead, layer.enorm, eps), _norm(hidden, layer.hnorm, eps)]
@@ -64,8 +68,9 @@ def _formula(model: Any, batch: dict[str, torch.Tensor], per_token: bool) -> tor
         hidden = _norm(hidden, layer.final_layernorm, eps)
         labels, kept = _ahead(batch["labels"], depth), _ahead(mask, depth)
         mean = (_cross_entropy(labels, hidden @ head.t()) * kept).sum() / kept.sum()
+        means.append(float(mean))
         total = total + SCALE / DEPTHS * mean * (mask.sum() if per_token else 1)
-    return total
+    return total, means
 
 
 def _hands_on(layer: Any) -> dict[str, bool]:
@@ -92,11 +97,15 @@ def _compared(changes: dict[str, Any]) -> tuple[float, float, int]:
     parameters = list(model.parameters())
     loss = (losses * mask).sum() / (1 if per_token else mask.sum())
     ours = torch.autograd.grad(loss, parameters)
-    theirs = torch.autograd.grad(_formula(model, batch, per_token), parameters)
+    total, means = _formula(model, batch, per_token)
+    theirs = torch.autograd.grad(total, parameters)
     apart = max(
         float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True)
     )
     names = [name for name, _ in model.named_parameters()]
+    logged = reduced_depth_losses([model], config)
+    assert list(logged.values()) == pytest.approx(means, rel=1e-12), (logged, means)
+    assert list(reduced_depth_losses([model], config).values()) == [0, 0], "not cleared"
     depths = [g.abs().max() for name, g in zip(names, ours, strict=True) if "mtp" in name]
     return apart, float(min(depths)), len(parameters)
 
