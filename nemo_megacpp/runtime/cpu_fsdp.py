@@ -10,28 +10,12 @@ from typing import Any
 
 import torch
 
-
-class _Distributed(ModuleType):
-    """``torch.distributed``, which gathers bytes: FSDP gathers the bfloat16 and the float32
-    parameters of a layer in one coalesced call, and gloo's corrupts tensors of several dtypes."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.distributed, name)
-
-    @staticmethod
-    def all_gather_into_tensor(
-        output_tensor: torch.Tensor, input_tensor: torch.Tensor, **options: Any
-    ) -> Any:
-        return torch.distributed.all_gather_into_tensor(
-            output_tensor.view(torch.uint8), input_tensor.view(torch.uint8), **options
-        )
+from nemo_megacpp.runtime.cpu_collectives import one_by_one
 
 
 class _TorchOnCpu(ModuleType):
     """Torch, in which ``device("cuda:…")`` is the CPU. Megatron writes the current device behind
     ``"cuda:"``, and a device, which is no class to derive from, cannot be written as a number."""
-
-    distributed = _Distributed("torch.distributed")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -76,3 +60,4 @@ def install() -> None:
         module.torch = _TorchOnCpu("torch")
     modules[0].DeviceMesh = _MeshOnCpu
     modules[2].gradient_reduce_preprocessing = _scale_then_sum
+    modules[2]._coalescing_manager = one_by_one

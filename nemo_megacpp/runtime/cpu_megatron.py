@@ -16,6 +16,7 @@ import torch
 
 from nemo_megacpp.core.fsdp import problem_with_fsdp
 from nemo_megacpp.runtime import cpu_fsdp
+from nemo_megacpp.runtime.cpu_collectives import one_by_one
 from nemo_megacpp.runtime.torch_forms import install_clipping, install_mamba_kernels
 
 
@@ -74,16 +75,6 @@ def _reduce_scatter_uneven(stock: Callable[..., torch.Tensor]) -> Callable[..., 
     return reduce_scatter
 
 
-def _gather_bytes(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron gathers the bfloat16 and the float32 parameters of a later chunk in one coalesced
-    call, and gloo's corrupts tensors of several dtypes. To bytes it does nothing."""
-
-    def gather(output: torch.Tensor, shard: torch.Tensor, **options: Any) -> Any:
-        return stock(output.view(torch.uint8), shard.view(torch.uint8), **options)
-
-    return gather
-
-
 def _init_data_here(stock: Callable[..., None]) -> Callable[..., None]:
     """``ShardedTensor.init_data`` took ``torch.empty`` as its default before the stand-in was put
     in its place, and Megatron's parallel loading asks for tensors on ``"cuda"``."""
@@ -125,7 +116,7 @@ def install() -> None:
     tensor: Any = torch.Tensor
     tensor.type = _type_as_on_cuda(tensor.type)
     buffers: Any = param_and_grad_buffer
-    buffers.dist_all_gather_func = _gather_bytes(buffers.dist_all_gather_func)
+    buffers._coalescing_manager = one_by_one
     regions: Any = mappings
     regions._gather_along_first_dim = _gather_uneven(regions._gather_along_first_dim)
     regions._reduce_scatter_along_first_dim = _reduce_scatter_uneven(
