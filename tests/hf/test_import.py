@@ -34,7 +34,7 @@ def test_there_and_back(
     """Bit for bit; in several files, too; and the checkpoint can be resharded."""
     monkeypatch.setattr(folder_module, "FILE_BYTES", 60_000)
     counts = export_hf(saved(name), tmp_path / "out")
-    assert counts["files"] > 1
+    assert counts.files > 1
     back = tmp_path / "back"
     pool = lambda size: contextlib.nullcontext(ranks)  # noqa: E731
     count = import_hf(tmp_path / "out", back, pool)
