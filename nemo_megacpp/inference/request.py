@@ -182,7 +182,7 @@ def make_request(
     """
     model = model_that_generates(own_model(content) if model is None else model)
     degrees = generation_layout(layout, content, model)
-    found = find_tokenizer(content, int(model["vocab_size"]), tokenizer, near)
+    found = find_tokenizer(content, int(model.get("vocab_size", 0)), tokenizer, near)
     prompts = read_prompts(texts, found, content, model, max_new_tokens, sampling, stop)
     return Request(
         content.directory,

@@ -149,6 +149,11 @@ def _identity(folder: Path, tokenizer: str | None = None, **model: Any) -> None:
         ({"moe_expert_capacity_factor": 1.5}, "moe_expert_capacity_factor=1.5: a token is dropped"),
         ({"activation_func": "mish"}, "activation_func=mish: an export has silu, gelu, relu2"),
         ({"family_modules": ["x.py"]}, "family_modules=.*no code of a user's family"),
+        (
+            {"vocab_size": 4096},
+            "is damaged: it has a vocab_size of 4096, and the checkpoint 96 emb",
+        ),
+        ({"vocab_size": "90"}, "is damaged: model: vocab_size"),
         ({"m2rnn_depth_state": True}, "does not hold its model's tensors: it lacks decoder.layers"),
     ],
 )
@@ -175,17 +180,16 @@ def test_the_commands(
     """Export with a tokenizer and in another dtype; the options that do not go together."""
     texts = ["some words and more words"] * 3
     save_tokenizer(train_tokenizer(texts, 258), tmp_path / "data" / "tokenizer")
-    own = Path(shutil.copytree(saved("all"), tmp_path / "own"))
+    own = saved("M")
     out = tmp_path / "out"
     data = tmp_path / "data"
-    assert command("export", own, "--to", "hf", out, "--tokenizer", data) == 2
+    assert command("export", saved("all"), "--to", "hf", out, "--tokenizer", data) == 2
     assert "has 258 tokens, and the model 90" in capsys.readouterr().err
     assert command("export", own, out, "--dtype", "float32") == 2
     assert "--tokenizer and --no-tokenizer go with --to hf" in capsys.readouterr().err
     assert command("export", own, "--to", "hf", out, "--dtype", "float8") == 2
     assert "--dtype float8: the choices are float32" in capsys.readouterr().err
     assert not out.exists()
-    _identity(own, vocab_size=258)  # the tokenizer is all that reads it
     assert (
         command(*("export", own, "--to", "hf", out, "--tokenizer", data, "--dtype", "bfloat16"))
         == 0
@@ -208,7 +212,7 @@ def test_the_tokenizer_is_found(
     """In the data that the run names, then in a built-in corpus; by its fingerprint. Without it
     nothing is written, unless that is asked for."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    own = Path(shutil.copytree(saved("all"), tmp_path / "run" / "checkpoints" / "step=3"))
+    own = Path(shutil.copytree(saved("M"), tmp_path / "run" / "checkpoints" / "step=3"))
     texts = ["some words and more words"] * 3
     data, builtin = tmp_path / "data", tmp_path / "cache/nemo_megacpp/torch-9-headers-258"
     for text, folder in (("words", tmp_path / "other"), ("more", data), ("corpus", builtin)):
@@ -220,13 +224,13 @@ def test_the_tokenizer_is_found(
     record.write_text(f"data: [{tmp_path / 'other'}, {data}]")
 
     for number, folder in enumerate((data, builtin)):
-        _identity(own, fingerprint(folder / "tokenizer"), vocab_size=258)
+        _identity(own, fingerprint(folder / "tokenizer"))
         out = tmp_path / f"{number}"
         assert command("export", own, "--to", "hf", out) == 0
         assert "the tokenizer has 258 tokens" in capsys.readouterr().out
         assert fingerprint(out) == fingerprint(folder / "tokenizer")
 
-    _identity(own, "0" * 64, vocab_size=258)
+    _identity(own, "0" * 64)
     assert command("export", own, "--to", "hf", tmp_path / "none") == 2
     told = capsys.readouterr().err
     assert "(000000000000) is neither in the data that its run names nor" in told
