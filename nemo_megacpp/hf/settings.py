@@ -60,12 +60,13 @@ def read_model(content: CheckpointContent, dtype: str | None = None) -> HybridCo
         raise UserError(f"{content.directory} has no {EMBEDDING}.")
     kept = dtype or content.model_tensors[EMBEDDING].dtype
     model = content.identity["model"]
-    words = saved_model(content.directory, content.identity)[0]["vocab_size"]
-    rows = content.model_tensors[EMBEDDING].shape[0]
-    if not 0 < words <= rows:
+    fields, _ = saved_model(content.directory, content.identity)
+    words, hidden = fields["vocab_size"], fields["hidden_size"]
+    shape = content.model_tensors[EMBEDDING].shape
+    if len(shape) != 2 or not 0 < words <= shape[0] or hidden != shape[1]:
         raise UserError(
-            f"{content.directory / IDENTITY} is damaged: it has a vocab_size of {words}, and the "
-            f"checkpoint {rows} embeddings."
+            f"{content.directory / IDENTITY} is damaged: it has a vocab_size of {words} and a "
+            f"hidden_size of {hidden}, and the embedding has the shape {shape}."
         )
     raise_violations(
         f"{content.directory}: {name}={model[name]}: {reason}"

@@ -151,8 +151,9 @@ def _identity(folder: Path, tokenizer: str | None = None, **model: Any) -> None:
         ({"family_modules": ["x.py"]}, "family_modules=.*no code of a user's family"),
         (
             {"vocab_size": 4096},
-            "is damaged: it has a vocab_size of 4096, and the checkpoint 96 emb",
+            "is damaged: it has a vocab_size of 4096 and",
         ),
+        ({"hidden_size": 96}, r"hidden_size of 96, and the embedding has the shape \(96, 48\)"),
         ({"vocab_size": "90"}, "is damaged: model: vocab_size"),
         ({"m2rnn_depth_state": True}, "does not hold its model's tensors: it lacks decoder.layers"),
     ],

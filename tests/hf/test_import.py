@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,11 @@ def _embedding(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> 
     save_file({**tensors, EMBEDDING: change(tensors[EMBEDDING])}, folder / "model.safetensors")
 
 
+def _make_a_pipe(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
 def _lose_a_shard(folder: Path) -> None:
     index = {"weight_map": {EMBEDDING: "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -82,6 +88,7 @@ def _lose_a_shard(folder: Path) -> None:
         (lambda f: (f / "model.safetensors").write_bytes(b"x"), "model.safetensors cannot be read"),
         (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
         (_lose_a_shard, r"model-00002-of-00002\.safetensors cannot be read"),
+        (_make_a_pipe, r"model\.safetensors cannot be read: it is not a regular file"),
         (lambda f: _model(f, vocab_size="90"), r"config\.json is damaged: model: vocab_size"),
         (lambda f: _model(f, vocab_size=0), "a vocab_size of 0 and a hidden_size of 48"),
         (lambda f: _model(f, vocab_size=4096), "a vocab_size of 4096 and a hidden_size of 48"),
@@ -92,7 +99,16 @@ def _lose_a_shard(folder: Path) -> None:
     ],
     ids=[
         *("no config", "another model", "no identity", "damaged", "no weights", "no shard"),
-        *("type", "no vocabulary", "larger vocabulary", "wider", "prefix", "integers", "scalar"),
+        *(
+            "pipe",
+            "type",
+            "no vocabulary",
+            "larger vocabulary",
+            "wider",
+            "prefix",
+            "integers",
+            "scalar",
+        ),
     ],
 )
 def test_refusals(
