@@ -19,7 +19,7 @@ PYTHON312 ?= python3.12
 CORE_NEW := .venv-core-new
 BRIDGE := .venv-bridge
 CORE_NEW_TESTS := $(addprefix tests/,core settings proof specs checkpoint evaluation inference contract runtime mixers \
-  examples data/test_adopt.py data/test_packed_rows.py data/test_prepare.py data/test_prepared.py \
+  examples hf data/test_adopt.py data/test_packed_rows.py data/test_prepare.py data/test_prepared.py \
   megatron_args/test_hybrid_dialect.py test_config.py test_families.py test_layout.py \
   test_mixer_settings.py test_pattern.py test_rooms.py)
 ORACLES := $(VENV)/oracles/.installed
@@ -43,7 +43,7 @@ check: lint $(ORACLES)
 test: lint docs $(ORACLES)
 	$(PYTEST) -m "not slow"
 
-test-all: lint docs $(ORACLES)
+test-all: lint docs $(ORACLES) $(LM_EVAL)
 	$(PYTEST)
 
 # What touches Megatron, on the newest Megatron-Core. The default environment is set up as well: each
@@ -83,7 +83,7 @@ bridge: $(BRIDGE)/.installed
 
 oracles: $(ORACLES)
 
-# lm-evaluation-harness: `make test-all` then runs it on an export.
+# lm-evaluation-harness, which a test of `make test-all` runs on an export.
 lm-eval: $(LM_EVAL)
 
 # From nothing: what an interrupted set-up left, and packages that are pinned no more, go first.

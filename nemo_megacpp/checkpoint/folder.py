@@ -200,6 +200,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         UserError: ``out`` exists and is not an empty folder, or cannot be created, or an OSError
             ended the block.
     """
+    if out.is_symlink():  # what is done would not become what it points to
+        raise UserError(f"{out} is a symbolic link; give a folder that does not exist.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already; give a folder that does not.")
     partial = out.with_name(f".{out.name}.partial")

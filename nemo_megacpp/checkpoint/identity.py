@@ -108,6 +108,11 @@ def saved_model(directory: Path, identity: Identity) -> tuple[dict[str, Any], Hy
     Raises:
         UserError: a field that shapes a tensor has a wrong type or an impossible value.
     """
+    return described_model(directory / FILE, identity)
+
+
+def described_model(file: Path, identity: Identity) -> tuple[dict[str, Any], HybridPattern]:
+    """Return the same of an identity that another file holds; see :func:`saved_model`."""
     from nemo_megacpp.config import HybridConfig
     from nemo_megacpp.layout import ModelShape
     from nemo_megacpp.pattern import HybridPattern
@@ -127,7 +132,7 @@ def saved_model(directory: Path, identity: Identity) -> tuple[dict[str, Any], Hy
         pattern = HybridPattern.parse(fields["hybrid_pattern"], depth=fields["num_layers"] or None)
         raise_violations(side_channel_violations(fields["side_channels"], len(pattern)))
     except UserError as error:
-        raise UserError(f"{directory / FILE} is damaged: model: {error}") from None
+        raise UserError(f"{file} is damaged: model: {error}") from None
     return fields, pattern
 
 

@@ -87,7 +87,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--tokenizer",
         type=Path,
         metavar="DIR",
-        help="with --to: prepared data, or a folder with tokenizer.json, whose tokenizer to add",
+        help="with --to: a tokenizer's folder or that of prepared data; default: that of the data "
+        "it was trained on",
+    )
+    export.add_argument(
+        "--no-tokenizer", action="store_true", help="with --to: leave the tokenizer out"
     )
     back.add_argument(
         "--from",
@@ -155,8 +159,12 @@ def _export(args: argparse.Namespace) -> int:
     from nemo_megacpp.checkpoint.manifest import check_manifest
     from nemo_megacpp.errors import UserError
 
-    if args.to == _PLAIN and (args.dtype or args.tokenizer):
-        raise UserError(f"--dtype and --tokenizer go with --to {' or --to '.join(_FORMS)}.")
+    if args.to == _PLAIN and (args.dtype or args.tokenizer or args.no_tokenizer):
+        raise UserError(
+            f"--dtype, --tokenizer and --no-tokenizer go with --to {' or --to '.join(_FORMS)}."
+        )
+    if args.tokenizer and args.no_tokenizer:
+        raise UserError("--tokenizer and --no-tokenizer do not go together.")
     content = CheckpointContent(_find(args.directory))
     if not args.no_verify:
         say(f"{content.directory}: {check_manifest(content.directory)}")
@@ -176,12 +184,20 @@ def _export(args: argparse.Namespace) -> int:
 def _export_for_transformers(args: argparse.Namespace, directory: Path) -> int:
     from nemo_megacpp.hf.export import export_hf
     from nemo_megacpp.hf.nemotron_h import export_nemotron_h
+    from nemo_megacpp.hf.tokenizer import Choice
+    from nemo_megacpp.runs.run_data import data_of_run
 
     write = export_hf if args.to == "hf" else export_nemotron_h
-    counts = write(directory, args.out, dtype=args.dtype, tokenizer=args.tokenizer)
-    files = f"{counts['files']} file{'s' if counts['files'] > 1 else ''}"
-    beside = "" if args.tokenizer else "; no tokenizer (--tokenizer DIR adds it)"
-    say(f"{args.out}: {counts['tensors']} tensors, {counts['bytes']:,} bytes, in {files}{beside}")
+    choice = Choice(args.tokenizer, data_of_run(directory), args.no_tokenizer)
+    made = write(directory, args.out, dtype=args.dtype, tokenizer=choice)
+    files = f"{made.files} file{'s' if made.files > 1 else ''}"
+    if made.tokenizer is not None:
+        beside = f"; the tokenizer has {made.tokenizer.vocab_size:,} tokens"
+    elif args.no_tokenizer:
+        beside = ""
+    else:
+        beside = "; no tokenizer: the checkpoint names none (--tokenizer DIR adds one)"
+    say(f"{args.out}: {made.tensors} tensors, {made.bytes:,} bytes, in {files}{beside}")
     return 0
 
 

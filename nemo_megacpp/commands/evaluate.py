@@ -129,14 +129,14 @@ def read_request(args: argparse.Namespace, content: CheckpointContent) -> Reques
 def _model_and_data(
     args: argparse.Namespace, content: CheckpointContent
 ) -> tuple[dict[str, Any], PreparedData]:
-    from nemo_megacpp.checkpoint.identity import validate_same_model
+    from nemo_megacpp.checkpoint.identity import saved_model, validate_same_model
     from nemo_megacpp.errors import UserError
     from nemo_megacpp.recipes.recipe import resolve
 
     identity = content.identity
     if args.recipe is not None:
         recipe = resolve(args.recipe)
-        data = _data(args.data, recipe.model)
+        data = _data(args.data, recipe.model["vocab_size"])
         model = {**recipe.model, "vocab_size": data.vocab_size}
         fingerprint = data.tokenizer_fingerprint
         validate_same_model(content.directory, model, recipe.pattern.letters, fingerprint)
@@ -152,7 +152,8 @@ def _model_and_data(
             f"{content.directory} names family_modules={modules}, and evaluate imports no code "
             f"that a checkpoint names: give --recipe FILE.yaml, which may name it."
         )
-    data, made_with = _data(args.data, model), identity["tokenizer"]
+    words = saved_model(content.directory, identity)[0]["vocab_size"]
+    data, made_with = _data(args.data, words), identity["tokenizer"]
     fingerprint = data.tokenizer_fingerprint
     if made_with is not None and made_with != fingerprint:
         raise UserError(
@@ -160,19 +161,19 @@ def _model_and_data(
             f"than {data.root} ({fingerprint[:12]}…): its ids mean other text. Prepare the data "
             f"with the tokenizer of the training data (data prepare --tokenizer DIR)."
         )
-    if model.get("vocab_size") != data.vocab_size:
+    if words != data.vocab_size:
         raise UserError(
-            f"{content.directory} has a vocabulary of {model.get('vocab_size')}, and {data.root} "
-            f"one of {data.vocab_size}."
+            f"{content.directory} has a vocabulary of {words}, and {data.root} one of "
+            f"{data.vocab_size}."
         )
     return {**model}, data
 
 
-def _data(folder: str | None, model: dict[str, Any]) -> PreparedData:
+def _data(folder: str | None, vocab_size: int) -> PreparedData:
     from nemo_megacpp.data.builtin import ensure_builtin
     from nemo_megacpp.data.prepared import PreparedData
 
-    return ensure_builtin(model["vocab_size"]) if folder is None else PreparedData.open(folder)
+    return ensure_builtin(vocab_size) if folder is None else PreparedData.open(folder)
 
 
 def _length(model: dict[str, Any]) -> int:

@@ -75,7 +75,8 @@ def add_parser(commands: Any) -> None:
         "--tokenizer",
         type=Path,
         metavar="DIR",
-        help="a tokenizer's folder or that of prepared data; default: of the built-in corpus",
+        help="a tokenizer's folder or that of prepared data; default: that of the data it was "
+        "trained on",
     )
     parser.add_argument(
         "--recipe",
@@ -150,6 +151,7 @@ def _request(
     from nemo_megacpp.checkpoint.identity import validate_same_model
     from nemo_megacpp.inference.request import make_request
     from nemo_megacpp.recipes.recipe import resolve
+    from nemo_megacpp.runs.run_data import data_of_run
 
     model = None
     if args.recipe is not None:
@@ -164,6 +166,7 @@ def _request(
         model=model,
         layout=args.layout,
         tokenizer=args.tokenizer,
+        near=data_of_run(content.directory),
         max_new_tokens=None if new is None else read_count("--max-new-tokens", new, 2**31),
         stop=args.stop,
         slots=None if slots is None else read_count("--slots", slots),

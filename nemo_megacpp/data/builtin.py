@@ -24,13 +24,24 @@ def builtin_folder(vocab_size: int) -> Path:
     It lies in the user's cache: ``$XDG_CACHE_HOME/nemo_megacpp``, by default
     ``~/.cache/nemo_megacpp``.
     """
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one is ignored, by its standard
-    cache = given if given.is_absolute() else Path("~/.cache").expanduser()
     try:
         torch = version("torch")
     except PackageNotFoundError:
         torch = "none"
-    return cache / "nemo_megacpp" / f"torch-{torch}-headers-{vocab_size}"
+    return _cache() / f"torch-{torch}-headers-{vocab_size}"
+
+
+def builtin_folders(vocab_size: int) -> list[Path]:
+    """Return the built-in corpora of this user with a vocabulary of this size, also those of other
+    installations of torch, whose headers differ; that of this one is the first."""
+    own = builtin_folder(vocab_size)
+    others = sorted(_cache().glob(f"torch-*-headers-{vocab_size}"))
+    return [own, *(folder for folder in others if folder != own)]
+
+
+def _cache() -> Path:
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one is ignored, by its standard
+    return (given if given.is_absolute() else Path("~/.cache").expanduser()) / "nemo_megacpp"
 
 
 def torch_headers() -> Path:

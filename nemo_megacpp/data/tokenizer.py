@@ -229,6 +229,11 @@ def load_tokenizer(folder: str | os.PathLike[str], tried: bool = False) -> Loade
     return LoadedTokenizer(tokenizer, vocab_size, eos_id, identity, folder)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the file that :func:`load_tokenizer` reads."""
+    return (folder / _FILE).is_file()
+
+
 def fingerprint(folder: str | os.PathLike[str]) -> str:
     """Return the SHA-256, in hex, of what determines a tokenizer's ids.
 

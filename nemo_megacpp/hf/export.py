@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_megacpp.checkpoint.content import CheckpointContent
 from nemo_megacpp.checkpoint.folder import new_folder
 from nemo_megacpp.checkpoint.manifest import write_manifest
+from nemo_megacpp.data.tokenizer import LoadedTokenizer
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.hf.exchange import EMBEDDING, Exchange, exchanges
 from nemo_megacpp.hf.folder import CONFIG, GENERATION, readable_like, write_json, write_weights
 from nemo_megacpp.hf.settings import model_fields, read_model
-from nemo_megacpp.hf.tokenizer import find_tokenizer, token_fields, write_tokenizer
+from nemo_megacpp.hf.tokenizer import (
+    FIND,
+    Choice,
+    token_fields,
+    tokenizer_of_export,
+    write_tokenizer,
+)
 
 _REMOTE = Path(__file__).parent / "remote"
 _CLASS = "NemoMegacppForCausalLM"
 _SUPPRESSED = "suppress_tokens"
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        tensors, bytes, files: how many, of the weights.
+        tokenizer: what was copied; None for an export without one.
+    """
+
+    tensors: int
+    bytes: int
+    files: int
+    tokenizer: LoadedTokenizer | None
+
+
 def export_hf(
-    source: Path, out: Path, *, dtype: str | None = None, tokenizer: Path | None = None
-) -> dict[str, int]:
+    source: Path, out: Path, *, dtype: str | None = None, tokenizer: Choice = FIND
+) -> Exported:
     """Write a checkpoint's model as a folder that ``AutoModelForCausalLM`` loads with
     ``trust_remote_code=True``.
 
@@ -31,14 +54,11 @@ def export_hf(
         out: a new folder.
         dtype: one of :data:`nemo_megacpp.hf.settings.DTYPES`; None keeps every tensor's own.
             Decays, step sizes and skips stay at least float32.
-        tokenizer: folder of ``tokenizer.json``, or prepared data with one.
-
-    Returns:
-        How many tensors, bytes and files were written.
+        tokenizer: which one to add; by default that of the data of the checkpoint.
 
     Raises:
-        UserError: no checkpoint, a damaged one, a setting that cannot be exported, the tokenizer
-            of other data, or an ``out`` that exists.
+        UserError: no checkpoint, a damaged one, a setting that cannot be exported, a tokenizer
+            that is not there or of other data, or an ``out`` that exists.
     """
     content = CheckpointContent(source)
     config = read_model(content, dtype)
@@ -73,9 +93,9 @@ def write_export(
     described: dict[str, Any],
     *,
     dtype: str | None,
-    tokenizer: Path | None,
+    tokenizer: Choice,
     code: list[Path],
-) -> dict[str, int]:
+) -> Exported:
     """Write weights, ``config.json``, ``generation_config.json``, tokenizer and code.
 
     Args:
@@ -94,7 +114,7 @@ def write_export(
     assert content.identity is not None
     words = content.identity["model"]["vocab_size"]
     rows = described["vocab_size"]
-    loaded = find_tokenizer(tokenizer, content.identity["tokenizer"], words)
+    loaded = tokenizer_of_export(content, tokenizer)
     special = {} if loaded is None else token_fields(loaded)
     tensors = content.model_tensors
     with new_folder(out) as folder:
@@ -118,4 +138,4 @@ def write_export(
             shutil.copyfile(path, folder / path.name)
         readable_like(folder, CONFIG)
         write_manifest(folder)
-    return counts
+    return Exported(**counts, tokenizer=loaded)

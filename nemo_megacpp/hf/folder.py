@@ -174,15 +174,23 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    _validate_file(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
 
 
+def _validate_file(path: Path) -> None:
+    if not path.is_file():  # a named pipe would wait for a writer
+        what = "it is not a regular file" if path.exists() else "there is no such file"
+        raise UserError(f"{path} cannot be read: {what}.")
+
+
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     import torch
 
+    _validate_file(path)
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:

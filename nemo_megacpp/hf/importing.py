@@ -6,21 +6,21 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import TypedDict
 
 from nemo_megacpp.checkpoint.folder import WEIGHTS, new_folder
 from nemo_megacpp.checkpoint.identity import FILE as IDENTITY
-from nemo_megacpp.checkpoint.identity import Identity
+from nemo_megacpp.checkpoint.identity import Identity, described_model
 from nemo_megacpp.checkpoint.manifest import FILE as MANIFEST
 from nemo_megacpp.checkpoint.manifest import check_manifest
 from nemo_megacpp.checkpoint.rewrite import finish, refusals, save_whole
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.hf import nemotron_h, upstream
-from nemo_megacpp.hf.exchange import EMBEDDING, Exchange, exchanges
+from nemo_megacpp.hf.exchange import EMBEDDING, HEAD, Exchange, exchanges
 from nemo_megacpp.hf.folder import CONFIG, read_config, read_weights
-from nemo_megacpp.hf.settings import build_config
+from nemo_megacpp.hf.settings import DTYPES, build_config, no_model
 from nemo_megacpp.printable import shown
 from nemo_megacpp.runtime.workers import WorkerPool
 
@@ -34,7 +34,7 @@ _EXPORTED = {"nemo_megacpp": exchanges, nemotron_h.MODEL_TYPE: nemotron_h.exchan
 
 
 class _Source(TypedDict):
-    prefix: str
+    prefix: Literal["", "module.", "model."]
     identity: Identity
 
 
@@ -84,12 +84,7 @@ def import_hf(
     if verify and (folder / MANIFEST).exists():
         say(f"{folder}: {check_manifest(folder)}")
     described, tensors = _read(folder)
-    embedding = tensors[EMBEDDING]
-    model = described.identity["model"]
-    if not model["vocab_size"] <= len(embedding):
-        raise UserError(
-            f"{folder}: {len(embedding)} embeddings, and a vocabulary of {model['vocab_size']}."
-        )
+    validate_tensors(folder, described.identity, tensors)
     with new_folder(out) as partial:
         weights = partial / WEIGHTS
         weights.mkdir()
@@ -138,6 +133,7 @@ def _of_export(folder: Path, config: dict[str, Any]) -> Imported:
     identity: Identity = held["identity"]
     if identity["model"].get("family_modules"):
         raise UserError(f"{folder / CONFIG} names {IDENTITY} with family_modules: refused.")
+    described_model(folder / CONFIG, identity)
     # The dtype decides on nothing but the router's default, which no tensor depends on.
     model = build_config(identity["model"], torch.float32)
     return Imported(identity, held["prefix"], _EXPORTED[config["model_type"]](model))
@@ -157,14 +153,76 @@ def take(moves: Sequence[Exchange], held: dict[str, Tensor]) -> dict[str, Tensor
             raise UserError(f"The folder {text} {few}{more}.")
     made: dict[str, Tensor] = {}
     for move in moves:
-        parts = move.back([held[name] for name in move.theirs])
+        try:
+            parts = move.back([held[name] for name in move.theirs])
+        except (RuntimeError, IndexError, TypeError):  # a split that their shapes do not allow
+            few = ", ".join(f"{name} {tuple(held[name].shape)}" for name in move.theirs[:3])
+            raise UserError(f"The shapes are not those of the model: {few}.") from None
         made |= dict(zip(move.ours, parts, strict=True))
     return made
+
+
+def validate_tensors(folder: Path, identity: Identity, tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors that are no parameters of a model: their dtypes, and their rows of tokens.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for name, tensor in tensors.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind not in DTYPES:
+            raise UserError(f"{folder}: {name} has dtype {kind}; weights are {', '.join(DTYPES)}.")
+    model, _ = described_model(folder / CONFIG, identity)
+    words, hidden = model["vocab_size"], model["hidden_size"]
+    for name in {EMBEDDING, HEAD} & tensors.keys():
+        shape = tuple(tensors[name].shape)
+        if len(shape) != 2 or not 0 < words <= shape[0] or shape[1] != hidden:
+            raise UserError(
+                f"{folder}: {name} has the shape {shape}, and the model of {CONFIG} a vocab_size "
+                f"of {words} and a hidden_size of {hidden}."
+            )
+
+
+def validate_shapes(folder: Path, model: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors of other shapes than the model's, which is built without memory.
+
+    Raises:
+        UserError: naming the first three.
+    """
+    import torch
+
+    from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict
+    from nemo_megacpp.checkpoint.weights import tensor_shapes
+    from nemo_megacpp.layout import ParallelLayout
+    from nemo_megacpp.runtime.distributed import start_model_parallel
+    from nemo_megacpp.specs.hybrid_model import build_hybrid_chunks
+
+    start_model_parallel(ParallelLayout())
+    config = build_config(model, torch.float32)
+    config.perform_initialization = False
+    try:
+        with torch.device("meta"):
+            wanted = tensor_shapes(model_sharded_state_dict(build_hybrid_chunks(config)))
+    except UserError:
+        raise
+    except Exception as error:  # Megatron's assertions
+        raise no_model(error) from None
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape)} in place of {shape}"
+        for name, shape in wanted.items()
+        if shape is not None and name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"{folder} does not hold the model of its {CONFIG}: {'; '.join(wrong[:3])}{more}."
+        )
 
 
 def import_on_rank(folder: Path, out: Path) -> None:
     """Save the tensors of a folder, whole, into the weights' folder ``out``."""
     described, tensors = _read(folder)
+    validate_shapes(folder, described.identity["model"], tensors)
     save_whole(
         {described.prefix + name: tensor for name, tensor in tensors.items()},
         out,

@@ -22,8 +22,9 @@ from nemo_megacpp.hf.exchange import (
     mamba_heads,
     same,
 )
-from nemo_megacpp.hf.export import embedding_of, write_export
+from nemo_megacpp.hf.export import Exported, embedding_of, write_export
 from nemo_megacpp.hf.settings import activation_name, read_model
+from nemo_megacpp.hf.tokenizer import FIND, Choice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +40,8 @@ _SCORES_PER_GROUP = 2
 
 
 def export_nemotron_h(
-    source: Path, out: Path, *, dtype: str | None = None, tokenizer: Path | None = None
-) -> dict[str, int]:
+    source: Path, out: Path, *, dtype: str | None = None, tokenizer: Choice = FIND
+) -> Exported:
     """Write a checkpoint's model as a ``NemotronHForCausalLM``.
 
     The names are those of the published checkpoints (``backbone.``, a matrix for each expert). For

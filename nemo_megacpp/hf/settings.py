@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from nemo_megacpp.checkpoint.identity import FILE as IDENTITY
+from nemo_megacpp.checkpoint.identity import saved_model
 from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.hf.exchange import EMBEDDING, mamba_heads
 
@@ -58,6 +60,14 @@ def read_model(content: CheckpointContent, dtype: str | None = None) -> HybridCo
         raise UserError(f"{content.directory} has no {EMBEDDING}.")
     kept = dtype or content.model_tensors[EMBEDDING].dtype
     model = content.identity["model"]
+    fields, _ = saved_model(content.directory, content.identity)
+    words, hidden = fields["vocab_size"], fields["hidden_size"]
+    shape = content.model_tensors[EMBEDDING].shape
+    if len(shape) != 2 or not 0 < words <= shape[0] or hidden != shape[1]:
+        raise UserError(
+            f"{content.directory / IDENTITY} is damaged: it has a vocab_size of {words} and a "
+            f"hidden_size of {hidden}, and the embedding has the shape {shape}."
+        )
     raise_violations(
         f"{content.directory}: {name}={model[name]}: {reason}"
         for name, reason in (
@@ -90,8 +100,13 @@ def build_config(model: dict[str, Any], dtype: Any) -> HybridConfig:
     except UserError:
         raise
     except Exception as error:  # Megatron's assertions
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"This describes no model: {reason}.") from None
+        raise no_model(error) from None
+
+
+def no_model(error: Exception) -> UserError:
+    """Return what to tell a user of settings with which Megatron fails."""
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    return UserError(f"This describes no model: {reason}.")
 
 
 def _not_exported(config: HybridConfig) -> Iterator[str]:

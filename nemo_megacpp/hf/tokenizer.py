@@ -2,49 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_megacpp.data.tokenizer import (
-    PAD_TOKEN,
-    LoadedTokenizer,
-    copy_tokenizer,
-    load_tokenizer,
-)
+from nemo_megacpp.checkpoint.content import CheckpointContent
+from nemo_megacpp.data.checkpoint_tokenizer import find_tokenizer
+from nemo_megacpp.data.tokenizer import PAD_TOKEN, LoadedTokenizer, copy_tokenizer
 from nemo_megacpp.errors import UserError
 
-_FILE = "tokenizer.json"
-_OF_DATA = "tokenizer"
+
+@dataclass(frozen=True)
+class Choice:
+    """Which tokenizer an export has.
+
+    Attributes:
+        folder: the user's choice: of ``tokenizer.json``, or prepared data; None: that of the data
+            the checkpoint was trained on.
+        near: folders of prepared data to look into for that.
+        none: leave it out.
+    """
+
+    folder: Path | None = None
+    near: Sequence[Path] = ()
+    none: bool = False
 
 
-def find_tokenizer(
-    folder: Path | None, fingerprint: str | None, vocab_size: int
-) -> LoadedTokenizer | None:
-    """Return the tokenizer that goes with a checkpoint; None where no folder is given.
+FIND = Choice()
+NONE = Choice(none=True)
 
-    Args:
-        folder: of ``tokenizer.json``, or prepared data.
-        fingerprint: of the tokenizer that the model was trained with; None: not known.
-        vocab_size: of the model, without padding.
+
+def tokenizer_of_export(content: CheckpointContent, choice: Choice) -> LoadedTokenizer | None:
+    """Return the tokenizer that goes into an export; None where it was left out, or where the
+    checkpoint does not know of one: it was trained on other data than prepared ones.
 
     Raises:
-        UserError: there is no tokenizer, or it is another one.
+        UserError: there is no such tokenizer, or it is another one than the checkpoint's.
     """
-    if folder is None:
+    assert content.identity is not None
+    if choice.none or (choice.folder is None and content.identity["tokenizer"] is None):
         return None
-    inside = folder / _OF_DATA
-    if not (folder / _FILE).exists() and (inside / _FILE).exists():
-        folder = inside
-    loaded = load_tokenizer(folder)
-    if fingerprint is not None and loaded.fingerprint != fingerprint:
-        raise UserError(
-            f"{folder} is another tokenizer than that of the checkpoint's data: "
-            f"{loaded.fingerprint[:12]}… here, {fingerprint[:12]}… there."
-        )
-    if loaded.vocab_size > vocab_size:
-        raise UserError(
-            f"{folder} has {loaded.vocab_size} tokens, and the model's vocabulary {vocab_size}."
-        )
-    return loaded
+    words = content.identity["model"]["vocab_size"]
+    try:
+        return find_tokenizer(content, words, choice.folder, choice.near)
+    except UserError as error:
+        if choice.folder is not None:
+            raise
+        raise UserError(f"{error} Or --no-tokenizer exports the model without one.") from None
 
 
 def token_fields(loaded: LoadedTokenizer) -> dict[str, int]:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from nemo_megacpp.checkpoint.content import CheckpointContent, saved_shape
 from nemo_megacpp.checkpoint.identity import Identity, saved_model
-from nemo_megacpp.data.builtin import builtin_folder
-from nemo_megacpp.data.tokenizer import LoadedTokenizer, load_tokenizer
+from nemo_megacpp.data.checkpoint_tokenizer import find_tokenizer
+from nemo_megacpp.data.tokenizer import LoadedTokenizer
 from nemo_megacpp.errors import UserError, raise_violations
 from nemo_megacpp.inference.completions import Prompt
 from nemo_megacpp.inference.sampling import Sampling
@@ -89,44 +89,6 @@ def generation_layout(
     return dataclasses.replace(layout, sequence_parallel=False)
 
 
-def find_tokenizer(
-    content: CheckpointContent, model: Mapping[str, Any], given: Path | None
-) -> LoadedTokenizer:
-    """Return the tokenizer of a checkpoint's data.
-
-    Args:
-        content: the checkpoint.
-        model: its fields.
-        given: a tokenizer's folder, or prepared data with one; by default that of the built-in
-            corpus.
-
-    Raises:
-        UserError: there is none, or it is not the one that the model was trained with.
-    """
-    folder = given if given is not None else builtin_folder(int(model["vocab_size"]))
-    if (folder / "tokenizer" / "tokenizer.json").is_file():
-        folder = folder / "tokenizer"
-    if given is None and not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"{content.directory} was trained on data that are not the built-in corpus of this "
-            f"machine: give --tokenizer DIR, a tokenizer's folder or that of the prepared data."
-        )
-    tokenizer = load_tokenizer(folder)
-    trained = content.identity and content.identity["tokenizer"]
-    if trained is not None and trained != tokenizer.fingerprint:
-        raise UserError(
-            f"{content.directory} was trained with another tokenizer ({trained[:12]}) than that of "
-            f"{folder} ({tokenizer.fingerprint[:12]}): its ids would mean other text. Give "
-            f"--tokenizer DIR, a tokenizer's folder or that of the prepared data."
-        )
-    if tokenizer.vocab_size > model["vocab_size"]:
-        raise UserError(
-            f"The tokenizer of {folder} has {tokenizer.vocab_size:,} tokens, and the model "
-            f"{model['vocab_size']:,}: it was trained with another tokenizer."
-        )
-    return tokenizer
-
-
 def read_prompts(
     texts: Sequence[str],
     tokenizer: LoadedTokenizer,
@@ -196,6 +158,7 @@ def make_request(
     model: Mapping[str, Any] | None = None,
     layout: str = "tp=1",
     tokenizer: Path | None = None,
+    near: Sequence[Path] = (),
     max_new_tokens: int | None = None,
     stop: Sequence[str] = (),
     slots: int | None = None,
@@ -209,7 +172,7 @@ def make_request(
         sampling: of the first prompt.
         model: fields of the model; the checkpoint's own if not given.
         layout: degrees, tp or ep.
-        tokenizer: see :func:`find_tokenizer`.
+        tokenizer, near: see :func:`nemo_megacpp.data.checkpoint_tokenizer.find_tokenizer`.
         max_new_tokens, stop: see :func:`read_prompts`.
         slots: sequences at once; None: all, at most 16.
         precision: ``fp32`` or ``bf16``; None: that of the saved weights.
@@ -219,7 +182,7 @@ def make_request(
     """
     model = model_that_generates(own_model(content) if model is None else model)
     degrees = generation_layout(layout, content, model)
-    found = find_tokenizer(content, model, tokenizer)
+    found = find_tokenizer(content, int(model.get("vocab_size", 0)), tokenizer, near)
     prompts = read_prompts(texts, found, content, model, max_new_tokens, sampling, stop)
     return Request(
         content.directory,

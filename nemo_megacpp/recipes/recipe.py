@@ -199,10 +199,19 @@ def _read_model_field(key: str, value: Any, name: str) -> Any:
         raise UserError("pattern is empty; give letters, for example pattern=AEMR.")
     owner: type = HybridFields
     if key not in HybridFields.__annotations__:
-        from nemo_megacpp.config import HybridConfig
+        from nemo_megacpp.config import ACTIVATIONS, HybridConfig
 
+        if key == "activation_func":  # a function, which YAML cannot write
+            if value not in [*ACTIVATIONS]:
+                raise UserError(f"{name}: {shown(value)} is not {_either(ACTIVATIONS)}.")
+            return value
         owner = HybridConfig
     return read_value(owner, key, value, name)
+
+
+def _either(names: Iterable[str]) -> str:
+    *most, last = map(repr, names)
+    return f"{', '.join(most)} or {last}"
 
 
 def _read_text(key: str, value: Any) -> str | None:

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_megacpp.checkpoint.folder import find_checkpoint, newest_checkpoint, saved_checkpoints
+from nemo_megacpp.checkpoint.folder import (
+    find_checkpoint,
+    new_folder,
+    newest_checkpoint,
+    saved_checkpoints,
+)
 from nemo_megacpp.checkpoint.identity import FILE, write_identity
 from nemo_megacpp.errors import UserError
 
@@ -92,3 +97,12 @@ def test_what_holds_no_checkpoint_is_refused(name: str, message: str, tmp_path: 
     with pytest.raises(UserError) as refused:
         find_checkpoint(tmp_path / name)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("target", ["nothing", "empty"])
+def test_a_new_folder_replaces_no_link(target: str, tmp_path: Path) -> None:
+    """It is refused before the work, not when the folder is renamed."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match="out is a symbolic link"), new_folder(tmp_path / "out"):
+        pytest.fail("the block must not begin")

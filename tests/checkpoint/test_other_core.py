@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -10,8 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
+from nemo_megacpp.checkpoint.content import CheckpointContent
 from nemo_megacpp.core.releases import PROVED, imported
+from nemo_megacpp.hf.export import export_hf
+from nemo_megacpp.hf.importing import import_hf
 from nemo_megacpp.proof.core_run import resume_and_train
 from nemo_megacpp.proof.step_result import Carried, checkpoint_of
 from nemo_megacpp.runtime.workers import WorkerPool
@@ -26,11 +31,13 @@ pytestmark = pytest.mark.processes
 
 
 class Exchanged(NamedTuple):
-    """What was saved here and in the other environment, and what each loaded of the other's."""
+    """What was saved here and in the other environment, what each loaded of the other's, and the
+    other's checkpoint."""
 
     here: Carried
     loaded_here: Carried
     told: Told
+    theirs: Path
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +64,7 @@ def exchanged(ranks: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Ex
     assert {told.release, imported()} == set(PROVED)
     theirs = checkpoint_of(str(folder / "theirs"), 1)
     loaded: Carried = ranks.run(2, resume_and_train, SPEC, LOADED_IN, theirs, 1)[0]
-    return Exchanged(here, loaded, told)
+    return Exchanged(here, loaded, told, Path(theirs))
 
 
 def _hold(saved: Carried, loaded: Carried) -> None:
@@ -78,3 +85,15 @@ def test_ours_resumes_there(exchanged: Exchanged) -> None:
 
 def test_theirs_resumes_here(exchanged: Exchanged) -> None:
     _hold(exchanged.told.saved, exchanged.loaded_here)
+
+
+def test_theirs_is_exported_here(exchanged: Exchanged, tmp_path: Path, ranks: WorkerPool) -> None:
+    """For transformers, and back, bit for bit."""
+    export_hf(exchanged.theirs, tmp_path / "hf")
+    pool = lambda size: contextlib.nullcontext(ranks)  # noqa: E731
+    import_hf(tmp_path / "hf", tmp_path / "back", pool)
+    saved, back = (CheckpointContent(path) for path in (exchanged.theirs, tmp_path / "back"))
+    assert saved.model_tensors.keys() == back.model_tensors.keys()
+    for name in saved.model_tensors:
+        mine, found = (each.read_tensor(each.prefix + name) for each in (saved, back))
+        assert mine.dtype == found.dtype and torch.equal(mine, found), name

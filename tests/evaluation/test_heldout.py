@@ -213,5 +213,9 @@ def test_what_does_not_fit_is_refused_before_ranks_start(
     model = {**MODEL, "vocab_size": 384}
     write_identity(other, {**identity, "model": model, "tokenizer": None}, 5)
     assert "has a vocabulary of 384, and" in refusal(str(other))
+    write_identity(other, {**identity, "model": {**MODEL, "vocab_size": "384"}}, 5)
+    assert "is damaged: model: vocab_size" in refusal(str(other))
+    write_identity(other, {**identity, "model": {}}, 5)
+    assert "is damaged: model: pattern is empty" in refusal(str(other))
     write_identity(other, {**identity, "model": {**MODEL, "family_modules": ["x"]}}, 5)
     assert "imports no code that a checkpoint names" in refusal(str(other))

@@ -15,7 +15,7 @@ CASES = {
     "A no positions": spec("AM", position_embedding_type="none", layernorm_epsilon=1e-3),
     "biases": spec("AF", add_bias_linear=True, gated_linear_unit=False, activation_func="gelu"),
     "tied": spec("MA", share_embeddings_and_output_weights=True),
-    "M": spec("MM"),
+    "M": spec("MM", vocab_size=258),  # the smallest of a byte-level tokenizer
     "E": spec("EE"),
     "E softmax": spec(
         "E",

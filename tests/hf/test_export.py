@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_megacpp.checkpoint.identity import read_identity, write_identity
 from nemo_megacpp.checkpoint.manifest import write_manifest
-from nemo_megacpp.data.tokenizer import save_tokenizer, train_tokenizer
+from nemo_megacpp.data.tokenizer import fingerprint, save_tokenizer, train_tokenizer
 from nemo_megacpp.hf.export import export_hf
 from tests.hf.cases import CASES
 from tests.hf.command import command
@@ -135,10 +135,11 @@ def test_other_dtypes(exported: Callable[[str], Path]) -> None:
         assert model(torch.arange(7)[None]).logits.dtype == torch.bfloat16
 
 
-def _identity(folder: Path, **model: Any) -> None:
+def _identity(folder: Path, tokenizer: str | None = None, **model: Any) -> None:
     identity = read_identity(folder)
     assert identity is not None
-    write_identity(folder, {**identity, "model": {**identity["model"], **model}}, 3)
+    changed = {"model": {**identity["model"], **model}, "tokenizer": tokenizer}
+    write_identity(folder, {**identity, **changed}, 3)
     write_manifest(folder)
 
 
@@ -148,6 +149,12 @@ def _identity(folder: Path, **model: Any) -> None:
         ({"moe_expert_capacity_factor": 1.5}, "moe_expert_capacity_factor=1.5: a token is dropped"),
         ({"activation_func": "mish"}, "activation_func=mish: an export has silu, gelu, relu2"),
         ({"family_modules": ["x.py"]}, "family_modules=.*no code of a user's family"),
+        (
+            {"vocab_size": 4096},
+            "is damaged: it has a vocab_size of 4096 and",
+        ),
+        ({"hidden_size": 96}, r"hidden_size of 96, and the embedding has the shape \(96, 48\)"),
+        ({"vocab_size": "90"}, "is damaged: model: vocab_size"),
         ({"m2rnn_depth_state": True}, "does not hold its model's tensors: it lacks decoder.layers"),
     ],
 )
@@ -174,17 +181,16 @@ def test_the_commands(
     """Export with a tokenizer and in another dtype; the options that do not go together."""
     texts = ["some words and more words"] * 3
     save_tokenizer(train_tokenizer(texts, 258), tmp_path / "data" / "tokenizer")
-    own = Path(shutil.copytree(saved("all"), tmp_path / "own"))
+    own = saved("M")
     out = tmp_path / "out"
     data = tmp_path / "data"
-    assert command("export", own, "--to", "hf", out, "--tokenizer", data) == 2
-    assert "has 258 tokens, and the model's vocabulary 90" in capsys.readouterr().err
+    assert command("export", saved("all"), "--to", "hf", out, "--tokenizer", data) == 2
+    assert "has 258 tokens, and the model 90" in capsys.readouterr().err
     assert command("export", own, out, "--dtype", "float32") == 2
-    assert "--dtype and --tokenizer go with --to hf" in capsys.readouterr().err
+    assert "--tokenizer and --no-tokenizer go with --to hf" in capsys.readouterr().err
     assert command("export", own, "--to", "hf", out, "--dtype", "float8") == 2
     assert "--dtype float8: the choices are float32" in capsys.readouterr().err
     assert not out.exists()
-    _identity(own, vocab_size=258)  # the tokenizer is all that reads it
     assert (
         command(*("export", own, "--to", "hf", out, "--tokenizer", data, "--dtype", "bfloat16"))
         == 0
@@ -196,6 +202,47 @@ def test_the_commands(
     config = json.loads((out / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
     assert (config["eos_token_id"], config["pad_token_id"]) == (0, 1)
+
+
+def test_the_tokenizer_is_found(
+    saved: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the data that the run names, then in a built-in corpus; by its fingerprint. Without it
+    nothing is written, unless that is asked for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    own = Path(shutil.copytree(saved("M"), tmp_path / "run" / "checkpoints" / "step=3"))
+    texts = ["some words and more words"] * 3
+    data, builtin = tmp_path / "data", tmp_path / "cache/nemo_megacpp/torch-9-headers-258"
+    for text, folder in (("words", tmp_path / "other"), ("more", data), ("corpus", builtin)):
+        save_tokenizer(train_tokenizer([*texts, text], 258), folder / "tokenizer")
+        file = folder / "tokenizer" / "tokenizer.json"
+        file.write_text(file.read_text().replace('"<|padding|>"', f'"<|{text}|>"'))
+    record = tmp_path / "run" / "record" / "recipe.yaml"
+    record.parent.mkdir()
+    record.write_text(f"data: [{tmp_path / 'other'}, {data}]")
+
+    for number, folder in enumerate((data, builtin)):
+        _identity(own, fingerprint(folder / "tokenizer"))
+        out = tmp_path / f"{number}"
+        assert command("export", own, "--to", "hf", out) == 0
+        assert "the tokenizer has 258 tokens" in capsys.readouterr().out
+        assert fingerprint(out) == fingerprint(folder / "tokenizer")
+
+    _identity(own, "0" * 64)
+    assert command("export", own, "--to", "hf", tmp_path / "none") == 2
+    told = capsys.readouterr().err
+    assert "(000000000000) is neither in the data that its run names nor" in told
+    assert "give --tokenizer DIR" in told and "Or --no-tokenizer exports" in told
+    assert str(data / "tokenizer") in told and str(builtin / "tokenizer") in told
+    assert not (tmp_path / "none").exists()
+    assert command("export", own, "--to", "hf", tmp_path / "none", "--no-tokenizer") == 0
+    assert not (tmp_path / "none" / "tokenizer.json").exists()
+    both = ("--no-tokenizer", "--tokenizer", data)
+    assert command("export", own, "--to", "hf", tmp_path / "both", *both) == 2
+    assert "do not go together" in capsys.readouterr().err
 
 
 def test_fields_are_those_of_the_configuration(exported: Callable[[str], Path]) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from nemo_megacpp.data.tokenizer import save_tokenizer, train_tokenizer
 from nemo_megacpp.hf.export import export_hf
+from nemo_megacpp.hf.tokenizer import Choice
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.hf.models import save_with_logits, spec
 
@@ -67,7 +68,8 @@ def test_a_task(ranks: WorkerPool, tmp_path: Path) -> None:
     one = spec("AEMRF", vocab_size=270)
     ranks.run(1, save_with_logits, [str(tmp_path / "run" / "step=3")], [one])
     out = tmp_path / "out"
-    export_hf(tmp_path / "run" / "step=3", out, dtype="float32", tokenizer=tmp_path / "tokenizer")
+    choice = Choice(tmp_path / "tokenizer")
+    export_hf(tmp_path / "run" / "step=3", out, dtype="float32", tokenizer=choice)
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, DOCUMENTS)))

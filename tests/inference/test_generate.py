@@ -141,6 +141,19 @@ def test_another_tokenizer_is_refused(checkpoint: Path, ranks: WorkerPool, tmp_p
         _run(_arguments(smaller, "--prompt", "a", "--tokenizer", other))
 
 
+def test_the_tokenizer_of_the_runs_data_is_found(
+    checkpoint: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(checkpoint, tmp_path / "run" / "checkpoints" / "step=3")
+    (tmp_path / "run" / "record").mkdir()
+    record = tmp_path / "run" / "record" / "recipe.yaml"
+    record.write_text(f"data: {{{tokenizer}: 1.0}}")
+    assert _read(own, "--prompt", "a").tokenizer == tokenizer
+    record.write_text("data: [")
+    with pytest.raises(UserError, match="give --tokenizer DIR"):
+        _read(own, "--prompt", "a")
+
+
 def test_side_channels_are_refused(tmp_path: Path, checkpoint: Path, tokenizer: Path) -> None:
     channel = {"name": "kind", "vocab_size": 4, "field": "kind"}
     folder = tmp_path / "channels"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from megatron.core.activations import squared_relu
 
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
@@ -15,7 +16,7 @@ from nemo_megacpp.nemo.resume_demo import MAX_STEPS
 from nemo_megacpp.pattern import Family
 from nemo_megacpp.recipes.catalog import CATALOG
 from nemo_megacpp.recipes.recipe import Recipe, from_mapping, resolve
-from nemo_megacpp.recipes.views import job_of
+from nemo_megacpp.recipes.views import job_of, model_settings
 
 ARTICLES_YAML = """\
 mode: nemo_native
@@ -360,7 +361,8 @@ def test_what_follows_from_others_cannot_be_set(key: str, reason: str) -> None:
         ("mode=other", "mode: 'other' is not 'nemo_native'"),
         ("moe_aux_loss_coeff=[a]", "['a'] is not a number or a list."),
         ("window_size=[1]", "window_size: [1] is not a list of 2 or null."),
-        ("activation_func=silu", "activation_func cannot be set in a recipe"),
+        ("activation_func=mish", "'mish' is not 'silu', 'gelu', 'relu2' or 'quick_gelu'."),
+        ("activation_func=[silu]", "['silu'] is not 'silu', 'gelu', 'relu2' or 'quick_gelu'."),
         ("init_method=xavier", "init_method cannot be set in a recipe"),
         ("tp=two", "tensor_model_parallel_size must be a positive whole number; got 'two'."),
         ("pp=0", "pipeline_model_parallel_size must be a positive whole number; got 0."),
@@ -524,6 +526,14 @@ def test_texts_are_taken_as_they_are_typed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("override", ["lr", "=3", ""])
 def test_what_is_no_override(override: str) -> None:
     assert f"{override!r} is not a setting: write key=value." in refused(override)
+
+
+def test_an_activation_has_a_name(tmp_path: Path) -> None:
+    """YAML has no functions; the configuration that trains has."""
+    recipe = resolve("nam56r_tiny", ["activation_func=relu2", "gated_linear_unit=false"])
+    again = resolve(written(tmp_path, yaml.safe_dump(recipe.to_mapping())))
+    assert again.model["activation_func"] == "relu2"
+    assert model_settings(again, "cpu")["activation_func"] is squared_relu
 
 
 def test_an_override_that_yaml_cannot_read() -> None:

@@ -5,8 +5,6 @@ Modules and parameters have the names of the checkpoint, so that the export chan
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,19 +13,18 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# transformers copies the files that this one imports, and not those that they import.
+from .attention_nemo_megacpp import Attention
 from .configuration_nemo_megacpp import NemoMegacppConfig
-from .mixers_nemo_megacpp import M2RNN, Mamba2, Mamba3, NormProjection, Projection, Scale, State
+from .experts_nemo_megacpp import DenseMLP, MixtureOfExperts
+from .m2rnn_nemo_megacpp import M2RNN
+from .mamba_nemo_megacpp import Mamba2, Mamba3
+from .parts_nemo_megacpp import Scale, State
 
 # Parts of the names of parameters that stay float32 in a model of bfloat16 or float16.
 FLOAT32 = {
     *("A_log", "dt_bias", "D", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o"),
     "expert_bias",
-}
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "relu2": lambda x: F.relu(x).square(),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 
@@ -53,208 +50,6 @@ class HybridCache:
         for state in self.states:
             for name, tensor in state.items():
                 state[name] = tensor.index_select(0, beam_idx.to(tensor.device))
-
-
-class Attention(nn.Module):
-    """Megatron's ``SelfAttention``: rows by group, ``q… (gate…) k v``; RoPE over halves."""
-
-    def __init__(self, config: NemoMegacppConfig):
-        super().__init__()
-        self.config = config
-        self.heads, self.groups, self.dim = (
-            config.num_attention_heads,
-            config.num_query_groups,
-            config.kv_channels,
-        )
-        self.per_group = self.heads // self.groups
-        queries = self.per_group * (2 if config.attention_output_gate else 1)
-        self.sizes = [
-            self.per_group * self.dim,
-            *([self.per_group * self.dim] if config.attention_output_gate else []),
-            self.dim,
-            self.dim,
-        ]
-        self.linear_qkv = NormProjection(
-            config.hidden_size,
-            self.groups * (queries + 2) * self.dim,
-            config.layernorm_epsilon,
-            bias=config.add_bias_linear or config.add_qkv_bias,
-        )
-        self.linear_proj = nn.Linear(
-            self.heads * self.dim, config.hidden_size, bias=config.add_bias_linear
-        )
-
-    def forward(
-        self, hidden: Tensor, positions: Tensor, visible: Tensor | None, state: State
-    ) -> Tensor:
-        rows = self.linear_qkv(self.linear_qkv.norm(hidden)).unflatten(-1, (self.groups, -1))
-        q, *gate, k, v = rows.split(self.sizes, dim=-1)
-        q = q.reshape(*hidden.shape[:2], self.heads, self.dim)
-        if self.config.position_embedding_type == "rope":
-            q, k = (self._rotate(t, positions) for t in (q, k))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if state:
-            k, v = torch.cat([state["k"], k], dim=2), torch.cat([state["v"], v], dim=2)
-        state["k"], state["v"] = k, v
-        context = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=visible,
-            is_causal=visible is None and q.size(2) > 1,
-            scale=self.config.softmax_scale or 1 / math.sqrt(self.dim),
-            enable_gqa=self.heads != self.groups,
-        )
-        context = context.transpose(1, 2).flatten(2)
-        if gate:
-            opened = torch.sigmoid(gate[0].flatten(2).float())
-            context = (context * opened).to(context.dtype)
-        return self.linear_proj(context)
-
-    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate channels ``(i, i + d/2)`` of ``[b, s, n, dim]``, the first ``rotary_percent``."""
-        turned = self.dim
-        if self.config.rotary_percent < 1:
-            turned = int(self.dim * self.config.rotary_percent)
-        powers = torch.arange(0, turned, 2, dtype=torch.float32, device=x.device) / turned
-        angle = positions.to(powers.dtype)[..., None] * (1.0 / self.config.rotary_base**powers)
-        angle = torch.cat([angle, angle], dim=-1)[:, :, None]
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        x, rest = x[..., :turned], x[..., turned:]
-        first, second = x.chunk(2, dim=-1)
-        x = x * cos + torch.cat([-second, first], dim=-1) * sin
-        return torch.cat([x, rest], dim=-1)
-
-
-def activate(config: NemoMegacppConfig, x: Tensor) -> Tensor:
-    """Apply the activation of an expert or an MLP, with its gate if it has one."""
-    function = ACTIVATIONS[config.activation]
-    if not config.gated_linear_unit:
-        return function(x)
-    gate, up = x.chunk(2, dim=-1)
-    if (most := config.activation_func_clamp_value) is not None:
-        gate, up = gate.clamp(max=most), up.clamp(min=-most, max=most)
-    return function(gate) * (up + config.glu_linear_offset)
-
-
-class DenseMLP(nn.Module):
-    """F: Megatron's ``MLP`` behind a norm."""
-
-    def __init__(self, config: NemoMegacppConfig):
-        super().__init__()
-        self.config = config
-        width, bias = config.ffn_hidden_size, config.add_bias_linear
-        rows = width * (2 if config.gated_linear_unit else 1)
-        self.linear_fc1 = NormProjection(
-            config.hidden_size, rows, config.layernorm_epsilon, bias=bias
-        )
-        self.linear_fc2 = nn.Linear(width, config.hidden_size, bias=bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        rows = self.linear_fc1(self.linear_fc1.norm(hidden))
-        return self.linear_fc2(activate(self.config, rows))
-
-
-class Bank(nn.Module):
-    """Holds a matrix for each expert, ``weight [experts, out, in]``."""
-
-    def __init__(self, experts: int, inputs: int, outputs: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
-
-
-class Router(nn.Module):
-    """Holds ``weight [experts, h]`` and the bias that moves the choice, not the probability."""
-
-    def __init__(self, config: NemoMegacppConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size))
-        self.expert_bias = None
-        if config.moe_router_enable_expert_bias:  # moved by the load of the experts, not learnt
-            zeros = torch.zeros(config.num_moe_experts)
-            self.expert_bias = nn.Parameter(zeros, requires_grad=False)
-
-
-class MixtureOfExperts(nn.Module):
-    """E: Megatron's ``MoELayer``, expert after expert."""
-
-    def __init__(self, config: NemoMegacppConfig):
-        super().__init__()
-        self.config = config
-        hidden, width = config.hidden_size, config.moe_ffn_hidden_size
-        twice = 2 if config.gated_linear_unit else 1
-        self.router = Router(config)
-        self.experts = nn.Module()
-        self.experts.experts = nn.Module()
-        bank = self.experts.experts
-        bank.linear_fc1 = Bank(config.num_moe_experts, hidden, twice * width)
-        bank.linear_fc2 = Bank(config.num_moe_experts, width, hidden)
-        if shared := config.moe_shared_expert_intermediate_size:
-            self.shared_experts = nn.Module()
-            self.shared_experts.linear_fc1 = Projection(hidden, twice * shared)
-            self.shared_experts.linear_fc2 = Projection(shared, hidden)
-            if config.moe_shared_expert_gate:
-                self.shared_experts.gate_weight = nn.Parameter(torch.empty(1, hidden))
-
-    def forward(self, normed: Tensor) -> Tensor:
-        tokens = normed.flatten(0, 1)
-        probs, chosen = self._route(tokens)
-        bank = self.experts.experts
-        output = torch.zeros_like(tokens)
-        for expert in chosen.unique().tolist():
-            places, slots = torch.where(chosen == expert)
-            x, weight = tokens[places], probs[places, slots, None]
-            if self.config.moe_apply_probs_on_input:
-                x, weight = (weight * x).to(x.dtype), torch.ones_like(weight)
-            inner = activate(self.config, F.linear(x, bank.linear_fc1.weight[expert]))
-            inner = (inner * weight).to(inner.dtype)
-            output.index_add_(0, places, F.linear(inner, bank.linear_fc2.weight[expert]))
-        output = output.view_as(normed)
-        if self.config.moe_shared_expert_intermediate_size:
-            output = output + self._shared(normed)
-        return output
-
-    def _shared(self, normed: Tensor) -> Tensor:
-        shared = self.shared_experts
-        output = shared.linear_fc2(activate(self.config, shared.linear_fc1(normed)))
-        if self.config.moe_shared_expert_gate:
-            output = output * torch.sigmoid(F.linear(normed, shared.gate_weight))
-        return output
-
-    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return probabilities and experts, ``[tokens, topk]``."""
-        config, topk = self.config, self.config.moe_router_topk
-        kinds = {"fp32": torch.float32, "fp64": torch.float64}
-        kind = kinds.get(config.moe_router_dtype, tokens.dtype)
-        logits = F.linear(tokens.to(kind), self.router.weight.to(kind))
-        # Megatron computes the scores in float32, whatever the logits are.
-        if config.moe_router_score_function == "sigmoid":
-            scores = torch.sigmoid(logits.float()).to(kind)
-            biased = scores if self.router.expert_bias is None else scores + self.router.expert_bias
-            chosen = self._choose(biased)
-            probs = scores.gather(1, chosen)
-            if topk > 1:
-                probs = probs / (probs.sum(-1, keepdim=True) + 1e-20)
-        elif config.moe_router_pre_softmax:
-            scores = torch.softmax(logits, dim=-1, dtype=torch.float32).to(kind)
-            chosen = self._choose(scores)
-            probs = scores.gather(1, chosen)
-        else:
-            chosen = self._choose(logits)
-            probs = torch.softmax(logits.gather(1, chosen), dim=-1, dtype=torch.float32).to(kind)
-        if config.moe_router_topk_scaling_factor:
-            probs = probs * config.moe_router_topk_scaling_factor
-        return probs, chosen
-
-    def _choose(self, scores: Tensor) -> Tensor:
-        config, topk = self.config, self.config.moe_router_topk
-        if config.moe_router_group_topk:
-            groups = scores.unflatten(-1, (config.moe_router_num_groups, -1))
-            best = groups.topk(topk // config.moe_router_group_topk, dim=-1)[0].sum(-1)
-            kept = best.topk(config.moe_router_group_topk, dim=-1)[1]
-            outside = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
-            scores = groups.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(1)
-        return scores.topk(topk, dim=-1)[1]
 
 
 class Layer(nn.Module):
