@@ -30,8 +30,15 @@ TOKENIZER = SimpleNamespace(
 """No token ends a document."""
 
 
-def static_engine(model: Any, legacy: bool = True) -> Any:
-    """Return Megatron's engine; its context holds :data:`PROMPTS`."""
+def static_engine(model: Any, legacy: bool = True, whole: int = -1) -> Any:
+    """Return Megatron's engine; its context holds :data:`PROMPTS`.
+
+    Args:
+        model: this rank's stage.
+        legacy: of the engine.
+        whole: tokens of the largest batch that is not split into microbatches over PP, -1: none is
+            split. From 0.17 on none is.
+    """
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.engines.static_engine import StaticInferenceEngine
     from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
@@ -51,7 +58,7 @@ def static_engine(model: Any, legacy: bool = True) -> Any:
         config = InferenceWrapperConfig(
             hidden_size=model.config.hidden_size,
             params_dtype=model.config.params_dtype,
-            inference_batch_times_seqlen_threshold=-1,
+            inference_batch_times_seqlen_threshold=whole,
             padded_vocab_size=VOCAB,
             inference_max_requests=len(PROMPTS),
             inference_max_seq_length=LENGTH,

@@ -25,10 +25,10 @@ def _our_tokens(weights: str) -> list[list[int]]:
     return [one.tokens for one in complete(batch, asked, text_of, None)[0]]
 
 
-def _engines_tokens(layout: str, weights: str, legacy: bool) -> list[list[int]]:
+def _engines_tokens(layout: str, weights: str, legacy: bool, whole: int) -> list[list[int]]:
     from megatron.core.inference.sampling_params import SamplingParams
 
-    engine = static_engine(random_model(CASES["AEMR"], layout, weights), legacy)
+    engine = static_engine(random_model(CASES["AEMR"], layout, weights), legacy, whole)
     done = engine.generate(
         prompts=[text_of(prompt) for prompt in PROMPTS],
         sampling_params=SamplingParams(top_k=1, num_tokens_to_generate=NEW),
@@ -46,23 +46,24 @@ def ours(
 
 
 @pytest.mark.parametrize(
-    ("layout", "legacy"),
+    ("layout", "legacy", "whole"),
     [
-        ("tp=1", True),
+        ("tp=1", True, -1),
         # Without a GPU it cannot build its dynamic engine, and goes on without.
-        pytest.param("tp=1", False, marks=pytest.mark.slow),
-        ("tp=2,sp=false", True),
-        ("pp=2", True),
-        ("tp=2,ep=2,etp=1,sp=false", True),
+        pytest.param("tp=1", False, -1, marks=pytest.mark.slow),
+        ("tp=2,sp=false", True, -1),
+        ("pp=2", True, -1),
+        ("pp=2", True, 1),
+        ("tp=2,ep=2,etp=1,sp=false", True, -1),
     ],
 )
 def test_megatrons_static_engine_gives_our_tokens(
-    ranks: WorkerPool, ours: tuple[str, list[list[int]]], layout: str, legacy: bool
+    ranks: WorkerPool, ours: tuple[str, list[list[int]]], layout: str, legacy: bool, whole: int
 ) -> None:
     weights, wanted = ours
     assert all(len(tokens) == NEW for tokens in wanted)
     world = ParallelLayout.parse(layout).world
-    for tokens in ranks.run(world, _engines_tokens, layout, weights, legacy):
+    for tokens in ranks.run(world, _engines_tokens, layout, weights, legacy, whole):
         assert tokens == wanted
 
 
