@@ -50,5 +50,6 @@ def forward_over_stages(
         logits = output.new_empty(size, dtype=config.params_dtype)
     else:
         logits = output[:, -1].to(config.params_dtype).contiguous()
-    torch.distributed.broadcast(logits, group=group, group_src=last)
+    source = torch.distributed.get_global_rank(group, last)
+    torch.distributed.broadcast(logits, src=source, group=group)
     return logits

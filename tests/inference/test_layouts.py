@@ -23,6 +23,7 @@ PROMPTS = ([5, 17, 80, 2], [9], [44, 3, 3, 71, 60, 12, 7])
 MODELS = {
     "AEMR": CASES["AEMR"],
     "AEMR mamba3": {**CASES["AEMR mamba3"], "hybrid_pattern": "AEM|RF"},
+    "tied": {**CASES["AEMR"], "share_embeddings_and_output_weights": True},
     "depth state": tiny_model("RF|FRR", m2rnn_depth_state=True),
 }
 CHECKED = [
@@ -33,6 +34,7 @@ CHECKED = [
     ("AEMR", "tp=2,ep=2,sp=false,world=4"),
     ("AEMR", "ep=2,pp=2,world=4"),
     ("AEMR mamba3", "pp=2"),
+    ("tied", "pp=2"),
     ("depth state", "pp=2"),
 ]
 
