@@ -65,7 +65,10 @@ def add_parser(commands: Any) -> None:
         help="ends a completion, and is left out; may be repeated",
     )
     parser.add_argument(
-        "--layout", metavar="tp=2", default="tp=1", help="of the ranks, tp or ep; default: one rank"
+        "--layout",
+        metavar="tp=2",
+        default="tp=1",
+        help="of the ranks: tp, ep, pp; default: one rank",
     )
     parser.add_argument("--slots", metavar="N", help="sequences at once; default: all, at most 16")
     parser.add_argument(

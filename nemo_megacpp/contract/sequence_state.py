@@ -13,7 +13,7 @@ def sequence_state(sizes: Sizes) -> dict[str, list[KeptState]] | None:
     """Return what one layer of each family keeps on a rank, by letter; None where a family has no
     inference.
 
-    The states are split over tp; no other axis splits them.
+    The states are split over tp, and with the layers over pp; no other axis splits them.
     """
     declared = {letter: block_of(Family(letter)).inference_state for letter in sizes.letters}
     kept = {letter: declare(sizes) for letter, declare in declared.items() if declare is not None}
@@ -21,7 +21,8 @@ def sequence_state(sizes: Sizes) -> dict[str, list[KeptState]] | None:
 
 
 def state_line(sizes: Sizes) -> str | None:
-    """Return the bytes of a sequence in all layers of a tensor-parallel rank, as one sentence."""
+    """Return the bytes of a sequence in all layers of a tensor-parallel rank, of all its pipeline
+    stages together, as one sentence."""
     kept = sequence_state(sizes)
     if kept is None:
         return None
@@ -34,7 +35,12 @@ def state_line(sizes: Sizes) -> str | None:
 
     length = sizes.config.seq_length
     whole = sum(once.values()) + length * sum(growing.values())
+    tp, pp = sizes.layout.tp, sizes.layout.pp
+    who, own = f"Generating at TP={tp}, a rank keeps", ""
+    if pp > 1:
+        who = f"Generating at TP={tp} and PP={pp}, the ranks of a pipeline together keep"
+        own = "; a stage keeps the part of its own layers"
     return (
-        f"Generating at TP={sizes.layout.tp}, a rank keeps of a sequence {of(once)}, and of each "
-        f"of its tokens {of(growing)}: {show_bytes(whole)} at {length:,} tokens."
+        f"{who} of a sequence {of(once)}, and of each of its tokens {of(growing)}: "
+        f"{show_bytes(whole)} at {length:,} tokens{own}."
     )

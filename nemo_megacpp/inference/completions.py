@@ -79,7 +79,8 @@ def complete(
 ) -> tuple[list[Completion], Times]:
     """Complete prompts of any lengths, as many at once as the batch has slots.
 
-    A prompt begins as soon as a slot is free. Every rank of the model calls this; the tokens are
+    Prompts begin as soon as slots are free, as many in one pass as there are
+    (:meth:`SlotBatch.add_all`). Every rank of the model calls this; the tokens are
     those of rank 0.
 
     Args:
@@ -132,13 +133,14 @@ def complete(
 
     while waiting or running:
         while waiting and batch.free:
-            index = waiting.popleft()
             begun = time.perf_counter()
-            slot, logits = batch.add(prompts[index].tokens)
-            running[slot] = index
-            take(slot, logits)
+            begin = [waiting.popleft() for _ in range(min(batch.free, len(waiting)))]
+            added = batch.add_all([prompts[index].tokens for index in begin])
+            for index, (slot, logits) in zip(begin, added, strict=True):
+                running[slot] = index
+                take(slot, logits)
+                times.prefill_tokens += len(prompts[index].tokens)
             times.prefill_seconds += time.perf_counter() - begun
-            times.prefill_tokens += len(prompts[index].tokens)
         if running:
             begun = time.perf_counter()
             for slot, logits in batch.step(following).items():

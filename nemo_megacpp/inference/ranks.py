@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ class Generated:
         completions: one for each prompt.
         times: of all of them.
         load_seconds: until the weights were there.
-        state_bytes: of all slots on a rank.
+        state_bytes: of all slots, on the rank that has most.
     """
 
     completions: list[Completion]
@@ -59,12 +60,12 @@ def generate(request: Request, emit: Emit) -> Generated:
                 torch.distributed.destroy_process_group()
     with WorkerPool(world, device=device_for(world)) as pool:
         try:
-            found: Generated = pool.run(world, generate_on_rank, request, emit)[0]
+            found: list[Generated] = pool.run(world, generate_on_rank, request, emit)
         except WorkerError as error:
             if error.refusal is None:
                 raise
             raise UserError(error.refusal) from None
-    return found
+    return replace(found[0], state_bytes=max(each.state_bytes for each in found))
 
 
 def generate_on_rank(request: Request, emit: Emit) -> Generated:
@@ -72,7 +73,11 @@ def generate_on_rank(request: Request, emit: Emit) -> Generated:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     begun = time.perf_counter()
     start_model_parallel(request.layout)
-    _, (model,) = build_saved_model(request.model, request.layout, getattr(torch, request.dtype))
+    dtype = getattr(torch, request.dtype)
+    with warnings.catch_warnings():
+        # Of TP with EP; it speaks of training.
+        warnings.filterwarnings("ignore", ".*sequence parallelism must be used")
+        _, (model,) = build_saved_model(request.model, request.layout, dtype)
     assert isinstance(model, HybridModel)
     load_weights([model], request.checkpoint, verify=False)
     tokenizer = load_tokenizer(request.tokenizer, tried=True)

@@ -74,14 +74,15 @@ class Request:
 def generation_layout(
     text: str, content: CheckpointContent, model: Mapping[str, Any]
 ) -> ParallelLayout:
-    """Read a layout and validate that the model generates in it: over TP, or EP, without SP.
+    """Read a layout and validate that the model generates in it: over TP, EP and PP, without
+    SP.
 
     Raises:
         UserError: every reason why it cannot.
     """
     layout = ParallelLayout.parse(text)
     channels = [NO_SIDE_CHANNELS] if model.get("side_channels") else []
-    reasons = layout_violations(layout.cp, layout.pp, layout.tp, layout.ep)
+    reasons = layout_violations(layout.cp, layout.vpp)
     raise_violations([*reasons, *channels])
     identity: Identity = {"model": dict(model), "tokenizer": None, "step": 0}
     # With SP, which the rules ask of a layout that trains.
@@ -171,7 +172,7 @@ def make_request(
         texts: the prompts.
         sampling: of the first prompt.
         model: fields of the model; the checkpoint's own if not given.
-        layout: degrees, tp or ep.
+        layout: degrees of tp, ep, etp and pp.
         tokenizer, near: see :func:`nemo_megacpp.data.checkpoint_tokenizer.find_tokenizer`.
         max_new_tokens, stop: see :func:`read_prompts`.
         slots: sequences at once; None: all, at most 16.

@@ -175,25 +175,45 @@ class M2RNNMixer(HeadParallelMixer):
             hands_on: return the state for the next R block as well, ``[s, b, V]``.
             inference_context: holds the states of the rows' sequences, read before the tokens and
                 written after them; None where a row is a whole sequence.
-            packed_seq_params: the documents of the row; not with an inference context.
+            packed_seq_params: the documents of the row; not read with an inference context, which
+                knows them itself.
 
         Returns:
             The output, and the state or None: what ``MambaLayer`` takes for a bias.
         """
         shared, split = self.in_proj(hidden_states)
+        if inference_context is not None:
+            y = self._continue(shared, split, depth_state, inference_context)
+            return self._project(y, hands_on)
         group, cp = self.cp_group, self.cp_group.size()
         order = token_order(shared.size(0) * cp, cp, packed_seq_params, shared.device)
         depth_state = self._depth_state_here(depth_state, order)
-        if inference_context is not None:
-            memory = self._state_in(inference_context, shared.size(1), shared.device)
-            y = self._mix(shared, split, order, depth_state, memory)
-        elif self.serial:
+        if self.serial:
             shared, split = (zigzag_to_segments(t, group, order) for t in (shared, split))
             y = segments_to_zigzag(self._mix(shared, split, order, depth_state), group, order)
         else:
             shared = gather_sequence(shared, group, order)
             split = sequence_to_heads(split, group, order)
             y = heads_to_sequence(self._mix(shared, split, order, depth_state), group, order)
+        return self._project(y, hands_on)
+
+    def _continue(
+        self,
+        shared: torch.Tensor,
+        split: torch.Tensor,
+        depth_state: torch.Tensor | None,
+        context: Any,
+    ) -> torch.Tensor:
+        """Mix what follows the tokens of the states in an inference context; see :meth:`_mix`."""
+        memory = self._state_in(context, shared.size(1), shared.device)
+        shared, split = memory.spread(shared), memory.spread(split)
+        order = token_order(shared.size(0), 1, device=shared.device)
+        if depth_state is not None:
+            depth_state = memory.spread(self._depth_state_here(depth_state, order))
+        return memory.join(self._mix(shared, split, order, depth_state, memory))
+
+    def _project(self, y: torch.Tensor, hands_on: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output, and the state for the next R block or None."""
         normed = self._norm(y)
         output, _ = self.out_proj(normed)
         return output, self._summary(normed) if hands_on else None

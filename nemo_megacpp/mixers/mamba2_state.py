@@ -49,10 +49,12 @@ def mamba2_continue(mixer: Any, projected: Tensor, memory: RecurrentState) -> Te
     """
     sizes, inner, heads = mixer.cp, mixer.cp.d_inner_local_tpcp, mixer.cp.nheads_local_tpcp
     state_rows = sizes.ngroups_local_tpcp * mixer.d_state
+    projected = memory.spread(projected)
     z, xBC, dt = projected.transpose(0, 1).split([inner, inner + 2 * state_rows, heads], dim=-1)
     window, state = memory.read()
     taps = sizes.get_conv1d_weight().squeeze(1)
     filtered = causal_conv1d(xBC, taps, sizes.get_conv1d_bias(), "silu", initial_state=window)
+    filtered = memory.clear_before(filtered)
     window = causal_conv1d_state(xBC, taps.size(1), None, window)
     x, B, C = filtered.split([inner, state_rows, state_rows], dim=-1)
     x, z = (t.unflatten(-1, (heads, mixer.headdim)) for t in (x, z))
@@ -91,5 +93,5 @@ def mamba2_continue(mixer: Any, projected: Tensor, memory: RecurrentState) -> Te
             return_final_states=True,
         )
     memory.write(window, state)
-    y = y.flatten(2).transpose(0, 1).contiguous()
+    y = memory.join(y.flatten(2).transpose(0, 1)).contiguous()
     return mixer.norm(y) if mixer.rmsnorm else y

@@ -144,6 +144,12 @@ class Mamba3Mixer(HeadParallelMixer):
         written after them.
         """
         theta, split = self.in_proj(hidden_states)
+        if inference_context is not None:
+            memory = self._state_in(inference_context, theta.size(1), theta.device)
+            split = cp_blocks(split, self.dims, self.copies)
+            theta, split = (memory.spread(t).transpose(0, 1) for t in (theta, split))
+            y = self._mix(theta, split, None, memory).transpose(0, 1)
+            return self.out_proj(memory.join(y))
         group, cp = self.cp_group, self.cp_group.size()
         order = token_order(theta.size(0) * cp, cp, packed_seq_params, theta.device)
         documents = order.documents
@@ -151,10 +157,7 @@ class Mamba3Mixer(HeadParallelMixer):
             documents = documents.expand(theta.size(1), -1)
         theta = gather_sequence(theta, group, order)
         split = sequence_to_heads(cp_blocks(split, self.dims, self.copies), group, order)
-        memory = None
-        if inference_context is not None:
-            memory = self._state_in(inference_context, theta.size(1), theta.device)
-        y = self._mix(theta.transpose(0, 1), split.transpose(0, 1), documents, memory)
+        y = self._mix(theta.transpose(0, 1), split.transpose(0, 1), documents)
         return self.out_proj(heads_to_sequence(y.transpose(0, 1), group, order))
 
     def _state_in(self, context: Any, batch: int, device: torch.device) -> RecurrentState:
@@ -170,7 +173,7 @@ class Mamba3Mixer(HeadParallelMixer):
         theta: torch.Tensor,
         split: torch.Tensor,
         documents: torch.Tensor | None,
-        memory: RecurrentState | None,
+        memory: RecurrentState | None = None,
     ) -> torch.Tensor:
         """Scan and gate: θ̂ ``[b, s, S]`` and this rank's blocks ``[b, s, …]`` to ``[b, s, n·P]``.
 

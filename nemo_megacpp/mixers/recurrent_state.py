@@ -17,7 +17,9 @@ class RecurrentState:
     """One mixer's states of the sequences in a batch.
 
     They lie in the context, ``[slots, …]``, where Megatron keeps a layer's keys and values. Zero
-    before the first token.
+    before the first token. Where the context packs prompts into one row, each is a row of a batch
+    for the mixer (:mod:`nemo_megacpp.mixers.prompt_pack`): :meth:`spread` before its convolution
+    and its scan, :meth:`join` after them.
 
     Args:
         context: a :class:`SlotContext`, or Megatron's static context, whose batch has one length.
@@ -42,6 +44,7 @@ class RecurrentState:
                 torch.zeros(slots, *shape, dtype=dtype, device=device) for shape, dtype in shapes
             )
         self._memory: tuple[torch.Tensor, ...] = memory[layer_number]
+        self._pack = context.pack if isinstance(context, SlotContext) else None
         if isinstance(context, SlotContext):
             self._rows = context.rows
         else:
@@ -49,6 +52,19 @@ class RecurrentState:
             if context.sequence_len_offset == 0:
                 for tensor in self._memory:
                     tensor[self._rows].zero_()
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """Return tokens ``[s, b, …]`` as one row of each sequence, which all end at the last."""
+        return x if self._pack is None else self._pack.spread(x)
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        """Undo :meth:`spread`."""
+        return x if self._pack is None else self._pack.join(x)
+
+    def clear_before(self, x: torch.Tensor) -> torch.Tensor:
+        """Set what :meth:`spread` puts before the sequences to zero again, in ``[b, s, c]``: a bias
+        may have been added."""
+        return x if self._pack is None else self._pack.clear_before(x)
 
     def read(self) -> tuple[torch.Tensor, ...]:
         """Return the states before this pass, ``[b, …]``."""

@@ -54,7 +54,9 @@ class SlotSelfAttention(SelfAttention):
         for memory, new in zip(
             context.key_value_memory_dict[self.layer_number], (key, value), strict=True
         ):
-            rows = torch.arange(len(memory), device=memory.device)[context.rows]
-            memory[rows[:, None], positions] = new.transpose(0, 1)
-            seen.append(memory[context.rows, : context.longest].transpose(0, 1))
+            memory[context.slots(memory.device), positions] = new.transpose(0, 1)
+            if context.pack is None:
+                seen.append(memory[context.rows, : context.longest].transpose(0, 1))
+            else:  # prompts, which see no keys but their own
+                seen.append(new)
         return query, *seen, None, context.mask_type, None

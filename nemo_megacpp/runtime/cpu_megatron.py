@@ -75,6 +75,11 @@ def _reduce_scatter_uneven(stock: Callable[..., torch.Tensor]) -> Callable[..., 
     return reduce_scatter
 
 
+def _is_there(tensor: torch.Tensor | None) -> None:
+    """Stock form asserts that what inference sends is on a GPU as well."""
+    assert tensor is not None
+
+
 def _init_data_here(stock: Callable[..., None]) -> Callable[..., None]:
     """``ShardedTensor.init_data`` took ``torch.empty`` as its default before the stand-in was put
     in its place, and Megatron's parallel loading asks for tensors on ``"cuda"``."""
@@ -107,6 +112,7 @@ def install() -> None:
     """Install the replacements. Called once, by :func:`nemo_megacpp.runtime.host.ensure_host`."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.distributed import param_and_grad_buffer
+    from megatron.core.inference import communication_utils
     from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -117,6 +123,8 @@ def install() -> None:
     tensor.type = _type_as_on_cuda(tensor.type)
     buffers: Any = param_and_grad_buffer
     buffers._coalescing_manager = one_by_one
+    sent: Any = communication_utils
+    sent._is_cuda = _is_there
     regions: Any = mappings
     regions._gather_along_first_dim = _gather_uneven(regions._gather_along_first_dim)
     regions._reduce_scatter_along_first_dim = _reduce_scatter_uneven(

@@ -18,41 +18,37 @@ NO_SIDE_CHANNELS = (
 
 
 def check_inference(
-    config: TransformerConfig, families: Sequence[Family], *, cp: int, pp: int, side_channels: bool
+    config: TransformerConfig, families: Sequence[Family], *, cp: int, side_channels: bool
 ) -> None:
     """Refuse a model, or a layout of it, whose layers cannot carry a sequence's state.
 
     Args:
-        config: of the model.
+        config: of the model, with its virtual stages.
         families: of its layers.
-        cp, pp: the degrees.
+        cp: the degree.
         side_channels: whether the model has any.
 
     Raises:
         UserError: with every reason.
     """
+    vpp = config.virtual_pipeline_model_parallel_size
     raise_violations(
-        [*layout_violations(cp, pp), *_model_violations(config, families, side_channels)]
+        [*layout_violations(cp, vpp), *_model_violations(config, families, side_channels)]
     )
 
 
-def layout_violations(cp: int, pp: int, tp: int = 1, ep: int = 1) -> Iterator[str]:
+def layout_violations(cp: int, vpp: int | None) -> Iterator[str]:
     """Yield why a layout cannot generate."""
     if cp > 1:
         yield (
             f"Generation has no context parallelism, here CP={cp}: a step is one token, of which "
             f"CP={cp} ranks could have none. Load the checkpoint with cp=1."
         )
-    if pp > 1:
+    if vpp is not None:
         yield (
-            f"Generation has no pipeline parallelism, here PP={pp}: the stages of a step, and the "
-            f"state that R blocks hand on in depth, would need a schedule of their own. Load the "
-            f"checkpoint with pp=1, and tp for a model that is too large for one GPU."
-        )
-    if tp > 1 and ep > 1:
-        yield (
-            f"Generation has EP={ep} at TP=1 alone, here TP={tp}: Megatron's MoE layer needs "
-            f"sequence parallelism for both, and a step is one token. Choose one of them."
+            f"Generation has no virtual pipeline stages, here VPP={vpp}: they hide how long a "
+            f"stage waits behind other microbatches, and a step has one. Megatron's inference "
+            f"takes one chunk a rank as well. Leave vpp out."
         )
 
 

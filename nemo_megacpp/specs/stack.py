@@ -109,6 +109,7 @@ class HybridStack(LayerStack):
             residual_in_fp32,
         )
         self.pre_process, self.post_process = pre_process, post_process
+        self._model_families = layers.families
         self._channels = channels
         self.input_tensor: torch.Tensor | None = None  # set by the pipeline schedules
         self._beside_input: dict[str, torch.Tensor] = {}
@@ -196,6 +197,7 @@ class HybridStack(LayerStack):
             hidden_states = hidden_states.unwrap()
         if isinstance(inference_context, SlotContext):
             attention_mask = inference_context.attention_mask(hidden_states.device)
+            packed_seq_params = inference_context.packed_seq_params()
         # With SP, ranks of a tensor-parallel group hold different tokens: different dropout masks.
         tracker = get_cuda_rng_tracker()
         with tracker.fork() if self.config.sequence_parallel else nullcontext():
@@ -211,6 +213,8 @@ class HybridStack(LayerStack):
             )
         if not self.post_process:
             hidden_states = self._sent.pack(hidden_states, extras)
+        elif isinstance(inference_context, SlotContext):
+            hidden_states = inference_context.with_logits(hidden_states)
         if hasattr(self, "final_norm"):
             hidden_states = self.final_norm(hidden_states)
         # The pipeline frees what it sent by its storage, which a view would keep alive.
@@ -218,17 +222,37 @@ class HybridStack(LayerStack):
             inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
         )
 
+    def received_shape(self, tokens: int, batch: int) -> tuple[int, int, int]:
+        """Return the shape of what the previous stage sends of ``batch`` rows of ``tokens``."""
+        return self._received.shape(tokens, batch)
+
+    @property
+    def packs_prompts(self) -> bool:
+        """Whether prompts of several sequences may go through the model in one row."""
+        return not self._added_families.intersection(self._model_families)
+
     def check_inference(self, context: Any, packed: PackedSeqParams | None) -> None:
         """Refuse what has no inference; see :mod:`nemo_megacpp.specs.inference`."""
         check_context(context, self.training, packed is not None)
-        owners = (None, *self.layer_range)
         check_inference(
             self.config,
-            self.families,
+            self._model_families,
             cp=self.cp_group.size(),
-            pp=self.pp_group.size(),
-            side_channels=any(channels_at(self._channels, owner) for owner in owners),
+            side_channels=bool(self._channels),
         )
+        prompts = isinstance(context, SlotContext) and context.pack is not None
+        if prompts and not self.packs_prompts:
+            raise UserError(
+                "The model has families of its user's, whose layers are not known to tell the "
+                "prompts of a packed row apart. Give each prompt a pass of its own."
+            )
+        if self._extras and self.pp_group.size() > 1 and not isinstance(context, SlotContext):
+            raise UserError(
+                f"{', '.join(self._extras)} crosses the cuts of pipeline stages beside the hidden "
+                f"states, and Megatron's inference receives the hidden states alone. Generate with "
+                f"nemo-megacpp generate (nemo_megacpp.inference.slot_batch), or load the checkpoint"
+                f" with pp=1."
+            )
 
 
 def _validate_plain(

@@ -24,6 +24,12 @@ def test_attention_grows_and_recurrence_does_not() -> None:
     )
 
 
+def test_stages_share_the_state_by_their_layers() -> None:
+    told = str(state_line(_sizes("AE|MR", "tp=2,pp=2")))
+    assert told.startswith("Generating at TP=2 and PP=2, the ranks of a pipeline together keep of")
+    assert told.endswith(" at 16 tokens; a stage keeps the part of its own layers.")
+
+
 def test_a_layer_that_keeps_nothing_says_so() -> None:
     assert sequence_state(_sizes("EF", "tp=1")) == {"E": [], "F": []}
     assert "nothing, and of each of its tokens nothing" in str(state_line(_sizes("EF", "tp=1")))

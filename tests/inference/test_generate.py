@@ -91,7 +91,7 @@ def test_every_layout_says_the_same(ranks: WorkerPool, checkpoint: Path, tokeniz
     assert [prompt.sampling.seed for prompt in one.prompts] == [5, 6]
     wanted = _tokens(ranks, one)
     assert all(len(tokens) <= 6 for tokens in wanted) and any(wanted)
-    for layout in ("tp=2", "ep=2"):
+    for layout in ("tp=2", "ep=2", "pp=2", "tp=2,ep=2,etp=1"):
         assert _tokens(ranks, _read(checkpoint, *words, *prompts, "--layout", layout)) == wanted
     assert _tokens(ranks, _read(checkpoint, *words, *prompts, "--slots", 1)) == wanted
 
@@ -114,8 +114,8 @@ _REFUSED = {
     ),
     "greedy": (("--prompt", "a", "--greedy", "--top-k", 3), "leave --top-k out"),
     "sampling": (("--prompt", "a", "--top-p", 2), "top_p=2.0 must be above 0"),
-    "pipeline": (("--prompt", "a", "--layout", "pp=2"), "no pipeline parallelism, here PP=2"),
-    "tp and ep": (("--prompt", "a", "--layout", "tp=2,ep=2"), "EP=2 at TP=1 alone, here TP=2"),
+    "virtual": (("--prompt", "a", "--layout", "pp=2,vpp=2"), "virtual pipeline stages, here VPP=2"),
+    "context": (("--prompt", "a", "--layout", "cp=2"), "no context parallelism, here CP=2"),
     "heads": (("--prompt", "a", "--layout", "tp=3"), "num_attention_heads"),
     "no file": (("--file", "/nowhere.cc"), "/nowhere.cc"),
 }

@@ -11,12 +11,13 @@ from nemo_megacpp.errors import UserError
 from nemo_megacpp.inference.completions import Prompt, complete
 from nemo_megacpp.inference.sampling import GREEDY, Sampling
 from nemo_megacpp.inference.slot_batch import SlotBatch
+from nemo_megacpp.mixers.slot_context import SlotContext
 from nemo_megacpp.runtime.workers import WorkerPool
 from tests.generation import CASES, random_model
 
 TOLERANCE = 1e-12
 """Of the largest logit, in float64."""
-VOCAB = 118
+VOCAB, MOST = 118, 10
 PROMPTS = ([5, 17, 80, 2], [9], [44, 3, 3, 71, 60, 12, 7], [101, 9, 33])
 
 
@@ -61,6 +62,8 @@ def _isolation(name: str) -> None:
     assert again == first and batch.used == (0, 1, 2) and not batch.free
     with pytest.raises(UserError, match="All 3 slots"):
         batch.add([1])
+    with pytest.raises(UserError, match="2 sequences do not fit the 1 free slots"):
+        SlotBatch(model, 1, 16, VOCAB).add_all([[1], [2]])
     step({again: (3, 0), second: (1, 1), third: (2, 1)})
     batch.remove(second)
     step({again: (3, 1), third: (2, 2)})  # slots that are no neighbours
@@ -127,3 +130,32 @@ def _completions() -> None:
 
 def test_completions_depend_on_their_own_prompt_and_seed(ranks: WorkerPool) -> None:
     ranks.run(1, _completions)
+
+
+def _families_of_a_user() -> str:
+    model = random_model(CASES["R"])
+    wanted = [logits for _, logits in SlotBatch(model, 4, 16, VOCAB).add_all(PROMPTS)]
+    model.decoder._added_families = set(model.decoder.families)
+    added = SlotBatch(model, 4, 16, VOCAB).add_all(PROMPTS)
+    assert [slot for slot, _ in added] == [0, 1, 2, 3]
+    for (_, found), each in zip(added, wanted, strict=True):
+        _same(found, each, "a pass of its own")
+    context = SlotContext(2, 16)
+    context.select_pack([0, 1], [1, 2])
+    with pytest.raises(UserError) as error:
+        model(torch.ones(1, 3, dtype=torch.long), None, None, inference_context=context)
+    return str(error.value)
+
+
+def test_a_users_families_take_no_packed_prompts(ranks: WorkerPool) -> None:
+    assert "families of its user's" in ranks.run(1, _families_of_a_user)[0]
+
+
+def _passes(lengths: list[int]) -> list[slice]:
+    batch = SlotBatch(random_model(CASES["F"]), 1, 1, VOCAB, most_packed=MOST)
+    return list(batch._passes([[1] * n for n in lengths]))
+
+
+def test_a_pass_has_few_tokens_or_one_prompt(ranks: WorkerPool) -> None:
+    (found,) = ranks.run(1, _passes, [MOST - 2, 2, 1, MOST + 5, 1, 1])
+    assert found == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 6)]

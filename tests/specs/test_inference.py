@@ -113,6 +113,38 @@ def test_sequences_of_different_lengths_share_a_batch(ranks: WorkerPool) -> None
 
 
 @torch.no_grad()
+def _packed(name: str) -> None:
+    model, tokens, lengths = random_model(CASES[name]), _tokens(5), (5, 1, LENGTH - 2, 2, 8)
+    wanted = _one_pass(model, tokens)
+    slots = (4, 0, 1, 5, 2)
+    for logits in ("all", "last"):
+        context = SlotContext(6, LENGTH, logits=logits)
+        context.select_pack(slots, lengths)
+        row = torch.cat([tokens[i, :n] for i, n in enumerate(lengths)])[None]
+        with inference_mode():
+            found = model(row, None, None, inference_context=context, runtime_gather_output=True)
+        context.advance()
+        expected = [wanted[i, :n] for i, n in enumerate(lengths)]
+        if logits == "all":
+            _check(found[0], torch.cat(expected), "all tokens of a pack")
+        else:
+            _check(found[:, 0], torch.stack([each[-1] for each in expected]), "the last tokens")
+        assert [context.lengths[slot] for slot in slots] == list(lengths)
+        for step in range(2):
+            part = torch.stack([tokens[i, n + step : n + step + 1] for i, n in enumerate(lengths)])
+            found = _in_parts(model, part, [1], context, slots)
+            expected = [wanted[i, n + step : n + step + 1] for i, n in enumerate(lengths)]
+            _check(found, torch.stack(expected), f"step {step} after a pack")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prompts_in_one_row_give_the_logits_of_passes_of_their_own(
+    ranks: WorkerPool, name: str
+) -> None:
+    ranks.run(1, _packed, name)
+
+
+@torch.no_grad()
 def _megatrons_context() -> None:
     from megatron.core.inference.contexts import StaticInferenceContext
 
@@ -191,14 +223,16 @@ def test_the_stated_state_is_what_is_allocated(ranks: WorkerPool, name: str, lay
 _REFUSED = {
     "tp=2": ("AEMR", "sequence parallelism"),
     "cp=2": ("AEMR", "CP=2"),
-    "pp=2": ("AEMR", "PP=2"),
+    "pp=2,vpp=2": ("AEMR", "VPP=2"),
 }
 
 
 def _refused(name: str, layout: str) -> str:
-    model = random_model(CASES[name], layout)
+    parsed = ParallelLayout.parse(layout)
+    start_model_parallel(parsed)
+    model, *_ = build_chunks(make_config(StepSpec(CASES[name]), parsed), parsed)
     with pytest.raises(UserError) as error:
-        _in_parts(model, _tokens(1, 4), [4])
+        _in_parts(model.eval(), _tokens(1, 4), [4])
     return str(error.value)
 
 
