@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nemo_megacpp.checkpoint.content import CheckpointContent
+from nemo_megacpp.checkpoint.content import CheckpointContent, saved_shape
 from nemo_megacpp.checkpoint.folder import TRACKER, iteration_folder, new_folder
 from nemo_megacpp.checkpoint.identity import Identity
 from nemo_megacpp.checkpoint.lifecycle import finish_checkpoint
@@ -108,8 +108,11 @@ def _common(content: CheckpointContent, identity: Identity, *, resumes: bool) ->
     """Return what is not sharded in a checkpoint of the script."""
     held, step = content.common(), content.step or 0
     layout = ParallelLayout.parse(identity.get("layout") or "tp=1")
+    pattern = saved_shape(content.directory, identity).pattern
     args = Namespace(
         **{name: identity["model"].get(name) for name in _COMPARED},
+        # Without it Megatron-Core 0.19 takes the checkpoint for one of a GPT.
+        hybrid_layer_pattern=pattern.to_megatron("hybrid_layer_pattern", stand_ins=True),
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         no_save_rng=True,

@@ -204,8 +204,10 @@ def _export_for_script(args: argparse.Namespace, directory: Path) -> int:
 
     say(f"{directory}: {inspect_before_load(directory, verify=not args.no_verify)}")
     found = export_megatron(directory, args.out, weights_only=args.weights_only)
-    moments = f"{found.optimizer_tensors} of the optimizer" if found.optimizer_tensors else "none"
-    say(f"{found.directory}: {found.tensors} tensors of the model, {moments}; --load {args.out}")
+    moments, option = "no optimizer", "--pretrained-checkpoint"
+    if found.optimizer_tensors:
+        moments, option = f"{found.optimizer_tensors} of the optimizer", "--load"
+    say(f"{found.directory}: {found.tensors} tensors of the model, {moments}; {option} {args.out}")
     return 0
 
 

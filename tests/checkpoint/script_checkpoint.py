@@ -6,7 +6,9 @@ core_v0.16.1), and runs through NeMo and Megatron-Bridge (:mod:`nemo_megacpp.bri
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,12 +38,21 @@ def save_as_script(
 
 
 def save_as_bridge(
-    run: str, out: str, model: dict[str, Any], degrees: str, step: int, samples: int
+    run: str,
+    out: str,
+    model: dict[str, Any],
+    degrees: str,
+    step: int,
+    samples: int,
+    schedule: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
-    """Load a checkpoint of a run and save it as ``out``, with what it says of its model."""
+    """Load a checkpoint of a run and save it as ``out``, with what it says of its model, and with
+    the settings ``schedule`` of its parameter groups."""
     layout = ParallelLayout.parse(degrees)
     trainee = prepare(StepSpec(model, dtype="float32"), layout)
     load_training_state(trainee.chunks, trainee.optimizer, run)
+    for group in trainee.optimizer.param_groups:
+        group.update(schedule)
     state = training_sharded_state_dict(trainee.chunks, trainee.optimizer)
     state["random_state"] = sharded_random_state(random_state())
     state[CONSUMED] = samples

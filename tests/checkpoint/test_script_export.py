@@ -22,7 +22,7 @@ from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
 from nemo_megacpp.runtime.workers import WorkerPool
-from tests.bare import prepare
+from tests.bare import Trainee, prepare
 from tests.checkpoint.script_checkpoint import load_as_script, save_as_nemo
 
 ROWS = 2
@@ -43,11 +43,16 @@ def _spec(pattern: str, dtype: str, sharded: bool = False) -> StepSpec:
     )
 
 
-def _train(spec: StepSpec, folder: str) -> None:
-    """Take two steps; save them as a run does."""
-    trainee = prepare(spec, ParallelLayout.parse(SAVED_IN))
+def _prepare(spec: StepSpec, degrees: str) -> Trainee:
+    trainee = prepare(spec, ParallelLayout.parse(degrees))
     for group in trainee.optimizer.param_groups:
         group["min_lr"] = SCHEDULE["min_lr"]
+    return trainee
+
+
+def _train(spec: StepSpec, folder: str) -> None:
+    """Take two steps; save them as a run does."""
+    trainee = _prepare(spec, SAVED_IN)
     for _ in range(SCHEDULE["num_steps"]):  # type: ignore[call-overload]
         trainee.forward_backward()
         trainee.optimizer.step()
@@ -56,7 +61,7 @@ def _train(spec: StepSpec, folder: str) -> None:
 
 def _resume(spec: StepSpec, degrees: str, folder: str, out: str) -> tuple[dict[str, Any], float]:
     """Load as the script does; save what was loaded, and return its arguments and learning rate."""
-    trainee = prepare(spec, ParallelLayout.parse(degrees))
+    trainee = _prepare(spec, degrees)
     scheduler = OptimizerParamScheduler(
         trainee.optimizer,
         **{"init_lr": 0.0, "max_lr": 1e-2, "min_lr": 1e-3, "lr_decay_style": "cosine"},

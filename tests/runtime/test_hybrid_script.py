@@ -88,9 +88,10 @@ def test_it_resumes_what_a_run_of_ours_has_saved(
 ) -> None:
     """Of the same run, which is saved as ours by one rank, and resumed at PP=2."""
     folder, steps = trained
-    model = resolve("nam56r_tiny", SETTINGS).model
+    recipe = resolve("nam56r_tiny", SETTINGS)
+    schedule = {"max_lr": recipe.training.lr, "min_lr": recipe.training.min_lr}
     script, ours = folder / "checkpoints" / "iter_0000002", tmp_path / "ours"
-    ranks.run(1, save_as_bridge, str(script), str(ours), model, "tp=1", 2, 8)
+    ranks.run(1, save_as_bridge, str(script), str(ours), recipe.model, "tp=1", 2, 8, schedule)
     export_megatron(ours, tmp_path / "again" / "checkpoints")
     _hold(steps, _run(tmp_path / "again", "resume=auto", "tp=1", "pp=2"))
 
