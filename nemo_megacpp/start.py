@@ -19,6 +19,7 @@ from nemo_megacpp.preflight.machine_memory import validate_memory
 from nemo_megacpp.preflight.model_checks import validate_recipe_layout
 from nemo_megacpp.preflight.outputs import validate_run_dir, validate_shared
 from nemo_megacpp.recipes.recipe import Recipe
+from nemo_megacpp.runs.initial_weights import imported_weights, link_weights
 from nemo_megacpp.runs.run_folder import RECIPE_FILE
 from nemo_megacpp.runs.run_lock import hold_run, validate_not_running
 from nemo_megacpp.runtime.launch import Launched, launch, launched, validate_device_count
@@ -62,8 +63,19 @@ def train_recipe(recipe: Recipe, dry_run: bool = False, door: Door = NEMO) -> Pa
         recipe = _in_world(recipe, here)
     if speaks and recipe.run_dir is not None:
         validate_not_running(Path(recipe.run_dir))
-    resumes = recipe.resume is not None
     door.validate(recipe)
+    with imported_weights(recipe) if here is None else contextlib.nullcontext() as imported:
+        return _train(recipe, here, imported, door, dry_run)
+
+
+def _train(
+    recipe: Recipe, here: Launched | None, imported: Path | None, door: Door, dry_run: bool
+) -> Path:
+    """Train from the checkpoint ``imported``, if there is one, instead of ``init_from``."""
+    resumes, given = recipe.resume is not None, recipe.init_from
+    speaks = here is None or here.rank == 0
+    if imported is not None:
+        recipe = dataclasses.replace(recipe, init_from=str(imported))
     settled = preflight(recipe, announce=speaks)
     recipe, run_dir = settled.recipe, settled.run_dir
     if here is None:
@@ -75,6 +87,8 @@ def train_recipe(recipe: Recipe, dry_run: bool = False, door: Door = NEMO) -> Pa
         return run_dir
     if here is None and recipe.data is None:
         ensure_builtin(recipe.model["vocab_size"])
+    if imported is not None and given is not None:
+        recipe = dataclasses.replace(recipe, init_from=str(Path(given).absolute()))
     with hold_run(run_dir) if speaks else contextlib.nullcontext():
         if speaks:
             # Again: another run may have held the folder until now.
@@ -83,11 +97,12 @@ def train_recipe(recipe: Recipe, dry_run: bool = False, door: Door = NEMO) -> Pa
         if here is not None:
             import_module(door.worker).run_recipe(recipe, run_dir, devices=here.local_world_size)
             return run_dir
-        launch(
-            ["-m", door.worker, str(file), str(run_dir), str(os.getpid())],
-            recipe.layout.world,
-            run_dir / "logs",
-        )
+        with link_weights(imported, run_dir):
+            launch(
+                ["-m", door.worker, str(file), str(run_dir), str(os.getpid())],
+                recipe.layout.world,
+                run_dir / "logs",
+            )
     return run_dir
 
 

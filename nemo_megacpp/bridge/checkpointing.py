@@ -33,7 +33,13 @@ from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
 from nemo_megacpp.checkpoint.content import CONSUMED, CheckpointContent
 from nemo_megacpp.checkpoint.dcp import require_psutil, sharding_metadata
 from nemo_megacpp.checkpoint.described import actual_layout, actual_model
-from nemo_megacpp.checkpoint.folder import UNFINISHED, find_checkpoint, find_weights
+from nemo_megacpp.checkpoint.folder import (
+    TRACKER,
+    UNFINISHED,
+    find_checkpoint,
+    find_weights,
+    iteration_folder,
+)
 from nemo_megacpp.checkpoint.guard import guard_load
 from nemo_megacpp.checkpoint.identity import validate_same_model
 from nemo_megacpp.checkpoint.lifecycle import (
@@ -59,7 +65,6 @@ from nemo_megacpp.runs.events import record_event
 from nemo_megacpp.runtime import heartbeat
 
 _KEPT = "Earlier checkpoints are unchanged."
-_TRACKER = "latest_checkpointed_iteration.txt"
 _CONFIG = "run_config.yaml"
 
 
@@ -90,7 +95,7 @@ class HybridCheckpointManager:
         if self._saved == step:
             return
         folder = Path(str(self.config.save))
-        directory = folder / f"iter_{step:07d}"
+        directory = iteration_folder(folder, step)
         mark = directory.with_name(directory.name + UNFINISHED)
         with (
             heartbeat.slow_phase(f"the save after step {step}"),
@@ -134,8 +139,8 @@ class HybridCheckpointManager:
             "tokenizer": tokenizer_fingerprint(state.cfg.dataset),
         }
         finish_checkpoint(directory, identity, step)
-        tracker = directory.parent / _TRACKER
-        partial = tracker.with_name(f"{_TRACKER}.partial")
+        tracker = directory.parent / TRACKER
+        partial = tracker.with_name(f"{TRACKER}.partial")
         partial.write_text(str(step), encoding="utf-8")
         os.replace(partial, tracker)
         tell(f"step {step:>5}  saved {directory}")

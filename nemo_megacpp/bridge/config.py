@@ -25,6 +25,7 @@ from nemo_megacpp.bridge.provider import make_provider
 from nemo_megacpp.data.prepared import PreparedData
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.views import dtype_of, model_settings
+from nemo_megacpp.runs.initial_weights import initial_weights
 from nemo_megacpp.runtime.host import current_host
 
 MANAGER = "nemo_megacpp.bridge.checkpointing.HybridCheckpointManager"
@@ -39,7 +40,7 @@ def to_config(recipe: Recipe, run_dir: Path) -> ConfigContainer:
     """
     register_allowed_target_prefix("nemo_megacpp.")  # of the classes that Bridge may construct
     training, host = recipe.training, current_host()
-    dataset = _dataset(recipe)
+    dataset, weights = _dataset(recipe), initial_weights(recipe, run_dir)
     return ConfigContainer(
         model=make_provider(
             {
@@ -87,7 +88,7 @@ def to_config(recipe: Recipe, run_dir: Path) -> ConfigContainer:
             save=str(run_dir / "checkpoints"),
             save_interval=training.save_interval,
             load=recipe.resume,
-            pretrained_checkpoint=recipe.init_from,
+            pretrained_checkpoint=None if weights is None else str(weights),
             ckpt_format="torch_dist",
             async_save=False,
             custom_manager_class=MANAGER,

@@ -26,7 +26,8 @@ DAMAGED = ".damaged"
 UNFINISHED = "-unfinished"
 """NeMo's mark, a file beside the checkpoint's folder: saving has started and not ended."""
 
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
+"""File beside Megatron's checkpoints: the step of the newest."""
 _TRACKER_LIMIT = 80
 _MOST_DIGITS = 12
 _STEP = re.compile(r"step=(\d{1,12})")
@@ -89,13 +90,18 @@ def newest_iteration(folder: Path) -> Path | None:
     Raises:
         UserError: the file names none.
     """
-    tracker = folder / _TRACKER
+    tracker = folder / TRACKER
     if not tracker.is_file():
         return None
     text = read_limited(tracker, _TRACKER_LIMIT).decode(errors="replace").strip()
     if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
         raise UserError(f"{tracker} names no iteration: {shown(text[:40])}.")
-    return folder / f"iter_{int(text):07d}"
+    return iteration_folder(folder, int(text))
+
+
+def iteration_folder(folder: Path, step: int) -> Path:
+    """Return where Megatron keeps the checkpoint of a step among those in ``folder``."""
+    return folder / f"iter_{step:07d}"
 
 
 def is_complete_checkpoint(directory: Path) -> bool:
@@ -172,7 +178,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def run_checkpoints(path: Path) -> Path | None:
     """Return the folder with a run's checkpoints if ``path`` is that, or the run's."""
-    if (path / METADATA).is_file() or (path / WEIGHTS).is_dir() or (path / _TRACKER).is_file():
+    if (path / METADATA).is_file() or (path / WEIGHTS).is_dir() or (path / TRACKER).is_file():
         return None
     folders = (path / "checkpoints", path)
     return next((folder for folder in folders if saved_checkpoints(folder)), None)

@@ -44,6 +44,8 @@ FORM = "optimizer_state"
 
 _SHARDING_TYPE = "fully_reshardable"
 _GROUP_IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+_OF_SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")
+"""Settings of a group that Megatron's scheduler reads: a run resumes on its own schedule."""
 _MASTER_WEIGHT = "fp32_param"  # as Megatron's plain bf16 optimizer names it
 
 
@@ -170,7 +172,10 @@ def _correct_places(member: MegatronOptimizer) -> None:
 
 
 def _match(group: Mapping[str, Any], saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the saved settings of ``group``: learning rate, weight decay, betas and the like."""
+    """Return the saved settings of ``group``: learning rate, weight decay, betas and the like.
+
+    Its schedule is that of the run's settings. Megatron-Core 0.19 refuses a checkpoint of another.
+    """
     known = {tuple(old[key] for key in _GROUP_IDENTITY): old for old in reversed(saved)}
     wanted = tuple(group[key] for key in _GROUP_IDENTITY)
     if wanted not in known:
@@ -178,7 +183,7 @@ def _match(group: Mapping[str, Any], saved: Sequence[dict[str, Any]]) -> dict[st
             f"The checkpoint's optimizer has no parameter group with {_GROUP_IDENTITY} = {wanted}; "
             f"it has {list(known)}."
         )
-    return known[wanted]
+    return {key: value for key, value in known[wanted].items() if key not in _OF_SCHEDULE}
 
 
 def _keeps_step_per_parameter(optimizer: torch.optim.Optimizer) -> bool:

@@ -65,7 +65,8 @@ _FP8_RECIPE = (
 # fmt: on
 _REFUSED = re.compile(r"GLOBAL (\S+)")
 """How torch's unpickler, and :class:`_Unpickler` like it, reports a name that is not allowed."""
-_CONFIG = "metadata.json"
+CONFIG = "metadata.json"
+"""Megatron's file that says which library wrote a checkpoint."""
 _LIMIT = 1 << 30
 """Most bytes of a pickle."""
 _CONFIG_LIMIT = 1 << 16
@@ -298,7 +299,7 @@ def scan_checkpoint(weights: Path, share: int = 0, of: int = 1) -> int:
             f"{weights / _MODELOPT} is refused: NeMo would load this ModelOpt state with an "
             f"unrestricted unpickler. Remove the folder to load only the weights."
         )
-    if (config := weights / _CONFIG).exists():
+    if (config := weights / CONFIG).exists():
         read_json(config, TypeAdapter(_Config), _CONFIG_LIMIT)
     metadata = read_metadata(weights)
     validate_places(weights, metadata)

@@ -12,10 +12,14 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_megacpp.errors import UserError
 
 _MASTER, _MOMENT = "optimizer.state.fp32_param.", "optimizer.state.exp_avg."
 _SHARDING = "distrib_optim_sharding_type"
+FORM = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+"""Content metadata that the script gives a checkpoint, without its distributed optimizer."""
 
 
 def is_script_form(metadata: Mapping[str, Any] | None) -> bool:
@@ -40,15 +44,29 @@ def validate_script_optimizer(directory: Path, names: Collection[str]) -> None:
     Raises:
         UserError: the model has parameters with and without a master weight.
     """
+    if (wide := float32_among_masters(names)) is not None:
+        raise UserError(
+            f"{directory} is of a bfloat16 model with float32 parameters, such as {wide}. "
+            f"Megatron's script confuses the optimizer's states of some of their parameters when "
+            f"it saves. Start a new run from its weights with init_from={directory}."
+        )
+
+
+def has_masters(names: Collection[str]) -> bool:
+    """Return whether any of the tensors ``names`` is a float32 master weight."""
+    return any(name.startswith(_MASTER) for name in names)
+
+
+def float32_among_masters(names: Collection[str]) -> str | None:
+    """Return a parameter that is trained without a master weight where others have one; None where
+    all are alike.
+
+    Args:
+        names: of a checkpoint's tensors.
+    """
     masters = {n.removeprefix(_MASTER) for n in names if n.startswith(_MASTER)}
     trained = {n.removeprefix(_MOMENT) for n in names if n.startswith(_MOMENT)}
-    if masters and trained - masters:
-        raise UserError(
-            f"{directory} is of a bfloat16 model with float32 parameters, such as "
-            f"{min(trained - masters)}. Megatron's script confuses the optimizer's states of some "
-            f"of their parameters when it saves. Start a new run from its weights with "
-            f"init_from={directory}."
-        )
+    return min(trained - masters, default=None) if masters else None
 
 
 def common_optimizer(held: Any) -> dict[str, Any]:
@@ -86,6 +104,33 @@ def _members(held: Any) -> Iterator[dict[str, Any]]:
         else:
             for key in sorted(held, key=str):
                 yield from _members(held[key])
+
+
+def script_optimizer(common: Mapping[str, Any], *, masters: bool) -> dict[Any, Any]:
+    """Return what the script's ranks have in common of an optimizer: the inverse of
+    :func:`common_optimizer`.
+
+    Args:
+        common: what that function returns.
+        masters: whether the parameters have float32 master weights.
+    """
+    kinds: dict[bool, list[dict[str, Any]]] = {}
+    for group in common["param_groups"]:
+        kinds.setdefault(bool(group["is_expert_parallel"]), []).append(group)
+    members: list[dict[str, Any]] = [
+        _script_member(kinds[expert], common["step"]) for expert in sorted(kinds)
+    ]
+    if masters:
+        members = [{"optimizer": member} for member in members]
+    return members[0] if len(members) == 1 else dict(enumerate(members))
+
+
+def _script_member(groups: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """Put the step where the optimizer that was saved reads it: Transformer Engine's keeps one in
+    each group, torch's one with each parameter."""
+    if all("bias_correction" in group for group in groups):
+        return {"state": {}, "param_groups": [{**group, "step": step} for group in groups]}
+    return {"state": {"common_step": torch.tensor(float(step))}, "param_groups": groups}
 
 
 def consumed_samples(common: Mapping[str, Any]) -> int | None:

@@ -102,16 +102,23 @@ def build_saved_model(
     return config, chunks
 
 
+def with_prefix(name: str, old: str, new: str) -> str:
+    """Return the saved name of a model's tensor, or of one of its optimizer's, with the prefix
+    ``new`` instead of ``old``."""
+    match = _MOMENT.match(name)
+    place = match.end() if match else 0
+    if name.startswith(old, place):
+        name = f"{name[:place]}{new}{name[place + len(old) :]}"
+    return name
+
+
 def replace_prefix(state: dict[str, Any], old: str, new: str) -> None:
     """Replace the prefix of the names of a model's tensors, and of its optimizer's, in place."""
     if old == new:
         return
     for item in nested_values(state):
         if isinstance(item, ShardedBase):
-            match = _MOMENT.match(item.key)
-            place = match.end() if match else 0
-            if item.key.startswith(old, place):
-                item.key = f"{item.key[:place]}{new}{item.key[place + len(old) :]}"
+            item.key = with_prefix(item.key, old, new)
 
 
 def validate_tensors(

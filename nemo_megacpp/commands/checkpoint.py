@@ -17,6 +17,7 @@ _NAME = 200
 _VALUE = 2000
 _PLAIN = "safetensors"
 _FORMS = ("hf", "nemotron_h")
+_SCRIPT = "megatron"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,7 +49,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "export",
         help="the model's weights as safetensors files",
         description="Write the model's weights as safetensors files with an index, each tensor "
-        "whole, or as a folder that transformers loads. Optimizer states are left out.",
+        "whole, or as a folder that transformers loads; or a checkpoint that Megatron's script "
+        "resumes, with the optimizer's state.",
     )
     back = commands.add_parser(
         "import",
@@ -75,23 +77,30 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             )
     export.add_argument(
         "--to",
-        choices=(_PLAIN, *_FORMS),
+        choices=(_PLAIN, *_FORMS, _SCRIPT),
         default=_PLAIN,
         help="the checkpoint's own names (default), a folder for transformers with modelling code, "
-        "or one of an architecture that transformers has",
+        "one of an architecture that transformers has, or a folder that Megatron's script loads",
     )
     export.add_argument(
-        "--dtype", metavar="DTYPE", help="with --to: convert to float32, bfloat16, …; default: keep"
+        "--weights-only",
+        action="store_true",
+        help="with --to megatron: leave out the optimizer, for a script that starts a new run",
+    )
+    export.add_argument(
+        "--dtype",
+        metavar="DTYPE",
+        help="for transformers: convert to float32, bfloat16, …; default: keep",
     )
     export.add_argument(
         "--tokenizer",
         type=Path,
         metavar="DIR",
-        help="with --to: a tokenizer's folder or that of prepared data; default: that of the data "
-        "it was trained on",
+        help="for transformers: a tokenizer's folder or that of prepared data; default: that of "
+        "the data it was trained on",
     )
     export.add_argument(
-        "--no-tokenizer", action="store_true", help="with --to: leave the tokenizer out"
+        "--no-tokenizer", action="store_true", help="for transformers: leave the tokenizer out"
     )
     back.add_argument(
         "--from",
@@ -159,12 +168,16 @@ def _export(args: argparse.Namespace) -> int:
     from nemo_megacpp.checkpoint.manifest import check_manifest
     from nemo_megacpp.errors import UserError
 
-    if args.to == _PLAIN and (args.dtype or args.tokenizer or args.no_tokenizer):
+    if args.to not in _FORMS and (args.dtype or args.tokenizer or args.no_tokenizer):
         raise UserError(
             f"--dtype, --tokenizer and --no-tokenizer go with --to {' or --to '.join(_FORMS)}."
         )
     if args.tokenizer and args.no_tokenizer:
         raise UserError("--tokenizer and --no-tokenizer do not go together.")
+    if args.to == _SCRIPT:
+        return _export_for_script(args, _find(args.directory))
+    if args.weights_only:
+        raise UserError(f"--weights-only goes with --to {_SCRIPT}; the others hold nothing else.")
     content = CheckpointContent(_find(args.directory))
     if not args.no_verify:
         say(f"{content.directory}: {check_manifest(content.directory)}")
@@ -198,6 +211,19 @@ def _export_for_transformers(args: argparse.Namespace, directory: Path) -> int:
     else:
         beside = "; no tokenizer: the checkpoint names none (--tokenizer DIR adds one)"
     say(f"{args.out}: {made.tensors} tensors, {made.bytes:,} bytes, in {files}{beside}")
+    return 0
+
+
+def _export_for_script(args: argparse.Namespace, directory: Path) -> int:
+    from nemo_megacpp.checkpoint.guard import inspect_before_load
+    from nemo_megacpp.checkpoint.script_export import export_megatron
+
+    say(f"{directory}: {inspect_before_load(directory, verify=not args.no_verify)}")
+    found = export_megatron(directory, args.out, weights_only=args.weights_only)
+    moments, option = "no optimizer", "--pretrained-checkpoint"
+    if found.optimizer_tensors:
+        moments, option = f"{found.optimizer_tensors} of the optimizer", "--load"
+    say(f"{found.directory}: {found.tensors} tensors of the model, {moments}; {option} {args.out}")
     return 0
 
 

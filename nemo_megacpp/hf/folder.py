@@ -36,6 +36,16 @@ class _Index(TypedDict):
     weight_map: Annotated[dict[Text, Text], MinLen(1)]
 
 
+def is_hf_folder(folder: Path) -> bool:
+    """Return whether a folder has a model in one of Hugging Face's forms, and not in that of
+    ``checkpoint export`` without ``--to``."""
+    if not (folder / CONFIG).is_file():
+        return False
+    if not (any(folder.glob("*.safetensors")) or (folder / _PICKLE).is_file()):
+        return False
+    return "prefix" not in read_config(folder)
+
+
 def write_weights(
     folder: Path,
     moves: Sequence[Exchange],

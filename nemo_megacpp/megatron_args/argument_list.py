@@ -113,7 +113,8 @@ def _refusals(recipe: Recipe, config: HybridConfig, dialect: Dialect, device: De
     if recipe.resume not in (None, "auto"):
         found.append(
             f"resume={recipe.resume}: the script resumes only checkpoints of its own format; "
-            f"resume=auto takes the newest in run_dir"
+            f"resume=auto takes the newest in run_dir/checkpoints, into which `checkpoint export "
+            f"--to megatron` can write one of a run"
         )
     if recipe.resume == "auto" and training.use_distributed_optimizer and device == "cpu":
         found.append(
@@ -157,7 +158,10 @@ def _unreadable(init_from: Path) -> str:
     version = content.common().get("checkpoint_version")
     # Without it the script takes the file for an old one, and reorders the rows of linear_qkv.
     if content.prefix or not isinstance(version, float) or version < _CHECKPOINT_VERSION:
-        return "the script loads only checkpoints that a script saved; train starts from any"
+        return (
+            "the script loads only checkpoints that a script saved, or that `checkpoint export "
+            "--to megatron` wrote; train starts from any"
+        )
     if newest_iteration(content.directory.parent) != content.directory:
         return f"the script loads the newest checkpoint of {content.directory.parent} only"
     return ""

@@ -26,6 +26,7 @@ from nemo_megacpp.nemo.stops import StopAfter, StopOnNonFinite, StopOnSigterm
 from nemo_megacpp.nemo.strategy import HybridStrategy
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.views import dtype_of, model_settings
+from nemo_megacpp.runs.initial_weights import initial_weights
 from nemo_megacpp.runs.run_folder import PROFILE_FOLDER
 from nemo_megacpp.runtime.host import current_host
 
@@ -67,17 +68,18 @@ def to_pretrain(recipe: Recipe, run_dir: Path, *, devices: int, num_nodes: int =
         resume=run.Config(
             nl.AutoResume,
             resume_from_path=recipe.resume,
-            restore_config=_initial_weights(recipe),
+            restore_config=_initial_weights(recipe, run_dir),
             resume_if_exists=False,
         ),
         optim=_optimizer(recipe),
     )
 
 
-def _initial_weights(recipe: Recipe) -> run.Config | None:
-    if recipe.init_from is None:
+def _initial_weights(recipe: Recipe, run_dir: Path) -> run.Config | None:
+    checkpoint = initial_weights(recipe, run_dir)
+    if checkpoint is None:
         return None
-    weights = str(find_weights(Path(recipe.init_from)))
+    weights = str(find_weights(checkpoint))
     return run.Config(nl.RestoreConfig, path=weights, load_optim_state=False, load_artifacts=False)
 
 

@@ -22,7 +22,7 @@ RUN_SETTINGS = {
     "tokenizer": "folder of the tokenizer that the data must have been made with",
     "run_dir": "folder to write; default: a new one under runs/",
     "resume": "checkpoint or run folder to resume, or auto for the newest in run_dir",
-    "init_from": "checkpoint or run folder whose weights a new run starts from",
+    "init_from": "checkpoint, run or Hugging Face folder whose weights a new run starts from",
 }
 _MODEL = {
     "pattern": "block families of the layers, as AEMEAEMEAEMR; | cuts the pipeline",

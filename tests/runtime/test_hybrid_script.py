@@ -13,11 +13,14 @@ import torch
 
 pytest.importorskip("megatron.training.argument_utils", reason="not in the wheel until 0.18")
 
+from nemo_megacpp.checkpoint.script_export import export_megatron
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.megatron_args.argument_list import megatron_arguments
 from nemo_megacpp.megatron_args.dialect import choose
 from nemo_megacpp.recipes.recipe import resolve
 from nemo_megacpp.recipes.views import model_settings
+from nemo_megacpp.runtime.workers import WorkerPool
+from tests.checkpoint.script_checkpoint import save_as_bridge
 from tests.runtime.hybrid_script import name_of
 
 pytestmark = [
@@ -56,16 +59,45 @@ def _run(folder: Path, *settings: str) -> dict[int, tuple[float, float]]:
     return {int(step[1]): (float(step[2]), float(step[3])) for step in found if step}
 
 
-def test_a_recipe_is_trained_saved_and_resumed(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[int, tuple[float, float]]]:
+    """A run of four steps at TP=2: its folder, and what it logged."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, _run(folder)
+
+
+def test_a_recipe_is_trained_saved_and_resumed(
+    trained: tuple[Path, dict[int, tuple[float, float]]],
+) -> None:
     """TP=2, and from its second step on PP=2 with two virtual stages."""
-    steps = _run(tmp_path)
+    folder, steps = trained
     assert sorted(steps) == [1, 2, 3, 4]
-    fields = json.loads((tmp_path / "fields.json").read_text())
+    fields = json.loads((folder / "fields.json").read_text())
     meant = HybridConfig(**model_settings(resolve("nam56r_tiny", SETTINGS), "cpu"))
     named = {name: name_of(getattr(meant, name)) for name in fields}
     assert {n for n in fields if fields[n] != named[n]} <= _OTHERS
-    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
-    resumed = _run(tmp_path, "resume=auto", "tp=1", "pp=2", "vpp=2")
+    (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = _run(folder, "resume=auto", "tp=1", "pp=2", "vpp=2")
+    _hold(steps, resumed)
+
+
+def test_it_resumes_what_a_run_of_ours_has_saved(
+    ranks: WorkerPool, trained: tuple[Path, dict[int, tuple[float, float]]], tmp_path: Path
+) -> None:
+    """Of the same run, which is saved as ours by one rank, and resumed at PP=2."""
+    folder, steps = trained
+    recipe = resolve("nam56r_tiny", SETTINGS)
+    schedule = {"max_lr": recipe.training.lr, "min_lr": recipe.training.min_lr}
+    script, ours = folder / "checkpoints" / "iter_0000002", tmp_path / "ours"
+    ranks.run(1, save_as_bridge, str(script), str(ours), recipe.model, "tp=1", 2, 8, schedule)
+    export_megatron(ours, tmp_path / "again" / "checkpoints")
+    _hold(steps, _run(tmp_path / "again", "resume=auto", "tp=1", "pp=2"))
+
+
+def _hold(steps: dict[int, tuple[float, float]], resumed: dict[int, tuple[float, float]]) -> None:
+    """Compare the last two steps of a run with those of one that was resumed."""
     assert sorted(resumed) == [3, 4]
     assert resumed[3] == pytest.approx(steps[3], rel=1e-5, abs=1e-3)
     # Megatron prints the first step after a start at once, and averages it with the second.
