@@ -21,6 +21,7 @@ from nemo_megacpp.render import show_bytes
 if TYPE_CHECKING:
     from nemo_megacpp.contract.layout_plan import Plan
     from nemo_megacpp.contract.machine import Machine
+    from nemo_megacpp.formulas.sizes import Job
     from nemo_megacpp.recipes.recipe import Recipe
 
 _WIDTH = 150
@@ -41,6 +42,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--stage", type=int, metavar="0", help="one pipeline stage in detail")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--html", metavar="FILE", help="also write a self-contained web page")
+    parser.add_argument(
+        "--use-megatron-fsdp",
+        action="store_true",
+        help="show what a rank keeps under Megatron's FSDP, by sharding strategy, instead",
+    )
+    parser.add_argument(
+        "--data-parallel-sharding-strategy",
+        metavar="NAME",
+        help="with --use-megatron-fsdp: optim, optim_grads or optim_grads_params; default: all",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -121,6 +132,7 @@ def _run(args: Namespace) -> int:
     from nemo_megacpp.recipes.views import job_of, shape_of, validate_countable
     from nemo_megacpp.render import make_console
 
+    _check_fsdp_options(args)
     hardware, machine = read_hardware(args)
     recipe = read_recipe(args)
     validate_countable(recipe)
@@ -137,6 +149,8 @@ def _run(args: Namespace) -> int:
             print(f"nemo-megacpp: {why}\n{near}", file=sys.stderr)
         return 2
     validate_model(recipe)
+    if args.use_megatron_fsdp:
+        return _print_fsdp(args, job_of(recipe, **hardware))
     plan = make_plan(job_of(recipe, **hardware), machine)
     _check_narrowing(plan, args.family, args.stage)
     if args.html is not None:
@@ -148,6 +162,74 @@ def _run(args: Namespace) -> int:
     print_plan(console, plan, args.family, args.stage)
     if args.html is not None:
         console.print(f"\nwritten: {args.html}")
+    return 0
+
+
+def _check_fsdp_options(args: Namespace) -> None:
+    """Refuse options that say nothing of FSDP with it, and its own without it."""
+    from nemo_megacpp.core.fsdp import STRATEGIES
+
+    strategy = args.data_parallel_sharding_strategy
+    if not args.use_megatron_fsdp:
+        if strategy is not None:
+            raise UserError(
+                f"--data-parallel-sharding-strategy {strategy} has no effect without "
+                f"--use-megatron-fsdp. Add that, or leave it out."
+            )
+        return
+    if strategy is not None and strategy not in STRATEGIES:
+        raise UserError(
+            f"--data-parallel-sharding-strategy {strategy}: legal are {', '.join(STRATEGIES)}."
+        )
+    unread = [name for name in ("family", "stage", "html") if getattr(args, name) is not None]
+    if unread:
+        raise UserError(
+            f"--use-megatron-fsdp shows the memory of a rank only. Leave out "
+            f"{', '.join(f'--{name}' for name in unread)}."
+        )
+
+
+def _print_fsdp(args: Namespace, job: Job) -> int:
+    """Print what Megatron's FSDP keeps of a legal job on a rank.
+
+    Raises:
+        UserError: FSDP is refused with the model or its layout.
+    """
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    from nemo_megacpp.contract.fsdp_memory import largest_fsdp_memory
+    from nemo_megacpp.contract.fsdp_tables import NOT_COUNTED, fsdp_document, fsdp_table
+    from nemo_megacpp.contract.layout_plan import make_plan
+    from nemo_megacpp.contract.plan_tables import layout_line, run_line
+    from nemo_megacpp.core.fsdp import STRATEGIES, problem_with_fsdp
+    from nemo_megacpp.errors import raise_violations
+    from nemo_megacpp.render import make_console, print_table
+    from nemo_megacpp.settings.fsdp import fsdp_violations
+
+    problem = problem_with_fsdp()
+    if problem is not None:
+        raise UserError(f"--use-megatron-fsdp: {problem}. Leave it out.")
+    job = dataclasses.replace(job, use_distributed_optimizer=True)
+    asked = args.data_parallel_sharding_strategy
+    strategies = STRATEGIES if asked is None else (asked,)
+    wrapper = DistributedDataParallelConfig(
+        use_megatron_fsdp=True,
+        data_parallel_sharding_strategy=strategies[0],
+        use_distributed_optimizer=True,
+    )
+    # As a bf16 script must ask for it (docs/fsdp.md); Megatron-Core 0.16 has no such field.
+    vars(wrapper)["megatron_fsdp_main_grads_dtype"] = torch.float32
+    raise_violations(fsdp_violations(job.config(), wrapper))
+    plan = make_plan(job)
+    kept = {strategy: largest_fsdp_memory(job, strategy) for strategy in strategies}
+    if args.json:
+        print_json(fsdp_document(plan, kept))
+        return 0
+    console = make_console(_WIDTH)
+    console.print(f"{layout_line(plan)}\n{run_line(plan)}\n", highlight=False, markup=False)
+    print_table(console, fsdp_table(plan, kept))
+    console.print(NOT_COUNTED, highlight=False, markup=False)
     return 0
 
 

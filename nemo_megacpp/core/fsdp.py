@@ -1,7 +1,11 @@
-"""Megatron's FSDP: on which releases it is there in the form that is proved."""
+"""Megatron's FSDP: on which releases it is there in the form that is proved, and its buffers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
 STRATEGIES = ("optim", "optim_grads", "optim_grads_params")
@@ -16,3 +20,68 @@ def problem_with_fsdp() -> str | None:
         "Megatron-Core 0.16 finds the tensor-parallel weights by Transformer Engine's classes, so "
         "no proof without a GPU can run it; 0.19 is proved"
     )
+
+
+class FsdpBuffer(NamedTuple):
+    """Parameters that FSDP lays out, gathers and reduces together.
+
+    Attributes:
+        is_expert: sharded over the expert-data-parallel group, instead of dp-cp.
+        element_size: bytes of a parameter's element.
+        numel: elements of the whole buffer, with the padding that divides it among the ranks.
+        ranges: first and last-plus-one element of each parameter, in order.
+    """
+
+    is_expert: bool
+    element_size: int
+    numel: int
+    ranges: tuple[tuple[int, int], ...]
+
+
+def fsdp_buffers(
+    chunk: torch.nn.Module,
+    strategy: str,
+    bucket_size: int | None,
+    replicas: int,
+    expert_replicas: int,
+) -> Iterator[FsdpBuffer]:
+    """Yield the buffers that FSDP would make for a model, by its own rules.
+
+    ``ParamAndGradBuffer`` (``megatron_fsdp/param_and_grad_buffer.py``) groups and places the
+    parameters with the two functions that are called here; neither needs process groups.
+
+    Args:
+        chunk: the model of a rank, which may be on the meta device.
+        strategy: one of `STRATEGIES`.
+        bucket_size: elements after which a buffer is closed, but for those of a layer; None: never.
+        replicas, expert_replicas: ranks that share a dense and an expert buffer.
+    """
+    from megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer import (
+        BucketingPolicy,
+        _get_parameter_groups,
+        build_data_parallel_buffer_index,
+    )
+    from megatron.core.ssm.mamba_layer import MambaLayer
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    # As mcore_fsdp_adapter.FullyShardedDataParallel sets it; its third unit is a TransformerLayer.
+    units = [TransformerLayer, MambaLayer] if strategy == "optim_grads_params" else []
+    policy = BucketingPolicy(bucket_size, units, strategy)  # type: ignore[arg-type]
+    ddp = DistributedDataParallelConfig(data_parallel_sharding_strategy=strategy)
+    for group in _get_parameter_groups(chunk, policy, {})[0]:
+        ranks = expert_replicas if group.is_expert_param else replicas
+        items, bucket, _ = build_data_parallel_buffer_index(
+            [parameter.shape for parameter in group.params],
+            data_parallel_rank=0,
+            data_parallel_world_size=ranks,
+            is_data_distributed=ranks > 1,
+            ddp_config=ddp,
+            chunk_size_factor=group.chunk_size_factor,
+        )
+        ranges = ((i.global_data_index, i.global_data_index + i.size) for i in items.values())
+        yield FsdpBuffer(
+            group.is_expert_param,
+            group.params[0].element_size(),
+            bucket.size,
+            tuple(sorted(ranges)),
+        )

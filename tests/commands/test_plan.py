@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from nemo_megacpp.cli import read_arguments
+from nemo_megacpp.core.fsdp import problem_with_fsdp
 from nemo_megacpp.errors import UserError
 
 BIG = "--world-size 1024 --layout tp=8,pp=4,cp=1,ep=8,etp=1"
@@ -211,3 +212,25 @@ def test_a_users_family_is_on_the_page(tmp_path: Path) -> None:
     assert args.run(args) == 0
     text = page.read_text()
     assert "C short convolution" in text and "layer 0, C" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data-parallel-sharding-strategy optim", "has no effect without --use-megatron-fsdp"),
+        (
+            "--use-megatron-fsdp --data-parallel-sharding-strategy no_shard",
+            "no_shard: legal are optim, optim_grads, optim_grads_params.",
+        ),
+        ("--use-megatron-fsdp --stage 0 --html page", "only. Leave out --stage, --html."),
+    ],
+)
+def test_options_of_fsdp_that_contradict_each_other(words: str, message: str) -> None:
+    assert message in refusal(f"nam56r_tiny {words}")
+
+
+def test_fsdp_where_it_is_not_proved() -> None:
+    problem = problem_with_fsdp()
+    if problem is None:
+        pytest.skip("this release has FSDP in the form that is proved")
+    assert problem in refusal("nam56r_tiny --layout tp=2,world=4 --use-megatron-fsdp")

@@ -69,7 +69,7 @@ def forward_step(batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]
 if __name__ == "__main__":
     args = parse_and_validate_args()
     model = hybrid_config_from_args(args)
-    if args.rank == 0:
+    if args.rank == 0 and args.save:
         plain = model.transformer
         fields = {
             field.name: name_of(getattr(plain, field.name)) for field in dataclasses.fields(plain)

@@ -44,11 +44,17 @@ _OTHERS = {
 }
 
 
-def _run(folder: Path, *settings: str) -> dict[int, tuple[float, float]]:
-    """Run the recipe on two ranks; return loss and gradient norm of each step that was logged."""
+def _run(
+    folder: Path, *settings: str, ranks: int = 2, saves: bool = True, more: tuple[str, ...] = ()
+) -> dict[int, tuple[float, float]]:
+    """Run the recipe; return loss and gradient norm of each step that was logged."""
     recipe = resolve("nam56r_tiny", (*SETTINGS, *settings))
     words, _ = megatron_arguments(recipe, choose(None)[0], str(folder), "cpu")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    if not saves:
+        at = words.index("--save")
+        del words[at : at + 2]
+    words += more
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "nemo_megacpp.runtime", str(SCRIPT), *words],
         capture_output=True,
@@ -116,3 +122,16 @@ def test_prediction_depths_are_trained_saved_and_resumed(tmp_path: Path) -> None
     resumed = _run(tmp_path, *prediction, "resume=auto", "tp=1", "pp=2")
     assert sorted(resumed) == [3, 4]
     assert resumed[3] == pytest.approx(steps[3], rel=1e-5, abs=1e-3)
+
+
+def test_fsdp_trains_as_the_usual_wrapper_does(tmp_path: Path) -> None:
+    """TP=2 x FSDP=2 through the trainer, against TP=2 without data parallelism. Megatron refuses
+    this format of checkpoints unless it trains with its FSDP."""
+    asked = ("--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor")
+    asked += ("--data-parallel-sharding-strategy", "optim_grads_params")
+    usual = _run(tmp_path, "tp=2", saves=False)
+    sharded = _run(tmp_path, "tp=2", ranks=4, saves=False, more=asked)
+    assert sorted(usual) == sorted(sharded) == [1, 2, 3, 4]
+    for step, (loss, norm) in usual.items():
+        assert sharded[step][0] == pytest.approx(loss, rel=1e-6), step
+        assert sharded[step][1] == pytest.approx(norm, abs=1e-3), step
