@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import WandbLogger
 from megatron.core.utils import unwrap_model
-from nemo.lightning.io import IOMixin
 
-from nemo_megacpp.nemo.stops import StopOnSigterm
+from nemo_megacpp.nemo.recorded import Recorded
+from nemo_megacpp.nemo.stops import StopEarly
 from nemo_megacpp.printable import say
 from nemo_megacpp.runs.session import Session
 
@@ -35,7 +35,7 @@ def _number(value: Any) -> Optional[float]:  # noqa: UP045
     return None if value is None else float(value)
 
 
-class RunRecorder(pl.Callback, IOMixin):
+class RunRecorder(pl.Callback, Recorded):
     """Record a run's steps and events in its folder, log scalars, print progress and a summary.
 
     Only global rank 0 writes and prints.
@@ -86,7 +86,7 @@ class RunRecorder(pl.Callback, IOMixin):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.session.restart_clock()
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(stop, StopOnSigterm) and stop.stopping for stop in callbacks):
+        if any(isinstance(stop, StopEarly) and stop.stopping for stop in callbacks):
             return  # the evaluation was cut short: its loss is that of a part of the data
         loss = _number(trainer.callback_metrics.get("val_loss"))
         if trainer.is_global_zero and loss is not None:

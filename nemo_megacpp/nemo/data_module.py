@@ -12,10 +12,11 @@ from nemo_megacpp.data.packed_rows import NO_CACHE, rows_class
 from nemo_megacpp.data.prepared import PreparedData, open_blend, weighted_prefixes
 from nemo_megacpp.data.tokenizer import guard_library
 from nemo_megacpp.errors import UserError
+from nemo_megacpp.nemo.recorded import Recorded
 from nemo_megacpp.side_channels import read_side_channels
 
 
-class HybridDataModule(PreTrainingDataModule):
+class HybridDataModule(Recorded, PreTrainingDataModule):
     """``PreTrainingDataModule`` over one folder of prepared data, or a blend of several.
 
     It makes no attention masks: without Transformer Engine NeMo turns them on, ``[1, s, s]`` for

@@ -8,13 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from megatron.core.parallel_state import update_pg_timeout
-from nemo.lightning.io import IOMixin
 
+from nemo_megacpp.nemo.recorded import Recorded
 from nemo_megacpp.runs.heartbeat_start import start_heartbeats
 from nemo_megacpp.runtime import heartbeat
 
 
-class Heartbeats(pl.Callback, IOMixin):
+class Heartbeats(pl.Callback, Recorded):
     """End the run when a rank makes no progress, or does not respond.
 
     Progress is a microbatch, a step, a batch of an evaluation, or the end of a save.

@@ -22,7 +22,7 @@ from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
 from nemo_megacpp.nemo.lr_schedule import MegatronScheduler
 from nemo_megacpp.nemo.profiler import StepProfiler
 from nemo_megacpp.nemo.run_logger import RunLogger
-from nemo_megacpp.nemo.stops import StopAfter, StopOnNonFinite, StopOnSigterm
+from nemo_megacpp.nemo.stops import StopEarly, StopOnNonFinite
 from nemo_megacpp.nemo.strategy import HybridStrategy
 from nemo_megacpp.recipes.recipe import Recipe
 from nemo_megacpp.recipes.views import dtype_of, model_settings
@@ -172,7 +172,7 @@ def _callbacks(recipe: Recipe, run_dir: Path) -> list[run.Config]:
             resumed=recipe.resume,
         ),
         run.Config(StopOnNonFinite),
-        run.Config(StopOnSigterm, run_dir=str(run_dir)),
+        run.Config(StopEarly, run_dir=str(run_dir), stop_after=training.stop_after),
     ]
     if training.heartbeat_timeout_minutes is not None:
         callbacks.append(
@@ -183,8 +183,6 @@ def _callbacks(recipe: Recipe, run_dir: Path) -> list[run.Config]:
                 init_timeout_minutes=training.init_timeout_minutes,
             )
         )
-    if training.stop_after is not None:
-        callbacks.append(run.Config(StopAfter, step=training.stop_after))
     if training.use_pytorch_profiler:
         callbacks.append(
             run.Config(

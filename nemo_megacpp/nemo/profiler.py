@@ -7,13 +7,13 @@ from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
-from nemo.lightning.io import IOMixin
 from torch.profiler import profile, schedule
 
+from nemo_megacpp.nemo.recorded import Recorded
 from nemo_megacpp.printable import say
 
 
-class StepProfiler(pl.Callback, IOMixin):
+class StepProfiler(pl.Callback, Recorded):
     """Write a Chrome trace of the steps after ``start`` up to ``end``, on chosen ranks.
 
     The settings mean what they mean to Megatron's scripts. NeMo's ``PytorchProfilerCallback``

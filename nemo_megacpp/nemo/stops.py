@@ -4,43 +4,36 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
-from nemo.lightning.io import IOMixin
 
+from nemo_megacpp.nemo.recorded import Recorded
 from nemo_megacpp.runs.events import record_event
 from nemo_megacpp.runs.non_finite import non_finite
 from nemo_megacpp.runtime import stopping
 
 
-class StopAfter(pl.Callback, IOMixin):
-    """Stop after a step before the end of the schedule, as a job with a time limit would."""
+class StopEarly(pl.Callback, Recorded):
+    """Save and stop before the end of the schedule: after a chosen step, as a job with a time limit
+    would, or after the step in which SIGTERM has reached any rank.
 
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
-        if trainer.global_step >= self.step:
-            trainer.should_stop = True
-
-
-class StopOnSigterm(pl.Callback, IOMixin):
-    """Save and stop after the step in which SIGTERM has reached any rank.
-
-    An evaluation is cut short, as it may take longer than the time that a scheduler leaves.
-    NeMo's ``PreemptionCallback`` looks at rank 0 alone, saves only where a ``-last`` checkpoint is
-    configured, and ends the process in the middle of its callbacks.
+    On SIGTERM an evaluation is cut short, as it may take longer than the time that a scheduler
+    leaves. NeMo's ``PreemptionCallback`` looks at rank 0 alone, saves only where a ``-last``
+    checkpoint is configured, and ends the process in the middle of its callbacks.
 
     Args:
-        run_dir: the run's folder, which records it.
+        run_dir: the run's folder, which records a SIGTERM.
+        stop_after: the chosen step; None: the schedule's last.
+
+    Attributes:
+        stopping: SIGTERM has reached a rank.
     """
 
-    def __init__(self, run_dir: str) -> None:
+    def __init__(self, run_dir: str, stop_after: Optional[int] = None) -> None:  # noqa: UP045
         self.run_dir = Path(run_dir)
+        self.stop_after = stop_after
         self.stopping = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -50,6 +43,11 @@ class StopOnSigterm(pl.Callback, IOMixin):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
+        if self.stop_after is not None and trainer.global_step >= self.stop_after:
+            trainer.should_stop = True
+        self._stop_on_sigterm(trainer)
+
+    def _stop_on_sigterm(self, trainer: pl.Trainer) -> None:
         here = torch.tensor(int(stopping.stop_asked()), device=torch.cuda.current_device())
         torch.distributed.all_reduce(here, torch.distributed.ReduceOp.MAX)
         if not here.item():
@@ -63,7 +61,7 @@ class StopOnSigterm(pl.Callback, IOMixin):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        self.on_train_batch_end(trainer, pl_module)
+        self._stop_on_sigterm(trainer)
         if self.stopping:
             raise StopIteration  # which Lightning's loop takes for the end of the data
 
@@ -73,7 +71,7 @@ class StopOnSigterm(pl.Callback, IOMixin):
             print("stopped by SIGTERM; resume it with resume=auto", flush=True)
 
 
-class StopOnNonFinite(pl.Callback, IOMixin):
+class StopOnNonFinite(pl.Callback, Recorded):
     """Stop with an error, before anything is saved, when loss or gradient norm is NaN or Inf.
 
     A gradient that is not finite before it is reduced is found earlier, and on its rank: see

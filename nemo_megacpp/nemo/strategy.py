@@ -36,6 +36,7 @@ from nemo_megacpp.nemo.actual import (
 )
 from nemo_megacpp.nemo.checkpointing import AcrossBackends, AsyncCheckpointIO
 from nemo_megacpp.nemo.hybrid_optimizer import HybridOptimizer
+from nemo_megacpp.nemo.recorded import Recorded
 from nemo_megacpp.nemo.trainer_state import trainer_state
 from nemo_megacpp.preflight.resume import validate_optimizer_state
 from nemo_megacpp.runs.non_finite import non_finite_gradient
@@ -46,7 +47,7 @@ from nemo_megacpp.settings.validate import validate_config
 _logger = logging.getLogger(__name__)
 
 
-class HybridStrategy(MegatronStrategy):
+class HybridStrategy(Recorded, MegatronStrategy):
     """``MegatronStrategy`` that prepares its process first and resumes runs exactly.
 
     However the run was started (our launcher, torchrun, NeMo's command line, a NeMo-Run executor),

@@ -45,3 +45,15 @@ def run_factory(port: int, settings: dict[str, Any]) -> None:
     from nemo_megacpp.nemo.factories import nam56r_tiny
 
     fiddle.build(nam56r_tiny(**settings))()
+
+
+def load_whole_context(saved: str, tp: int) -> None:
+    """NeMo constructs a run's objects again from what it wrote down of them."""
+    from nemo.lightning.io import load_context
+
+    context = load_context(saved)
+    assert type(context.trainer.strategy).__name__ == "HybridStrategy"
+    assert context.trainer.strategy.parallelism.tensor_model_parallel_size == tp
+    assert {"RunRecorder", "StopEarly"} <= {type(one).__name__ for one in context.trainer.callbacks}
+    assert context.model.config.hybrid_pattern == "AEMR"
+    assert context.extra["datamodule"].seq_length == context.model.config.seq_length

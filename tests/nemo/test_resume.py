@@ -343,6 +343,9 @@ def test_checkpoints_of_other_programs_are_resumed(
         assert found["HybridDataModule"] == wanted["HybridDataModule"]
         assert found["optimizer"][0]["step"] == found["global_step"] == STEPS
     _load_context(Path(saved))
+    from tests.nemo import nemo_ranks
+
+    ranks.run(1, nemo_ranks.load_whole_context, saved, 2)
 
 
 def _load_context(saved: Path) -> None:
