@@ -57,7 +57,7 @@ def _run(
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     found = [_STEP.search(line) for line in done.stdout.splitlines()]
     return {int(step[1]): (float(step[2]), float(step[3])) for step in found if step}
 
@@ -92,14 +92,31 @@ def test_prediction_depths_are_trained_saved_and_resumed(tmp_path: Path) -> None
     assert resumed[3] == pytest.approx(steps[3], rel=1e-5, abs=1e-3)
 
 
+_FSDP = (
+    *("--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"),
+    *("--data-parallel-sharding-strategy", "optim_grads_params"),
+)
+"""Megatron refuses this format of checkpoints unless it trains with its FSDP."""
+
+
 def test_fsdp_trains_as_the_usual_wrapper_does(tmp_path: Path) -> None:
-    """TP=2 x FSDP=2 through the trainer, against TP=2 without data parallelism. Megatron refuses
-    this format of checkpoints unless it trains with its FSDP."""
-    asked = ("--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor")
-    asked += ("--data-parallel-sharding-strategy", "optim_grads_params")
+    """TP=2 x FSDP=2 through the trainer, against TP=2 without data parallelism."""
     usual = _run(tmp_path, "tp=2", saves=False)
-    sharded = _run(tmp_path, "tp=2", ranks=4, saves=False, more=asked)
+    sharded = _run(tmp_path, "tp=2", ranks=4, saves=False, more=_FSDP)
     assert sorted(usual) == sorted(sharded) == [1, 2, 3, 4]
     for step, (loss, norm) in usual.items():
         assert sharded[step][0] == pytest.approx(loss, rel=1e-6), step
         assert sharded[step][1] == pytest.approx(norm, abs=1e-3), step
+
+
+@pytest.mark.parametrize("ep", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_fsdp_is_saved_and_resumed(tmp_path: Path, ep: str) -> None:
+    """In bf16, from TP=2 x FSDP=2 at TP=2 alone."""
+    asked = (*_FSDP, "--megatron-fsdp-main-grads-dtype", "fp32")
+    settings = ("pattern=AEMR", "num_layers=4", "tp=2", f"ep={ep}", "precision=bf16")
+    steps = _run(tmp_path, *settings, ranks=4, more=asked)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = _run(tmp_path, *settings, "resume=auto", more=asked)
+    assert sorted(resumed) == [3, 4]
+    assert resumed[3][0] == pytest.approx(steps[3][0], rel=1e-6)
+    assert resumed[3][1] == pytest.approx(steps[3][1], abs=1e-3)
