@@ -154,7 +154,7 @@ def test_fsdp_is_saved_and_resumed(
 ) -> None:
     """In bf16 by the same ranks; then by fewer, from the same checkpoint."""
     asked = (*_FSDP, "--megatron-fsdp-main-grads-dtype", "fp32")
-    settings = ("pattern=AEMR", "num_layers=4", "precision=bf16", *layout)
+    settings = ("pattern=AEMRF", "num_layers=5", "precision=bf16", *layout)
     steps = _run(tmp_path, *settings, ranks=ranks, more=asked)
     newest = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
     # Of step 4 a resumed run logs the mean loss of both steps.
