@@ -32,6 +32,8 @@ _WRAPPERS = ("module.", "model.")
 _OPTIMIZER = "optimizer."
 _NOT_THE_MODEL = (_OPTIMIZER, "random_state.")
 """Prefixes of what is saved beside the model's tensors."""
+_FSDP_ARGUMENTS = "args"
+"""Where only a checkpoint of FSDP has the arguments of its script."""
 CONSUMED = "consumed_train_samples"
 """Key of what is not sharded: rows that a run has trained on, of all data-parallel ranks."""
 _OF_DATA_MODULE = "consumed_samples"
@@ -65,13 +67,19 @@ class CheckpointContent:
         path: as :func:`nemo_megacpp.checkpoint.folder.find_checkpoint` takes it.
 
     Raises:
-        UserError: there is no checkpoint, it is incomplete, or its metadata is damaged or unsafe.
+        UserError: there is no checkpoint, it is incomplete or one of Megatron's FSDP, or its
+            metadata is damaged or unsafe.
     """
 
     def __init__(self, path: Path):
         self.directory = find_checkpoint(path)
         self.weights = find_weights(self.directory)
         self.metadata: Metadata = read_metadata(self.weights)
+        if _FSDP_ARGUMENTS in self.metadata.state_dict_metadata:
+            raise UserError(
+                f"{self.directory} is a checkpoint of Megatron's FSDP (fsdp_dtensor). Only "
+                f"Megatron's script reads it, with --use-megatron-fsdp --load (docs/fsdp.md)."
+            )
         self.identity = read_identity(self.directory)
 
     @cached_property

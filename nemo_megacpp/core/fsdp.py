@@ -22,6 +22,22 @@ def problem_with_fsdp() -> str | None:
     )
 
 
+def problem_with_saving() -> str | None:
+    """Return why Megatron cannot save a checkpoint of FSDP with the Adam that it has, None where it
+    can. Its save has collectives for each parameter that the optimizer has a state of."""
+    from megatron.core.optimizer import Adam
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    # Transformer Engine's makes a state of every parameter; the no-GPU host marks that it does too.
+    stood_in = hasattr(DistributedOptimizer.sharded_param_state_fsdp_dtensor, "state_of_all")
+    if stood_in or Adam.__module__.startswith("transformer_engine"):
+        return None
+    return (
+        f"the Adam of {Adam.__module__.partition('.')[0]} has no state of a parameter of which a "
+        f"rank has no element, and the ranks would wait for each other for ever"
+    )
+
+
 class FsdpBuffer(NamedTuple):
     """Parameters that FSDP lays out, gathers and reduces together.
 

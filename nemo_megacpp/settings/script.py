@@ -15,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from nemo_megacpp.core.fsdp import STRATEGIES
 from nemo_megacpp.errors import raise_violations
 from nemo_megacpp.settings.combinations import training_violations
+from nemo_megacpp.settings.fsdp_checkpoint import fsdp_checkpoint_violations
 from nemo_megacpp.settings.validate import default_of, setting_violations
 
 _ARGUMENTS = "megatron.training.global_vars"
@@ -63,13 +64,8 @@ def validate_script(model: TransformerConfig) -> None:
 def _argument_violations(model: TransformerConfig, args: Any) -> Iterator[str]:
     if getattr(args, "use_torch_fsdp2", False):
         yield "--use-torch-fsdp2: no case covers torch's FSDP. Leave it out."
-    stored = [name for name in ("save", "load") if getattr(args, name, None)]
-    if getattr(args, "use_megatron_fsdp", False) and stored:
-        yield (
-            f"--use-megatron-fsdp with {' and '.join(f'--{name}' for name in stored)}: no test has "
-            f"saved and resumed a checkpoint of FSDP (--ckpt-format fsdp_dtensor). Train without a "
-            f"checkpoint, or leave FSDP out."
-        )
+    if getattr(args, "use_megatron_fsdp", False):
+        yield from fsdp_checkpoint_violations(model, args)
     if getattr(args, "dataloader_inter_document_masking", False):
         yield (
             "--dataloader-inter-document-masking: no case covers the packs of the script's own "

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import checkpoint as dcp
 
 from nemo_megacpp import cli
 from nemo_megacpp.checkpoint import export as export_module
@@ -144,6 +145,16 @@ def test_megatrons_own_checkpoint(own_weights: Path, capsys: pytest.CaptureFixtu
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
     assert command("inspect", folder) == 2
     assert "names no iteration" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_fsdp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tensors are DTensors, whose parts of a matrix have no names."""
+    state = {"args": argparse.Namespace(), "model": {"weight": torch.ones(2)}}
+    dcp.save(state, checkpoint_id=tmp_path / "iter_0000002", no_dist=True)
+    assert command("inspect", tmp_path / "iter_0000002") == 2
+    assert "is a checkpoint of Megatron's FSDP (fsdp_dtensor)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="Only Megatron's script reads it"):
+        export(tmp_path / "iter_0000002", tmp_path / "out")
 
 
 def test_verify(own_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

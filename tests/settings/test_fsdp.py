@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed import checkpoint as dcp
 
 from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.core.fsdp import STRATEGIES, problem_with_fsdp
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.proof.small_models import tiny_model
-from nemo_megacpp.settings import script
+from nemo_megacpp.settings import fsdp_checkpoint, script
 from nemo_megacpp.settings.combinations import training_violations
 from nemo_megacpp.settings.fsdp import fsdp_violations
 from nemo_megacpp.settings.script import validate_script
@@ -97,11 +100,62 @@ def test_a_script_with_fsdp(arguments: SimpleNamespace) -> None:
 
 
 @needs_fsdp
-@pytest.mark.parametrize("name", ["save", "load"])
-def test_a_script_with_a_checkpoint_of_fsdp(arguments: SimpleNamespace, name: str) -> None:
-    setattr(arguments, name, "checkpoints")
-    with pytest.raises(UserError, match=f"--use-megatron-fsdp with --{name}: no test has saved"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"save": "runs"}, "with --save in float32: .*Train in bf16"),
+        ({"save": "runs", "load": "runs"}, "with --save and --load in float32"),
+        ({"pretrained_checkpoint": "runs"}, "with --pretrained-checkpoint: no case"),
+        ({"save": "runs", "async_save": True}, "--save and --async-save: no case"),
+        ({"save": "runs", "no_save_optim": True}, "--no-save-optim: no case has saved the weights"),
+        ({"load": "runs", "finetune": True}, "--load and --finetune: no case starts from"),
+        ({"load": "runs", "strict_fsdp_dtensor_load": False}, "checkpoint lacks would stay random"),
+        (
+            {"save": "runs", "data_parallel_sharding_strategy": "optim"},
+            "strategy optim: no case has saved a checkpoint with it. Legal: optim_grads_params",
+        ),
+    ],
+)
+def test_a_script_with_a_checkpoint_of_fsdp(
+    arguments: SimpleNamespace, changes: dict[str, Any], message: str
+) -> None:
+    vars(arguments).update(changes)
+    with pytest.raises(UserError, match=message):
         validate_script(HybridConfig(**tiny_model("AEMR")))
+
+
+@needs_fsdp
+def test_a_checkpoint_of_fsdp_needs_a_state_of_every_parameter(
+    arguments: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DistributedOptimizer, "sharded_param_state_fsdp_dtensor", lambda _: {})
+    arguments.save = "runs"
+    with pytest.raises(UserError, match="with --save: the Adam of torch has no state of"):
+        validate_script(HybridConfig(**tiny_model("AEMR")))
+
+
+@needs_fsdp
+def test_a_checkpoint_of_fsdp_has_its_degrees(
+    arguments: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fsdp_checkpoint, "problem_with_saving", lambda: None)
+    config = HybridConfig(**tiny_model("AEMR"), bf16=True)
+    degrees = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 1}
+    vars(arguments).update(degrees, load=str(tmp_path), save=str(tmp_path))
+    vars(arguments).update(bf16=True, megatron_fsdp_main_grads_dtype=torch.float32)
+    validate_script(config)  # nothing is there to load yet
+    folder = tmp_path / "iter_0000002"
+    dcp.save({"args": SimpleNamespace(**degrees)}, checkpoint_id=folder, no_dist=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    validate_script(config)
+    arguments.tensor_model_parallel_size = 4
+    with pytest.raises(UserError, match=r"saved with TP=2, at TP=4: .*Legal: TP=2; the number"):
+        validate_script(config)
+    vars(arguments).update(tensor_model_parallel_size=2, expert_model_parallel_size=2)
+    with pytest.raises(UserError, match="at EP=2: no case has loaded one at another EP"):
+        validate_script(config)
+    arguments.ckpt_step = 3
+    validate_script(config)  # Megatron says that step 3 is not there
 
 
 def test_a_script_without_fsdp_has_its_strategy_by_default(arguments: SimpleNamespace) -> None:
