@@ -32,7 +32,7 @@ ALONE = (
 )
 """Pages whose commands use nothing that those of another page have made."""
 SLOW = (
-    *("first-run-2", "checkpoints-2", "checkpoints-3", "checkpoints-4"),
+    *("first-run-2", "checkpoints-2", "checkpoints-3", "checkpoints-4", "checkpoints-5"),
     *("huggingface-0", "huggingface-1"),
     *("layouts-3", "layouts-6", "layouts-7", "layouts-8"),
     *("verify-0", "gathers-0", "extending-0", "nemo-0", "nemo-1", "nemo-2", "nemo-3"),
