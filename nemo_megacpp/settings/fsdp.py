@@ -63,7 +63,9 @@ def fsdp_violations(model: TransformerConfig, ddp: DistributedDataParallelConfig
         yield (
             f"mtp_num_layers={model.mtp_num_layers}: no case has multi-token prediction under FSDP."
         )
-    if users := [block.letter for block in added()]:
+    # Of a model that does not say its pattern, as a script's, any family that is registered counts.
+    pattern = getattr(model, "pattern", None)
+    if users := [b.letter for b in added() if pattern is None or b.letter in pattern.letters]:
         yield (
             f"{_ASKED} with the families {', '.join(users)} of family_modules: FSDP gathers the "
             f"parameters of a layer of Megatron's TransformerLayer or MambaLayer; no case covers "

@@ -17,7 +17,7 @@ from nemo_megacpp.config import HybridConfig
 from nemo_megacpp.core.fsdp import STRATEGIES, problem_with_fsdp
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.proof.small_models import tiny_model
-from nemo_megacpp.settings import fsdp_checkpoint, script
+from nemo_megacpp.settings import fsdp, fsdp_checkpoint, script
 from nemo_megacpp.settings.combinations import training_violations
 from nemo_megacpp.settings.fsdp import fsdp_violations
 from nemo_megacpp.settings.script import validate_script
@@ -72,6 +72,25 @@ def test_refused_together(model: dict[str, Any], ddp: dict[str, Any], message: s
     vars(wrapper).update(ddp)
     with pytest.raises(UserError, match=message):
         raise UserError(" ".join(fsdp_violations(config, wrapper)))
+
+
+@needs_fsdp
+@pytest.mark.parametrize(
+    ("pattern", "refused"),
+    [
+        (SimpleNamespace(letters="AEMR"), False),
+        (SimpleNamespace(letters="AEYR"), True),
+        (None, True),  # of a script: its model does not say which of them it has
+    ],
+)
+def test_a_family_of_a_user_is_refused_where_the_model_has_it(
+    monkeypatch: pytest.MonkeyPatch, pattern: SimpleNamespace | None, refused: bool
+) -> None:
+    monkeypatch.setattr(fsdp, "added", lambda: (SimpleNamespace(letter="Y"),))
+    config = HybridConfig(**tiny_model("AEMR"))
+    monkeypatch.setattr(HybridConfig, "pattern", pattern)
+    messages = " ".join(fsdp_violations(config, _wrapper()))
+    assert ("the families Y of family_modules" in messages) == refused
 
 
 @pytest.fixture
