@@ -214,10 +214,19 @@ def _run_inspect(args: argparse.Namespace) -> int:
         number = sample * len(train.lengths) // count
         ids = train.document(number, _SAMPLE_TOKENS)
         console.rule(f"train document {number}, {train.lengths[number]:,} tokens", align="left")
-        console.print(Text(printable(tokenizer.decode(ids.tolist(), skip_special_tokens=False))))
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        if len(ids) < train.lengths[number]:
+            text = whole_lines(text)
+        console.print(Text(printable(text)))
     if args.rows:
         _print_rows(console, data, tokenizer, args.rows, args.seq_length)
     return 0
+
+
+def whole_lines(text: str) -> str:
+    """Return the opening of a document without its last, cut line, and a mark that it goes on."""
+    whole, _, cut = text.rpartition("\n")
+    return f"{whole.rstrip()}\n…" if whole.strip() else f"{cut}…"
 
 
 def _print_rows(

@@ -136,9 +136,23 @@ def test_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr()
     assert shown.out.count("train document ") == 3  # the histogram's title and two samples
     assert "█" in shown.out
+    assert "…" not in shown.out.split("train document ")[-1], "a whole document ends with no mark"
     args = parser.parse_args(["data", "inspect", out, "--rows", "2", "--seq-length", "32"])
     assert args.run(args) == 0
     assert capsys.readouterr().out.count("documents in 32 tokens") == 2
     args = parser.parse_args(["data", "inspect", out, "--rows", "1"])
     with pytest.raises(UserError, match="A row of 4,096 tokens: the train split of"):
         args.run(args)
+
+
+@pytest.mark.parametrize(
+    ("opening", "shown"),
+    [
+        ("# Title\n\nSome wor", "# Title\n…"),
+        ("one long li", "one long li…"),
+        ("\n\none long li", "one long li…"),
+        ("a whole line\n", "a whole line\n…"),
+    ],
+)
+def test_a_document_that_is_cut_ends_with_a_mark(opening: str, shown: str) -> None:
+    assert commands.whole_lines(opening) == shown

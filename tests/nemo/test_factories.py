@@ -102,7 +102,8 @@ def test_settings_reach_the_configuration(
     assert strategy.sequence_parallel is False, "SP follows TP unless it is given"
     assert (task.trainer.devices, task.trainer.max_steps) == (2, 7)
     assert task.optim.lr_scheduler.max_steps == 7
-    assert task.trainer.callbacks[-1].step == 5
+    (early,) = [entry for entry in task.trainer.callbacks if "StopEarly" in str(entry)]
+    assert early.stop_after == 5
     assert (task.data.micro_batch_size, task.data.global_batch_size) == (2, 4)
     assert (config.seq_length, task.data.seq_length) == (64, 64)
     assert (config.vocab_size, task.data.vocab_size) == (vocab_size, vocab_size), "the data's"
