@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,11 @@ def pytest_configure() -> None:
 
     A test computes on one thread, and so do the processes that it starts: two pytest processes with
     two threads each on two cores took four times the CPU time, waiting for each other's threads.
+
+    An interrupt is not ignored, as it is in what a shell has put into the background: tests send
+    interrupts to themselves and to the processes that they start, which inherit it.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.disable()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["XDG_CACHE_HOME"] = str(CACHE)
