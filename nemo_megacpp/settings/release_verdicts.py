@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from nemo_megacpp.settings.verdict import Named, neutral, only_with, proved, refused, table
 
-_INFERENCE = "Only inference reads it, and no proof of generation covers it"
+INFERENCE = "Only inference reads it, and no proof of generation covers it"
 _OP_FUSER = "No GPU has proved Transformer Engine's fused operations here"
 
 UNTIL_0_16 = table(
@@ -129,12 +129,12 @@ SINCE_0_17 = table(
         """moe_pad_experts_for_cuda_graph_inference
         nccl_all_reduce_for_prefill inference_disable_triton_nvls_kernels
         inference_moe_disable_fused_quant_kernels""",
-        _INFERENCE,
+        INFERENCE,
     ),
     neutral(
         """inference_grouped_gemm_backend inference_moe_token_dispatcher_type
         inference_cuda_graph_scope""",
-        _INFERENCE,
+        INFERENCE,
     ),
 )
 """Fields of ``TransformerConfig`` that 0.16 does not have."""
