@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nemo_megacpp.checkpoint.dcp import load_model
+from nemo_megacpp.checkpoint.weights import load_weights
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
@@ -40,7 +40,7 @@ def random_model(model: dict[str, Any], layout: str = "tp=1", weights: str | Non
     start_model_parallel(parsed)
     (chunk,) = chunks = build_chunks(make_config(StepSpec(model, dtype="float64"), parsed), parsed)
     if weights is not None:
-        load_model(chunks, weights)
+        load_weights(chunks, weights)
         return chunk.eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from nemo_megacpp.checkpoint.dcp import load_model
+from nemo_megacpp.checkpoint.weights import load_weights
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.gather import gather_values
 from nemo_megacpp.proof.step_spec import StepSpec
@@ -116,7 +116,7 @@ def train(
         for chunk in wrapped:
             for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
                 group.start_param_sync = partial(_LatestGather.start, group)
-    load_model(chunks, weights)
+    load_weights(chunks, weights)
     optimizer.reload_model_params()
     losses, norms = [], []
     for _ in range(steps):

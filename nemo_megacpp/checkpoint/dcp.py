@@ -10,10 +10,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 
-from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
-from nemo_megacpp.checkpoint.guard import guard_load
 from nemo_megacpp.checkpoint.manifest import write_manifest
-from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.core.checkpoints import keep_common_file
 from nemo_megacpp.errors import UserError
 
@@ -62,25 +59,6 @@ def save_sharded(
 def save_model(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None:
     """Save model weights; see :func:`save_sharded`."""
     save_sharded(model_sharded_state_dict(chunks), directory)
-
-
-def load_model(
-    chunks: Sequence[torch.nn.Module], directory: str | Path, *, verify: bool = True
-) -> None:
-    """Load model weights saved in any layout, on any backend, into this one, strictly.
-
-    Args:
-        chunks: this rank's pipeline chunks.
-        directory: the checkpoint's weights.
-        verify: compare every byte with the manifest first, where there is one.
-
-    Raises:
-        UserError: on every rank; the checkpoint is damaged, or loading it would run code.
-    """
-    guard_load(Path(directory), verify=verify)
-    sharded = model_sharded_state_dict(chunks)
-    fit_to_checkpoint(sharded, read_metadata(Path(directory)))
-    fill_model(chunks, dist_checkpointing.load(sharded, str(directory)))
 
 
 def fill_model(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:

@@ -18,8 +18,9 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from nemo_megacpp.checkpoint.backends import fit_to_checkpoint, other_name
-from nemo_megacpp.checkpoint.dcp import load_model, model_sharded_state_dict, save_model
+from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict, save_model
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
+from nemo_megacpp.checkpoint.weights import load_weights
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.runtime.distributed import start_model_parallel
 from nemo_megacpp.runtime.workers import WorkerError, WorkerPool
@@ -69,7 +70,7 @@ def _across(there: str, here: str, folder: str) -> tuple[int, int, list[str], se
     wanted = _tensors(saved)
     loaded = _build(here)
     before = _tensors(loaded)
-    load_model(loaded, folder)
+    load_weights(loaded, folder)
     after = _tensors(loaded)
     assert wanted.keys() == before.keys() == after.keys()
     moved = sum(not torch.equal(before[key], after[key]) for key in after)

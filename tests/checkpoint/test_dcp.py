@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_megacpp.checkpoint.dcp import load_model, require_psutil, save_model
+from nemo_megacpp.checkpoint.dcp import require_psutil, save_model
+from nemo_megacpp.checkpoint.weights import load_weights
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.gather import gather_values
@@ -34,7 +35,7 @@ def _loaded(text: str, folder: str) -> tuple[Values, dict[str, float]] | None:
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.fill_(1e9)
-    load_model(chunks, folder)
+    load_weights(chunks, folder)
     gathered = gather_values(chunks)
     return None if gathered is None else (gathered.values, gathered.replica_spread)
 

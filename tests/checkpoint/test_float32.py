@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_megacpp.checkpoint.dcp import load_model, save_model
+from nemo_megacpp.checkpoint.dcp import save_model
 from nemo_megacpp.checkpoint.optimizer_state import training_sharded_state_dict
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.checkpoint.training_state import load_training_state, save_training_state
+from nemo_megacpp.checkpoint.weights import load_weights
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.mixers.float32 import KeepsFloat32
 from nemo_megacpp.proof.gather import gather_sharded
@@ -115,7 +116,7 @@ def _load_old(folder: str, weights: str | None) -> dict[str, np.ndarray]:
     if weights is None:
         load_training_state(trainee.chunks, trainee.optimizer, folder)
     else:
-        load_model(trainee.chunks, weights)
+        load_weights(trainee.chunks, weights)
     (chunk,) = trainee.chunks
     kept = {chunk.get_parameter(f"decoder.{name}").dtype for name in KEPT}
     assert kept == {torch.float32}

@@ -22,10 +22,10 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.enums import AttnBackend
 from torch.distributed.checkpoint import FileSystemReader
 
-from nemo_megacpp.checkpoint.dcp import load_model
 from nemo_megacpp.checkpoint.guard import guard_load, inspect_before_load
 from nemo_megacpp.checkpoint.manifest import FILE, write_manifest
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata, read_torch_file, scan_checkpoint
+from nemo_megacpp.checkpoint.weights import load_weights
 from nemo_megacpp.core.checkpoints import COMMON_OBJECT
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
@@ -83,7 +83,7 @@ def test_the_payload_is_real(own_weights: Path, tmp_path: Path) -> None:
 def _load(folder: str) -> None:
     layout = ParallelLayout.parse("tp=1")
     start_model_parallel(layout)
-    load_model(build_chunks(make_config(SMALL, layout), layout), folder, verify=False)
+    load_weights(build_chunks(make_config(SMALL, layout), layout), folder, verify=False)
 
 
 def _load_stock(folder: str) -> None:

@@ -20,13 +20,14 @@ from typing import Any, Literal
 import torch
 from megatron.core import dist_checkpointing
 
-from nemo_megacpp.checkpoint.dcp import load_model, model_sharded_state_dict
+from nemo_megacpp.checkpoint.dcp import model_sharded_state_dict
 from nemo_megacpp.checkpoint.lifecycle import (
     begin_checkpoint,
     clear_leftovers,
     finish_checkpoint,
     prune,
 )
+from nemo_megacpp.checkpoint.weights import load_weights
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.small_models import tiny_model
 from nemo_megacpp.proof.step_spec import StepSpec
@@ -98,7 +99,7 @@ def load_then_save(folder: str, step: int, following: int) -> list[str]:
     """
     chunks = _filled(following)
     wanted = _digests(_refilled(chunks, step))
-    load_model(_refilled(chunks, following), checkpoint_of(folder, step) / "weights")
+    load_weights(_refilled(chunks, following), checkpoint_of(folder, step) / "weights")
     found = _digests(chunks)
     if torch.distributed.get_rank() == 0:
         clear_leftovers(Path(folder))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from nemo_megacpp.checkpoint.dcp import load_model
 from nemo_megacpp.checkpoint.identity import read_identity
+from nemo_megacpp.checkpoint.weights import load_weights
 from nemo_megacpp.config import HybridConfig, config_fields
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.hf.importing import import_hf
@@ -66,7 +66,7 @@ def save_logits(checkpoint: str, file: str) -> None:
     assert identity is not None
     fields = config_fields(identity["model"], layout, torch.float64, "cpu")
     chunks = build_chunks(HybridConfig(**fields), layout)
-    load_model(chunks, folder / "weights")
+    load_weights(chunks, folder / "weights")
     torch.save(run(chunks[0].eval(), 90), file)
 
 

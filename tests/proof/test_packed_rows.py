@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from nemo_megacpp.checkpoint.dcp import load_model
+from nemo_megacpp.checkpoint.weights import load_weights
 from nemo_megacpp.data.packed_rows import open_epoch
 from nemo_megacpp.data.prepare import prepare
 from nemo_megacpp.layout import ParallelLayout
@@ -59,7 +59,7 @@ def logits_of_documents(spec: StepSpec, weights: str, row: Row) -> tuple[np.ndar
     layout = ParallelLayout()
     start_model_parallel(layout, spec.seed)
     chunks = build_chunks(make_config(spec, layout), layout)
-    load_model(chunks, weights)
+    load_weights(chunks, weights)
     batch, packed = _batch(row)
     tokens, positions = batch["tokens"], batch["position_ids"]
     bounds = packed.cu_seqlens_q.tolist()
@@ -74,7 +74,7 @@ def loss_of_row(spec: StepSpec, layout: ParallelLayout, weights: str, row: Row) 
     """Return the loss of a packed row, summed over its tokens that have one."""
     start_model_parallel(layout, spec.seed)
     chunks = build_chunks(make_config(spec, layout), layout)
-    load_model(chunks, weights)
+    load_weights(chunks, weights)
     batch, packed = _batch(row)
     batch = split_batch_for_cp(batch, packed)
     with torch.no_grad():

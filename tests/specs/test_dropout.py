@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
-from nemo_megacpp.checkpoint.dcp import load_model
+from nemo_megacpp.checkpoint.weights import load_weights
 from nemo_megacpp.layout import ParallelLayout
 from nemo_megacpp.proof.checks import FLOAT32, compare
 from nemo_megacpp.proof.main_parameters import gather_parameters
@@ -33,7 +33,7 @@ def _seed(seed: int) -> None:
 
 def _step(spec: StepSpec, layout: ParallelLayout, weights: str) -> StepResult | None:
     trainee = prepare(spec, layout)
-    load_model(trainee.chunks, weights)
+    load_weights(trainee.chunks, weights)
     trainee.optimizer.reload_model_params()
     _seed(spec.seed)
     loss = mean_loss(trainee.forward_backward())
