@@ -12,9 +12,9 @@ from nemo_megacpp.mixers.slot_context import SlotContext
 from nemo_megacpp.specs.hybrid_model import HybridModel
 
 MOST_PACKED = 256
-"""Tokens of prompts that go through the model in one pass. On a CPU, short prompts together take a
-third to two thirds of the time, and with more than about 300 tokens each is faster alone (``python
--m benchmarks.prefill``)."""
+"""Tokens of prompts that go through the model in one pass. On a CPU, a few tokens of each together
+take a fifth to four fifths of the time of a pass for each prompt; above some 300 tokens in all they
+take about the same (``python -m benchmarks.prefill``)."""
 
 
 class SlotBatch:
