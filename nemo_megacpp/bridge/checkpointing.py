@@ -33,13 +33,7 @@ from nemo_megacpp.checkpoint.backends import fit_to_checkpoint
 from nemo_megacpp.checkpoint.content import CONSUMED, CheckpointContent
 from nemo_megacpp.checkpoint.dcp import require_psutil, sharding_metadata
 from nemo_megacpp.checkpoint.described import actual_layout, actual_model
-from nemo_megacpp.checkpoint.folder import (
-    TRACKER,
-    UNFINISHED,
-    find_checkpoint,
-    find_weights,
-    iteration_folder,
-)
+from nemo_megacpp.checkpoint.folder import UNFINISHED, find_checkpoint, find_weights
 from nemo_megacpp.checkpoint.guard import guard_load
 from nemo_megacpp.checkpoint.identity import validate_same_model
 from nemo_megacpp.checkpoint.lifecycle import (
@@ -60,7 +54,7 @@ from nemo_megacpp.checkpoint.random_state import (
 from nemo_megacpp.checkpoint.safe_pickle import read_metadata
 from nemo_megacpp.checkpoint.save_errors import save_errors
 from nemo_megacpp.checkpoint.training_state import load_training_state
-from nemo_megacpp.core.checkpoints import keep_common_file
+from nemo_megacpp.core.checkpoints import TRACKER, iteration_folder, keep_common_file
 from nemo_megacpp.runs.events import record_event
 from nemo_megacpp.runtime import heartbeat
 

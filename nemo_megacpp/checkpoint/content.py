@@ -19,7 +19,7 @@ from nemo_megacpp.checkpoint.safe_pickle import (
     read_object,
     read_torch_file,
 )
-from nemo_megacpp.core.checkpoints import COMMON, COMMON_OBJECT
+from nemo_megacpp.core.checkpoints import COMMON, COMMON_OBJECT, FSDP_ARGUMENTS
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ModelShape, ParallelLayout, is_legal
 
@@ -32,8 +32,6 @@ _WRAPPERS = ("module.", "model.")
 _OPTIMIZER = "optimizer."
 _NOT_THE_MODEL = (_OPTIMIZER, "random_state.")
 """Prefixes of what is saved beside the model's tensors."""
-_FSDP_ARGUMENTS = "args"
-"""Where only a checkpoint of FSDP has the arguments of its script."""
 CONSUMED = "consumed_train_samples"
 """Key of what is not sharded: rows that a run has trained on, of all data-parallel ranks."""
 _OF_DATA_MODULE = "consumed_samples"
@@ -75,7 +73,7 @@ class CheckpointContent:
         self.directory = find_checkpoint(path)
         self.weights = find_weights(self.directory)
         self.metadata: Metadata = read_metadata(self.weights)
-        if _FSDP_ARGUMENTS in self.metadata.state_dict_metadata:
+        if FSDP_ARGUMENTS in self.metadata.state_dict_metadata:
             raise UserError(
                 f"{self.directory} is a checkpoint of Megatron's FSDP (fsdp_dtensor). Only "
                 f"Megatron's script reads it, with --use-megatron-fsdp --load (docs/fsdp.md)."

@@ -13,10 +13,8 @@ from nemo_megacpp.checkpoint import manifest
 from nemo_megacpp.checkpoint.identity import FILE as IDENTITY
 from nemo_megacpp.checkpoint.identity import Identity, read_identity
 from nemo_megacpp.checkpoint.safe_pickle import METADATA
-from nemo_megacpp.core.checkpoints import COMMON
+from nemo_megacpp.core.checkpoints import COMMON, TRACKER, newest_iteration
 from nemo_megacpp.errors import UserError
-from nemo_megacpp.json_files import read_limited
-from nemo_megacpp.printable import shown
 
 WEIGHTS = "weights"
 DELETING = ".deleting"
@@ -26,10 +24,6 @@ DAMAGED = ".damaged"
 UNFINISHED = "-unfinished"
 """NeMo's mark, a file beside the checkpoint's folder: saving has started and not ended."""
 
-TRACKER = "latest_checkpointed_iteration.txt"
-"""File beside Megatron's checkpoints: the step of the newest."""
-_TRACKER_LIMIT = 80
-_MOST_DIGITS = 12
 _STEP = re.compile(r"step=(\d{1,12})")
 NO_STEP = 10**12
 """Counts as the newest: what cannot say its step is not overlooked."""
@@ -82,26 +76,6 @@ def find_checkpoint(path: Path) -> Path:
         return newest_undamaged(folder)
     find_weights(path)
     return path
-
-
-def newest_iteration(folder: Path) -> Path | None:
-    """Return the newest checkpoint in a folder of Megatron's script, by the script's own file.
-
-    Raises:
-        UserError: the file names none.
-    """
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        return None
-    text = read_limited(tracker, _TRACKER_LIMIT).decode(errors="replace").strip()
-    if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
-        raise UserError(f"{tracker} names no iteration: {shown(text[:40])}.")
-    return iteration_folder(folder, int(text))
-
-
-def iteration_folder(folder: Path, step: int) -> Path:
-    """Return where Megatron keeps the checkpoint of a step among those in ``folder``."""
-    return folder / f"iter_{step:07d}"
 
 
 def is_complete_checkpoint(directory: Path) -> bool:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nemo_megacpp.checkpoint.content import CheckpointContent, saved_shape
-from nemo_megacpp.checkpoint.folder import TRACKER, iteration_folder, new_folder
+from nemo_megacpp.checkpoint.folder import new_folder
 from nemo_megacpp.checkpoint.identity import Identity
 from nemo_megacpp.checkpoint.lifecycle import finish_checkpoint
 from nemo_megacpp.checkpoint.optimizer_state import FORM as OWN_FORM
@@ -40,7 +40,7 @@ from nemo_megacpp.checkpoint.script_state import (
     script_optimizer,
 )
 from nemo_megacpp.checkpoint.weights import with_prefix
-from nemo_megacpp.core.checkpoints import COMMON
+from nemo_megacpp.core.checkpoints import COMMON, TRACKER, iteration_folder
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.layout import ParallelLayout
 

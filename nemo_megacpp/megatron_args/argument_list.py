@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from nemo_megacpp.checkpoint.content import CheckpointContent
-from nemo_megacpp.checkpoint.folder import find_checkpoint, newest_iteration
+from nemo_megacpp.checkpoint.folder import find_checkpoint
 from nemo_megacpp.config import HybridConfig
+from nemo_megacpp.core.checkpoints import newest_iteration
 from nemo_megacpp.data.prepared import PreparedData, weighted_prefixes
 from nemo_megacpp.errors import UserError
 from nemo_megacpp.megatron_args.dialect import Dialect

@@ -10,6 +10,7 @@ from typing import Any
 from megatron.core.transformer import TransformerConfig
 from torch.distributed import checkpoint as dcp
 
+from nemo_megacpp.core.checkpoints import FSDP_ARGUMENTS, iteration_folder, newest_iteration
 from nemo_megacpp.core.fsdp import problem_with_saving
 
 _DEGREES = {
@@ -69,15 +70,21 @@ def fsdp_checkpoint_violations(model: TransformerConfig, args: Any) -> Iterator[
                 f"{asked} and --no-strict-fsdp-dtensor-load: weights that the checkpoint lacks "
                 f"would stay random. Leave it out."
             )
-        yield from _changed_degrees(args)
+        yield from _load_violations(args)
 
 
-def _changed_degrees(args: Any) -> Iterator[str]:
-    """Yield why a checkpoint that was saved with other degrees cannot be loaded."""
+def _load_violations(args: Any) -> Iterator[str]:
+    """Yield why the checkpoint that a script is told to load is refused."""
     folder = _folder_to_load(args)
     if folder is None:
         return
     saved = _saved_arguments(folder)
+    if saved is None:
+        yield (
+            f"{_ASKED} with --load of {folder}, which is no checkpoint of Megatron's FSDP "
+            f"(fsdp_dtensor): no case loads another. Load one that was saved with {_ASKED}."
+        )
+        return
     for name, (short, why) in _DEGREES.items():
         then, now = getattr(saved, name, None), getattr(args, name, None)
         if then is not None and now is not None and then != now:
@@ -89,25 +96,21 @@ def _changed_degrees(args: Any) -> Iterator[str]:
 
 
 def _folder_to_load(args: Any) -> Path | None:
-    """Return the checkpoint that Megatron will load; None where it finds none, or says why."""
-    folder = Path(args.load)
-    step = getattr(args, "ckpt_step", None)
-    tracker = folder / "latest_checkpointed_iteration.txt"
-    if not step:
-        if not tracker.is_file():
-            return None
-        text = tracker.read_text().strip()
-        if not text.isdigit():
-            return None
-        step = int(text)
-    found = folder / f"iter_{int(step):07d}"
-    return found if (found / ".metadata").is_file() else None
+    """Return the checkpoint that Megatron will load; None where it finds none, and says so."""
+    folder, step = Path(args.load), getattr(args, "ckpt_step", None)
+    found = iteration_folder(folder, step) if step else newest_iteration(folder)
+    return found if found is not None and found.is_dir() else None
 
 
 def _saved_arguments(folder: Path) -> Any:
-    """Return the arguments of the script that saved a checkpoint. Megatron unpickles them too."""
-    state: dict[str, Any] = {"args": None}
+    """Return the arguments of the script that saved a checkpoint, None where it is not one of FSDP.
+    Megatron unpickles the same files next."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if not (folder / ".metadata").is_file():
+            return None
+        if FSDP_ARGUMENTS not in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata:
+            return None
+        state: dict[str, Any] = {FSDP_ARGUMENTS: None}
         dcp.load(state, checkpoint_id=folder, no_dist=True)
-    return state["args"]
+    return state[FSDP_ARGUMENTS]

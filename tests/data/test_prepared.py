@@ -116,7 +116,12 @@ def test_token_types_are_megatrons() -> None:
         assert token_dtype(size) is DType.optimal_dtype(size)
 
 
-def test_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     parser = argparse.ArgumentParser()
     commands.add_parser(parser.add_subparsers())
     out = str(tmp_path / "out")
@@ -137,6 +142,9 @@ def test_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert shown.out.count("train document ") == 3  # the histogram's title and two samples
     assert "█" in shown.out
     assert "…" not in shown.out.split("train document ")[-1], "a whole document ends with no mark"
+    monkeypatch.setattr(commands, "_SAMPLE_TOKENS", 4)
+    assert args.run(args) == 0
+    assert capsys.readouterr().out.rstrip().endswith("…"), "one that is cut does"
     args = parser.parse_args(["data", "inspect", out, "--rows", "2", "--seq-length", "32"])
     assert args.run(args) == 0
     assert capsys.readouterr().out.count("documents in 32 tokens") == 2

@@ -177,6 +177,30 @@ def test_a_checkpoint_of_fsdp_has_its_degrees(
     validate_script(config)  # Megatron says that step 3 is not there
 
 
+@needs_fsdp
+@pytest.mark.parametrize("state", [{"model": torch.zeros(3)}, None], ids=["torch_dist", "torch"])
+def test_a_checkpoint_of_the_usual_wrapper_is_not_loaded(
+    arguments: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    state: dict[str, Any] | None,
+) -> None:
+    monkeypatch.setattr(fsdp_checkpoint, "problem_with_saving", lambda: None)
+    config = HybridConfig(**tiny_model("AEMR"), bf16=True)
+    vars(arguments).update(load=str(tmp_path), bf16=True)
+    arguments.megatron_fsdp_main_grads_dtype = torch.float32
+    folder = tmp_path / "iter_0000002"
+    folder.mkdir()
+    if state is not None:
+        dcp.save(state, checkpoint_id=folder, no_dist=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    with pytest.raises(UserError, match="iter_0000002, which is no checkpoint of Megatron's FSDP"):
+        validate_script(config)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("two")
+    with pytest.raises(UserError, match="names no iteration: 'two'"):
+        validate_script(config)
+
+
 def test_a_script_without_fsdp_has_its_strategy_by_default(arguments: SimpleNamespace) -> None:
     vars(arguments).update(use_megatron_fsdp=False, use_custom_fsdp=False)
     validate_script(HybridConfig(**tiny_model("AEMR")))
